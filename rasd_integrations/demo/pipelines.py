@@ -1,0 +1,92 @@
+"""The two pipelines of the tour: retrieve eight chunks, read their documents whole, answer.
+
+Both send the same words, so that their prompts can be compared id by id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from langchain_chroma import Chroma
+    from langchain_core.language_models import BaseChatModel
+    from langchain_core.runnables import Runnable
+    from llama_index.core import VectorStoreIndex
+    from llama_index.core.base.base_query_engine import BaseQueryEngine
+    from llama_index.core.llms import LLM
+
+TOP_K = 8
+TEMPLATE = """Read the documents, then answer the question.
+
+{context}
+
+Question: {question}
+Answer in a few sentences, from the documents alone."""
+
+
+def whole_documents(names: Iterable[str], texts: Mapping[str, str], characters: int) -> str:
+    """Return the named documents in full, best first up to ``characters``, in the order of names.
+
+    The stable order is what lets the next question find their KV in the prefix cache.
+    """
+    chosen: dict[str, str] = {}
+    room = characters
+    for name in names:
+        if name not in chosen and room > 0:
+            chosen[name] = texts[name][:room]
+            room -= len(chosen[name])
+    return "\n\n".join(f"[{name}]\n{chosen[name]}" for name in sorted(chosen))
+
+
+def langchain_prompt(
+    store: Chroma, texts: Mapping[str, str], characters: int
+) -> Runnable[dict[str, str], Any]:
+    """Return the chain up to the LLM: ``{"search", "question"}`` to a prompt."""
+    from langchain_core.prompts import ChatPromptTemplate
+    from langchain_core.runnables import RunnableParallel
+
+    def read(found: list[Any]) -> str:
+        return whole_documents((d.metadata["source"] for d in found), texts, characters)
+
+    retriever = store.as_retriever(search_kwargs={"k": TOP_K})
+    inputs = RunnableParallel(
+        context=itemgetter("search") | retriever | read, question=itemgetter("question")
+    )
+    return inputs | ChatPromptTemplate.from_messages([("user", TEMPLATE)])
+
+
+def langchain_chain(
+    store: Chroma, texts: Mapping[str, str], characters: int, llm: BaseChatModel
+) -> Runnable[dict[str, str], Any]:
+    """Return the whole chain: retriever, prompt, LLM."""
+    return langchain_prompt(store, texts, characters) | llm
+
+
+def llama_index_engine(
+    index: VectorStoreIndex, texts: Mapping[str, str], characters: int, llm: LLM
+) -> BaseQueryEngine:
+    """Return the same pipeline as a streaming LlamaIndex query engine."""
+    from llama_index.core import PromptTemplate
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+
+    class _WholeDocuments(BaseNodePostprocessor):
+        def _postprocess_nodes(
+            self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+        ) -> list[NodeWithScore]:
+            del query_bundle
+            names = (n.node.metadata["source"] for n in nodes)
+            text = whole_documents(names, texts, characters)
+            return [NodeWithScore(node=TextNode(text=text), score=1.0)]
+
+    return index.as_query_engine(
+        llm=llm,
+        similarity_top_k=TOP_K,
+        node_postprocessors=[_WholeDocuments()],
+        text_qa_template=PromptTemplate(
+            TEMPLATE.format(context="{context_str}", question="{query_str}")
+        ),
+        streaming=True,
+    )

@@ -1,0 +1,1 @@
+"""Drafters: sources of drafts. They never import one another; cascades compose."""

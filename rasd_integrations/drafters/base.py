@@ -1,0 +1,38 @@
+"""The drafter protocol: a drafter starts one session an answer; sessions never share state."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+
+class DraftSession(Protocol):
+    """A drafter at work on one answer."""
+
+    def propose(self, budget: int) -> Draft:
+        """Return a draft of at most ``budget`` tokens for what follows the committed tokens.
+
+        An empty draft says that there is nothing to propose. The draft may depend on the committed
+        tokens and on the drafter's own draws, never on a token it drew and then dropped.
+        """
+        ...
+
+    def observe(self, block: TokenBlock) -> None:
+        """Learn what the target committed."""
+        ...
+
+    def close(self) -> None:
+        """Free what the session holds."""
+        ...
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """A source of drafts, shared by all answers of an engine."""
+
+    name: str
+
+    def start(self, context: DraftContext) -> DraftSession:
+        """Begin an answer."""
+        ...

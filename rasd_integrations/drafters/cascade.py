@@ -1,0 +1,49 @@
+"""A cheap drafter drafts for the model drafter, so that one drafter forward checks several tokens.
+
+The draft is token for token (sampled: in law) what the model drafter alone would propose; only the
+number of its forwards falls.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from rasd_integrations.drafters.base import DraftSession
+from rasd_integrations.drafters.model import Helper
+from rasd_integrations.types import DraftContext
+
+
+class HelperDrafter(Protocol):
+    """A drafter whose sessions can look ahead of a partial draft."""
+
+    name: str
+
+    def start(self, context: DraftContext) -> Helper:
+        """Begin an answer."""
+        ...
+
+
+class HelpedDrafter(Protocol):
+    """A drafter that can be drafted for."""
+
+    name: str
+
+    def start(self, context: DraftContext, helper: Helper | None = None) -> DraftSession:
+        """Begin an answer."""
+        ...
+
+
+class CascadeDrafter:
+    """``model`` drafts for the target, ``helper`` drafts for ``model``."""
+
+    name = "cascade"
+    wants_prompt = True
+
+    def __init__(self, model: HelpedDrafter, helper: HelperDrafter) -> None:
+        """Join the two."""
+        self.model = model
+        self.helper = helper
+
+    def start(self, context: DraftContext) -> DraftSession:
+        """Begin an answer."""
+        return self.model.start(context, self.helper.start(context))

@@ -1,0 +1,287 @@
+"""Drafts by looking up how the text went on after its own last tokens. No model, no training.
+
+A suffix automaton over the retrieved chunks, the prompt and the running answer gives the longest
+suffix of the committed tokens that occurred before, in amortised constant time a token. The draft
+follows the most frequent continuation, ties to the most recent. On greedy answers of SmolLM2 to
+Spec-Bench this gains 4 % in tokens a step over the first occurrence and 1 % over the latest.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Iterable, Sequence
+
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+_NONE = -1
+# How many of the shorter suffixes, longest first, learn of each occurrence: 8 drafts as well as all
+# do, and bounds the work on a text that repeats itself.
+_LEARNING_DEPTH = 8
+# Continuations looked at after one match when a tree is asked for.
+_WIDTH = 3
+
+
+class SuffixAutomaton:
+    """The online suffix automaton of a sequence of non-negative token ids.
+
+    A state stands for the substrings that end at the same places; state 0 is the empty string. Most
+    states have one transition, kept in two arrays; further ones are in a dict. About 100 bytes and
+    2 microseconds a token.
+    """
+
+    __slots__ = (
+        "_counts",
+        "_first_target",
+        "_first_token",
+        "_lasts",
+        "_lengths",
+        "_links",
+        "_more",
+        "_separators",
+        "_size",
+        "_tail",
+    )
+
+    def __init__(self, token_ids: Iterable[int] = ()) -> None:
+        """Index ``token_ids``."""
+        self._first_token = array("i", [_NONE])
+        self._first_target = array("i", [0])
+        self._more: dict[int, dict[int, int]] = {}
+        self._links = array("i", [_NONE])
+        self._lengths = array("i", [0])
+        self._counts = array("i", [0])  # occurrences, the one at the text's end not included
+        self._lasts = array("i", [_NONE])  # the latest of them, an index into the text
+        self._tail = 0  # the state of the whole text
+        self._size = 0
+        self._separators = 0
+        self.extend(token_ids)
+
+    def __len__(self) -> int:
+        """Return the number of indexed tokens, separators included."""
+        return self._size
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        """Append tokens to the text."""
+        for token in token_ids:
+            self._learn()
+            self._append(token)
+
+    def separate(self) -> None:
+        """Append a token that no other token equals: no match and no draft runs across it."""
+        self._separators += 1
+        self.extend((_NONE - self._separators,))
+
+    def match(self, extra: Sequence[int] = ()) -> tuple[int, int]:
+        """Return state and length of the longest suffix of text + ``extra`` that occurred before.
+
+        Occurrences that end where the text ends do not count while ``extra`` is empty. The text is
+        not changed.
+        """
+        state = max(self._links[self._tail], 0)
+        length = self._lengths[state]
+        for token in extra:
+            state, length = self._step(state, length, token)
+        return state, length
+
+    def with_continuation(self, state: int, length: int) -> tuple[int, int]:
+        """Return the longest suffix of a match that something follows, possibly the empty one."""
+        while state and self._first_token[state] < 0 and state not in self._more:
+            state = self._links[state]
+            length = self._lengths[state]
+        return state, length
+
+    def followers(self, state: int, limit: int) -> list[tuple[float, int, int]]:
+        """Return (share, token, next state) of what followed, most frequent first, then latest."""
+        token = self._first_token[state]
+        if token == _NONE:
+            return []
+        target = self._first_target[state]
+        more = self._more.get(state)
+        if more is None:
+            return [(1.0, token, target)] if token >= 0 else []
+        counts, lasts = self._counts, self._lasts
+        seen = [(max(counts[s], 1), lasts[s], t, s) for t, s in more.items()]
+        seen.append((max(counts[target], 1), lasts[target], token, target))
+        total = sum(entry[0] for entry in seen)
+        best = heapq.nlargest(limit, (entry for entry in seen if entry[2] >= 0))
+        return [(count / total, t, s) for count, _, t, s in best]
+
+    def _target(self, state: int, token: int) -> int:
+        """Return the state after ``token``; 0 where there is none."""
+        if self._first_token[state] == token:
+            return self._first_target[state]
+        more = self._more.get(state)
+        return more.get(token, 0) if more else 0
+
+    def _step(self, state: int, length: int, token: int) -> tuple[int, int]:
+        target = self._target(state, token)
+        while state and not target:
+            state = self._links[state]
+            length = self._lengths[state]
+            target = self._target(state, token)
+        return (target, length + 1) if target else (0, 0)
+
+    def _learn(self) -> None:
+        """Count the occurrence that ends the text for the longest suffixes."""
+        state, depth, end = self._tail, _LEARNING_DEPTH, self._size - 1
+        while state > 0 and depth:
+            self._counts[state] += 1
+            self._lasts[state] = end
+            state = self._links[state]
+            depth -= 1
+
+    def _append(self, token: int) -> None:
+        first_token, first_target, more = self._first_token, self._first_target, self._more
+        links, lengths = self._links, self._lengths
+        new = self._state(self._size + 1, 0, self._size)
+        state, target = self._tail, 0
+        while state >= 0:
+            # _target(), unrolled: this loop is what indexing a long prompt costs.
+            held = first_token[state]
+            if held == token:
+                target = first_target[state]
+                break
+            if held == _NONE:
+                first_token[state], first_target[state] = token, new
+            else:
+                others = more.get(state)
+                if others is None:
+                    more[state] = {token: new}
+                elif token in others:
+                    target = others[token]
+                    break
+                else:
+                    others[token] = new
+            state = links[state]
+        if target and lengths[target] != lengths[state] + 1:
+            target = self._split(target, state, token)
+        links[new] = target
+        self._tail = new
+        self._size += 1
+
+    def _split(self, old: int, state: int, token: int) -> int:
+        """Part from ``old`` its suffix of length ``state`` + 1, which now has an occurrence more."""
+        clone = self._state(self._lengths[state] + 1, self._links[old], self._lasts[old])
+        self._counts[clone] = self._counts[old]
+        self._first_token[clone] = self._first_token[old]
+        self._first_target[clone] = self._first_target[old]
+        if old in self._more:
+            self._more[clone] = self._more[old].copy()
+        self._links[old] = clone
+        while state >= 0 and self._target(state, token) == old:
+            if self._first_token[state] == token:
+                self._first_target[state] = clone
+            else:
+                self._more[state][token] = clone
+            state = self._links[state]
+        return clone
+
+    def _state(self, length: int, link: int, last: int) -> int:
+        self._first_token.append(_NONE)
+        self._first_target.append(0)
+        self._links.append(link)
+        self._lengths.append(length)
+        self._counts.append(0)
+        self._lasts.append(last)
+        return len(self._links) - 1
+
+
+class SuffixSession:
+    """The text of one answer, indexed as it grows."""
+
+    def __init__(self, drafter: SuffixDrafter, context: DraftContext) -> None:
+        """Index chunks and prompt, the prompt last: its end is what is looked up."""
+        self._drafter = drafter
+        self._index = SuffixAutomaton()
+        for chunk in context.chunk_ids:
+            self._index.extend(chunk)
+            self._index.separate()
+        self._index.extend(context.prompt_ids)
+
+    def propose(self, budget: int) -> Draft:
+        """Return the likeliest continuation, a chain or a tree, of at most ``budget`` tokens."""
+        width = _WIDTH if self._drafter.tree else 1
+        token_ids, parents = self._grow((), budget, width)
+        return Draft(
+            token_ids, parents=parents if self._drafter.tree else None, source=self._drafter.name
+        )
+
+    def propose_after(self, extra: Sequence[int], budget: int) -> tuple[int, ...]:
+        """Return the continuation of the committed tokens and ``extra``, and keep no trace of it."""
+        return self._grow(extra, budget, 1)[0]
+
+    def observe(self, block: TokenBlock) -> None:
+        """Append the committed tokens."""
+        self._index.extend(block.token_ids)
+
+    def close(self) -> None:
+        """Free the index."""
+        self._index = SuffixAutomaton()
+
+    def _grow(
+        self, extra: Sequence[int], budget: int, width: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Grow the draft node by node, likeliest path first, ``width`` followers a node."""
+        index, drafter = self._index, self._drafter
+        state, length = index.with_continuation(*index.match(extra))
+        if length < drafter.min_match:
+            return (), ()
+        # A longer match foretells a longer copy (SuffixDecoding); one token more costs little.
+        depth_limit = min(length + 1, drafter.max_draft)
+        token_ids: list[int] = []
+        parents: list[int] = []
+        # Entries: path probability (negative), order of finding, token, next state, parent, depth.
+        heap: list[tuple[float, int, int, int, int, int]] = []
+        found = 0
+
+        def push(state: int, likely: float, parent: int, depth: int) -> None:
+            nonlocal found
+            for share, token, target in index.followers(state, width):
+                if likely * share >= drafter.min_probability:
+                    heapq.heappush(heap, (-likely * share, found, token, target, parent, depth))
+                    found += 1
+
+        push(state, 1.0, _NONE, 1)
+        while heap and len(token_ids) < min(budget, drafter.max_draft):
+            likely, _, token, state, parent, depth = heapq.heappop(heap)
+            token_ids.append(token)
+            parents.append(parent)
+            if depth < depth_limit:
+                # At the text's end the draft goes on from a shorter match: a loop is drafted whole.
+                state, _ = index.with_continuation(state, 0)
+                if state:
+                    push(state, -likely, len(token_ids) - 1, depth + 1)
+        return tuple(token_ids), tuple(parents)
+
+
+class SuffixDrafter:
+    """Proposes what followed the longest earlier occurrence of the last tokens."""
+
+    def __init__(
+        self,
+        name: str = "suffix",
+        *,
+        min_match: int = 1,
+        max_draft: int = 64,
+        min_probability: float = 0.2,
+        tree: bool = False,
+    ) -> None:
+        """Set what is worth drafting.
+
+        Args:
+            name: Name in the statistics.
+            min_match: Shortest match that is drafted from, in tokens.
+            max_draft: Longest draft, in tokens.
+            min_probability: Least product of the continuation's shares along the draft.
+            tree: Draft the less frequent continuations too, as a tree.
+        """
+        self.name = name
+        self.min_match = max(min_match, 1)
+        self.max_draft = max_draft
+        self.min_probability = min_probability
+        self.tree = tree
+
+    def start(self, context: DraftContext) -> SuffixSession:
+        """Index the prompt and its chunks."""
+        return SuffixSession(self, context)

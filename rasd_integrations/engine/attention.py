@@ -1,0 +1,216 @@
+"""Attention of a step's tokens over a read-only prefix and themselves, for any architecture.
+
+Registered in transformers' attention interface as ``"rasd"``. Grouped queries are packed as rows of their
+key head, so keys and values are never repeated; the prefix is never masked, only the small tail is
+(hybrid tree attention of LongSpec, arXiv 2502.17421). Called without a step, it is transformers' sdpa.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.errors import ConfigurationError
+
+NAME = "rasd"
+_FEW_ROWS = 64  # up to here scores fit in cache and plain matrix products win on a CPU
+_UNSUPPORTED = ("s_aux", "position_bias", "sinks")
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What a step hands to the attention of every layer.
+
+    Attributes:
+        buffer: Keys and values of the prefix, with room for the step's rows.
+        positions: ``[n]`` position of each of the step's tokens (depth in the tree, not its index).
+        tail_mask: ``[n, n]`` bool, True where a row may attend to a column; ``None`` is causal (a chain).
+    """
+
+    buffer: KVBuffer
+    positions: Tensor
+    tail_mask: Tensor | None
+
+
+def rasd_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    rasd_step: StepContext | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend ``query`` to the step's prefix and tail.
+
+    Args:
+        module: The attention layer; ``layer_idx`` names its place in the buffer.
+        query: ``[1, heads, n, head_dim]``.
+        key: ``[1, kv_heads, n, head_dim]``, the step's own.
+        value: Like ``key``.
+        attention_mask: Not read during a step.
+        scaling: Of the scores; ``None`` is ``head_dim ** -0.5``.
+        dropout: Not applied during a step.
+        rasd_step: The step; ``None`` outside our executors.
+        sliding_window: Keys that a row may look back on, itself included.
+        softcap: Scores are squashed to ``softcap * tanh(score / softcap)``.
+        **kwargs: What else the architecture passes.
+
+    Returns:
+        ``[1, n, heads, head_dim]`` and no weights.
+
+    Raises:
+        ConfigurationError: The architecture needs a term that this function does not know.
+    """
+    if rasd_step is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling,
+            softcap=softcap, sliding_window=sliding_window, **kwargs,
+        )  # fmt: skip
+    for term in _UNSUPPORTED:
+        if kwargs.get(term) is not None:
+            msg = f"{type(module).__name__} uses the attention term {term!r}, which is not supported. Use another model."
+            raise ConfigurationError(msg)
+    _, heads, n, dim = query.shape
+    scale = dim**-0.5 if scaling is None else scaling
+    prefix = rasd_step.buffer.length
+    keys, values = rasd_step.buffer.write(int(module.layer_idx), key[0], value[0])  # type: ignore[arg-type]
+    if sliding_window is not None and prefix + 1 > sliding_window:
+        start = prefix + 1 - sliding_window  # the first row's window; later rows see less of it
+        keys, values = keys[:, start:], values[:, start:]
+        prefix -= start
+    kv_heads = keys.shape[0]
+    packed = query.reshape(kv_heads, heads // kv_heads * n, dim)
+    blocked = _blocked(rasd_step, n, prefix, sliding_window)
+    piece = rasd_step.tail_mask is None and n > _FEW_ROWS  # of a prefill: a long chain
+    if (
+        softcap is None
+        and sliding_window is None
+        and (_has_flash(packed) or (piece and not packed.is_cuda))
+    ):
+        out = _flash(packed, keys, values, prefix, n, None if piece else blocked[0], scale)
+    else:
+        out = _matrix(packed, keys, values, n, blocked, scale, softcap)
+    return out.view(1, heads, n, dim).transpose(1, 2), None
+
+
+def _blocked(
+    step: StepContext, n: int, prefix: int, window: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what rows may not see: ``[n, n]`` of the tail and ``[n, m]`` of the prefix's first ``m`` keys."""
+    device = step.positions.device
+    tail: Tensor | None = None
+    if step.tail_mask is not None:
+        tail = ~step.tail_mask
+    elif n > 1:
+        tail = torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
+    if window is None:
+        return tail, None
+    depth = step.positions - step.positions[0]  # [n]
+    if n > window and tail is not None:
+        tail = tail | (depth[:, None] - depth[None, :] >= window)
+    lost = min(prefix, prefix + n - window)
+    if lost <= 0:
+        return tail, None
+    first = step.positions[0] - prefix  # position of the first key that is still here
+    key_positions = first + torch.arange(lost, device=device)
+    return tail, step.positions[:, None] - key_positions[None, :] >= window
+
+
+def _matrix(
+    packed: Tensor, keys: Tensor, values: Tensor, n: int, blocked: tuple[Tensor | None, Tensor | None],
+    scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """One softmax over prefix and tail by plain matrix products; ``packed`` is ``[kv_heads, g * n, dim]``."""
+    kv_heads, rows, _ = packed.shape
+    scores = torch.bmm(packed * scale, keys.mT)  # [kv_heads, g * n, prefix + n]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    grouped = scores.view(kv_heads, rows // n, n, -1)
+    tail, head = blocked
+    if tail is not None:
+        grouped[..., -n:].masked_fill_(tail, float("-inf"))
+    if head is not None:
+        grouped[..., : head.shape[1]].masked_fill_(head, float("-inf"))
+    return torch.bmm(scores.softmax(-1), values)
+
+
+def _has_flash(packed: Tensor) -> bool:
+    return packed.is_cuda and packed.dtype in (torch.float16, torch.bfloat16)
+
+
+def _flash(
+    packed: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix: int,
+    n: int,
+    blocked: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Unmasked flash attention over the prefix, and the tail's (causal where long), merged by log-sum-exp."""
+    kv_heads, rows, dim = packed.shape
+    group = rows // n
+    key_tail, value_tail = keys[:, prefix:], values[:, prefix:]
+    if blocked is None and n > 1:  # a piece of a prefill
+        tail, lse_tail = _flash_op(
+            packed.view(1, kv_heads * group, n, dim),
+            key_tail.repeat_interleave(group, 0)[None],
+            value_tail.repeat_interleave(group, 0)[None],
+            scale,
+            causal=True,
+        )
+        tail, lse_tail = tail.reshape(packed.shape), lse_tail.reshape(kv_heads, rows)
+    else:
+        tail, lse_tail = _masked_tail(packed, key_tail, value_tail, n, blocked, scale)
+    if prefix == 0:
+        return tail
+    head, lse_head = _flash_op(
+        packed[None], keys[None, :, :prefix], values[None, :, :prefix], scale, causal=False
+    )
+    weight = torch.sigmoid(lse_head.view(kv_heads, rows) - lse_tail)[..., None]
+    return torch.lerp(tail.float(), head[0].float(), weight).to(packed.dtype)
+
+
+def _masked_tail(
+    packed: Tensor, keys: Tensor, values: Tensor, n: int, blocked: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention within the tail and its log-sum-exp, in float32."""
+    kv_heads, rows, _ = packed.shape
+    scores = torch.bmm(packed.float() * scale, keys.float().mT)
+    if blocked is not None:
+        scores.view(kv_heads, rows // n, n, n).masked_fill_(blocked, float("-inf"))
+    return torch.bmm(scores.softmax(-1), values.float()), scores.logsumexp(-1)
+
+
+def _flash_op(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Return flash attention ``[1, heads, rows, dim]`` and its log-sum-exp ``[1, heads, rows]``."""
+    if query.device.type == "cpu":
+        keys = (
+            keys.contiguous()
+        )  # the kernel wants rows; one copy a prefill piece, none in decoding
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, causal, scale=scale
+        )
+        return out, lse
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, keys, values, 0.0, causal, False, scale=scale
+    )
+    return out, lse[..., : query.shape[2]]
+
+
+AttentionInterface.register(NAME, rasd_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,308 @@
+"""The loop: draft, one target step, verify, commit, yield. Token ids in, blocks of token ids out."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.drafters.base import Drafter, DraftSession
+from rasd_integrations.engine.prefix_cache import Lease, PrefixCache
+from rasd_integrations.engine.sampling import Law, sampling_law
+from rasd_integrations.engine.schedule import Schedule
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.engine.transfer import mixture_verify, rapid_verify
+from rasd_integrations.engine.verification import Verdict, block_verify, sample_and_walk
+from rasd_integrations.errors import ContextOverflowError, DecodingError, PromptError
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import Draft, DraftContext, FinishReason, TokenBlock
+
+logger = logging.getLogger(__name__)
+
+
+class SpeculativeDecoder:
+    """Decodes prompts with one target and, where given, one drafter.
+
+    Answers run side by side: each has its own buffer, drafting session and schedule, and takes the
+    target's lock for one step at a time.
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        drafter: Drafter | None = None,
+        *,
+        config: SpeculationConfig | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        """Join the parts; nothing runs yet."""
+        self.target = target
+        self.drafter = drafter
+        self.config = config or SpeculationConfig()
+        self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        context: DraftContext | None = None,
+        stats: DecodingStats | None = None,
+        namespace: str = "",
+    ) -> Iterator[TokenBlock]:
+        """Check the request now, decode lazily.
+
+        Args:
+            prompt_ids: The prompt.
+            params: How to draw the answer.
+            context: What the drafter may know besides the prompt and the sampling law.
+            stats: Counters to fill; complete at every yield.
+            namespace: Of the prefix cache.
+
+        Yields:
+            Blocks of one token or more; while a long prompt is prefilled, empty ones. Ids, keys and
+            values and counters agree at every yield, so a stream may be closed at any of them.
+
+        Raises:
+            PromptError: The prompt is empty or holds an id that the target does not know.
+            ContextOverflowError: Prompt and answer exceed the target's window.
+            DecodingError: Knowledge transfer is on and the drafter failed or gave no logits.
+            DeviceMemoryError: The request does not fit; others go on.
+        """
+        ids = list(prompt_ids)
+        if not ids:
+            msg = "The prompt has no tokens. Give it at least one character of text."
+            raise PromptError(msg)
+        if not 0 <= min(ids) <= max(ids) < self.target.vocab_size:
+            msg = f"A prompt id is outside 0..{self.target.vocab_size - 1}. Use this model's tokenizer."
+            raise PromptError(msg)
+        if len(ids) + params.max_tokens > self.target.window:
+            raise ContextOverflowError(len(ids), params.max_tokens, self.target.window)
+        stats = stats if stats is not None else DecodingStats()
+        stats.mode = "lossless" if self.config.lossless else "knowledge_transfer"
+        return _Answer(self, ids, params, context, stats, namespace).blocks()
+
+    def prefill(self, ids: Sequence[int], *, namespace: str = "") -> Iterator[int]:
+        """Prefill ``ids`` and keep their keys and values for later prompts.
+
+        Yields:
+            Tokens done after each piece.
+
+        Raises:
+            ContextOverflowError: More ids than the window holds.
+        """
+        if len(ids) >= self.target.window:
+            raise ContextOverflowError(len(ids), 1, self.target.window)
+        return self._prefill(list(ids), namespace)
+
+    def _prefill(self, ids: list[int], namespace: str) -> Iterator[int]:
+        lease = self.prefix_cache.lease([*ids, 0], len(ids) + 1, namespace)
+        try:
+            for done in self.target.prefill(ids[lease.reused :], lease.buffer):
+                yield lease.reused + done
+        finally:
+            lease.release(ids)
+
+
+class _Answer:
+    """One answer being decoded."""
+
+    def __init__(
+        self, decoder: SpeculativeDecoder, ids: list[int], params: SamplingParams,
+        context: DraftContext | None, stats: DecodingStats, namespace: str,
+    ) -> None:  # fmt: skip
+        self.target, self.drafter, self.config = decoder.target, decoder.drafter, decoder.config
+        self.cache, self.namespace = decoder.prefix_cache, namespace
+        self.ids, self.params, self.stats = ids, params, stats
+        seed = params.seed if params.seed is not None else random.getrandbits(63)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.law: Law | None = sampling_law(params.temperature, params.top_p, params.top_k)
+        self.schedule = Schedule(self.config.max_draft_tokens, self.config.num_draft_tokens)
+        self.context = replace(
+            context or DraftContext(prompt_ids=()),
+            prompt_ids=tuple(ids),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            seed=seed + 1,  # the drafter's draws must not follow the verifier's
+            wants_logits=not self.config.lossless,
+        )
+        self.session: DraftSession | None = None
+
+    def blocks(self) -> Iterator[TokenBlock]:
+        started = time.perf_counter()
+        num_prompt = len(self.ids)
+        self.stats.prompt_tokens = num_prompt
+        lease = self.cache.lease(self.ids, num_prompt + self.params.max_tokens + 64, self.namespace)
+        try:
+            self.stats.cached_prompt_tokens = lease.reused
+            for _ in self.target.prefill(self.ids[lease.reused : -1], lease.buffer):
+                self._tick("prefill_s", started)
+                started = time.perf_counter()
+                yield TokenBlock(())
+            lease.record(self.ids)
+            self._start_session()
+            reason: FinishReason | None = None
+            while reason is None:
+                block = self._step(lease, self.params.max_tokens - (len(self.ids) - num_prompt))
+                reason = block.finish_reason
+                yield block
+        finally:
+            self._close_session()
+            lease.release(self.ids)
+
+    @torch.inference_mode()
+    def _step(self, lease: Lease, room: int) -> TokenBlock:
+        """Draft, verify and commit one block; ``room`` is what the answer may still hold."""
+        started = time.perf_counter()
+        budget = self.schedule.next_budget()
+        draft = self._propose(min(budget, room - 1))
+        if self.session is not None:
+            pays = budget > 0 or self.config.num_draft_tokens is not None
+            self.stats.off_reason = None if pays else "drafting does not pay on this text"
+        draft_s = self._tick("draft_s", started)
+        started = time.perf_counter()
+        parents = None if draft.is_chain else draft.parents
+        logits = self.target.step([self.ids[-1], *draft.token_ids], lease.buffer, parents)
+        verdict = self._verify(logits, draft)
+        verify_s = self._tick("verify_s", started)
+        tokens = [*(draft.token_ids[i] for i in verdict.accepted), verdict.token_id]
+        tokens, reason = self._cut(tokens, room)
+        accepted = verdict.accepted[: len(tokens)]
+        # The last token's own row comes with the next step.
+        lease.buffer.commit([0, *(1 + i for i in accepted[: len(tokens) - 1])])
+        self.ids.extend(tokens)
+        self._count(draft, accepted)
+        self.schedule.record(len(draft), len(accepted), draft_s, verify_s)
+        block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
+        self._observe(block)
+        return block
+
+    def _verify(self, logits: Tensor, draft: Draft) -> Verdict:
+        p, config = self.params, self.config
+        if config.lossless:
+            if self.law is not None and draft.probs is not None:
+                return block_verify(logits, draft, self.law, self.generator)
+            return sample_and_walk(logits, draft, self.law, self.generator)
+        if draft.logits is None:
+            if len(draft):
+                msg = (
+                    f"Knowledge transfer needs the drafter's logits, which {draft.source!r} does not give. "
+                    f"Use drafter='self' or a model."
+                )
+                raise DecodingError(msg)
+            self.stats.off_reason = (
+                "the drafter is silent: tokens without its law follow the target's"
+            )
+            return sample_and_walk(logits, draft, self.law, self.generator)
+        sampling = (p.temperature, p.top_p, p.top_k)
+        if config.knowledge_transfer:
+            verdict, bound = rapid_verify(
+                logits, draft, *sampling, config.knowledge_transfer, self.generator
+            )
+        else:
+            verdict, bound = mixture_verify(
+                logits, draft, *sampling, config.mixture, self.generator
+            )
+        self.stats.tv_bound = (self.stats.tv_bound or 0.0) + bound
+        return verdict
+
+    def _cut(self, tokens: list[int], room: int) -> tuple[list[int], FinishReason | None]:
+        """End the block at the first end token, else where the room ends."""
+        if not self.params.ignore_eos:
+            for i, token in enumerate(tokens[:room]):
+                if token in self.target.eos_ids:
+                    return tokens[: i + 1], "stop"
+        if len(tokens) >= room:
+            return tokens[:room], "length"
+        return tokens, None
+
+    def _count(self, draft: Draft, accepted: Sequence[int]) -> None:
+        stats = self.stats
+        stats.target_steps += 1
+        stats.generated_tokens = len(self.ids) - stats.prompt_tokens
+        sources = draft.sources or (draft.source,) * len(draft)
+        for source in dict.fromkeys(sources):
+            stats.count(source, sources.count(source), sum(sources[i] == source for i in accepted))
+
+    def _tick(self, counter: str, started: float) -> float:
+        """Add the seconds since ``started`` to a counter and to the total."""
+        seconds = time.perf_counter() - started
+        setattr(self.stats, counter, getattr(self.stats, counter) + seconds)
+        self.stats.total_s += seconds
+        return seconds
+
+    # A drafter may be the user's own code: its faults cost speed, never the answer.
+
+    def _start_session(self) -> None:
+        if self.drafter is None:
+            self.stats.off_reason = self.stats.off_reason or "no drafter"
+            return
+        started = time.perf_counter()
+        try:
+            self.session = self.drafter.start(self.context)
+        except Exception as err:  # noqa: BLE001
+            self._drafter_failed(err)
+        self._tick("draft_s", started)
+
+    def _propose(self, budget: int) -> Draft:
+        if self.session is None or (budget <= 0 and self.config.lossless):
+            return Draft()
+        try:
+            return _trimmed(self.session.propose(max(budget, 0)), budget, self.target.vocab_size)
+        except Exception as err:  # noqa: BLE001
+            self._drafter_failed(err)
+            return Draft()
+
+    def _observe(self, block: TokenBlock) -> None:
+        if self.session is None:
+            return
+        try:
+            self.session.observe(block)
+        except Exception as err:  # noqa: BLE001
+            self._drafter_failed(err)
+
+    def _drafter_failed(self, err: Exception) -> None:
+        name = self.drafter.name if self.drafter is not None else "?"
+        fault = f"drafter {name!r} failed: {type(err).__name__}: {err}"
+        if not self.config.lossless:
+            msg = f"Knowledge transfer cannot go on: {fault}"
+            raise DecodingError(msg) from err
+        logger.warning("%s; decoding goes on without it", fault, exc_info=err)
+        self.stats.faults = (*self.stats.faults, fault)
+        self.stats.off_reason = fault
+        self._close_session()
+
+    def _close_session(self) -> None:
+        session, self.session = self.session, None
+        if session is None:
+            return
+        try:
+            session.close()
+        except Exception:
+            logger.exception("closing a drafter's session failed")
+
+
+def _trimmed(draft: Draft, budget: int, vocab_size: int) -> Draft:
+    """Cut a draft to the budget and before the first id that the target does not know.
+
+    A parent stands before its children, so every head of a tree is a tree.
+    """
+    n = min(len(draft), max(budget, 0))
+    n = next((i for i in range(n) if not 0 <= draft.token_ids[i] < vocab_size), n)
+    if n == len(draft):
+        return draft
+    return replace(
+        draft,
+        token_ids=draft.token_ids[:n],
+        parents=None if draft.parents is None else draft.parents[:n],
+        probs=None if draft.probs is None else draft.probs[:n],
+        logits=None if draft.logits is None else draft.logits[: n + 1],
+        sources=None if draft.sources is None else draft.sources[:n],
+    )

@@ -1,0 +1,115 @@
+"""How a step runs: one small protocol, and eager torch behind it.
+
+An executor runs the stock transformers module with our attention (:mod:`.attention`) and a cache object
+that keeps nothing, so every architecture written against transformers' attention interface works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from rasd_integrations.engine.attention import NAME, StepContext
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step returns; its keys and values lie in the buffer behind the committed rows.
+
+    Attributes:
+        logits: ``[n, vocab]``, or ``[0, vocab]`` for a piece of a prefill.
+    """
+
+    logits: Tensor
+
+
+class Executor(Protocol):
+    """Runs steps of one model."""
+
+    def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
+        """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it."""
+        ...
+
+
+class _NoCache(Cache):
+    """A cache that passes a step's keys and values on to the attention, which knows the prefix."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class EagerExecutor:
+    """Eager torch on any device: the reference that every other executor is tested against."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take ``model`` as it is and route its attention through ours.
+
+        Raises:
+            ConfigurationError: The architecture cannot take an attention function.
+        """
+        try:
+            model.set_attn_implementation(NAME)
+        except (ValueError, KeyError, AttributeError) as err:
+            msg = (
+                f"{type(model).__name__} does not use transformers' attention interface, which "
+                f"speculative steps need. Use a model whose class supports it (most causal LMs do)."
+            )
+            raise ConfigurationError(msg) from err
+        self._model = model
+        self._body = model.base_model
+        self._cache = _NoCache()
+        device = model.device
+        # Masks that are already four-dimensional pass through transformers untouched; ours is unread.
+        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self._vocab_size = int(model.config.get_text_config().vocab_size)
+
+    def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
+        """Run one forward of the stock module."""
+        module: nn.Module = self._model if want_logits else self._body
+        out = module(
+            input_ids=ids[None],
+            position_ids=context.positions[None],
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            rasd_step=context,
+        )
+        if not want_logits:
+            return StepOutput(torch.empty(0, self._vocab_size))
+        return StepOutput(out.logits[0])
+
+
+def check_attention(executor: Executor, num_layers: int, device: torch.device) -> None:
+    """Run two tokens and see that every layer went through our attention.
+
+    Raises:
+        ConfigurationError: Some layer keeps a state that is not keys and values.
+    """
+    buffer = KVBuffer(2)
+    positions = torch.arange(2, device=device)
+    executor.step(
+        torch.zeros(2, dtype=torch.long, device=device),
+        StepContext(buffer, positions, None),
+        want_logits=False,
+    )
+    seen = buffer.num_layers
+    if seen != num_layers:
+        msg = (
+            f"Only {seen} of the model's {num_layers} layers attend over keys and values; layers with another "
+            f"state (linear attention, state space) cannot verify drafts. Use a model with attention in every layer."
+        )
+        raise ConfigurationError(msg)

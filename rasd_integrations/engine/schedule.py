@@ -1,0 +1,97 @@
+"""How long the next draft should be, from what this answer has measured so far.
+
+Expected tokens per second are ``E(n) / (t(n) + n * d)`` with ``E(n) = (1 - a^(n+1)) / (1 - a)``
+(algorithms.md 8.1): acceptance ``a``, step time ``t``, drafting time ``d`` a token are running averages.
+Drafting that would lose time is switched off and tried again now and then. Only time depends on it.
+"""
+
+from __future__ import annotations
+
+_DECAY = 0.9
+_PRIOR_SLOPE = 0.04  # cost of one more token in a step, as a share of a step of one
+_PRIOR_ACCEPTED, _PRIOR_TRIED = 1.4, 2.0
+_FIRST_PROBE, _LAST_PROBE = 4, 64
+
+
+class Schedule:
+    """Chooses the draft length of one answer."""
+
+    def __init__(self, max_draft_tokens: int, fixed: int | None = None) -> None:
+        """Choose up to ``max_draft_tokens``, or always ``fixed`` where given."""
+        self._max = max_draft_tokens
+        self._fixed = fixed
+        self._accepted, self._tried = _PRIOR_ACCEPTED, _PRIOR_TRIED
+        self._widths = _Line(_PRIOR_SLOPE)
+        self._draft_s, self._draft_tokens = 0.0, 0.0
+        self._wait, self._probe_every = 0, _FIRST_PROBE
+
+    @property
+    def acceptance(self) -> float:
+        """Estimated probability that one more drafted token is accepted."""
+        return min(self._accepted / self._tried, 0.98)
+
+    def next_budget(self) -> int:
+        """Return how many tokens to draft now; 0 says that drafting does not pay at present."""
+        if self._fixed is not None:
+            return self._fixed
+        best, rate = 0, 1.0 / self._widths.at(1)
+        for n in range(1, self._max + 1):
+            seconds = self._widths.at(1 + n) + n * self._seconds_per_draft_token()
+            if self._expected(n) / seconds > rate:
+                best, rate = n, self._expected(n) / seconds
+        if best:
+            self._probe_every, self._wait = _FIRST_PROBE, 0
+            return best
+        self._wait += 1
+        if self._wait < self._probe_every:
+            return 0
+        self._wait, self._probe_every = 0, min(2 * self._probe_every, _LAST_PROBE)
+        return 1
+
+    def record(self, drafted: int, accepted: int, draft_s: float, step_s: float) -> None:
+        """Learn from one step: what was drafted and accepted, and the seconds of both parts."""
+        self._widths.add(1 + drafted, step_s)
+        self._draft_s = _DECAY * self._draft_s + draft_s
+        self._draft_tokens = _DECAY * self._draft_tokens + drafted
+        if drafted:
+            tried = accepted + (accepted < drafted)
+            self._accepted = _DECAY * self._accepted + accepted
+            self._tried = _DECAY * self._tried + tried
+
+    def _expected(self, n: int) -> float:
+        a = self.acceptance
+        return float((1 - a ** (n + 1)) / (1 - a))
+
+    def _seconds_per_draft_token(self) -> float:
+        return self._draft_s / self._draft_tokens if self._draft_tokens else 0.0
+
+
+class _Line:
+    """A decaying least-squares line of step time over width, with a prior for its slope."""
+
+    def __init__(self, prior_slope: float) -> None:
+        self._prior = prior_slope
+        self._w = self._n = self._t = self._nn = self._nt = 0.0
+
+    def add(self, n: float, t: float) -> None:
+        self._w, self._n, self._t, self._nn, self._nt = (
+            _DECAY * old + new
+            for old, new in zip(
+                (self._w, self._n, self._t, self._nn, self._nt),
+                (1, n, t, n * n, n * t),
+                strict=True,
+            )
+        )
+
+    def at(self, n: float) -> float:
+        if not self._w:
+            return 1 + self._prior * (n - 1)
+        mean_n, mean_t = self._n / self._w, self._t / self._w
+        variance = self._nn / self._w - mean_n**2
+        covariance = self._nt / self._w - mean_n * mean_t
+        base = mean_t / (1 + self._prior * (mean_n - 1))
+        prior = self._prior * base
+        # The prior weighs as much as one step in which the width varied by two tokens.
+        slope = (covariance * self._w + prior * 4) / (variance * self._w + 4)
+        slope = min(max(slope, 0.0), base)
+        return max(mean_t + slope * (n - mean_n), 1e-6)

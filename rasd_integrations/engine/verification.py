@@ -1,0 +1,150 @@
+"""Exact verification: which drafted tokens stand, and the target's own token after them.
+
+Pure functions over tensors. Row 0 of the logits predicts the token after the last committed one,
+row ``1 + i`` the token after node ``i`` of the draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasd_integrations.engine.sampling import Law, draw, flip, no_token_error
+from rasd_integrations.types import Draft
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a verification decided.
+
+    Attributes:
+        accepted: Node indices of the accepted path, root to leaf (a chain: 0..n-1).
+        token_id: The target's token that follows the path: bonus or recovered.
+    """
+
+    accepted: tuple[int, ...]
+    token_id: int
+
+
+def walk(draft: Draft, choose: Callable[[int], int]) -> Verdict:
+    """Follow the chosen tokens down the draft until one is not drafted.
+
+    Args:
+        draft: Chain or tree. Equal siblings, their children included, count as one node.
+        choose: Takes a row of the logits (0 is the root, ``1 + i`` is node ``i``) and returns the
+            token that follows it. Called once for each visited row, in order.
+    """
+    parents = draft.parents if draft.parents is not None else range(-1, len(draft) - 1)
+    children: dict[tuple[int, int], int] = {}
+    same = {-1: -1}
+    for node, (parent, token) in enumerate(zip(parents, draft.token_ids, strict=True)):
+        same[node] = children.setdefault((same[parent], token), node)
+    path: list[int] = []
+    node = -1
+    while True:
+        token = choose(node + 1)
+        child = children.get((node, token))
+        if child is None:
+            return Verdict(tuple(path), token)
+        path.append(child)
+        node = child
+
+
+def sample_and_walk(
+    logits: Tensor, draft: Draft, law: Law | None, generator: torch.Generator | None = None
+) -> Verdict:
+    """Verify any chain or tree that depends on the context only: one draw of p a visited node.
+
+    Each emitted token takes one draw, so with the same generator the output is the same token by
+    token whatever was drafted. Exact for every law; no exact rule accepts more of a fixed draft.
+
+    Args:
+        logits: ``[1 + num_nodes, vocab]``.
+        draft: A deterministic draft.
+        law: The target's law; ``None`` is greedy (no softmax, one transfer to the host).
+        generator: Source of the draws.
+
+    Raises:
+        DecodingError: No token may follow a visited node.
+    """
+    if law is not None:
+        return walk(draft, lambda row: int(draw(law(logits[row]), generator)))
+    best = argmax_rows(logits)
+    return walk(draft, lambda row: checked(best[row]))
+
+
+def block_verify(
+    logits: Tensor, draft: Draft, law: Law, generator: torch.Generator | None = None
+) -> Verdict:
+    """Verify a sampled chain as a block (arXiv 2403.10444): exact, and never shorter than by token.
+
+    Args:
+        logits: ``[1 + num_nodes, vocab]``.
+        draft: A chain with ``probs``, the law that each token was sampled from.
+        law: The target's law.
+        generator: Source of the draws.
+
+    Raises:
+        DecodingError: No token may follow the accepted path.
+    """
+    if draft.probs is None:
+        return sample_and_walk(logits, draft, law, generator)
+    p, q = law(logits), draft.probs.to(logits.device)
+    reach = reach_probabilities(p, q, draft.token_ids)
+    holds = accept_probabilities(p, q, reach)
+    # Not the first failure but the last success counts: a late token can carry those before it.
+    n = max((i for i, held in enumerate(flip(holds, generator), 1) if held), default=0)
+    last = p[n] if n == len(draft) else residual(reach[n] * p[n], q[n], otherwise=p[n])
+    return Verdict(tuple(range(n)), int(draw(last, generator)))
+
+
+def reach_probabilities(p: Tensor, q: Tensor, token_ids: tuple[int, ...]) -> list[float]:
+    """Return P_0..P_n: P_0 = 1, P_i = min(1, P_{i-1} * p_i(x_i) / q_i(x_i))."""
+    n = len(token_ids)
+    at = torch.tensor(token_ids, dtype=torch.int64, device=p.device).unsqueeze(-1)
+    pairs = torch.cat([p[:n].gather(-1, at), q.gather(-1, at)], dim=-1).tolist()
+    reach = [1.0]
+    for p_x, q_x in pairs:
+        reach.append(min(1.0, reach[-1] * p_x / q_x) if q_x > 0 else 0.0)
+    return reach
+
+
+def accept_probabilities(p: Tensor, q: Tensor, reach: list[float]) -> list[float]:
+    """Return h_1..h_n, the probability that the block up to each drafted token stands."""
+    n = len(reach) - 1
+    if n == 0:
+        return []
+    scale = torch.tensor(reach[1:n], dtype=p.dtype, device=p.device).unsqueeze(-1)
+    surplus = (scale * p[1:n] - q[1:n]).clamp_(min=0).sum(-1).tolist()
+    room = [s + 1 - r for s, r in zip(surplus, reach[1:n], strict=True)]
+    return [s / d if d > 0 else 1.0 for s, d in zip(surplus, room, strict=True)] + [reach[n]]
+
+
+def residual(wanted: Tensor, covered: Tensor, otherwise: Tensor) -> Tensor:
+    """Return the positive part of ``wanted - covered``, not normalised.
+
+    ``otherwise`` stands in where nothing is left: two laws that agree up to rounding.
+    """
+    left = (wanted - covered).clamp(min=0)
+    return torch.where(left.sum(-1, keepdim=True) > 0, left, otherwise)
+
+
+def argmax_rows(scores: Tensor) -> list[int]:
+    """Return each row's first arg max; -1 where all is masked or a score is not a number."""
+    best = scores.max(dim=-1)  # on bfloat16 this is five times faster than argmax
+    found: list[int] = torch.where(best.values > float("-inf"), best.indices, -1).tolist()
+    return found
+
+
+def checked(token_id: int) -> int:
+    """Return ``token_id``.
+
+    Raises:
+        DecodingError: It is the -1 of a row without a token.
+    """
+    if token_id < 0:
+        raise no_token_error()
+    return token_id

@@ -1,0 +1,77 @@
+"""The errors of the package, one small tree.
+
+::
+
+    RASDError
+    ├── ConfigurationError          (also ValueError)    an option, or a combination, that cannot work
+    │   └── VocabularyMismatchError                      target and drafter do not share their token ids
+    ├── PromptError                 (also ValueError)    a prompt that cannot be decoded from
+    │   └── ContextOverflowError                         prompt and answer exceed the target's window
+    ├── ModelLoadError              (also OSError)       weights, tokenizer or template missing or broken
+    ├── RetrievalError              (also RuntimeError)  a store that cannot be used as a chunk source
+    ├── DecodingError               (also RuntimeError)  a closed engine, a drafter that knowledge transfer needs
+    ├── DeviceMemoryError           (also MemoryError)   a request that does not fit; the engine lives on
+    └── MissingDependencyError      (also ImportError)   names the extra to install
+
+Every message names the value, the limit and the next step.
+"""
+
+from __future__ import annotations
+
+
+class RASDError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigurationError(RASDError, ValueError):
+    """An option, or a combination of options, cannot work."""
+
+
+class VocabularyMismatchError(ConfigurationError):
+    """The drafter's token ids do not mean what the target's mean."""
+
+
+class PromptError(RASDError, ValueError):
+    """The prompt cannot be decoded from."""
+
+
+class ContextOverflowError(PromptError):
+    """Prompt and answer together exceed the target's window."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, window: int) -> None:
+        """Say what was asked, what fits and how to shorten it."""
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.window = window
+        excess = prompt_tokens + max_tokens - window
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, but the model's "
+            f"window is {window}: {excess} too many. Lower max_tokens, retrieve fewer or shorter "
+            f"chunks, or use a model with a longer context."
+        )
+
+
+class ModelLoadError(RASDError, OSError):
+    """A model, tokenizer or chat template is missing or broken."""
+
+
+class RetrievalError(RASDError, RuntimeError):
+    """A store cannot be used as a chunk source."""
+
+
+class DecodingError(RASDError, RuntimeError):
+    """Decoding cannot go on."""
+
+
+class DeviceMemoryError(RASDError, MemoryError):
+    """A request does not fit in the device's memory."""
+
+
+class MissingDependencyError(RASDError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, module: str, extra: str) -> None:
+        """Name the missing module and the extra that brings it."""
+        super().__init__(
+            f"'{module}' is not installed. Install it with: pip install 'rasd-integrations[{extra}]'"
+        )

@@ -1,0 +1,183 @@
+"""GGUF files as folders that transformers loads at once: dequantised on first use, then kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rasd_integrations.errors import MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+_HEAD_BYTES = 1 << 20
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
+# How chat models of the common families end a turn. A GGUF file names one end token only.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|end_of_turn|>")
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is kept between runs: ``$RASD_CACHE``, else the user's cache folder."""
+    given = os.environ.get("RASD_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(given or Path(base) / "rasd_integrations").expanduser()
+
+
+@contextlib.contextmanager
+def tokenizer_folder(path: Path) -> Iterator[Path]:
+    """Hand out a folder with the tokenizer of the GGUF file ``path``.
+
+    Raises:
+        MissingDependencyError: The extra ``gguf`` is not installed.
+    """
+    with _folder(path, "tokenizer", lambda: _read_tokenizer(path)) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def model_folder(path: Path, dtype: object) -> Iterator[Path]:
+    """Hand out a folder with the config and the dense weights of the GGUF file ``path``.
+
+    Weights are kept in float32 or float16 if ``dtype`` asks for that, else in bfloat16.
+
+    Raises:
+        MissingDependencyError: The extra ``gguf`` is not installed.
+    """
+    name = str(dtype).removeprefix("torch.")
+    kind = name if name in _DTYPES else "bfloat16"
+    with _folder(path, kind, lambda: _dequantise(path, _DTYPES[kind])) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
+    folder = cache_folder() / "gguf" / f"{path.stem}-{_key(path)}-{kind}"
+    if _complete(folder):
+        yield folder
+        return
+    made = make()
+    try:
+        _keep(made, folder)
+    except (OSError, SafetensorError) as err:
+        warnings.warn(
+            f"Cannot write to {folder.parent} ({err}), so {path.name} is converted anew each time. "
+            f"Set RASD_CACHE to a folder with space that is writable.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        with tempfile.TemporaryDirectory(prefix="rasd-", ignore_cleanup_errors=True) as temporary:
+            made.save_pretrained(temporary)
+            yield Path(temporary)
+        return
+    del made
+    yield folder
+
+
+def _key(path: Path) -> str:
+    stat = path.stat()
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    return hashlib.sha256(f"{stat.st_size}-{stat.st_mtime_ns}-".encode() + head).hexdigest()[:16]
+
+
+def _complete(folder: Path) -> bool:
+    if (folder / "tokenizer.json").is_file():
+        return True
+    weights = list(folder.glob("*.safetensors"))
+    try:
+        for file in weights:
+            with safe_open(file, framework="pt"):  # compares the header with the file's size
+                pass
+    except (OSError, SafetensorError):
+        logger.warning("%s is damaged and is made anew", folder)
+        return False
+    return bool(weights) and (folder / "config.json").is_file()
+
+
+def _keep(made: Any, folder: Path) -> None:
+    """Save ``made`` as ``folder`` in one move, so that no process ever sees a part of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=".new-", ignore_cleanup_errors=True
+    ) as work:
+        new = Path(work) / "new"
+        made.save_pretrained(new)
+        if folder.exists() and not _complete(folder):
+            shutil.rmtree(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if not _complete(folder):  # else another process was first, and its folder is as good
+                raise
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    _check_dependencies()
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+        str(path.parent), gguf_file=path.name, local_files_only=True
+    )
+    _split_digits(tokenizer)
+    return tokenizer
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let byte-level tokenizers that never learned two digits in a row read digit by digit.
+
+    transformers reads such a file (SmolLM, StarCoder) with GPT-2's pattern, where digits take the space
+    before them along; a vocabulary without any such token was learned from text split at each digit.
+    """
+    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    plain = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
+    if plain and not any(re.search(r"[0-9Ġ][0-9]", token) for token in tokenizer.get_vocab()):
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+
+
+def _dequantise(path: Path, dtype: torch.dtype) -> Any:
+    _check_dependencies()
+    from transformers import GgufConfig
+
+    logger.info("dequantising %s, once", path.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        dtype=dtype,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
+    # The weights are dense now; a folder that says otherwise would be read as a GGUF file.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with tokenizer_folder(path) as folder:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    ends = _end_ids(tokenizer)
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+    return model
+
+
+def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    template = tokenizer.chat_template or ""
+    names = [t for t in _TURN_ENDS if t in template and t in tokenizer.get_vocab()]
+    ids = {tokenizer.convert_tokens_to_ids(name) for name in names}
+    return sorted(ids | ({tokenizer.eos_token_id} - {None}))
+
+
+def _check_dependencies() -> None:
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(module, "gguf")

@@ -1,0 +1,310 @@
+"""What the two LangChain models share: their options, their engine, and how a call reaches it."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseLanguageModel
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from rasd_integrations._version import __version__
+from rasd_integrations.config import (
+    ContextMode,
+    RetrievalConfig,
+    SamplingParams,
+    SpeculationConfig,
+    reject_unknown,
+    updated,
+)
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.langchain.attach import find_source
+from rasd_integrations.langchain.capture import CAPTURE
+from rasd_integrations.langchain.hints import prompt_hints
+from rasd_integrations.langchain.messages import template_messages
+from rasd_integrations.runtime import RASD
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from langchain_core.language_models import LangSmithParams
+    from langchain_core.messages import BaseMessage
+    from typing_extensions import Self
+
+    from rasd_integrations.prompting import PromptHints
+    from rasd_integrations.stats import DecodingStats
+    from rasd_integrations.types import Message, TextChunk
+
+# LangChain's standard options of remote services. Code that builds any chat model passes them; a
+# local model has no key, address, network timeout or retries that they could mean.
+_REMOTE_OPTIONS = frozenset({"api_key", "base_url", "timeout", "max_retries"})
+_NOT_YET = ("tools", "tool_choice", "functions", "function_call", "response_format")
+
+
+class _Alive:
+    """Lives as long as one of a model's copies: what the callback handler watches."""
+
+
+class _Request(NamedTuple):
+    """What the engine's methods take."""
+
+    prompt: Sequence[Message] | str
+    params: SamplingParams
+    hints: PromptHints | None
+
+
+class RASDModel(BaseLanguageModel[Any], ABC):
+    """The options of both models, and the calls on the engine behind them.
+
+    Options of an answer (``temperature`` to ``seed``) may be set anew on the instance or per call;
+    options of the engine are set once.
+    """
+
+    model: str = Field(frozen=True)
+    """Hub id, local folder, or path of a .gguf file. Loaded at the first call, or by `load()`."""
+    drafter: Any = Field(default="auto", frozen=True, repr=False)
+    """"auto", None (plain decoding), "self", hub id or path of a small LM, or a Drafter object."""
+    store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
+    """The vector store, retriever or other chunk source to draft from. See also `attach()`."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus in (0, 1]; 1 is off."""
+    top_k: int = 0
+    """Most likely tokens kept; 0 is off."""
+    max_tokens: int = 512
+    """Longest answer, in tokens."""
+    stop: list[str] | None = None
+    """Strings that end the answer; a call's own `stop` takes their place."""
+    seed: int | None = None
+    """Seed of the draws; None takes a fresh one for each answer."""
+    context: ContextMode = Field(default="prompt", frozen=True)
+    """What the target reads: "prompt" as sent, or the whole "documents" its chunks came from."""
+    knowledge_transfer: float = Field(default=0.0, frozen=True)
+    """RAPID's eta; 0 is lossless."""
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True, repr=False)
+    """Straight to `from_pretrained`: dtype, device_map, quantization_config, revision, ..."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True, repr=False)
+    """Straight to the chat template: enable_thinking, ..."""
+    num_draft_tokens: int | None = Field(default=None, frozen=True)
+    """Draft length; None lets the schedule choose it. Changes time only, never the answer."""
+    retrieval: RetrievalConfig = Field(default=RetrievalConfig(), frozen=True, repr=False)
+    """How chunks are found; a dict of its names is taken too."""
+    speculation: SpeculationConfig = Field(default=SpeculationConfig(), frozen=True, repr=False)
+    """How drafts are made and judged; a dict of its names is taken too."""
+    prefix_cache_bytes: int | None = Field(default=None, frozen=True, repr=False)
+    """Memory for the KV of prompts seen before; None takes the engine's default."""
+    namespace: str = Field(default="", frozen=True, repr=False)
+    """Prompts of one namespace never reuse the KV of another's."""
+    loaded_model: Any = Field(default=None, frozen=True, exclude=True, repr=False)
+    """What `from_model()` was given."""
+
+    _rasd: RASD = PrivateAttr()
+    _alive: _Alive = PrivateAttr(default_factory=_Alive)
+
+    def __init__(self, **options: Any) -> None:
+        """Check the options; load nothing.
+
+        Raises:
+            ConfigurationError: An unknown option, a value out of its range, or a contradiction.
+        """
+        options = {name: v for name, v in options.items() if name not in _REMOTE_OPTIONS}
+        reject_unknown(options, type(self).model_fields, type(self).__name__)
+        try:
+            super().__init__(**options)
+        except ValidationError as err:
+            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors()]
+            raise ConfigurationError("; ".join(faults)) from err
+        self._sampling(None, {})
+        self._rasd = self._new_engine()
+        CAPTURE.watch_for(self._alive)
+
+    @model_validator(mode="after")
+    def _set_rasd_version(self) -> Self:
+        self._add_version("rasd-integrations", __version__)
+        return self
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name_of_model(cls, value: object) -> object:
+        if isinstance(value, str | Path):
+            return str(value)
+        msg = (
+            f"is a {type(value).__name__}, but must be a hub id or a path. Objects already loaded "
+            f"go to {cls.__name__}.from_model(model, tokenizer)"
+        )
+        raise ValueError(msg)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _list_of_stops(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("retrieval", "speculation", mode="before")
+    @classmethod
+    def _config_of_dict(cls, value: object, info: Any) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        kinds = {"retrieval": RetrievalConfig(), "speculation": SpeculationConfig()}
+        return updated(kinds[info.field_name], value, info.field_name)
+
+    def _new_engine(self) -> RASD:
+        options: dict[str, Any] = {
+            "drafter": self.drafter,
+            "store": self.store,
+            "context": self.context,
+            "knowledge_transfer": self.knowledge_transfer,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "retrieval": self.retrieval,
+            "speculation": self._speculation(),
+            "namespace": self.namespace,
+        }
+        if self.prefix_cache_bytes is not None:
+            options["prefix_cache_bytes"] = self.prefix_cache_bytes
+        if self.loaded_model is None:
+            return RASD(self.model, model_kwargs=self.model_kwargs, **options)
+        if self.model_kwargs:
+            msg = f"model_kwargs {sorted(self.model_kwargs)} come too late: the model is loaded."
+            raise ConfigurationError(msg)
+        return RASD.from_model(*self.loaded_model, **options)
+
+    def _speculation(self) -> SpeculationConfig:
+        asked, set_there = self.num_draft_tokens, self.speculation.num_draft_tokens
+        if asked is None:
+            return self.speculation
+        if set_there not in (None, asked):
+            msg = (
+                f"num_draft_tokens is {asked}, but speculation.num_draft_tokens is {set_there}. "
+                f"Set one of them."
+            )
+            raise ConfigurationError(msg)
+        return updated(self.speculation, {"num_draft_tokens": asked}, "speculation")
+
+    # --- the public face beyond the framework's ---
+
+    @classmethod
+    def from_model(
+        cls, model: Any, tokenizer: Any, drafter_model: Any = None, **options: Any
+    ) -> Self:
+        """Return a model over objects that are loaded already; ``options`` as in the constructor."""
+        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        return cls(model=name, loaded_model=(model, tokenizer, drafter_model), **options)
+
+    def attach(self, chain: object) -> Self:
+        """Draft from the store inside ``chain``: a runnable, retriever, agent, tool or store.
+
+        Raises:
+            ConfigurationError: ``chain`` is a runnable without a vector store in it.
+        """
+        source = find_source(chain)
+        self._rasd.attach(source)
+        # Past the freeze: a copy that LangChain builds of the fields must have the store as well.
+        self.__dict__["store"] = source
+        return self
+
+    def load(self) -> Self:
+        """Load the weights now rather than at the first call."""
+        self._rasd.ensure_loaded()
+        return self
+
+    def warm(self, documents: Sequence[str | Document]) -> None:
+        """Read a document set ahead of the questions on it, and keep its KV."""
+        self._rasd.warm([d.page_content if isinstance(d, Document) else d for d in documents])
+
+    @property
+    def stats(self) -> DecodingStats:
+        """Statistics of all answers; each answer also carries its own."""
+        return self._rasd.stats
+
+    def close(self) -> None:
+        """Give the weights and caches back, unless another model shares them."""
+        self._rasd.close()
+
+    def __enter__(self) -> Self:
+        """Return the model; leaving the block closes it."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the model."""
+        self.close()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy that shares the engine, or has its own where ``update`` asks for another."""
+        fields = type(self).model_fields
+        if any(fields[name].frozen for name in update or () if name in fields):
+            own = {name: getattr(self, name) for name in fields}
+            return type(self)(**{**own, **(update or {})})
+        return super().model_copy(update=update, deep=deep)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Return a copy that shares the engine: weights are never copied along with options."""
+        return self.__copy__()
+
+    # --- one call ---
+
+    def _request(
+        self,
+        prompt: Sequence[BaseMessage] | str,
+        stop: Sequence[str] | None,
+        options: dict[str, Any],
+    ) -> _Request:
+        explicit = options.pop("rasd", None)
+        params = self._sampling(stop, options)
+        plain = prompt if isinstance(prompt, str) else template_messages(prompt)
+        return _Request(plain, params, prompt_hints(prompt, CAPTURE.lookup(prompt), explicit))
+
+    def _pieces(self, request: _Request) -> closing[Generator[TextChunk, None, None]]:
+        """Return the answer's text, closed when its consumer goes: decoding stops within a step."""
+        pieces = self._rasd.stream(request.prompt, request.params, hints=request.hints)
+        return closing(cast("Generator[TextChunk, None, None]", pieces))
+
+    def _apieces(self, request: _Request) -> aclosing[AsyncGenerator[TextChunk, None]]:
+        pieces = self._rasd.astream(request.prompt, request.params, hints=request.hints)
+        return aclosing(cast("AsyncGenerator[TextChunk, None]", pieces))
+
+    def _sampling(self, stop: Sequence[str] | None, options: dict[str, Any]) -> SamplingParams:
+        """Return the instance's options with those of a call in their place."""
+        given = {n: v for n, v in {**options, "stop": stop}.items() if v is not None or n == "seed"}
+        given.pop("stream", None)  # read by LangChain's base class
+        for name in _NOT_YET:
+            if given.pop(name, None):
+                msg = f"{name}= is not supported yet: {type(self).__name__} answers in plain text."
+                raise ConfigurationError(msg)
+        if given.pop("n", 1) != 1:
+            msg = f"n is {options['n']}, but one answer is drawn per call. Call batch() for more."
+            raise ConfigurationError(msg)
+        if given.pop("model", self.model) != self.model:
+            msg = f"model= is {options['model']!r}, but this one is {self.model!r}. Build another."
+            raise ConfigurationError(msg)
+        names = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+        own = {name: getattr(self, name) for name in names}
+        try:
+            mine = SamplingParams(**own, stop=tuple(self.stop or ()))
+            return updated(mine, given, f"a call of {type(self).__name__}")
+        except TypeError as err:
+            msg = f"An option has a value of the wrong type: { ({**own, **given}) }. {err}."
+            raise ConfigurationError(msg) from err
+
+    # --- what LangChain asks about the model ---
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        names = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed")
+        return {**self._rasd.identity, **{name: getattr(self, name) for name in names}}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        return super()._get_ls_params(stop=stop or self.stop, **kwargs)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the ids of ``text`` in the model's own vocabulary."""
+        custom = self.custom_get_token_ids
+        return custom(text) if custom else self._rasd.encode(text)

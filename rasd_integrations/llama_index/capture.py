@@ -1,0 +1,194 @@
+"""How a prompt was made: its template and arguments, caught when the framework fills it.
+
+Keyed by the content of the prompt, so that threads, tasks and streams need no identity to be passed along.
+Knows no engine; hands :class:`~rasd_integrations.prompting.PromptHints` on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.schema import BaseNode, NodeWithScore
+
+from rasd_integrations.config import reject_unknown
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.llama_index.trace import Retrieval, node_chunk
+from rasd_integrations.prompting import Prompt, PromptHints
+from rasd_integrations.types import Chunk
+
+Sent = str | Sequence[ChatMessage]
+"""A prompt as LlamaIndex sends it to an LLM."""
+
+_MAX_PROMPTS = 32
+_QUESTIONS = ("query_str", "query", "question", "user_input", "input", "q")
+_CONTEXTS = ("context_str", "context_msg", "context")
+_EXPLICIT = ("question", "search_query", "chunks", "context", "filter")
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A template and what it was filled with.
+
+    Attributes:
+        template: The template, with the variables that were bound before in ``template.kwargs``.
+        args: The variables of the call.
+        form: Which of the framework's ways to fill it was taken.
+    """
+
+    template: BasePromptTemplate
+    args: Mapping[str, Any]
+    form: Literal["messages", "text", "structured"]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All variables, those of the call first in right."""
+        return {**self.template.kwargs, **self.args}
+
+
+def sent_text(sent: Sent) -> str:
+    """Return the text of a prompt, one message a line."""
+    return sent if isinstance(sent, str) else "\n".join(m.content or "" for m in sent)
+
+
+def same_prompt(one: Sent, other: Sent) -> bool:
+    """Whether two prompts say the same, word for word."""
+    return _key(one) == _key(other)
+
+
+def _key(sent: Sent) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    parts: Iterable[str] = (
+        ("text", sent)
+        if isinstance(sent, str)
+        else (part for m in sent for part in (m.role.value, m.content or ""))
+    )
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.digest()
+
+
+class Capture:
+    """The prompts that one LLM saw being filled lately."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._lock = threading.Lock()
+        self._filled: OrderedDict[bytes, Filled] = OrderedDict()
+
+    def remember(self, sent: Sent, filled: Filled) -> None:
+        """Note that ``sent`` came of ``filled``; the oldest note goes when there are too many."""
+        key = _key(sent)
+        with self._lock:
+            self._filled[key] = filled
+            self._filled.move_to_end(key)
+            if len(self._filled) > _MAX_PROMPTS:
+                self._filled.popitem(last=False)
+
+    def recall(self, sent: Sent) -> Filled | None:
+        """Return what ``sent`` was filled from, if that was seen."""
+        with self._lock:
+            return self._filled.get(_key(sent))
+
+
+def question_of(filled: Filled) -> str | None:
+    """Return the question among a template's variables, by its usual names."""
+    variables = filled.variables
+    values = (variables.get(name) for name in _QUESTIONS)
+    return next((value for value in values if isinstance(value, str) and value.strip()), None)
+
+
+def context_variable(filled: Filled, retrieval: Retrieval | None) -> str | None:
+    """Return the name of the variable that holds the context.
+
+    Its usual names first; else the longest one in which a retrieved chunk stands.
+    """
+    variables = filled.variables
+    for name in _CONTEXTS:
+        if variables.get(name):
+            return name
+    if retrieval is None:
+        return None
+    holders = [n for n, v in variables.items() if isinstance(v, str) and retrieval.share(v)]
+    return max(holders, key=lambda name: len(variables[name]), default=None)
+
+
+def build_hints(
+    sent: Sent,
+    filled: Filled | None,
+    retrieval: Retrieval | None,
+    rerender: Callable[[Filled, Mapping[str, Any]], Prompt],
+    explicit: Mapping[str, Any],
+) -> PromptHints | None:
+    """Put together what is known of how a prompt was made; ``None`` when that is nothing.
+
+    Args:
+        sent: The prompt.
+        filled: The template behind it, if one was seen.
+        retrieval: The search behind it, if one was seen.
+        rerender: Fills a template again, with the given arguments.
+        explicit: What the caller said outright; it wins, name by name.
+    """
+    known: dict[str, Any] = {}
+    if filled is not None:
+        if question := question_of(filled):
+            known.update(question=question, question_source="template")
+        if name := context_variable(filled, retrieval):
+            text = str(filled.variables[name])
+            known["context"] = text if text in sent_text(sent) else None
+            known["rerender"] = lambda context: rerender(filled, {**filled.args, name: context})
+    if retrieval is not None:
+        known.update(chunks=retrieval.chunks, chunk_source="retriever", filter=retrieval.filter)
+        if retrieval.query:
+            known["search_query"] = retrieval.query
+            known.setdefault("question_source", "retriever")
+    known.update(explicit)
+    return PromptHints(**known) if known else None
+
+
+def explicit_hints(given: Any) -> dict[str, Any]:
+    """Return the hints of a call's own ``rasd={...}`` option, under the names of ``PromptHints``.
+
+    Raises:
+        ConfigurationError: Not a mapping, an unknown key, or a value of the wrong kind.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        msg = f"rasd is {given!r}, but must be a mapping with {', '.join(_EXPLICIT)}."
+        raise ConfigurationError(msg)
+    reject_unknown(given, _EXPLICIT, "rasd")
+    hints = {name: value for name, value in given.items() if value is not None}
+    for name in ("question", "search_query", "context"):
+        if not isinstance(hints.get(name, ""), str):
+            msg = f"rasd[{name!r}] is {hints[name]!r}, but must be text."
+            raise ConfigurationError(msg)
+    if "question" in hints:
+        hints["question_source"] = "explicit"
+    if "chunks" in hints:
+        chunks = hints["chunks"]
+        items = chunks if isinstance(chunks, list | tuple) else [chunks]
+        hints["chunks"] = tuple(_chunk(item, rank) for rank, item in enumerate(items))
+        hints["chunk_source"] = "explicit"
+    return hints
+
+
+def _chunk(item: Any, rank: int) -> Chunk:
+    if isinstance(item, Chunk):
+        return item
+    if isinstance(item, str):
+        return Chunk(text=item, rank=rank)
+    if isinstance(item, NodeWithScore):
+        return node_chunk(item.node, rank)
+    if isinstance(item, BaseNode):
+        return node_chunk(item, rank)
+    msg = f"rasd['chunks'][{rank}] is a {type(item).__name__}, but must be text, a node or a Chunk."
+    raise ConfigurationError(msg)

@@ -1,0 +1,241 @@
+"""``RASDLLM``, the LlamaIndex LLM: eight endpoints, thin over :class:`~rasd_integrations.runtime.RASD`.
+
+Every endpoint ends in one of the runtime's four calls; ``chat`` and ``complete`` are the joins of their
+streams there, and the async endpoints are the runtime's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from llama_index.core.base.llms.generic_utils import (
+    messages_to_prompt as generic_messages_to_prompt,
+)
+from llama_index.core.base.llms.generic_utils import prompt_to_messages
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+)
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import default_completion_to_prompt
+from llama_index.core.prompts import BasePromptTemplate
+from pydantic import PrivateAttr
+
+from rasd_integrations.config import SamplingParams
+from rasd_integrations.errors import RetrievalError
+from rasd_integrations.llama_index.base import RASDOptions
+from rasd_integrations.llama_index.capture import (
+    Capture,
+    Filled,
+    Sent,
+    build_hints,
+    explicit_hints,
+    same_prompt,
+    sent_text,
+)
+from rasd_integrations.llama_index.messages import (
+    astream_responses,
+    chat_response,
+    completion_response,
+    stream_responses,
+    to_messages,
+    whole_response,
+)
+from rasd_integrations.llama_index.trace import Retrieval, Trace, observe
+from rasd_integrations.prompting import Prompt, PromptHints
+
+logger = logging.getLogger(__name__)
+
+_Call = tuple[Prompt, SamplingParams, PromptHints | None]
+
+
+class RASDLLM(RASDOptions):
+    """A local long-context model whose drafts come from the pipeline's own retrieval.
+
+    Use it where LlamaIndex takes an LLM: the question and the retrieved nodes are seen on the way, and the
+    index of the pipeline's retriever is found by itself. The answers are those of the model alone, unless
+    ``knowledge_transfer`` or ``context="documents"`` is set.
+
+    Calls take ``temperature``, ``top_p``, ``top_k``, ``max_tokens`` (or ``max_new_tokens``), ``stop`` and
+    ``seed``; ``None`` means the field. ``rasd={"question": ..., "search_query": ..., "chunks": [...],
+    "context": ..., "filter": ...}`` tells what was retrieved where the LLM cannot see it. Any other option is refused.
+
+    Example:
+        ::
+
+            llm = RASDLLM("Qwen/Qwen3-8B", max_tokens=256)
+            index.as_query_engine(llm=llm, similarity_top_k=32).query("Who wrote it?")
+    """
+
+    _capture: Capture = PrivateAttr(default_factory=Capture)
+    _trace: Trace = PrivateAttr()
+    _found: weakref.ref[Any] | None = PrivateAttr(default=None)
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Begin to watch the pipelines of this process."""
+        super().model_post_init(context)
+        self._trace = observe(self._capture)
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """The model's true window and whether it has a chat template; loads no weights."""
+        return LLMMetadata(
+            context_window=self._rasd.window,
+            num_output=self.max_tokens,
+            is_chat_model=self._rasd.has_chat_template,
+            model_name=self._rasd.model_name,
+        )
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation."""
+        prompt, params, hints = self._chat_call(messages, kwargs)
+        return whole_response(chat_response, self._rasd.generate(prompt, params, hints=hints))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Answer a conversation piece by piece; each response holds the answer so far and the new ``delta``."""
+        prompt, params, hints = self._chat_call(messages, kwargs)
+        return stream_responses(chat_response, self._rasd.stream(prompt, params, hints=hints))
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation without blocking the event loop."""
+        prompt, params, hints = self._chat_call(messages, kwargs)
+        answer = await self._rasd.agenerate(prompt, params, hints=hints)
+        return whole_response(chat_response, answer)
+
+    @llm_chat_callback()
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], **kwargs: Any
+    ) -> ChatResponseAsyncGen:
+        """Answer a conversation piece by piece without blocking the event loop."""
+        prompt, params, hints = self._chat_call(messages, kwargs)
+        return astream_responses(chat_response, self._rasd.astream(prompt, params, hints=hints))
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer a text: as a user's message, or as it stands if ``formatted``."""
+        text, params, hints = self._completion_call(prompt, formatted, kwargs)
+        return whole_response(completion_response, self._rasd.generate(text, params, hints=hints))
+
+    @llm_completion_callback()
+    def stream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseGen:
+        """Answer a text piece by piece; each response holds the answer so far and the new ``delta``."""
+        text, params, hints = self._completion_call(prompt, formatted, kwargs)
+        return stream_responses(completion_response, self._rasd.stream(text, params, hints=hints))
+
+    @llm_completion_callback()
+    async def acomplete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponse:
+        """Answer a text without blocking the event loop."""
+        text, params, hints = self._completion_call(prompt, formatted, kwargs)
+        answer = await self._rasd.agenerate(text, params, hints=hints)
+        return whole_response(completion_response, answer)
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        """Answer a text piece by piece without blocking the event loop."""
+        text, params, hints = self._completion_call(prompt, formatted, kwargs)
+        return astream_responses(completion_response, self._rasd.astream(text, params, hints=hints))
+
+    def _chat_call(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> _Call:
+        return self._call(messages, self._chat_prompt, options)
+
+    def _completion_call(self, text: str, formatted: bool, options: Mapping[str, Any]) -> _Call:
+        return self._call(text, partial(self._completion_prompt, formatted=formatted), options)
+
+    def _call(
+        self, sent: Any, to_prompt: Callable[[Any], Prompt], options: Mapping[str, Any]
+    ) -> _Call:
+        sampling = dict(options)
+        explicit = explicit_hints(sampling.pop("rasd", None))
+        params = self._sampling(sampling)
+        return to_prompt(sent), params, self._hints(sent, to_prompt, explicit)
+
+    def _chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
+        to_prompt = self.messages_to_prompt or generic_messages_to_prompt
+        if to_prompt is not generic_messages_to_prompt or not self._rasd.has_chat_template:
+            return to_prompt(messages)
+        return to_messages(messages)
+
+    def _completion_prompt(self, text: str, *, formatted: bool) -> Prompt:
+        if formatted:
+            return text
+        to_prompt = self.completion_to_prompt or default_completion_to_prompt
+        if to_prompt is not default_completion_to_prompt or not self._rasd.has_chat_template:
+            return self._extend_prompt(to_prompt(text))
+        if self.query_wrapper_prompt is not None:
+            text = self.query_wrapper_prompt.format(query_str=text)
+        return to_messages(self._extend_messages(prompt_to_messages(text)))
+
+    # --- how a prompt was made -------------------------------------------------------------------
+
+    def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
+        messages = super()._get_messages(prompt, **prompt_args)
+        self._capture.remember(messages, Filled(prompt, prompt_args, "messages"))
+        return messages
+
+    def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        text = super()._get_prompt(prompt, **prompt_args)
+        self._capture.remember(text, Filled(prompt, prompt_args, "text"))
+        return text
+
+    def _fill(self, filled: Filled, args: Mapping[str, Any]) -> Sent:
+        """Fill a template again as the framework did, with other arguments."""
+        if filled.form == "messages":
+            return super()._get_messages(filled.template, **args)
+        if filled.form == "text":
+            return super()._get_prompt(filled.template, **args)
+        if self._rasd.has_chat_template:
+            return self._extend_messages(filled.template.format_messages(llm=self, **args))
+        return filled.template.format(llm=self, **args)
+
+    def _hints(
+        self, sent: Sent, to_prompt: Callable[[Any], Prompt], explicit: Mapping[str, Any]
+    ) -> PromptHints | None:
+        retrieval = self._trace.retrieval_for(sent_text(sent))
+        filled = self._capture.recall(sent) or self._structured(sent)
+        self._discover(retrieval)
+        return build_hints(
+            sent, filled, retrieval, lambda f, args: to_prompt(self._fill(f, args)), explicit
+        )
+
+    def _structured(self, sent: Sent) -> Filled | None:
+        """Return the template of the structured call around this one, if it gives this very prompt.
+
+        Structured programs fill their templates themselves; only the start of the call is told.
+        """
+        for call in self._trace.structured_calls():
+            filled = Filled(call.template, call.args, "structured")
+            if same_prompt(self._fill(filled, call.args), sent):
+                return filled
+        return None
+
+    def _discover(self, retrieval: Retrieval | None) -> None:
+        """Take the index of the pipeline's retriever as the store, where the user gave none."""
+        if self._store_given or retrieval is None or retrieval.index is None:
+            return
+        index = retrieval.index()
+        if index is None or (self._found is not None and self._found() is index):
+            return
+        self._found = weakref.ref(index)
+        try:
+            self._rasd.attach(index)
+        except RetrievalError as err:
+            logger.warning("The pipeline's own index cannot be searched for chunks: %s", err)

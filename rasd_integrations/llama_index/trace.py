@@ -1,0 +1,248 @@
+"""What the pipeline around an LLM call did, seen through LlamaIndex's instrumentation.
+
+One observer a process listens at the root dispatcher: spans tell which calls belong together and hand over
+the retriever objects, events tell what was retrieved. It holds retrievers weakly, texts in bounded lists,
+and does nothing while no LLM of this package lives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama_index.core.indices.vector_store import VectorIndexRetriever
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.base import BaseEvent  # type: ignore[attr-defined]
+from llama_index.core.instrumentation.events.llm import LLMStructuredPredictStartEvent
+from llama_index.core.instrumentation.events.retrieval import RetrievalEndEvent
+from llama_index.core.instrumentation.span import BaseSpan, active_span_id
+from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
+from pydantic import PrivateAttr
+
+from rasd_integrations.retrieval.items import node_to_chunk
+from rasd_integrations.types import Chunk
+
+logger = logging.getLogger(__name__)
+
+_MAX_SPANS = 4096
+_MAX_RECORDS = 32
+_PROBES = 3  # chunks of a retrieval that are looked for in a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """One call of a retriever.
+
+    Attributes:
+        query: What was searched for; ``None`` when it may be another request's.
+        chunks: What came back, best first, with the text that prompts show.
+        root: The outermost span around the call.
+        index: The retriever's own index, if it has one that still lives.
+        filter: The retriever's own metadata filter.
+    """
+
+    query: str | None
+    chunks: tuple[Chunk, ...]
+    root: str | None = None
+    index: weakref.ref[Any] | None = None
+    filter: Any = None
+
+    def share(self, text: str) -> int:
+        """Return how many of the best few chunks stand in ``text``, each by its longest line.
+
+        A line, because some templates show the context as an escaped list.
+        """
+        lines = (_longest_line(chunk.text) for chunk in self.chunks[:_PROBES])
+        return sum(line in text for line in lines if line)
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredCall:
+    """A template that ``structured_predict`` is about to fill."""
+
+    span: str | None
+    template: BasePromptTemplate
+    args: Mapping[str, Any]
+
+
+def node_chunk(node: BaseNode, rank: int) -> Chunk:
+    """Return a node as a chunk, with the text that LlamaIndex shows to LLMs."""
+    return replace(node_to_chunk(node, rank), text=node.get_content(MetadataMode.LLM))
+
+
+def _longest_line(text: str) -> str:
+    return max((line.strip() for line in text.splitlines()), key=len, default="")
+
+
+def _plain_query(query: Any) -> str:
+    text = query if isinstance(query, str) else query.query_str
+    return re.sub(r"^\s*input is\s+", "", text).strip()  # what RetrieverTool makes of its argument
+
+
+class Trace:
+    """The observer: spans, retrievals and structured calls of this process, the newest of each."""
+
+    def __init__(self) -> None:
+        """Start empty; :func:`observe` installs it."""
+        self._lock = threading.Lock()
+        self._parents: OrderedDict[str, str | None] = OrderedDict()
+        self._retrievers: OrderedDict[str, weakref.ref[Any]] = OrderedDict()
+        self._retrievals: deque[Retrieval] = deque(maxlen=_MAX_RECORDS)
+        self._structured: deque[StructuredCall] = deque(maxlen=_MAX_RECORDS)
+        self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def enter(self, span: str, parent: str | None, instance: Any) -> None:
+        """Note a span, and the retriever whose method it is."""
+        if not self._listeners:
+            return
+        with self._lock:
+            _put(self._parents, span, parent)
+            if isinstance(instance, VectorIndexRetriever):
+                _put(self._retrievers, span, weakref.ref(instance))
+
+    def handle(self, event: BaseEvent) -> None:
+        """Note what was retrieved, and which template a structured call fills."""
+        if not self._listeners:
+            return
+        if isinstance(event, RetrievalEndEvent):
+            self._retrieved(event)
+        elif isinstance(event, LLMStructuredPredictStartEvent):
+            call = StructuredCall(event.span_id, event.template, event.template_args or {})
+            with self._lock:
+                self._structured.appendleft(call)
+
+    def _retrieved(self, event: RetrievalEndEvent) -> None:
+        nodes: list[NodeWithScore] = event.nodes
+        chunks = tuple(node_chunk(scored.node, rank) for rank, scored in enumerate(nodes))
+        with self._lock:
+            reference = self._retrievers.get(event.span_id or "")
+            retriever = reference() if reference is not None else None
+            root = self._root(event.span_id)
+            index: weakref.ref[Any] | None = None
+            filter_: Any = None
+            if retriever is not None:
+                index, filter_ = weakref.ref(retriever._index), retriever._filters  # noqa: SLF001
+            elif inner := next((r for r in self._retrievals if root and r.root == root), None):
+                # One that asks other retrievers (fusion, auto-merging): theirs ended just before.
+                index, filter_ = inner.index, inner.filter
+            query = _plain_query(event.str_or_query_bundle)
+            self._retrievals.appendleft(Retrieval(query, chunks, root, index, filter_))
+
+    def retrieval_for(self, text: str) -> Retrieval | None:
+        """Return the retrieval that the prompt ``text``, about to be decoded, was made of.
+
+        The one of the same root span that shares most chunks with the prompt, the newest of equals. Where no
+        root is shared (plain Python code, streams read after their query has returned) the one of the process
+        that shares most; its query may be another request's and is left out.
+        """
+        with self._lock:
+            root = self._root(active_span_id.get())
+            records = list(self._retrievals)
+        own = [record for record in records if root is not None and record.root == root]
+        if own:
+            return max(own, key=lambda record: record.share(text))
+        best = max(records, key=lambda record: record.share(text), default=None)
+        return replace(best, query=None) if best is not None and best.share(text) else None
+
+    def structured_calls(self) -> list[StructuredCall]:
+        """Return the structured calls that the running LLM call may belong to, newest first."""
+        with self._lock:
+            around = {None, *self._path(active_span_id.get())}
+            return [call for call in self._structured if call.span in around]
+
+    def _path(self, span: str | None) -> Iterator[str]:
+        for _ in range(_MAX_SPANS):
+            if span is None:
+                return
+            yield span
+            span = self._parents.get(span)
+
+    def _root(self, span: str | None) -> str | None:
+        root = None
+        for root in self._path(span):  # noqa: B007
+            pass
+        return root
+
+
+def _put(records: OrderedDict[str, Any], key: str, value: Any) -> None:
+    records[key] = value
+    if len(records) > _MAX_SPANS:
+        records.popitem(last=False)
+
+
+class _Events(BaseEventHandler):
+    _trace: Trace = PrivateAttr()
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "RASDEventHandler"
+
+    def handle(self, event: BaseEvent, **_: Any) -> None:
+        try:
+            self._trace.handle(event)
+        except Exception:
+            # The dispatcher swallows what handlers raise; a fault here costs drafts, so say it.
+            logger.exception("A retrieval could not be captured; drafting goes on without it.")
+
+
+class _Spans(BaseSpanHandler[BaseSpan]):
+    _trace: Trace = PrivateAttr()
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "RASDSpanHandler"
+
+    def span_enter(
+        self,
+        id_: str,
+        bound_args: inspect.BoundArguments,
+        instance: Any | None = None,
+        parent_id: str | None = None,
+        tags: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        del bound_args, tags
+        self._trace.enter(id_, parent_id, instance)
+
+    def span_exit(self, id_: str, bound_args: inspect.BoundArguments, *_: Any, **__: Any) -> None:
+        # Spans stay until they are pushed out: streams are read after theirs has ended.
+        del id_, bound_args
+
+    span_drop = span_exit
+
+    def new_span(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def prepare_to_exit_span(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def prepare_to_drop_span(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+_TRACE = Trace()
+_EVENTS = _Events()
+_EVENTS._trace = _TRACE  # noqa: SLF001
+_SPANS = _Spans()
+_SPANS._trace = _TRACE  # noqa: SLF001
+
+
+def observe(listener: object) -> Trace:
+    """Return the process's observer, listening as long as ``listener`` lives."""
+    root = get_dispatcher()
+    if not any(handler is _EVENTS for handler in root.event_handlers):
+        root.add_event_handler(_EVENTS)
+    if not any(handler is _SPANS for handler in root.span_handlers):
+        root.add_span_handler(_SPANS)
+    _TRACE._listeners.add(listener)  # noqa: SLF001
+    return _TRACE

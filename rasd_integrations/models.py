@@ -1,0 +1,106 @@
+"""Loaded models, shared: weights stand once in a process, however many wrappers use them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rasd_integrations.engine.packing import pack_linears
+from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import ConfigurationError, VocabularyMismatchError
+from rasd_integrations.loading import load_model
+
+
+class SharedModel:
+    """One model's weights, its tokenizer, and the keys and values kept between its answers.
+
+    Attributes:
+        target: The weights, ready for steps.
+        tokenizer: The model's own.
+        name: What the model was loaded from.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+    ) -> None:
+        """Wrap loaded objects; raise if the architecture cannot run speculative steps."""
+        self.target = TargetModel(model)
+        self.tokenizer = tokenizer
+        self.name = name
+        self._caches: dict[int, PrefixCache] = {}
+        self._lock = threading.Lock()
+
+    def prefix_cache(self, max_bytes: int) -> PrefixCache:
+        """Return the cache of this size, the same for all that ask for it."""
+        with self._lock:
+            return self._caches.setdefault(max_bytes, PrefixCache(max_bytes))
+
+
+_loaded: weakref.WeakValueDictionary[tuple[str, str], SharedModel] = weakref.WeakValueDictionary()
+_loading = threading.Lock()
+
+
+def shared_model(name: str | Path, model_kwargs: Mapping[str, Any]) -> SharedModel:
+    """Load a model, or return the one that is loaded already.
+
+    Raises:
+        ModelLoadError: The model is missing or broken.
+        ConfigurationError: Its architecture cannot run speculative steps.
+    """
+    key = (str(name), repr(sorted(model_kwargs.items(), key=lambda item: item[0])))
+    with _loading:  # two first calls at once must not load twice
+        known = _loaded.get(key)
+        if known is None:
+            loaded = load_model(name, model_kwargs)
+            pack_linears(loaded.model)
+            known = _loaded[key] = SharedModel(loaded.model, loaded.tokenizer, loaded.name)
+        return known
+
+
+def check_same_vocabulary(target: SharedModel, drafter: SharedModel) -> None:
+    """See that both models mean the same tokens by the same ids.
+
+    Raises:
+        VocabularyMismatchError: Names the first difference.
+    """
+    ours, theirs = target.tokenizer.get_vocab(), drafter.tokenizer.get_vocab()
+    if ours == theirs:
+        return
+    differing = next(
+        (t for t in sorted(ours, key=ours.__getitem__) if theirs.get(t) != ours[t]), None
+    )
+    example = (
+        f"token {differing!r} is id {ours[differing]} in the target and {theirs.get(differing)} in the drafter"
+        if differing is not None
+        else f"the drafter has {len(theirs) - len(ours)} more tokens"
+    )
+    msg = (
+        f"Drafter {drafter.name!r} and target {target.name!r} have different vocabularies ({example}). "
+        f"Use a drafter of the target's family, 'self', or 'auto'."
+    )
+    raise VocabularyMismatchError(msg)
+
+
+def check_drafter_spec(drafter: object) -> None:
+    """See that ``drafter`` is something a drafter can be made of.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if (
+        drafter is None
+        or isinstance(drafter, str | Path)
+        or callable(getattr(drafter, "start", None))
+    ):
+        return
+    msg = (
+        f"drafter is {drafter!r}, but must be 'auto', None, 'self', a model's hub id or path, or an object "
+        f"with the Drafter protocol (name, start(context))."
+    )
+    raise ConfigurationError(msg)

@@ -1,0 +1,8 @@
+"""From the prompt that a framework sends to the two prompts of an answer: the target's and the drafter's."""
+
+from __future__ import annotations
+
+from rasd_integrations.prompting.planner import PromptPlanner
+from rasd_integrations.prompting.records import Prompt, PromptHints, PromptPlan
+
+__all__ = ["Prompt", "PromptHints", "PromptPlan", "PromptPlanner"]

@@ -1,0 +1,81 @@
+"""Sources made of other things: a function, or several sources as one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from rasd_integrations.errors import RetrievalError
+from rasd_integrations.retrieval.base import ChunkSource
+from rasd_integrations.retrieval.items import to_chunk
+from rasd_integrations.types import Chunk
+
+
+class FunctionSource:
+    """A function of ``(query, k)`` that returns texts, chunks, documents or nodes, best first."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """Hold ``function``; one with a ``filter`` argument is handed the filter."""
+        self._function = function
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # some built-in callables publish no signature
+            parameters = ()  # type: ignore[assignment]
+        self._takes_filter = any(
+            p.name == "filter" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters
+        )
+
+    def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
+        """Return what the function finds.
+
+        Raises:
+            RetrievalError: There is a filter and the function cannot take one.
+        """
+        if filter and not self._takes_filter:
+            msg = (
+                f"The pipeline searches under the filter {filter!r}, but the store is a function without "
+                "a filter argument. Give it one: def search(query, k, filter=None)."
+            )
+            raise RetrievalError(msg)
+        extra = {"filter": filter} if filter else {}
+        found = self._function(query, k, **extra)
+        # What is no list goes through as it is: the guard names it.
+        return [to_chunk(x, i) for i, x in enumerate(found)] if isinstance(found, list) else found
+
+    def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
+        """Return nothing: a function does not tell whole documents."""
+        del chunk, filter
+        return []
+
+    def fingerprint(self) -> str:
+        """Return the function's name."""
+        named: Any = (
+            self._function if hasattr(self._function, "__qualname__") else type(self._function)
+        )
+        return f"function-{named.__module__}.{named.__qualname__}"
+
+
+class MergedSource:
+    """Several sources as one: their results in turn, each text once."""
+
+    def __init__(self, sources: Sequence[ChunkSource]) -> None:
+        """Hold ``sources``, the most trusted first."""
+        self._sources = tuple(sources)
+
+    def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
+        """Return the first of each source, then the second of each, and so on."""
+        results = [source.search(query, k, filter=filter) for source in self._sources]
+        turns = [c for turn in zip_longest(*results) for c in turn if c is not None]
+        unique = list({chunk.text: chunk for chunk in reversed(turns)}.values())[::-1]
+        return [to_chunk(chunk, rank) for rank, chunk in enumerate(unique[:k])]
+
+    def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
+        """Return the document from the first source that knows it."""
+        found = (source.document(chunk, filter=filter) for source in self._sources)
+        return next((chunks for chunks in found if chunks), [])
+
+    def fingerprint(self) -> str:
+        """Return the sources' fingerprints, joined."""
+        return "+".join(source.fingerprint() for source in self._sources)

@@ -1,0 +1,76 @@
+"""What stores hand back, as chunks. Known by shape: no framework is imported."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from rasd_integrations.errors import RetrievalError
+from rasd_integrations.types import Chunk
+
+
+def is_a(obj: object, package: str, name: str) -> bool:
+    """Return whether a base class of ``obj`` is ``package``'s ``name``, without importing the package."""
+    return any(
+        c.__name__ == name and c.__module__.split(".")[0] == package for c in type(obj).__mro__
+    )
+
+
+def to_chunk(item: Any, rank: int = 0) -> Any:
+    """Return text, a LangChain document or a LlamaIndex node as a chunk; anything else as it came.
+
+    What is not known is left to the guard, which drops and reports it.
+    """
+    if isinstance(item, Chunk):
+        return replace(item, rank=rank)
+    if isinstance(item, str):
+        return Chunk(item, rank=rank)
+    if isinstance(item, tuple) and len(item) == 2:  # (document, score): the order is all we use
+        return to_chunk(item[0], rank)
+    if hasattr(item, "page_content"):
+        return Chunk(item.page_content, getattr(item, "id", None), rank, dict(item.metadata or {}))
+    node = getattr(item, "node", item)
+    if hasattr(node, "node_id") and hasattr(node, "get_content"):
+        return node_to_chunk(node, rank)
+    return item
+
+
+def node_to_chunk(node: Any, rank: int = 0) -> Chunk:
+    """Return a LlamaIndex node as a chunk; its source and place join the metadata."""
+    metadata = dict(node.metadata or {})
+    for key in ("ref_doc_id", "start_char_idx"):
+        value = getattr(node, key, None)
+        if value is not None:
+            metadata.setdefault(key, value)
+    # get_content() defaults to MetadataMode.NONE: the text as stored.
+    return Chunk(node.get_content(), node.node_id, rank, metadata)
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Return a short hash of texts or ids, in order."""
+    joined = "\0".join(texts).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(joined).hexdigest()[:16]
+
+
+def metadata_predicate(filter: Any) -> Callable[[Mapping[str, Any]], bool]:
+    """Return a filter over metadata as a function: a callable, or a mapping of equal values.
+
+    Raises:
+        RetrievalError: The filter is of a kind that cannot be applied here. Nothing may pass it then.
+    """
+    if not filter:
+        return lambda _: True
+    if callable(filter):
+        return lambda metadata: bool(filter(metadata))
+    if isinstance(filter, Mapping) and not any(str(key).startswith("$") for key in filter):
+        plain = all(not isinstance(value, Mapping) for value in filter.values())
+        if plain:
+            wanted = {k: v if isinstance(v, list) else [v] for k, v in filter.items()}
+            return lambda metadata: all(metadata.get(k) in v for k, v in wanted.items())
+    msg = (
+        f"The filter {filter!r} cannot be applied to this store. Use a callable over metadata, or a "
+        "mapping of keys to values."
+    )
+    raise RetrievalError(msg)

@@ -1,0 +1,98 @@
+"""Counters of decoding, in the field's names; rates are derived, never stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(slots=True)
+class DrafterStats:
+    """What one drafter proposed and how much of it the target accepted."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(slots=True)
+class DecodingStats:
+    """Counters of one answer, or of many when added up.
+
+    Seconds are wall-clock. ``mean_acceptance_length`` follows the convention of vLLM: it includes the
+    bonus token, 1 + accepted / steps.
+    """
+
+    mode: str = "lossless"
+    drafters: dict[str, DrafterStats] = field(default_factory=dict)
+    target_steps: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    drafter_prompt_tokens: int = 0
+    question_source: str | None = None
+    chunk_source: str | None = None
+    num_chunks: int = 0
+    off_reason: str | None = None
+    faults: tuple[str, ...] = ()
+    omitted_tokens: int = 0
+    tv_bound: float | None = None
+    retrieve_s: float = 0.0
+    prefill_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    total_s: float = 0.0
+
+    @property
+    def drafted(self) -> int:
+        """Drafted tokens that the target verified."""
+        return sum(d.drafted for d in self.drafters.values())
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that the target accepted."""
+        return sum(d.accepted for d in self.drafters.values())
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / drafted; 0 when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a target step, the bonus token included: 1 + accepted / steps."""
+        return 1 + self.accepted / self.target_steps if self.target_steps else 0.0
+
+    def count(self, source: str, drafted: int, accepted: int) -> None:
+        """Add one verified draft of the drafter ``source``."""
+        entry = self.drafters.setdefault(source, DrafterStats())
+        entry.drafted += drafted
+        entry.accepted += accepted
+
+    def add(self, other: DecodingStats) -> None:
+        """Add the counters of ``other``; texts keep the latest value."""
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name == "drafters":
+                for name, entry in theirs.items():
+                    self.count(name, entry.drafted, entry.accepted)
+            elif f.name == "tv_bound":
+                self.tv_bound = theirs if mine is None else mine + (theirs or 0.0)
+            elif isinstance(mine, int | float) and not isinstance(mine, bool):
+                setattr(self, f.name, mine + theirs)
+            else:
+                setattr(self, f.name, theirs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: what answers carry as ``response_metadata["rasd"]``."""
+        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        out["drafters"] = {
+            name: {"drafted": d.drafted, "accepted": d.accepted}
+            for name, d in self.drafters.items()
+        }
+        out["faults"] = list(self.faults)
+        out["acceptance_rate"] = self.acceptance_rate
+        out["mean_acceptance_length"] = self.mean_acceptance_length
+        for optional in ("off_reason", "tv_bound", "question_source", "chunk_source"):
+            if out[optional] is None:
+                del out[optional]
+        return out

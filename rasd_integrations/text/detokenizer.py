@@ -1,0 +1,70 @@
+"""Token ids to text, as they come: the join of the pieces is the text of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\ufffd"
+# A character has at most four bytes, so the last four tokens hold the last character whole; a window
+# that starts with them decodes its end as the whole answer would, whatever its first token loses
+# (the leading space of sentencepiece).
+_CONTEXT_TOKENS = 4
+
+
+class IncrementalDetokenizer:
+    """Decode a stream of token ids at a cost that grows with the new tokens only.
+
+    The join of everything returned is ``tokenizer.decode(all, skip_special_tokens=True)``, without the
+    clean-up of spaces that some tokenizers ask for (it would change code and quoted text).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Start an empty text."""
+        self._tokenizer = tokenizer
+        self._skipped = frozenset(tokenizer.all_special_ids)
+        self._byte_ids = _byte_fallback_ids(tokenizer)
+        self._window: list[int] = []
+        self._sent = 0  # characters of the window's text that were returned
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Return the text that ``ids`` complete; bytes of an unfinished character are held back."""
+        self._window.extend(i for i in ids if i not in self._skipped)
+        # A run of byte-fallback tokens decodes as one: a single invalid byte spoils all of it, so it
+        # is read only when another token ends it.
+        end = len(self._window)
+        while end and self._window[end - 1] in self._byte_ids:
+            end -= 1
+        text = self._decode(self._window[:end])
+        unfinished = text.endswith(_REPLACEMENT)
+        piece = self._take(text[: len(text) - unfinished])
+        if end == len(self._window) and not unfinished:
+            del self._window[:-_CONTEXT_TOKENS]
+            self._sent = len(self._decode(self._window))
+        return piece
+
+    def flush(self) -> str:
+        """Return what was held back; the text is then at its end."""
+        return self._take(self._decode(self._window))
+
+    def _take(self, text: str) -> str:
+        piece = text[self._sent :]
+        self._sent = max(self._sent, len(text))
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        if not ids:
+            return ""
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def _byte_fallback_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    unknown = tokenizer.unk_token_id
+    return frozenset(i for i in ids if i is not None and i != unknown)

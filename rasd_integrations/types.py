@@ -1,0 +1,142 @@
+"""The frozen records that travel between the rooms. Imports nothing of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from rasd_integrations.stats import DecodingStats
+
+FinishReason = Literal["stop", "length"]
+Message = Mapping[str, Any]
+"""A chat message as chat templates read it: ``role``, ``content`` (text), and optional tool fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of retrieved text.
+
+    Attributes:
+        text: The text as stored.
+        id: The store's id, where it has one.
+        rank: Place in the search result, 0 is best. Scores are not comparable between stores.
+        metadata: The store's metadata (``source``, ``ref_doc_id``, ``start_index``, ...).
+    """
+
+    text: str
+    id: str | None = None
+    rank: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that a drafter proposes: a chain, or a tree where ``parents`` is given.
+
+    Attributes:
+        token_ids: One id a node. A parent stands before its children.
+        parents: Index of each node's parent in ``token_ids``, -1 for the root (the last committed
+            token). ``None`` is the chain -1, 0, 1, ...
+        probs: ``[num_nodes, vocab]`` float32, the law each token was *sampled* from; ``None`` for a
+            deterministic draft. Sampled drafts are chains.
+        logits: ``[num_nodes + 1, vocab]`` or ``[num_nodes, vocab]``, the drafter's raw logits at each
+            node and after the last one; given only when knowledge transfer asks for them. Chains only.
+        source: Name of the drafter, for the statistics.
+        sources: Name of the drafter of each node, for drafts fused of several.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    parents: tuple[int, ...] | None = None
+    probs: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    source: str = ""
+    sources: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of drafted tokens."""
+        return len(self.token_ids)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every node is the only child of the one before it."""
+        return self.parents is None or all(p == i - 1 for i, p in enumerate(self.parents))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBlock:
+    """What one target step committed.
+
+    Attributes:
+        token_ids: The committed ids: accepted draft tokens, then the target's own (bonus or recovered) one.
+        num_draft_tokens: Drafted tokens that the step verified.
+        num_accepted_tokens: Drafted tokens among ``token_ids``.
+        finish_reason: Set on the last block of a stream.
+    """
+
+    token_ids: tuple[int, ...]
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """A piece of the answer's text.
+
+    Attributes:
+        text: New text; may be empty (bytes held back, or the last chunk).
+        token_ids: The ids committed since the chunk before.
+        finish_reason: Set on the last chunk.
+        stats: This answer's statistics, on the last chunk.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    stats: DecodingStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A whole answer: the join of its stream.
+
+    Attributes:
+        text: The answer, without the prompt, cut at the first stop string.
+        token_ids: The ids behind it.
+        finish_reason: ``"stop"`` (end token or stop string) or ``"length"``.
+        stats: This answer's statistics.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: DecodingStats
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a drafter may know of an answer before it starts.
+
+    Attributes:
+        prompt_ids: The target's prompt.
+        chunk_ids: The retrieved chunks as token ids, best first.
+        drafter_prompt_ids: The short prompt for a model drafter; ``None``: it reads the target's.
+        temperature: 0 is greedy.
+        top_p: Nucleus of the sampling law.
+        top_k: 0 is off.
+        seed: Seed of the drafter's own draws.
+        wants_logits: Knowledge transfer is on: drafts must carry ``Draft.logits``.
+    """
+
+    prompt_ids: Sequence[int]
+    chunk_ids: Sequence[Sequence[int]] = ()
+    drafter_prompt_ids: Sequence[int] | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    wants_logits: bool = False

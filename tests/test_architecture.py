@@ -1,0 +1,112 @@
+"""Who may know whom, and rules of the house that no linter holds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rasd_integrations
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "rasd_integrations").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+MAX_LINES = 400
+
+
+def imported_by(module: str) -> set[str]:
+    """Return the top-level modules that importing ``module`` brings into a fresh interpreter."""
+    code = f"import {module}, sys; print(*{{m.partition('.')[0] for m in sys.modules}})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(out.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("rasd_integrations", {"langchain_core", "llama_index", "chromadb", "faiss", "rich"}),
+        ("rasd_integrations.retrieval", {"langchain_core", "llama_index", "chromadb", "faiss"}),
+        ("rasd_integrations.langchain", {"llama_index", "chromadb", "faiss"}),
+        ("rasd_integrations.llama_index", {"langchain_core", "chromadb", "faiss"}),
+        ("rasd_integrations.cli", {"langchain_core", "llama_index", "chromadb", "faiss", "rich"}),
+    ],
+)
+def test_a_room_brings_no_framework_or_store_that_it_does_not_serve(
+    module: str, unwanted: set[str]
+) -> None:
+    """Importing a room leaves the other frameworks and every store alone."""
+    assert set() == imported_by(module) & unwanted
+
+
+def test_the_version_is_the_installed_one() -> None:
+    """The single source of the version is what pip sees."""
+    from rasd_integrations._version import __version__
+
+    assert __version__ == rasd_integrations.__version__
+    try:
+        installed = importlib.metadata.version("rasd-integrations")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package is run from its folder, not installed")
+    assert __version__ == installed
+
+
+def test_all_names_what_is_public() -> None:
+    """Every name in ``__all__`` exists and says in a docstring what it is."""
+    documented = [n for n in rasd_integrations.__all__ if getattr(rasd_integrations, n).__doc__]
+    assert [n for n in rasd_integrations.__all__ if n != "__version__"] == [
+        n for n in documented if n != "__version__"
+    ]
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_file_grows_past_its_idea(path: Path) -> None:
+    """A file over the limit holds a second idea."""
+    assert MAX_LINES >= len(path.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_test_says_what_it_shows(path: Path) -> None:
+    """Each test function has a docstring."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    silent = [f.name for f in functions if f.name.startswith("test_") and not ast.get_docstring(f)]
+    assert [] == silent
+
+
+def test_pages_link_to_files_that_exist() -> None:
+    """Every relative link of the README and the docs leads somewhere."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+        if not (page.parent / link).exists()
+    ]
+    assert [] == broken
+
+
+def test_every_extra_is_part_of_all() -> None:
+    """``pip install 'rasd-integrations[all]'`` leaves no extra out."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    (everything,) = extras["all"]
+    assert set(extras) - {"all"} == set(re.findall(r"[\w-]+", everything.partition("[")[2]))
+
+
+def test_every_dependency_is_bounded_on_both_sides() -> None:
+    """A new major version of a dependency is taken on purpose."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"]]
+    for extra in project["optional-dependencies"].values():
+        lines += [line for line in extra if not line.startswith("rasd-integrations")]
+    assert [] == [line for line in lines if not (">=" in line and ",<" in line)]

