@@ -95,6 +95,7 @@ def _quiet() -> None:
     """Keep other libraries' notices out of the progress bars, and telemetry off."""
     os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
     from transformers.utils import logging
 

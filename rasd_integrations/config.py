@@ -69,15 +69,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        stop: Any = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        given: Any = self.stop
+        stop: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given or ())
+        object.__setattr__(self, "stop", stop)
         _check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _check(
-            all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings"
-        )
+        _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

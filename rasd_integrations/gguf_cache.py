@@ -140,7 +140,7 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     transformers reads such a file (SmolLM, StarCoder) with GPT-2's pattern, where digits take the space
     before them along; a vocabulary without any such token was learned from text split at each digit.
     """
-    backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend: Any = tokenizer.backend_tokenizer
     plain = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
     if plain and not any(re.search(r"[0-9Ġ][0-9]", token) for token in tokenizer.get_vocab()):
         digits = pre_tokenizers.Digits(individual_digits=True)
@@ -172,9 +172,11 @@ def _dequantise(path: Path, dtype: torch.dtype) -> Any:
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     template = tokenizer.chat_template or ""
-    names = [t for t in _TURN_ENDS if t in template and t in tokenizer.get_vocab()]
-    ids = {tokenizer.convert_tokens_to_ids(name) for name in names}
-    return sorted(ids | ({tokenizer.eos_token_id} - {None}))
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[end] for end in _TURN_ENDS if end in template and end in vocabulary}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return sorted(ids)
 
 
 def _check_dependencies() -> None:

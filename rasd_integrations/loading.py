@@ -24,7 +24,14 @@ from rasd_integrations.errors import DeviceMemoryError, MissingDependencyError, 
 from rasd_integrations.gguf_cache import model_folder, tokenizer_folder
 from rasd_integrations.packaged import packaged_model
 
-__all__ = ["LoadedModel", "load_config", "load_model", "load_tokenizer", "packaged_model"]
+__all__ = [
+    "LoadedModel",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "load_window",
+    "packaged_model",
+]
 
 _HUB_KWARGS = (
     "revision",
@@ -62,11 +69,11 @@ def load_model(name: str | Path, model_kwargs: Mapping[str, Any] | None = None) 
     options = {"dtype": torch.bfloat16, **(model_kwargs or {})}
     tokenizer = load_tokenizer(name, options)
     with _explained(name), _weights(name, options) as (source, where):
-        config = AutoConfig.from_pretrained(source, **where)
-        _check_causal(name, config)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        _check_causal(name, AutoConfig.from_pretrained(source, **where))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, **{**options, **where, "output_loading_info": True}
         )
+        model, report = loaded
         if missing := sorted(report["missing_keys"]):
             msg = (
                 f"The weights of {str(name)!r} lack {missing[0]} and {len(missing) - 1} more of a "
@@ -110,6 +117,24 @@ def load_config(
     with _explained(name), _weights(name, model_kwargs or {}) as (source, where):
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **where)
     return config
+
+
+def load_window(name: str | Path, model_kwargs: Mapping[str, Any] | None = None) -> int:
+    """Return the longest sequence that a model reads, in tokens, from its config.
+
+    Raises:
+        ModelLoadError: The config is missing or broken, or names no window.
+        MissingDependencyError: A GGUF file needs the extra ``gguf``.
+    """
+    config = load_config(name, model_kwargs).get_text_config()
+    window = getattr(config, "max_position_embeddings", None)
+    if not isinstance(window, int):
+        msg = (
+            f"The config of {str(name)!r} names no max_position_embeddings, so its window is not known. "
+            f"Add the field to its config.json."
+        )
+        raise ModelLoadError(msg)
+    return window
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Loaded models, shared: weights stand once in a process, however many wrappers use them."""
+"""Loaded models and what is made of them. Weights stand once in a process, however many wrappers use them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rasd_integrations.drafters.base import Drafter
+from rasd_integrations.drafters.cascade import CascadeDrafter
+from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.packing import pack_linears
 from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
@@ -61,6 +65,46 @@ def shared_model(name: str | Path, model_kwargs: Mapping[str, Any]) -> SharedMod
             pack_linears(loaded.model)
             known = _loaded[key] = SharedModel(loaded.model, loaded.tokenizer, loaded.name)
         return known
+
+
+def make_drafter(
+    spec: str | Path | Drafter | None,
+    target: SharedModel,
+    drafter_model: SharedModel | None,
+    *,
+    lossless: bool,
+    model_kwargs: Mapping[str, Any],
+    cache_bytes: int,
+) -> Drafter | None:
+    """Make the drafter that ``spec`` names.
+
+    Args:
+        spec: ``"auto"``, ``"self"``, a model's hub id or path, a drafter, or ``None``.
+        target: The model that is drafted for.
+        drafter_model: A drafter model that is loaded already.
+        lossless: Whether the output follows the target alone; a lossy law needs a drafter's law.
+        model_kwargs: For loading a drafter model.
+        cache_bytes: Most memory for the drafter model's kept keys and values.
+
+    Raises:
+        ModelLoadError: The drafter model is missing or broken.
+        VocabularyMismatchError: It has another vocabulary.
+    """
+    if spec is None or not isinstance(spec, str | Path):
+        return spec
+    if drafter_model is None and spec not in ("auto", "self"):
+        drafter_model = shared_model(spec, model_kwargs)
+        check_same_vocabulary(target, drafter_model)
+    if drafter_model is None and spec == "auto" and lossless:
+        return SuffixDrafter()
+    own = drafter_model or target
+    model = ModelDrafter(
+        own.target,
+        vocab_size=target.target.vocab_size,
+        needs_own_prompt=own is target,
+        prefix_cache=PrefixCache(cache_bytes),
+    )
+    return CascadeDrafter(model, SuffixDrafter())
 
 
 def check_same_vocabulary(target: SharedModel, drafter: SharedModel) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from rasd_integrations.aio import iterate_in_thread
-from rasd_integrations.config import ContextMode, RetrievalConfig, SamplingParams, SpeculationConfig
+from rasd_integrations.assembly import (
+    draft_context,
+    encode,
+    head_ids,
+    joined,
+    note,
+    template_tokens,
+)
+from rasd_integrations.config import (
+    ContextMode,
+    RetrievalConfig,
+    SamplingParams,
+    SpeculationConfig,
+    reject_unknown,
+)
 from rasd_integrations.drafters.base import Drafter
-from rasd_integrations.drafters.cascade import CascadeDrafter
-from rasd_integrations.drafters.model import ModelDrafter
-from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.errors import ConfigurationError, DecodingError
-from rasd_integrations.loading import load_tokenizer, load_window
+from rasd_integrations.loading import load_config, load_tokenizer
 from rasd_integrations.models import (
     SharedModel,
     check_drafter_spec,
-    check_same_vocabulary,
+    make_drafter,
     shared_model,
 )
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
@@ -38,7 +49,7 @@ from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.stream import stream_text
 from rasd_integrations.text.template import ChatTemplate
-from rasd_integrations.types import DraftContext, FinishReason, Generation, TextChunk
+from rasd_integrations.types import Generation, TextChunk
 
 DEFAULT_PREFIX_CACHE_BYTES = 2 << 30
 
@@ -65,6 +76,7 @@ class RASD:
         speculation: SpeculationConfig | None = None,
         prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
         namespace: str = "",
+        **unknown: Any,
     ) -> None:
         """Check the options; load nothing. The first call loads, or :meth:`ensure_loaded`.
 
@@ -81,11 +93,13 @@ class RASD:
             speculation: Draft lengths and laws.
             prefix_cache_bytes: Most memory for keys and values kept between answers.
             namespace: Keys and values are shared only within a namespace.
+            **unknown: Refused, with the nearest valid name.
 
         Raises:
             ConfigurationError: An option, or a combination, that cannot work.
             RetrievalError: ``store`` cannot be used as a chunk source.
         """
+        reject_unknown(unknown, signature(RASD.__init__).parameters, "RASD")
         check_drafter_spec(drafter)
         if context not in ("prompt", "documents"):
             msg = f"context is {context!r}, but must be 'prompt' or 'documents'."
@@ -113,6 +127,7 @@ class RASD:
         self._drafter_model: SharedModel | None = None
         self._decoder: SpeculativeDecoder | None = None
         self._template: ChatTemplate | None = None
+        self._planner: PromptPlanner | None = None
         self._window: int | None = None
         self._closed = False
         self.stats = DecodingStats()
@@ -186,29 +201,18 @@ class RASD:
                 self._window = self._shared.target.window
                 self._decoder = SpeculativeDecoder(
                     self._shared.target,
-                    self._make_drafter(self._shared),
+                    make_drafter(
+                        self._drafter_spec,
+                        self._shared,
+                        self._drafter_model,
+                        lossless=self._speculation.lossless,
+                        model_kwargs=self._model_kwargs,
+                        cache_bytes=self._prefix_cache_bytes // 4,
+                    ),
                     config=self._speculation,
                     prefix_cache=self._shared.prefix_cache(self._prefix_cache_bytes),
                 )
             return self._decoder
-
-    def _make_drafter(self, target: SharedModel) -> Drafter | None:
-        spec = self._drafter_spec
-        if spec is None or not isinstance(spec, str | Path):
-            return spec
-        if self._drafter_model is None and spec not in ("auto", "self"):
-            self._drafter_model = shared_model(spec, self._model_kwargs)
-            check_same_vocabulary(target, self._drafter_model)
-        if self._drafter_model is None and spec == "auto" and self._speculation.lossless:
-            return SuffixDrafter()
-        own = self._drafter_model or target
-        model = ModelDrafter(
-            own.target,
-            vocab_size=target.target.vocab_size,
-            needs_own_prompt=own is target,
-            prefix_cache=PrefixCache(self._prefix_cache_bytes // 4),
-        )
-        return CascadeDrafter(model, SuffixDrafter())
 
     def _text(self) -> ChatTemplate:
         with self._lock:
@@ -228,7 +232,8 @@ class RASD:
             if self._shared is not None:
                 self.ensure_loaded()
             else:
-                self._window = load_window(self.model_name, self._model_kwargs)
+                config = load_config(self.model_name, self._model_kwargs)
+                self._window = int(config.get_text_config().max_position_embeddings)
         return int(self._window or 0)
 
     @property
@@ -254,13 +259,26 @@ class RASD:
             out["store"] = self._source.fingerprint()
         return out
 
+    def _prompts(self) -> PromptPlanner:
+        with self._lock:
+            if self._planner is None:
+                self._planner = PromptPlanner(
+                    self._source,
+                    self._retrieval,
+                    self._context,
+                    lambda text: len(self.encode(text)),
+                )
+            return self._planner
+
     def attach(self, store: object) -> None:
         """Take ``store``, anything ``as_chunk_source`` takes, as the source of chunks.
 
         Raises:
             RetrievalError: It cannot be used as one.
         """
-        self._source = GuardedSource(as_chunk_source(store), self._retrieval.timeout_s)
+        source = GuardedSource(as_chunk_source(store), self._retrieval.timeout_s)
+        with self._lock:
+            self._source, self._planner = source, None
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without special tokens."""
@@ -268,15 +286,7 @@ class RASD:
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Return the tokens of a prompt as the model reads it, template included."""
-        return len(self._encode(prompt))
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        template = self._text()
-        return (
-            template.encode_text(prompt)
-            if isinstance(prompt, str)
-            else template.encode_messages(prompt)
-        )
+        return len(encode(self._text(), prompt))
 
     # From prompt to text.
 
@@ -303,16 +313,17 @@ class RASD:
         stats = DecodingStats()
         started = time.perf_counter()
         plan = self._plan(prompt, params, hints, decoder)
-        prompt_ids = self._encode(plan.target)
-        context = self._draft_context(plan, prompt_ids)
-        _note(plan, stats, context)
+        template = self._text()
+        prompt_ids = encode(template, plan.target)
+        context = draft_context(template, plan, int(self._retrieval.gate_share * len(prompt_ids)))
+        note(plan, context, stats)
         stats.total_s += time.perf_counter() - started
         blocks = decoder.generate(
             prompt_ids, params, context=context, stats=stats, namespace=self._namespace
         )
         return self._counted(
             stream_text(
-                blocks, IncrementalDetokenizer(self._text().tokenizer), params.stop, lambda: stats
+                blocks, IncrementalDetokenizer(template.tokenizer), params.stop, lambda: stats
             ),
             stats,
         )
@@ -325,7 +336,7 @@ class RASD:
         hints: PromptHints | None = None,
     ) -> Generation:
         """Return the whole answer: the join of :meth:`stream`."""
-        return _joined(list(self.stream(prompt, params, hints=hints)))
+        return joined(list(self.stream(prompt, params, hints=hints)))
 
     def astream(
         self,
@@ -345,7 +356,7 @@ class RASD:
         hints: PromptHints | None = None,
     ) -> Generation:
         """Return the whole answer without blocking the event loop."""
-        return _joined([chunk async for chunk in self.astream(prompt, params, hints=hints)])
+        return joined([chunk async for chunk in self.astream(prompt, params, hints=hints)])
 
     def warm(self, documents: Sequence[Prompt]) -> None:
         """Prefill documents and keep their keys and values ahead of questions.
@@ -355,25 +366,9 @@ class RASD:
         """
         decoder = self._ready()
         for document in documents:
-            for _ in decoder.prefill(self._head_ids(document), namespace=self._namespace):
+            head = head_ids(self._text(), document)
+            for _ in decoder.prefill(head, namespace=self._namespace):
                 pass
-
-    def _head_ids(self, document: Prompt) -> list[int]:
-        """Return the ids that every prompt beginning with ``document`` shares."""
-        if not self.has_chat_template and isinstance(document, str):
-            return self._encode(document)
-        messages = (
-            [{"role": "user", "content": document}] if isinstance(document, str) else list(document)
-        )
-        last = dict(messages[-1])
-        variants = [
-            self._encode([*messages[:-1], {**last, "content": f"{last['content']}\n\n{tail}"}])
-            for tail in ("A", "7")
-        ]
-        same = next(
-            (i for i, pair in enumerate(zip(*variants, strict=False)) if pair[0] != pair[1]), 0
-        )
-        return variants[0][:same]
 
     def _plan(
         self,
@@ -384,27 +379,11 @@ class RASD:
     ) -> PromptPlan:
         if self._context == "prompt" and decoder.drafter is None:
             return PromptPlan(target=prompt)
-        overhead = self.count_tokens("a") if isinstance(prompt, str) else _TEMPLATE_TOKENS
-        planner = PromptPlanner(
-            self._source, self._retrieval, self._context, lambda text: len(self.encode(text))
-        )
-        return planner.plan(
+        return self._prompts().plan(
             prompt,
             hints=hints,
-            room=decoder.target.window - params.max_tokens - overhead,
+            room=decoder.target.window - params.max_tokens - template_tokens(self._text(), prompt),
             wants_drafter_prompt=bool(getattr(decoder.drafter, "wants_prompt", False)),
-        )
-
-    def _draft_context(self, plan: PromptPlan, prompt_ids: list[int]) -> DraftContext:
-        drafter_ids = None
-        if plan.drafter is not None:
-            drafter_ids = tuple(self._encode(plan.drafter))
-            if len(drafter_ids) > self._retrieval.gate_share * len(prompt_ids):
-                drafter_ids = None
-        return DraftContext(
-            prompt_ids=(),
-            chunk_ids=tuple(tuple(self.encode(chunk.text)) for chunk in plan.chunks),
-            drafter_prompt_ids=drafter_ids,
         )
 
     def _counted(self, chunks: Iterator[TextChunk], stats: DecodingStats) -> Iterator[TextChunk]:
@@ -413,28 +392,3 @@ class RASD:
         finally:
             with self._lock:
                 self.stats.add(stats)
-
-
-_TEMPLATE_TOKENS = 64  # room for what a template writes round a few messages
-
-
-def _note(plan: PromptPlan, stats: DecodingStats, context: DraftContext) -> None:
-    """Write what was planned into the answer's statistics."""
-    stats.question_source = plan.question_source
-    stats.chunk_source = plan.chunk_source
-    stats.num_chunks = len(plan.chunks)
-    stats.faults = plan.faults
-    stats.omitted_tokens = plan.omitted_tokens
-    stats.retrieve_s = plan.retrieve_s
-    stats.drafter_prompt_tokens = len(context.drafter_prompt_ids or ())
-
-
-def _joined(chunks: Sequence[TextChunk]) -> Generation:
-    last = chunks[-1]
-    reason: FinishReason = last.finish_reason or "length"
-    return Generation(
-        text="".join(c.text for c in chunks),
-        token_ids=tuple(t for c in chunks for t in c.token_ids),
-        finish_reason=reason,
-        stats=last.stats or DecodingStats(),
-    )

@@ -1,4 +1,4 @@
-"""Stand-ins for the LangChain edge's neighbours: an engine that answers from a script, and embeddings."""
+"""Neighbours of the LangChain edge: an engine that answers from a script, one that records, embeddings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from langchain_core.embeddings import Embeddings
 
 from rasd_integrations.config import SamplingParams
+from rasd_integrations.runtime import RASD
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import TextChunk
 
@@ -108,6 +109,21 @@ class FakeRASD:
 
     def close(self):
         self.closed = True
+
+
+class RecordingRASD(RASD):
+    """The real engine, which also records every call; `answer(prompt)` scripts what it says."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.calls = []
+        self.answer = None
+
+    def stream(self, prompt, params=None, *, hints=None):
+        self.calls.append(Call(prompt, params, hints))
+        if self.answer is None:
+            return super().stream(prompt, params, hints=hints)
+        return (piece for piece in [TextChunk(self.answer(prompt), (), "stop", DecodingStats())])
 
 
 class WordEmbeddings(Embeddings):

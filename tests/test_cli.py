@@ -100,13 +100,13 @@ def test_our_own_topics_are_asked_of_our_own_docs_alone() -> None:
     assert {t.questions for t in theirs} == {GENERIC}
 
 
-def test_whole_documents_are_chosen_by_rank_and_ordered_by_name() -> None:
-    """The best documents fill the room; the order does not depend on the question."""
+def test_whole_documents_are_chosen_by_rank_and_end_with_the_best() -> None:
+    """The best documents fill the room, each once, and the best one stands next to the question."""
     from rasd_integrations.demo.pipelines import whole_documents
 
     texts = {"a": "AAAA", "b": "BBBB", "c": "CCCC"}
-    assert whole_documents(["c", "a", "c"], texts, 100) == "[a]\nAAAA\n\n[c]\nCCCC"
-    assert whole_documents(["c", "a", "b"], texts, 6) == "[a]\nAA\n\n[c]\nCCCC"
+    assert whole_documents(["c", "a", "c"], texts, 100) == "AAAA\n\nCCCC"
+    assert whole_documents(["c", "a", "b"], texts, 6) == "AA\n\nCCCC"
 
 
 def test_a_timed_stream_reads_the_counters_of_its_own_answer() -> None:

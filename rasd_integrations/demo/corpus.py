@@ -15,13 +15,13 @@ GENERIC = (
     "List the most important points of this text.",
 )
 OWN_TOPICS = {
-    "how the parts of the project fit together: rooms, engine, drafters, retrieval": (
-        "Which rooms does the package have, and what is each of them for?",
-        "What does a step of the target return, and why is nothing ever rolled back?",
+    "glossary: what the words target, drafter, draft, block and chunk mean": (
+        "What is the window?",
+        "What is a bonus token?",
     ),
-    "losslessness: which options change the answer and which change only the time": (
-        "Which options change what is said, and which change only the time?",
-        "Why can a draft never change the answer when decoding is greedy?",
+    "context=documents: the target reads the whole documents of the chunks; access rights": (
+        "Which documents does the target read?",
+        "When should this mode not be used?",
     ),
 }
 

@@ -50,7 +50,7 @@ def results_table(results: Results, baseline: str) -> Table:
     row(
         "same output",
         [
-            "is the measure" if name == baseline else _same(r, results[baseline])
+            "reference" if name == baseline else _same(r, results[baseline])
             for name, r in results.items()
         ],
     )

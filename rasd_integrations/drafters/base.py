@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
@@ -35,4 +36,20 @@ class Drafter(Protocol):
 
     def start(self, context: DraftContext) -> DraftSession:
         """Begin an answer."""
+        ...
+
+
+class Helper(Protocol):
+    """What a model drafter asks of the cheap drafter that drafts for it."""
+
+    def propose_after(self, extra: Sequence[int], budget: int) -> tuple[int, ...]:
+        """Return what may follow the committed tokens and ``extra``; change nothing."""
+        ...
+
+    def observe(self, block: TokenBlock) -> None:
+        """Learn what the target committed."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held."""
         ...

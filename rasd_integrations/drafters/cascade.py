@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rasd_integrations.drafters.base import DraftSession
-from rasd_integrations.drafters.model import Helper
+from rasd_integrations.drafters.base import DraftSession, Helper
 from rasd_integrations.types import DraftContext
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rasd_integrations.drafters.base import Helper
 from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.engine.sampling import process_logits, sampling_law
 from rasd_integrations.engine.target import TargetModel
@@ -15,22 +15,6 @@ from rasd_integrations.engine.verification import sample_and_walk
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 _HELPER_TOKENS = 8
-
-
-class Helper(Protocol):
-    """What a model drafter asks of the cheap drafter that drafts for it."""
-
-    def propose_after(self, extra: Sequence[int], budget: int) -> tuple[int, ...]:
-        """Return what may follow the committed tokens and ``extra``; change nothing."""
-        ...
-
-    def observe(self, block: TokenBlock) -> None:
-        """Learn what the target committed."""
-        ...
-
-    def close(self) -> None:
-        """Free what is held."""
-        ...
 
 
 class ModelDrafter:

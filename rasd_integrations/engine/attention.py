@@ -80,7 +80,10 @@ def rasd_attention(
         )  # fmt: skip
     for term in _UNSUPPORTED:
         if kwargs.get(term) is not None:
-            msg = f"{type(module).__name__} uses the attention term {term!r}, which is not supported. Use another model."
+            msg = (
+                f"{type(module).__name__} uses the attention term {term!r}, which is not supported. "
+                f"Use another model."
+            )
             raise ConfigurationError(msg)
     _, heads, n, dim = query.shape
     scale = dim**-0.5 if scaling is None else scaling

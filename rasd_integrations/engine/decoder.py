@@ -134,6 +134,7 @@ class _Answer:
             wants_logits=not self.config.lossless,
         )
         self.session: DraftSession | None = None
+        self.planned_reason = stats.off_reason  # why the drafter was given no prompt of its own
 
     def blocks(self) -> Iterator[TokenBlock]:
         started = time.perf_counter()
@@ -165,7 +166,8 @@ class _Answer:
         draft = self._propose(min(budget, room - 1))
         if self.session is not None:
             pays = budget > 0 or self.config.num_draft_tokens is not None
-            self.stats.off_reason = None if pays else "drafting does not pay on this text"
+            silent = self.planned_reason if not self.stats.drafted else None
+            self.stats.off_reason = silent if pays else "drafting does not pay on this text"
         draft_s = self._tick("draft_s", started)
         started = time.perf_counter()
         parents = None if draft.is_chain else draft.parents

@@ -76,9 +76,8 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     if not bool((total > 0).all()):
         raise no_token_error()
     uniform = _uniform(total.shape, generator).to(probs.device)
-    index = torch.searchsorted(cumulative, uniform * total, right=True)
-    # A product that rounds up to the total must not run past the last token of positive mass.
-    return torch.minimum(index, torch.searchsorted(cumulative, total)).squeeze(-1)
+    # A number under 1 times the total never rounds up to it, so the index is one of positive mass.
+    return torch.searchsorted(cumulative, uniform * total, right=True).squeeze(-1)
 
 
 def flip(chances: Sequence[float], generator: torch.Generator | None) -> list[bool]:

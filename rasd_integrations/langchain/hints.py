@@ -44,7 +44,8 @@ def prompt_hints(
     """
     messages = [] if isinstance(prompt, str) else prompt
     text = prompt if isinstance(prompt, str) else "\n".join(str(m.text) for m in messages)
-    retrievals = captured.retrievals or _standing(captured.recent, text)
+    recent = () if captured.retrievals else _standing(captured.recent, text)
+    retrievals = captured.retrievals or recent
     templates = [v for t in captured.templates for v in _entries(t, text)]
     chains = [v for c in captured.chains for v in _entries(c, text)]
 
@@ -53,7 +54,8 @@ def prompt_hints(
     found = {
         "question": question,
         "question_source": question_source,
-        "search_query": _search_query(question, messages, retrievals),
+        "search_query": _own_query(question, messages, captured.retrievals)
+        or next((r.query for r in recent if stands(r.query, text)), None),
         "chunks": chunks,
         "chunk_source": chunk_source,
         "context": _context([*templates, *chains], question, chunks, text),
@@ -121,7 +123,7 @@ def _is_question(value: object, text: str) -> bool:
     return isinstance(value, str) and len(value) <= _LONGEST_QUESTION and stands(value, text)
 
 
-def _search_query(
+def _own_query(
     question: str | None, messages: Sequence[BaseMessage], retrievals: Sequence[Retrieval]
 ) -> str | None:
     humans = [i for i, m in enumerate(messages) if isinstance(m, HumanMessage)]

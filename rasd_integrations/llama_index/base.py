@@ -125,7 +125,9 @@ class RASDOptions(LLM):
     @field_serializer("drafter")
     def _drafter_name(self, drafter: Any) -> str | None:
         # A Drafter object cannot be written down; who reads the settings back gets the default.
-        return drafter if drafter is None or isinstance(drafter, str) else "auto"
+        if drafter is None:
+            return None
+        return str(drafter) if isinstance(drafter, str | Path) else "auto"
 
     @property
     def max_new_tokens(self) -> int:

@@ -13,6 +13,9 @@ def configure_settings(llm: RASDLLM) -> None:
 
     Without it LlamaIndex packs prompts by the tokens of another model and leaves no room for the chat
     template, so that a context packed to the brim can exceed the window. Loads no weights.
+
+    The mode ``simple_summarize`` stays a risk at the brim: LlamaIndex shows its context as an escaped list,
+    which has more tokens than it counts.
     """
     room = llm.metadata.context_window - llm.template_tokens()
     Settings.llm = llm

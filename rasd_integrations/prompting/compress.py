@@ -118,9 +118,9 @@ class Compressor:
             context = index.context
             yield clean(view, [context, *(s for s in tools if s.message != context.message)])
         if found.frame:
-            hulls = hulls(found.frame)
-            framed = {hull.message for hull in hulls}
-            yield clean(view, [*hulls, *(s for s in tools if s.message not in framed)])
+            frames = hulls(found.frame)
+            framed = {frame.message for frame in frames}
+            yield clean(view, [*frames, *(s for s in tools if s.message not in framed)])
         yield clean(view, [s for spans in inner.values() for s in spans])
 
     def _choose(
@@ -147,7 +147,7 @@ class Compressor:
                 choice.extra.append(item)
         gaps = without(regions, [at.span for at in passages])
         pieces = self._ranker.rank(
-            view, gaps, question.words, scale.chunk_chars, all=not choice.spans
+            view, gaps, question.words, scale.chunk_chars, complete=not choice.spans
         )
         for piece in pieces:
             if len(piece) > left and choice.spans:

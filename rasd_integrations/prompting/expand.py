@@ -26,11 +26,10 @@ _JOINT = "\n\n"
 _JOINT_TOKENS = 4
 _ROUNDS = 3
 _LEAST_CHARS = 24  # a shorter text without an id may stand in any document
-# Between chunks: labels ("Source: ..."), and what `repr` writes round a Document's text.
-_SCAFFOLD = re.compile(
-    r"\s*\W*\w[\w .-]{0,40}:[^\n]*(?:\n\W*\w[\w .-]{0,40}:[^\n]*|\n\s*)*\Z|.*(?:page_content=|metadata=)",
-    re.DOTALL,
-)
+_LONGEST_HEADER = 300
+_LABEL = re.compile(r"\W{0,8}\w[\w .-]{0,40}['\"]?:")
+# What `str` writes round the text of a list of Documents.
+_REPR = re.compile(r"Document\(|(?:id|metadata|page_content)=|\{[^{}]{0,2000}\}|'[^']{0,64}'|None")
 
 
 @dataclass(slots=True)
@@ -163,11 +162,15 @@ def _leftovers(view: PromptView, region: Span, documents: Sequence[_Document]) -
     """Return what else stands in the region: chunks of no known document, facts of other kinds."""
     gaps = without([region], [span for d in documents for span in d.spans])
     texts = [view.text(gap).strip() for gap in gaps]
-    return [
-        t
-        for t in texts
-        if any(c.isalnum() for c in t.replace("\\n", "")) and not _SCAFFOLD.match(t)
-    ]
+    return [text for text in texts if not _is_scaffold(text)]
+
+
+def _is_scaffold(text: str) -> bool:
+    """Whether ``text`` only sets chunks apart: rules, "Source: ..." lines, what `repr` adds."""
+    if "page_content=" in text or "metadata=" in text:
+        text = _REPR.sub("", text)
+    said = [line for line in text.split("\n") if any(c.isalnum() for c in line.replace("\\n", ""))]
+    return not said or (len(text) <= _LONGEST_HEADER and all(map(_LABEL.match, said)))
 
 
 def _fitted(

@@ -97,17 +97,17 @@ class PieceRanker:
         question: str,
         size: int,
         *,
-        all: bool,  # noqa: A002
+        complete: bool,
     ) -> list[Span]:
         """Return pieces of about ``size`` characters of ``gaps``, best first.
 
-        ``all``: those that share no word with the question follow, in reading order.
+        ``complete``: those that share no word with the question follow, in reading order.
         """
         texts = [view.text(gap) for gap in gaps]
         size = max(size, _LEAST)
         cut = self._cuts.get((str(size), *texts), lambda: _cut(texts, size))
         order = cut.index.rank(question)
-        if all:
+        if complete:
             seen = set(order)
             order = [*order, *(i for i in range(len(cut.pieces)) if i not in seen)]
         ranked = (cut.pieces[i] for i in order)

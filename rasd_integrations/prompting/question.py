@@ -31,8 +31,8 @@ _REFINE = re.compile(
     r"\brefin(?:e|ing)\s+(?:the\s+|an\s+)?(?:existing|original|previous)\s+answer", re.IGNORECASE
 )
 _MARKER = re.compile(
-    r"^[ \t#*]{0,8}(?:user[ \t]|final[ \t]|original[ \t])?(?:question|query|human|user|input)[ \t*]{0,8}[:：][ \t*]{0,8}"
-    r"(?:\n[ \t]{0,8})?(?=\S)",
+    r"^[ \t#*]{0,8}(?:user[ \t]|final[ \t]|original[ \t])?"
+    r"(?:question|query|human|user|input)[ \t*]{0,8}[:：][ \t*]{0,8}(?:\n[ \t]{0,8})?(?=\S)",
     re.IGNORECASE | re.MULTILINE,
 )
 _FOLLOWS = re.compile(r"(?:question|query) is as follows:[ \t]*([^\n]+)", re.IGNORECASE)

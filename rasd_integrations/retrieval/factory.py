@@ -102,7 +102,7 @@ def _complete(obj: Any) -> ChunkSource | None:
         return from_index(obj)
     if isinstance(obj, ChunkSource):
         return obj
-    if callable(obj) and not _is_retriever(obj):
+    if callable(obj) and not _is_of_a_framework(obj):
         from rasd_integrations.retrieval.function import FunctionSource
 
         return FunctionSource(obj)
@@ -142,8 +142,10 @@ def _inner_source(inner: Any, depth: int) -> ChunkSource | None:
     return _complete(inner) or _unwrapped(inner, depth - 1)
 
 
-def _is_retriever(obj: object) -> bool:
-    return is_a(obj, "langchain_core", "Runnable") or is_a(obj, "llama_index", "BaseRetriever")
+def _is_of_a_framework(obj: object) -> bool:
+    """Return whether calling ``obj`` may run a model: chains, retrievers, tools."""
+    packages = {c.__module__.split(".")[0] for c in type(obj).__mro__}
+    return any(p == "llama_index" or p.startswith("langchain") for p in packages)
 
 
 def _is_faiss_index(obj: object) -> bool:

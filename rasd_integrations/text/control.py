@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -28,8 +28,7 @@ class ControlTokens:
         Strings are found in mappings and lists at any depth; roles and keys are left alone. The mark
         stands nowhere else in ``value``: what is joined round it may be split at it again.
         """
-        texts: list[str] = []
-        _map_strings(value, lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]
+        texts = list(_strings(value))
         # Private-use characters: no template trims or escapes them.
         marks = (f"\uf8f0{number}\uf8f1" for number in itertools.count())
         mark = next(m for m in marks if not any(m in text for text in texts))
@@ -46,6 +45,15 @@ class ControlTokens:
                 pieces.append(text[done : at + 1])
                 done = at + 1
         return mark.join([*pieces, text[done:]])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(map(_strings, value))
 
 
 def _map_strings(value: Any, change: Callable[[str], str], key: object = None) -> Any:

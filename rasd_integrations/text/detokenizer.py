@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -64,7 +65,5 @@ class IncrementalDetokenizer:
 
 
 def _byte_fallback_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    ids = tokenizer.convert_tokens_to_ids(tokens)
-    unknown = tokenizer.unk_token_id
-    return frozenset(i for i in ids if i is not None and i != unknown)
+    ids: Any = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+    return frozenset(ids) - {None, tokenizer.unk_token_id}

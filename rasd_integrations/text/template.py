@@ -29,6 +29,8 @@ _locks_guard = threading.Lock()
 class ChatTemplate:
     """From messages or text to the token ids a model reads. Safe to use from many threads.
 
+    Lone surrogates, which are no Unicode, are read as question marks.
+
     Attributes:
         tokenizer: The model's own.
     """
@@ -144,9 +146,8 @@ class ChatTemplate:
         try:
             return self._template(messages, tools, continue_final_message=True)
         except ValueError:  # the template rewrites the last message, so its end cannot be found
-            return (
-                self._template(messages[:-1], tools, add_generation_prompt=True) + last["content"]
-            )
+            head = self._template(messages[:-1], tools, add_generation_prompt=True)
+            return f"{head}{last['content']}"
 
     def _template(
         self,
@@ -155,7 +156,7 @@ class ChatTemplate:
         **mode: bool,
     ) -> str:
         options = {**mode, **self._kwargs}
-        listed = list(tools) if tools else None
+        listed: Any = list(tools) if tools else None
         return str(
             self.tokenizer.apply_chat_template(messages, tools=listed, tokenize=False, **options)
         )
@@ -175,11 +176,15 @@ class ChatTemplate:
         return self._ids(text)
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        text = text.encode("utf-8", "replace").decode()  # lone surrogates are no text: "?"
         with self._lock:
             return list(self.tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    if not messages:
+        msg = "The prompt has no messages. Give at least one."
+        raise PromptError(msg)
     plain = [plain_message(message) for message in messages]
     if not any(m["content"].strip() or m.get("tool_calls") for m in plain):
         msg = "The prompt is empty. Give at least one message with text."

@@ -71,6 +71,20 @@ def test_followers_are_the_tokens_that_followed(text):
         assert {t for _, t, _ in automaton.followers(state, 99)} == expected
 
 
+@given(st.lists(st.integers(0, 2), max_size=24))
+def test_the_automaton_holds_every_substring_and_nothing_else(text):
+    """Walking any substring finds exactly the tokens that followed it, to the text's end."""
+    automaton = SuffixAutomaton(text)
+    for start in range(len(text)):
+        state = 0
+        for end in range(start, len(text)):
+            state = automaton._target(state, text[end])
+            needle = text[start : end + 1]
+            followed = {text[e + 1] for e in occurrences(text, needle) if e + 1 < len(text)}
+            assert state
+            assert {t for _, t, _ in automaton.followers(state, 99)} == followed
+
+
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=6).map(lambda t: [*t, 7]))
 def test_followers_are_ordered_by_count_then_recency(text):
     """Shares are the counts of brute force, most frequent first, ties to the latest."""
@@ -108,6 +122,15 @@ def test_no_match_crosses_a_separator(first, second):
         len(s) for s in suffixes if occurrences(first, s) or len(occurrences(second, s)) > 1
     )
     assert length == expected
+
+
+def test_separators_do_not_match_each_other():
+    """Texts that begin alike match from their first token on, not from the separator before it."""
+    automaton = SuffixAutomaton([9])
+    for text in ([1, 2, 3], [1, 2]):
+        automaton.separate()
+        automaton.extend(text)
+    assert automaton.match()[1] == 2
 
 
 @given(TEXTS)

@@ -108,13 +108,14 @@ def test_draws_follow_the_law():
         assert abs(p - frequency) <= 5 * math.sqrt(p * (1 - p) / n)
 
 
+@pytest.mark.parametrize("mass", [0.1, 1 / 3, 0.5, 0.5 + 2**-24, 1.5])
 @pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2**-53, 3)])
-def test_draw_never_returns_a_token_without_mass(monkeypatch, uniform, token):
+def test_draw_never_returns_a_token_without_mass(monkeypatch, uniform, token, mass):
     """The ends of the unit interval meet the first and the last token of positive mass."""
     monkeypatch.setattr(
         torch, "rand", lambda *a, **k: torch.full((1,), uniform, dtype=torch.float64)
     )
-    assert draw(torch.tensor([0.0, 1.5, 0.0, 1.5, 0.0]), None).item() == token
+    assert draw(torch.tensor([0.0, mass, 0.0, mass, 0.0]), None).item() == token
 
 
 def test_draw_is_reproducible_and_takes_one_number_a_row():

@@ -196,6 +196,13 @@ def test_the_token_after_the_draft_follows_p_where_q_is_unknown(oracle, rule):
         assert law[token, 0] == pytest.approx(p, abs=1e-6)
 
 
+def test_greedy_after_the_draft_is_the_targets_where_q_is_unknown():
+    """Without a drafter row after the last token the bonus is the target's arg max."""
+    z = torch.tensor([[0.0, 4.0], [1.0, 2.0]])
+    draft = Draft((1,), logits=torch.tensor([[0.0, 1.0]]))
+    assert rapid_verify(z, draft, *GREEDY, 5.0) == (Verdict((0,), 1), 0.0)
+
+
 def test_truncated_laws_shape_both_p_and_q(oracle, rule):
     """Top-k and temperature act on target and drafter alike before the rule."""
     z, z_q = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(5)) * 2

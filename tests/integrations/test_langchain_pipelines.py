@@ -7,11 +7,12 @@ it stands in the prompt, and the Documents, without any change to the chain.
 from __future__ import annotations
 
 import asyncio
+import functools
 import uuid
 from typing import Any
 
 import pytest
-from fakes_langchain import FakeRASD, WordEmbeddings
+from fakes_langchain import RecordingRASD, WordEmbeddings
 from langchain.agents import create_agent
 from langchain.agents.middleware import dynamic_prompt
 from langchain_classic.chains import (
@@ -28,8 +29,10 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.vectorstores import InMemoryVectorStore
+from tiny import tiny_llama, tiny_tokenizer
 
 from rasd_integrations.langchain import RASDLLM, ChatRASD
+from rasd_integrations.langchain.capture import _recent_roots
 
 ADA = "Ada Lovelace wrote the first program in 1843."
 BREAD = "Bread needs flour, water and salt.\n\nIt bakes for forty minutes."
@@ -42,12 +45,22 @@ HOWS = ("invoke", "stream", "ainvoke", "astream", "batch", "abatch")
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", FakeRASD)
+    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", RecordingRASD)
+    _recent_roots.set(())  # what other tests retrieved in this context
+
+
+@functools.cache
+def parts():
+    return tiny_llama(max_position_embeddings=16_384), tiny_tokenizer()
+
+
+def model(kind):
+    return kind.from_model(*parts(), max_tokens=4)
 
 
 @pytest.fixture
 def llm():
-    return ChatRASD(model="org/one")
+    return model(ChatRASD)
 
 
 def documents():
@@ -167,7 +180,7 @@ async def test_lcel_with_the_bare_retriever(llm, retriever, how):
 @pytest.mark.parametrize("how", HOWS)
 async def test_lcel_with_a_plain_text_model(store, how):
     """A completion model gets the prompt as a string; the hints are the same."""
-    llm = RASDLLM(model="org/one")
+    llm = model(RASDLLM)
     retriever = store.as_retriever(search_kwargs={"k": 1})
     prompt = PromptTemplate.from_template("{context}\nQ: {question}\nA:")
     chain = {"context": retriever | joined, "question": RunnablePassthrough()} | prompt | llm
@@ -179,7 +192,7 @@ async def test_lcel_with_a_plain_text_model(store, how):
 
 async def test_a_chat_prompt_before_a_plain_text_model(retriever):
     """Chat templates reach a completion model as "Human: ..." text and are recognised in it."""
-    llm = RASDLLM(model="org/one")
+    llm = model(RASDLLM)
     chain = {"context": retriever | joined, "question": RunnablePassthrough()} | PROMPT | llm
     await call(chain, "invoke", ABOUT_ADA)
     assert llm._rasd.calls[0].prompt.startswith("Human: ")
@@ -413,7 +426,7 @@ def asked(question):
 @pytest.mark.parametrize("response_format", ["content", "content_and_artifact"])
 async def test_agent_with_a_retriever_tool(retriever, how, response_format):
     """Documents come by event or artifact; question and query are the planner's to read in the history."""
-    llm = ToolCallingRASD(model="org/one")
+    llm = model(ToolCallingRASD)
     search = create_retriever_tool(
         retriever, "search", "Search the facts.", response_format=response_format
     )
@@ -439,7 +452,7 @@ async def test_agent_with_the_tutorials_own_tool(how):
         text = "\n\n".join(f"Source: {d.metadata}\nContent: {d.page_content}" for d in found)
         return text, found
 
-    llm = ToolCallingRASD(model="org/one")
+    llm = model(ToolCallingRASD)
     await call(create_agent(llm, [retrieve_context]), how, asked(ABOUT_ADA))
     (answer,) = llm._rasd.calls
     found = [d.page_content for d in store.similarity_search("Ada first program", k=2)]
@@ -465,7 +478,8 @@ async def test_agent_with_a_dynamic_prompt(llm, how):
 
 async def test_a_second_turn_has_the_documents_of_its_own_search(retriever):
     """An earlier turn's tool results stand in the prompt as well, but were not retrieved for this answer."""
-    llm = ToolCallingRASD(model="org/one", query="capital of France")
+    llm = model(ToolCallingRASD)
+    llm.query = "capital of France"
     agent = create_agent(llm, [create_retriever_tool(retriever, "search", "Search.")])
     earlier = [
         HumanMessage(ABOUT_ADA),
@@ -521,6 +535,14 @@ async def test_a_chain_fed_by_an_earlier_retrieval(llm, retriever, how):
     await call(PROMPT | llm, how, {"context": joined(found), "question": ABOUT_ADA})
     hints = llm._rasd.calls[-1].hints
     assert [d.page_content for d in found] == texts(hints)
+
+
+def test_an_earlier_question_is_not_asked_again(llm, retriever):
+    """Documents of an earlier retrieval may stand in this prompt too; its query is another question."""
+    retriever.invoke(ABOUT_ADA)
+    llm.invoke(f"{ADA}\n\nIn which century was that?")
+    hints = llm._rasd.calls[-1].hints
+    assert ([ADA], None) == (texts(hints), hints.search_query)
 
 
 def test_another_tasks_retrievals_stay_its_own(llm, retriever):

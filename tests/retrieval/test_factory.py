@@ -7,9 +7,11 @@ import sys
 
 import chromadb
 import pytest
-from fakes_stores import WordEmbeddings
 from chromadb.api.models.AsyncCollection import AsyncCollection
+from fakes_stores import WordEmbeddings
+from langchain_core.language_models import FakeListLLM
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.tools import StructuredTool
 from langchain_core.vectorstores import InMemoryVectorStore
 
 from rasd_integrations.errors import RetrievalError
@@ -54,6 +56,8 @@ def test_a_chunk_source_is_taken_as_it_is():
         ({"a": "b"}, "leave the store out"),
         (InMemoryVectorStore, "an object of it"),
         (Opaque(), "VectorStore"),
+        (FakeListLLM(responses=["a"]), "VectorStore"),
+        (StructuredTool.from_function(len, description="never called"), "VectorStore"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_with_a_next_step(obj, hint):

@@ -19,6 +19,7 @@ from llama_index.core.retrievers import (
 )
 from llama_index.core.schema import TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.tools import QueryEngineTool
 from llama_index.core.vector_stores import MetadataFilter, MetadataFilters, SimpleVectorStore
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index.vector_stores.faiss import FaissMapVectorStore, FaissVectorStore
@@ -248,7 +249,7 @@ def test_a_node_lost_by_the_document_store_is_passed_over():
 
 
 def test_wrapped_retrievers_and_query_engines_are_opened():
-    """Query fusion, HyDE and engines call the model; their store is searched instead."""
+    """Query fusion, HyDE, engines and tools over them call the model; their store is searched instead."""
     index = build(chroma_store())
     llm = MockLLM()
     retriever = index.as_retriever(similarity_top_k=4)
@@ -256,7 +257,7 @@ def test_wrapped_retrievers_and_query_engines_are_opened():
         QueryFusionRetriever([retriever], llm=llm),
         TransformRetriever(retriever, HyDEQueryTransform(llm=llm)),
         index.as_query_engine(llm=llm, similarity_top_k=4),
-        index.as_chat_engine(llm=llm, chat_mode="condense_question", similarity_top_k=4),
+        QueryEngineTool.from_defaults(index.as_query_engine(llm=llm, similarity_top_k=4)),
     ]
     expected = as_chunk_source(index).search(QUESTION, 4)
     assert [as_chunk_source(w).search(QUESTION, 4) for w in wrapped] == [expected] * 4
