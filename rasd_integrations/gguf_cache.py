@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from rasd_integrations.errors import MissingDependencyError
 
 logger = logging.getLogger(__name__)
 
+# transformers changes torch's initialisers and default device while it loads: one model at a time.
+LOADING = threading.RLock()
 _HEAD_BYTES = 1 << 20
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
 # How chat models of the common families end a turn. A GGUF file names one end token only.
@@ -66,9 +69,14 @@ def model_folder(path: Path, dtype: object) -> Iterator[Path]:
 @contextlib.contextmanager
 def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
     folder = cache_folder() / "gguf" / f"{path.stem}-{_key(path)}-{kind}"
-    if _complete(folder):
+    with contextlib.ExitStack() as stack:
+        with LOADING:
+            if not _complete(folder):
+                folder = _made(path, folder, make, stack)
         yield folder
-        return
+
+
+def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.ExitStack) -> Path:
     made = make()
     try:
         _keep(made, folder)
@@ -79,12 +87,10 @@ def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
             RuntimeWarning,
             stacklevel=2,
         )
-        with tempfile.TemporaryDirectory(prefix="rasd-", ignore_cleanup_errors=True) as temporary:
-            made.save_pretrained(temporary)
-            yield Path(temporary)
-        return
-    del made
-    yield folder
+        temporary = tempfile.TemporaryDirectory(prefix="rasd-", ignore_cleanup_errors=True)
+        folder = Path(stack.enter_context(temporary))
+        made.save_pretrained(folder)
+    return folder
 
 
 def _key(path: Path) -> str:

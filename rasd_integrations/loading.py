@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rasd_integrations.errors import DeviceMemoryError, MissingDependencyError, ModelLoadError
-from rasd_integrations.gguf_cache import model_folder, tokenizer_folder
+from rasd_integrations.gguf_cache import LOADING, model_folder, tokenizer_folder
 from rasd_integrations.packaged import packaged_model
 
 __all__ = [
@@ -68,7 +68,7 @@ def load_model(name: str | Path, model_kwargs: Mapping[str, Any] | None = None) 
     """
     options = {"dtype": torch.bfloat16, **(model_kwargs or {})}
     tokenizer = load_tokenizer(name, options)
-    with _explained(name), _weights(name, options) as (source, where):
+    with LOADING, _explained(name), _weights(name, options) as (source, where):
         _check_causal(name, AutoConfig.from_pretrained(source, **where))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, **{**options, **where, "output_loading_info": True}

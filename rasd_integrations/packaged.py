@@ -80,7 +80,8 @@ def _joined(parts: list[Path], root: Path) -> Path:
 
 
 def _check_sum(file: Path, root: Path) -> None:
-    known = dict(line.split()[::-1] for sums in root.rglob("SHA256SUMS") for line in sums.open())
+    lines = [line for sums in root.rglob("SHA256SUMS") for line in sums.read_text().splitlines()]
+    known = dict(line.split()[::-1] for line in lines if line.strip())
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):

@@ -11,22 +11,22 @@ from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.types import Chunk
 
 _TOWERS = [
-    ("Arkona", 1827, "Karl Schinkel", 19, "Baltic"),
-    ("Roker", 1903, "Henry Wake", 23, "North"),
-    ("Eddystone", 1882, "James Douglass", 49, "Channel"),
-    ("Cordouan", 1611, "Louis Foix", 68, "Gironde"),
-    ("Kullen", 1900, "Magnus Dahlander", 15, "Kattegat"),
-    ("Lindau", 1856, "Eduard Rueber", 33, "Bodensee"),
-    ("Fastnet", 1904, "William Douglass", 54, "Celtic"),
-    ("Skerryvore", 1844, "Alan Stevenson", 48, "Hebridean"),
-    ("Hercules", 1791, "Eustaquio Giannini", 55, "Atlantic"),
-    ("Lanterna", 1543, "Francesco Gandria", 77, "Ligurian"),
-    ("Chersonesus", 1816, "Leontiy Spafaryev", 36, "Black"),
-    ("Minicoy", 1885, "Thomas Brassey", 47, "Laccadive"),
+    ("Arkona", 1827, "Karl Schinkel", 19),
+    ("Roker", 1903, "Henry Wake", 23),
+    ("Eddystone", 1882, "James Douglass", 49),
+    ("Cordouan", 1611, "Louis Foix", 68),
+    ("Kullen", 1900, "Magnus Dahlander", 15),
+    ("Lindau", 1856, "Eduard Rueber", 33),
+    ("Fastnet", 1904, "William Douglass", 54),
+    ("Skerryvore", 1844, "Alan Stevenson", 48),
+    ("Hercules", 1791, "Eustaquio Giannini", 55),
+    ("Lanterna", 1543, "Francesco Gandria", 77),
+    ("Chersonesus", 1816, "Leontiy Spafaryev", 36),
+    ("Minicoy", 1885, "Thomas Brassey", 47),
 ]
 FACTS = [
-    f"The {name} lighthouse dates from {year}: {by} planned it {height} metres above the {sea} sea."
-    for name, year, by, height, sea in _TOWERS
+    f"The {name} lighthouse of {year} is {height} metres high and was planned by {by}."
+    for name, year, by, height in _TOWERS
 ]
 QUESTION = "Who planned the Kullen lighthouse?"
 RANKED = tuple(
@@ -187,7 +187,10 @@ _REFINE = (
     "------------\n{}\n------------\nGiven the new context, refine the original answer to better answer the "
     "question. If the context isn't useful, return the original answer."
 )
-_HISTORY = [human("Which lighthouse stands on Kullaberg?"), assistant("The Kullen lighthouse does.")]
+_HISTORY = [
+    human("Which lighthouse stands on Kullaberg?"),
+    assistant("The Kullen lighthouse does."),
+]
 _FOLLOW_UP = "And who planned it?"
 _STANDALONE = {"search_query": QUESTION, "question": _FOLLOW_UP, "question_source": "template"}
 _MARKER = (QUESTION, "marker")
@@ -196,7 +199,9 @@ _AGENT = {"question": QUESTION, "question_source": "tool_call", "search_query": 
 SHAPES = [
     Shape(
         "lcel-chain",
-        lambda c: [human(f"Answer from the context only.\n\nContext:\n{c}\n\nQuestion: {QUESTION}")],
+        lambda c: [
+            human(f"Answer from the context only.\n\nContext:\n{c}\n\nQuestion: {QUESTION}")
+        ],
         asked=_MARKER,
     ),
     Shape(
@@ -213,7 +218,6 @@ SHAPES = [
     Shape(
         "retrieval-qa-refine",
         lambda c: [human(QUESTION), assistant("Magnus, maybe."), human(_REFINE.format(c))],
-        has_chunks=False,
     ),
     Shape(
         "create-agent-retriever-tool",

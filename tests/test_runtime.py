@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
 from pathlib import Path
 
@@ -286,3 +287,20 @@ def test_window_and_template_are_known_without_weights(saved):
     rasd = RASD(saved)
     assert (rasd.window, rasd.has_chat_template, rasd.count_tokens("abc")) == (WINDOW, True, 3)
     assert rasd._decoder is None
+
+
+def test_hanging_store_is_left_behind(plain_text):
+    """A store that hangs costs its timeout once, not the answer."""
+    release = threading.Event()
+
+    def hang(query: str, k: int) -> list[str]:
+        release.wait(20)
+        return DOCS
+
+    retrieval = RetrievalConfig(gate_tokens=64, chunk_tokens=64, max_share=0.3, timeout_s=0.2)
+    rasd = make(drafter="self", store=hang, retrieval=retrieval)
+    answer = rasd.generate(CHAT, PARAMS)
+    release.set()
+    assert answer.text == plain_text
+    assert 0.2 <= answer.stats.retrieve_s < 5
+    assert "0.2" in " ".join(answer.stats.faults)

@@ -131,9 +131,10 @@ def _with_header(view: PromptView, span: Span, located: Sequence[Located]) -> Sp
         default=0,
     )
     floor = max(floor, span.start - _LONGEST_HEADER)
-    start = max(text.rfind("\n\n", floor, span.start) + 2, floor)
-    if start == floor > 0 and text[floor - 2 : floor] != "\n\n":
+    blank = text.rfind("\n\n", floor, span.start)
+    if blank < 0 and floor > 0:
         return span  # no blank line: this is prose before the chunk
+    start = blank + 2 if blank >= 0 else 0
     header = text[start : span.start].rstrip("\n")
     labels = [_LABEL.match(line) for line in header.split("\n")]
     if not all(labels) or labels[0] is None or text.count(labels[0][1]) < 2:

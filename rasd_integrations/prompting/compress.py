@@ -19,7 +19,18 @@ from rasd_integrations.types import Chunk
 _JOINT = "\n\n"
 _LONGEST_JOINT = 80  # characters between two neighbours of the prompt that are kept as they are
 _PARAGRAPH = re.compile(r"\n\s*\n|\n[-=_*#]{3,}[^\n]*\n")
-_TAIL = 4  # pieces; a question this near the end belongs to the message's end
+_TAIL = 4  # pieces; text this near a message's ends may be its template's own
+_OPENERS = (
+    ":",
+    "\n",
+    "'",
+    '"',
+    "[",
+    "(",
+    "{",
+    ">",
+)  # what a template writes right before its context
+_CLOSERS = ("\n", "'", '"', "]", ")", "}", "<")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +182,23 @@ def _inner(
     if asked >= 0 and len(text) - asked <= _TAIL * size:
         end = max(_paragraph(text, max(asked - size, 0), asked), start)
     inside = [s for s in located if s.message == message and not s.start <= asked < s.end]
-    inside = [s for s in inside if asked < 0 or asked > end or s.end <= asked]
-    start = min([start, *(s.start for s in inside)])
-    end = max([end, *(s.end for s in inside)])
+    if inside:
+        start = _edge(start, min(s.start for s in inside), _TAIL * size)
+        ends = [s.end for s in inside if not end <= asked < s.end]
+        end = len(text) - _edge(len(text) - end, len(text) - max(ends, default=end), _TAIL * size)
     region = Span(message, start, end)
     if start <= asked < end:
         line = Span(message, text.rfind("\n", 0, asked) + 1, text.find("\n", asked + len(question)))
         return without([region], [line if line.end >= 0 else replace(line, end=len(text))])
     return [region] if start < end else []
+
+
+def _edge(length: int, before: int, template: int) -> int:
+    """Return how much of a message's end to keep, where ``before`` stands before the first chunk.
+
+    All of it where that is no more than a ``template`` has, else the usual ``length``.
+    """
+    return before if before <= template else min(length, before)
 
 
 def _paragraph(text: str, start: int, end: int) -> int:
@@ -246,17 +266,13 @@ def _shortened(
             s.message == span.message and at <= s.start < span.start and s not in spans
             for s in located
         )
-        if span.start <= at:
-            start = at if parts else span.start
-        elif len(gap) <= _LONGEST_JOINT and not dropped and parts:
+        if parts and len(gap) <= _LONGEST_JOINT and not dropped:
             parts.append(gap)
-            start = span.start
-        else:
-            if parts or (at > 0 and not text[at - 1].isspace()):
-                parts.append(_JOINT)
-            start = span.start
-        parts.append(text[start : span.end])
+        elif gap and (parts or not text[max(at - 8, 0) : at].rstrip(" \t").endswith(_OPENERS)):
+            parts.append(_JOINT if parts or at else "")
+        parts.append(text[max(at, span.start) : span.end])
         at = span.end
-    if parts and at < region.end < len(text) and not text[region.end].isspace():
+    after = text[region.end : region.end + 8].lstrip(" \t")
+    if parts and at < region.end and after and not after.startswith(_CLOSERS):
         parts.append(_JOINT)
     return "".join(parts)

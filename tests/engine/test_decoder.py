@@ -13,7 +13,12 @@ from rasd_integrations.engine.decoder import SpeculativeDecoder
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.errors import ContextOverflowError, DecodingError, PromptError
+from rasd_integrations.errors import (
+    ContextOverflowError,
+    DecodingError,
+    DeviceMemoryError,
+    PromptError,
+)
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import Draft
 
@@ -269,3 +274,30 @@ def test_eos_is_part_of_the_token_ids(target):
     ending.eos_ids = frozenset([truth[2], EOS])
     got = decode(ending, params=SamplingParams(max_tokens=NUM_TOKENS))
     assert got == truth[: truth.index(truth[2]) + 1]
+
+
+class FullMemory:
+    """An executor that runs out of memory at its third step."""
+
+    def __init__(self, executor):
+        self.executor, self.steps = executor, 0
+
+    def step(self, ids, context, *, want_logits):
+        self.steps += want_logits
+        if self.steps == 3:
+            raise torch.OutOfMemoryError
+        return self.executor.step(ids, context, want_logits=want_logits)
+
+
+def test_out_of_memory_fails_the_request_and_nothing_else():
+    """The error has sizes and advice; a stream beside it and the next answer are right."""
+    target = TargetModel(tiny_llama())
+    truth = decode(target)
+    decoder = SpeculativeDecoder(target, prefix_cache=PrefixCache(1 << 20))
+    other = decoder.generate(prompt_ids(), GREEDY)
+    seen = [*next(other).token_ids, *next(other).token_ids]
+    target._executor = FullMemory(target._executor)
+    with pytest.raises(DeviceMemoryError, match=r"over 3\d cached ones .* Shorten the prompt"):
+        list(decoder.generate(prompt_ids(30, seed=9), GREEDY))
+    assert [*seen, *(t for b in other for t in b.token_ids)] == truth
+    assert decode(target) == truth

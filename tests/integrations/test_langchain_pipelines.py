@@ -55,7 +55,7 @@ def parts():
 
 
 def model(kind):
-    return kind.from_model(*parts(), max_tokens=4)
+    return kind.from_model(*parts(), max_tokens=2)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_the_target_reads_what_was_sent(shape: Shape) -> None:
 
 def test_lcel_with_a_bare_retriever() -> None:
     """`str([Document(...)])` in a prompt: chunks are found behind repr's escapes."""
-    facts = [fact.replace(": ", ":\n") for fact in FACTS]
+    facts = [fact.replace(" and ", "\nand ") for fact in FACTS]
     context = str([{"page_content": fact} for fact in facts])
     prompt = [human(f"Context: {context}\n\nQuestion: {QUESTION}")]
     chunks = tuple(Chunk(facts[i], rank=rank) for rank, i in enumerate([4, 1, *range(5, 12)]))
@@ -122,7 +122,9 @@ def test_map_reduce_searches_a_chunk_that_is_a_document() -> None:
 
 def test_map_reduce_summaries_are_no_chunks() -> None:
     """The reduce step's summaries stand in no store: the prompt itself is searched."""
-    summaries = "\n\n".join(f"Summary {i}: {' '.join(fact.split()[1:])}" for i, fact in enumerate(FACTS))
+    summaries = "\n\n".join(
+        f"Summary {i}: {' '.join(fact.split()[1:])}" for i, fact in enumerate(FACTS)
+    )
     far = [Chunk(f"Some other passage number {i} about quite different things.") for i in range(4)]
     prompt = [system(f"Create a final answer.\n___________\n{summaries}"), human(QUESTION)]
     hints = PromptHints(question=QUESTION, context=summaries, chunks=tuple(far))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from functools import cache
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -85,7 +86,7 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerBase:
 def streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int], cuts: list[int]) -> list[str]:
     detokenizer = IncrementalDetokenizer(tokenizer)
     edges = [0, *sorted(c % (len(ids) + 1) for c in cuts), len(ids)]
-    pieces = [detokenizer.push(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [detokenizer.push(ids[a:b]) for a, b in pairwise(edges)]
     return [*pieces, detokenizer.flush()]
 
 

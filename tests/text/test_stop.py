@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +21,7 @@ def cut(text: str, stops: list[str]) -> str:
 
 def pieces(text: str, cuts: list[int]) -> list[str]:
     edges = [0, *sorted(c % (len(text) + 1) for c in cuts), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 @given(TEXTS, STOPS, st.lists(st.integers(0, 24), max_size=8))
