@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import TypeVar
 
 _T = TypeVar("_T")
 
 
-async def iterate_in_thread(start: Callable[[], Iterator[_T]]) -> AsyncIterator[_T]:
+async def iterate_in_thread(start: Callable[[], Iterator[_T]]) -> AsyncGenerator[_T, None]:
     """Run ``start()`` and the iterator it returns in a thread and yield its items here.
 
     The event loop is never blocked. When the consumer stops or is cancelled, the thread closes the

@@ -45,6 +45,15 @@ def updated(options: _T, changes: Mapping[str, Any], where: str) -> _T:
     return replace(options, **changes)  # type: ignore[type-var]
 
 
+_SAMPLING_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("temperature", (int, float), "a number"),
+    ("top_p", (int, float), "a number"),
+    ("top_k", (int,), "a whole number"),
+    ("max_tokens", (int,), "a whole number"),
+    ("seed", (int, type(None)), "a whole number or None"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one answer is drawn; turned per call.
@@ -72,6 +81,9 @@ class SamplingParams:
         given: Any = self.stop
         stop: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given or ())
         object.__setattr__(self, "stop", stop)
+        for name, kinds, what in _SAMPLING_TYPES:
+            value = getattr(self, name)
+            _check(isinstance(value, kinds) and not isinstance(value, bool), name, value, what)
         _check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import weakref
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ class SharedModel:
 
 
 _loaded: weakref.WeakValueDictionary[tuple[str, str], SharedModel] = weakref.WeakValueDictionary()
+_wrapped: weakref.WeakValueDictionary[int, SharedModel] = weakref.WeakValueDictionary()
 _loading = threading.Lock()
 
 
@@ -65,6 +67,26 @@ def shared_model(name: str | Path, model_kwargs: Mapping[str, Any]) -> SharedMod
             pack_linears(loaded.model)
             known = _loaded[key] = SharedModel(loaded.model, loaded.tokenizer, loaded.name)
         return known
+
+
+def wrapped_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> SharedModel:
+    """Return the shared model round a loaded object: one an object, so that its kept prompts are found again."""
+    with _loading:
+        known = _wrapped.get(id(model))
+        if known is None or known.target.model is not model or known.tokenizer is not tokenizer:
+            known = _wrapped[id(model)] = SharedModel(model, tokenizer, name)
+        return known
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Return a cheap identity of a model's weights: names, shapes and the first values of each."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in model.named_parameters():
+        head = weight.detach().flatten()[:16].float().cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + head)
+    return digest.hexdigest()
 
 
 def make_drafter(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -42,6 +42,8 @@ from rasd_integrations.models import (
     check_drafter_spec,
     make_drafter,
     shared_model,
+    weights_fingerprint,
+    wrapped_model,
 )
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
@@ -55,12 +57,7 @@ DEFAULT_PREFIX_CACHE_BYTES = 2 << 30
 
 
 class RASD:
-    """A local causal language model behind speculative decoding fed from a vector store.
-
-    Example:
-        >>> rasd = RASD("Qwen/Qwen3-8B", store=vectorstore)  # doctest: +SKIP
-        >>> rasd.generate([{"role": "user", "content": "Hello"}]).text  # doctest: +SKIP
-    """
+    """A local causal language model behind speculative decoding fed from a vector store."""
 
     def __init__(
         self,
@@ -129,6 +126,7 @@ class RASD:
         self._template: ChatTemplate | None = None
         self._planner: PromptPlanner | None = None
         self._window: int | None = None
+        self._weights: dict[str, str] = {}
         self._closed = False
         self.stats = DecodingStats()
         if store is not None:
@@ -156,12 +154,14 @@ class RASD:
         """
         name = getattr(model, "name_or_path", "") or type(model).__name__
         rasd = cls(name, **options)
-        rasd._shared = SharedModel(model, tokenizer, name)
+        rasd._shared = wrapped_model(model, tokenizer, name)
+        rasd._weights = {"weights": weights_fingerprint(model)}
         if drafter_model is not None:
+            rasd._weights["drafter_weights"] = weights_fingerprint(drafter_model)
             drafter_name = (
                 getattr(drafter_model, "name_or_path", "") or type(drafter_model).__name__
             )
-            rasd._drafter_model = SharedModel(drafter_model, tokenizer, drafter_name)
+            rasd._drafter_model = wrapped_model(drafter_model, tokenizer, drafter_name)
         return rasd
 
     def __enter__(self) -> Self:
@@ -253,7 +253,10 @@ class RASD:
             "mixture": self._speculation.mixture,
             "chat_template_kwargs": {k: repr(v) for k, v in sorted(self._template_kwargs.items())},
         }
+        if "weights" in self._weights:
+            out["weights"] = self._weights["weights"]
         if lossy:
+            out |= self._weights
             out["drafter"] = str(spec) if isinstance(spec, str | Path) else type(spec).__name__
         if self._source is not None and (lossy or self._context == "documents"):
             out["store"] = self._source.fingerprint()
@@ -296,7 +299,7 @@ class RASD:
         params: SamplingParams | None = None,
         *,
         hints: PromptHints | None = None,
-    ) -> Iterator[TextChunk]:
+    ) -> Generator[TextChunk, None, None]:
         """Check and plan now, decode lazily; closing the iterator stops within one step.
 
         Args:
@@ -344,7 +347,7 @@ class RASD:
         params: SamplingParams | None = None,
         *,
         hints: PromptHints | None = None,
-    ) -> AsyncIterator[TextChunk]:
+    ) -> AsyncGenerator[TextChunk, None]:
         """Stream without blocking the event loop; cancelling stops decoding within one step."""
         return iterate_in_thread(lambda: self.stream(prompt, params, hints=hints))
 
@@ -386,7 +389,9 @@ class RASD:
             wants_drafter_prompt=bool(getattr(decoder.drafter, "wants_prompt", False)),
         )
 
-    def _counted(self, chunks: Iterator[TextChunk], stats: DecodingStats) -> Iterator[TextChunk]:
+    def _counted(
+        self, chunks: Iterator[TextChunk], stats: DecodingStats
+    ) -> Generator[TextChunk, None, None]:
         try:
             yield from chunks
         finally:

@@ -148,6 +148,7 @@ class Shape:
         has_context: The edge knows the rendered context.
         has_chunks: The edge knows the chunks.
         asked: The question that is found without hints, and where.
+        fits: How many of the best chunks the drafter's budget holds.
     """
 
     name: str
@@ -159,6 +160,7 @@ class Shape:
     has_context: bool = True
     has_chunks: bool = True
     asked: tuple[str, str] = (QUESTION, "message")
+    fits: int = 2
 
     @property
     def prompt(self) -> Prompt:
@@ -166,7 +168,7 @@ class Shape:
 
     @property
     def short(self) -> Prompt:
-        return self.fill(self.join(BEST))
+        return self.fill(self.join(BEST[-self.fits :]))
 
     @property
     def hints(self) -> PromptHints:
@@ -235,6 +237,7 @@ SHAPES = [
         "create-agent-custom-tool",
         lambda c: [human(QUESTION), tool_call('{"query": "Kullen planner"}'), tool(c)],
         join=sourced,
+        fits=1,
         known=_AGENT,
         has_context=False,
         asked=(QUESTION, "tool_call"),

@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel
@@ -264,12 +264,10 @@ class RASDModel(BaseLanguageModel[Any], ABC):
 
     def _pieces(self, request: _Request) -> closing[Generator[TextChunk, None, None]]:
         """Return the answer's text, closed when its consumer goes: decoding stops within a step."""
-        pieces = self._rasd.stream(request.prompt, request.params, hints=request.hints)
-        return closing(cast("Generator[TextChunk, None, None]", pieces))
+        return closing(self._rasd.stream(request.prompt, request.params, hints=request.hints))
 
     def _apieces(self, request: _Request) -> aclosing[AsyncGenerator[TextChunk, None]]:
-        pieces = self._rasd.astream(request.prompt, request.params, hints=request.hints)
-        return aclosing(cast("AsyncGenerator[TextChunk, None]", pieces))
+        return aclosing(self._rasd.astream(request.prompt, request.params, hints=request.hints))
 
     def _sampling(self, stop: Sequence[str] | None, options: dict[str, Any]) -> SamplingParams:
         """Return the instance's options with those of a call in their place."""

@@ -118,7 +118,7 @@ class Compressor:
     def _layouts(
         self, view: PromptView, index: PromptIndex, found: Found, question: Question, scale: Scale
     ) -> Iterator[list[Span]]:
-        """Yield what may be shortened: the known context, the captured chunks' frame, all long parts."""
+        """Yield what may be shortened: the known context, the captured chunks' frame, ever more long parts."""
         located = [at.span for at in found.located]
         inner = {
             i: _inner(view, i, located, question.text, scale.chunk_chars)
@@ -132,7 +132,13 @@ class Compressor:
             frames = hulls(found.frame)
             framed = {frame.message for frame in frames}
             yield clean(view, [*frames, *(s for s in tools if s.message not in framed)])
-        yield clean(view, [s for spans in inner.values() for s in spans])
+        holders = {span.message for span in located}
+        for wide in (  # instructions are cut last
+            lambda i: i in holders or view.is_tool(i),
+            lambda i: view.roles[i] != "system",
+            lambda _: True,
+        ):
+            yield clean(view, [s for i, spans in inner.items() if wide(i) for s in spans])
 
     def _choose(
         self, view: PromptView, regions: list[Span], found: Found, question: Question, scale: Scale

@@ -170,7 +170,7 @@ def test_join_parts_pages():
     """Places count within a page, so a new page is a new paragraph."""
     parts = [
         Chunk("one", metadata={"page": 0, "start_index": 0}),
-        Chunk("two", metadata={"page": 1, "start_index": 0}),
+        Chunk("two", metadata={"page": 1, "start_index": 3}),
     ]
     assert join_chunks(parts) == "one\n\ntwo"
 

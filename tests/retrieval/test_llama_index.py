@@ -286,6 +286,7 @@ def test_llama_indexs_collection_can_be_given_bare():
     source = as_chunk_source(collection, embed=WordModel())
     chunk = source.search(QUESTION, 1)[0]
     assert not [key for key in chunk.metadata if key.startswith("_node")]
+    assert TEXTS["bees.txt"].startswith(chunk.text, chunk.metadata["start_char_idx"])
     assert join_chunks(source.document(chunk)) == TEXTS["bees.txt"]
 
 

