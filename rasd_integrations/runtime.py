@@ -36,7 +36,7 @@ from rasd_integrations.config import (
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.engine.decoder import SpeculativeDecoder
 from rasd_integrations.errors import ConfigurationError, DecodingError
-from rasd_integrations.loading import load_config, load_tokenizer
+from rasd_integrations.loading import load_tokenizer, load_window
 from rasd_integrations.models import (
     SharedModel,
     check_drafter_spec,
@@ -232,8 +232,7 @@ class RASD:
             if self._shared is not None:
                 self.ensure_loaded()
             else:
-                config = load_config(self.model_name, self._model_kwargs)
-                self._window = int(config.get_text_config().max_position_embeddings)
+                self._window = load_window(self.model_name, self._model_kwargs)
         return int(self._window or 0)
 
     @property

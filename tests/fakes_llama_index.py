@@ -51,7 +51,6 @@ class FakeRASD:
         self.attached: list[Any] = []
         self.warmed: list[str] = []
         self.loads = 0
-        self.closed_streams = 0
         self.is_closed = False
 
     @classmethod
@@ -103,22 +102,14 @@ class FakeRASD:
         self.calls.append(Call(method, prompt, params, hints))
 
     def _chunks(self, prompt) -> Iterator[TextChunk]:
-        try:
-            for piece in ANSWER:
-                yield TextChunk(text=piece)
-            stats = DecodingStats(prompt_tokens=self.count_tokens(prompt), generated_tokens=7)
-            yield TextChunk(text="", finish_reason="stop", stats=stats)
-        except GeneratorExit:
-            self.closed_streams += 1
-            raise
+        for piece in ANSWER:
+            yield TextChunk(text=piece)
+        stats = DecodingStats(prompt_tokens=self.count_tokens(prompt), generated_tokens=7)
+        yield TextChunk(text="", finish_reason="stop", stats=stats)
 
     async def _achunks(self, prompt) -> AsyncIterator[TextChunk]:
-        try:
-            for chunk in self._chunks(prompt):
-                yield chunk
-        except GeneratorExit:
-            self.closed_streams += 1
-            raise
+        for chunk in self._chunks(prompt):
+            yield chunk
 
     @staticmethod
     def _join(chunks: Iterator[TextChunk]) -> Generation:

@@ -133,12 +133,10 @@ class Compressor:
             framed = {frame.message for frame in frames}
             yield clean(view, [*frames, *(s for s in tools if s.message not in framed)])
         holders = {span.message for span in located}
-        for wide in (  # instructions are cut last
-            lambda i: i in holders or view.is_tool(i),
-            lambda i: view.roles[i] != "system",
-            lambda _: True,
-        ):
-            yield clean(view, [s for i, spans in inner.items() if wide(i) for s in spans])
+        retrieved = [i for i in inner if i in holders or view.is_tool(i)]
+        asked = [i for i in inner if view.roles[i] != "system"]
+        for messages in (retrieved, asked, list(inner)):  # instructions are cut last
+            yield clean(view, [span for i in messages for span in inner[i]])
 
     def _choose(
         self, view: PromptView, regions: list[Span], found: Found, question: Question, scale: Scale

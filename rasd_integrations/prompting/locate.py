@@ -185,7 +185,10 @@ class PromptIndex:
         """
         located: list[Located] = []
         missing: list[Chunk] = []
-        for chunk in list({c.text: c for c in reversed(list(chunks)[:MAX_CHUNKS])}.values())[::-1]:
+        unique: dict[str, Chunk] = {}
+        for chunk in list(chunks)[:MAX_CHUNKS]:
+            unique.setdefault(chunk.text, chunk)
+        for chunk in unique.values():
             found = self._find(Needle(chunk.text)) if chunk.text.strip() else None
             if found is None:
                 missing.append(chunk)

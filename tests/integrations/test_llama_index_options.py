@@ -140,7 +140,8 @@ def test_a_loaded_model_is_not_taken_for_a_name():
         ({"max_token": 1}, "Did you mean 'max_tokens'"),
         ({"tools": []}, "Unknown option 'tools'"),
         ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"temperature": "hot"}, "wrong type"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"stop": 5}, "wrong type"),
         ({"rasd": {"question": 1}}, "must be text"),
         ({"rasd": {"quesion": "?"}}, "Did you mean 'question'"),
         ({"rasd": "question"}, "rasd is 'question'"),
@@ -245,6 +246,7 @@ def test_metadata_tells_the_models_true_measures(llm):
 
 def test_serialised_settings_hold_no_objects_and_no_secrets():
     """What is written down makes an equal LLM again, without store, drafter object and credentials."""
+    assert RASDLLM("m", drafter=Path("small")).to_dict()["drafter"] == "small"
     llm = RASDLLM(
         "m",
         drafter=object(),

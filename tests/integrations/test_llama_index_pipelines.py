@@ -192,6 +192,19 @@ def test_a_users_own_template(index, llm):
     assert_hints_are_exact(free, question="Q?", context=docs)
 
 
+def test_a_template_that_changes_its_context(index, llm):
+    """A context that does not stand in the prompt as it was given is not named, but can be re-rendered."""
+    template = PromptTemplate(
+        "Read {context_str} and answer {query_str}",
+        function_mappings={"context_str": lambda **given: given["context_str"].upper()},
+    )
+    index.as_query_engine(llm=llm, text_qa_template=template).query(QUESTION)
+
+    (call,) = llm._rasd.calls
+    assert call.hints.context is None
+    assert flat(call.hints.rerender("short")) == f"Read SHORT and answer {QUESTION}"
+
+
 def test_a_template_without_context_tells_the_question_only(llm):
     """Nothing is invented where nothing was retrieved."""
     llm.predict(PromptTemplate("Say more of {query_str}"), query_str="bread")

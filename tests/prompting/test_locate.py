@@ -35,21 +35,24 @@ around = st.text(max_size=200)
 
 @settings(max_examples=60, deadline=None)
 @given(around, words, around)
-def test_a_chunk_that_stands_in_the_prompt_is_found_exactly(before: str, chunk: list[str], after: str) -> None:
+def test_a_chunk_that_stands_in_the_prompt_is_found_exactly(
+    before: str, chunk: list[str], after: str
+) -> None:
     """Whatever stands around a chunk, its span reads like the chunk."""
     text = "x" * 12 + " ".join(chunk) + "y" * 12
     assert text == stands(before + text + after, text)
 
 
+gaps = st.sampled_from([" ", "\n", "\n\n", "\t", "  ", "\\n", "\r\n"])
+
+
 @settings(max_examples=60, deadline=None)
-@given(words, st.lists(st.sampled_from([" ", "\n", "\n\n", "\t", "  ", "\\n", "\r\n"]), min_size=60, max_size=60))
+@given(words, st.lists(gaps, min_size=60, max_size=60))
 def test_white_space_does_not_matter(chunk: list[str], gaps: list[str]) -> None:
     """A chunk is found with any other white space between its words, escaped newlines included."""
-    chunk = ["beginning-with-some-length", *chunk, "and-an-ending-of-some-length"]
-    written = "".join(w + g for w, g in zip(chunk, gaps, strict=False)) + chunk[-1]
-    if len(chunk) > len(gaps):
-        written = "\n".join(chunk)
-    assert written == stands(f"Before. {written} After.", " ".join(chunk))
+    end = "and-an-ending-of-some-length"
+    written = "".join(word + gap for word, gap in zip(chunk, gaps, strict=False)) + end
+    assert written == stands(f"Before. {written} After.", " ".join([*chunk, end]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -63,15 +66,17 @@ def test_spans_lie_in_the_prompt(prompt: str, chunks: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "written"),
     [
-        ("repr", repr(FACTS[0] + "\n\n" + FACTS[1] + " it's \"so\"")[1:-1]),
-        ("json", json.dumps(FACTS[0] + "\n\n" + FACTS[1] + " it's \"so\"")[1:-1]),
-        ("list", str([FACTS[0] + "\n\n" + FACTS[1] + " it's \"so\""])[2:-2]),
-        ("stripped lines", FACTS[0] + "\n" + FACTS[1] + "\n it's \"so\""),
+        ("repr", repr(FACTS[0] + "\n\n" + FACTS[1] + ' it\'s "so"')[1:-1]),
+        ("json", json.dumps(FACTS[0] + "\n\n" + FACTS[1] + ' it\'s "so"')[1:-1]),
+        ("list", str([FACTS[0] + "\n\n" + FACTS[1] + ' it\'s "so"'])[2:-2]),
+        ("stripped lines", FACTS[0] + "\n" + FACTS[1] + '\n it\'s "so"'),
     ],
 )
 def test_rewritten_chunks_are_found(name: str, written: str) -> None:
     """A chunk is found as `repr`, JSON or another splitter writes it."""
-    assert written == stands(f"Context: ['{written}'] Question: why?", FACTS[0] + "\n\n" + FACTS[1] + " it's \"so\""), name
+    assert written == stands(
+        f"Context: ['{written}'] Question: why?", FACTS[0] + "\n\n" + FACTS[1] + ' it\'s "so"'
+    ), name
 
 
 def test_unicode_forms_do_not_matter() -> None:

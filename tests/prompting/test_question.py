@@ -25,7 +25,9 @@ def test_explicit_hints_win() -> None:
 
 def test_the_source_of_a_captured_question_is_passed_on() -> None:
     """The edge's name for where it found the question is kept."""
-    assert question("x", question="Why?", question_source="template") == Question("Why?", "Why?", "template")
+    assert question("x", question="Why?", question_source="template") == Question(
+        "Why?", "Why?", "template"
+    )
 
 
 def test_the_retrievers_query_comes_before_the_prompt() -> None:
@@ -88,7 +90,9 @@ def test_markers_far_from_the_end_are_examples() -> None:
     assert "apples" not in asked.text
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n", [], [system("")], [human(None)], [{"role": "user"}], [{}]])
+@pytest.mark.parametrize(
+    "prompt", ["", "  \n", [], [system("")], [human(None)], [{"role": "user"}], [{}]]
+)
 def test_no_question_in_nothing(prompt: Prompt) -> None:
     """An empty prompt asks nothing."""
     assert question(prompt) is None

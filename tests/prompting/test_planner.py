@@ -1,0 +1,211 @@
+"""The planner against stores that fail, text that is odd, and its own caches."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from fakes_prompting import (
+    FACTS,
+    QUESTION,
+    RANKED,
+    FaultySource,
+    ListSource,
+    assistant,
+    count_words,
+    failing,
+    hanging,
+    human,
+    joined,
+    li_text,
+    system,
+)
+
+from rasd_integrations.config import ContextMode, RetrievalConfig
+from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
+from rasd_integrations.prompting.measure import TokenCounter
+from rasd_integrations.prompting.pieces import split
+from rasd_integrations.retrieval import GuardedSource
+from rasd_integrations.types import Chunk
+
+SMALL = RetrievalConfig(gate_tokens=60, chunk_tokens=16, gate_share=0.7)
+PROMPT = [system(f"Be brief.\n\n{joined(FACTS)}"), human(QUESTION)]
+
+
+def planner(
+    source: ListSource | None = None, context: ContextMode = "prompt", timeout: float = 2.0
+) -> PromptPlanner:
+    guarded = None if source is None else GuardedSource(source, timeout)
+    return PromptPlanner(guarded, SMALL, context, count_words)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (failing, "ConnectionError: the store is on fire"),
+        (hanging, "no answer within 0.05 s"),
+        (lambda: "garbage", "a str instead of a list"),
+        (lambda: [3, None], "dropped 2 of 2 results"),
+    ],
+    ids=["raises", "hangs", "wrong-type", "wrong-items"],
+)
+def test_a_store_that_fails_is_reported_and_the_prompt_itself_searched(
+    fault: object, said: str
+) -> None:
+    """Whatever a store does, the answer has a plan."""
+    plan = planner(FaultySource(fault), timeout=0.05).plan(
+        PROMPT, hints=None, room=999, wants_drafter_prompt=True
+    )
+    assert said in plan.faults[0]
+    assert ("prompt", FACTS[4]) == (plan.chunk_source, plan.chunks[0].text)
+    assert FACTS[4] in plan.drafter[0]["content"]
+
+
+def test_an_empty_store_is_no_fault() -> None:
+    """A store that finds nothing leaves the prompt's own parts."""
+    plan = planner(ListSource([])).plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True)
+    assert ((), "prompt") == (plan.faults, plan.chunk_source)
+
+
+def test_the_time_in_the_store_is_reported() -> None:
+    """`retrieve_s` is the store's share of the planning."""
+    plan = planner(FaultySource(lambda: time.sleep(0.05) or [])).plan(
+        PROMPT, hints=None, room=999, wants_drafter_prompt=True
+    )
+    assert 0.05 <= plan.retrieve_s < 1
+
+
+ODD = [
+    "",
+    " \n\t" * 5000,
+    "{{ context }} {% for x in y %} {question} %s <|im_start|>system <s>[INST]" * 300,
+    "x" * 300_000,
+    "lone \ud800 surrogate \udfff " * 1000,
+    "a\x00b\u202e\ufeff " * 2000,
+    "```\n" * 10_000,
+    "Question:" * 10_000,
+    "-" * 100_000,
+    "\n" * 100_000,
+    "\\n" * 50_000,
+    "Document(page_content='" * 3000,
+    "{" * 100_000,
+    "\n\n".join(["The same paragraph again and again, word for word."] * 1000),
+]
+
+
+@pytest.mark.parametrize("context", ["prompt", "documents"])
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_odd_text_neither_raises_nor_takes_long(odd: str, context: ContextMode) -> None:
+    """Documents may hold anything, as text, as message, as chunk, as context, as question."""
+    documents = [
+        Chunk(odd, metadata={"source": "odd"}),
+        Chunk(odd + " end", metadata={"source": "odd"}),
+    ]
+    chunks = (Chunk(odd, metadata={"source": "odd"}), *RANKED[:2], Chunk(""), Chunk(" "))
+    source = ListSource(chunks, documents)
+    prompts: list[Prompt] = [
+        odd,
+        [system(odd), human(QUESTION)],
+        [human(li_text(f"{FACTS[4]}\n\n{odd}\n\n{FACTS[1]}"))],
+        [human(odd), assistant(odd), human(f"Observation: {odd}")],
+    ]
+    plans = planner(source, context)
+    started = time.perf_counter()
+    for prompt in prompts:
+        for hints in (
+            None,
+            PromptHints(chunks=chunks, context=odd),
+            PromptHints(question=odd, search_query=odd),
+        ):
+            plan = plans.plan(prompt, hints=hints, room=5000, wants_drafter_prompt=True)
+            assert plan.drafter is not None or plan.off_reason
+    assert time.perf_counter() - started < 10
+
+
+def test_a_chunk_that_is_the_whole_prompt() -> None:
+    """Nothing is left round it, and its parts are searched."""
+    text = joined(FACTS)
+    plan = planner().plan(
+        text,
+        hints=PromptHints(question=QUESTION, chunks=(Chunk(text),)),
+        room=999,
+        wants_drafter_prompt=True,
+    )
+    assert FACTS[4] in plan.drafter
+    assert len(plan.drafter) < len(text) / 2
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [{}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [],
+    ],
+)
+def test_messages_without_text_are_left_to_the_template(prompt: Prompt) -> None:
+    """Content that is not text is neither read nor changed."""
+    plan = planner().plan(prompt, hints=None, room=999, wants_drafter_prompt=True)
+    assert (prompt, None) == (plan.target, plan.drafter)
+
+
+def test_a_second_question_counts_and_cuts_nothing_again() -> None:
+    """What was counted and cut for a document is kept for the next question on it."""
+    counted: list[str] = []
+
+    def count(text: str) -> int:
+        counted.append(text)
+        return count_words(text)
+
+    plans = PromptPlanner(None, SMALL, "prompt", count)
+    plans.plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True)
+    counted.clear()
+    plans.plan(
+        [PROMPT[0], human("How high is Roker?")], hints=None, room=999, wants_drafter_prompt=True
+    )
+    assert ["How high is Roker?"] == counted
+
+
+def test_long_texts_are_counted_by_sample() -> None:
+    """Planning tokenises a few thousand characters of a long prompt, not all of it."""
+    seen: list[int] = []
+
+    def count(text: str) -> int:
+        seen.append(len(text))
+        return count_words(text)
+
+    text = "some words " * 50_000
+    estimate = TokenCounter(count).estimate(text)
+    assert sum(seen) <= 8192
+    assert abs(estimate - 100_000) < 1000
+
+
+def test_planning_is_safe_under_threads() -> None:
+    """Concurrent answers share a planner."""
+    plans = planner(ListSource(RANKED))
+    expected = plans.plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True).drafter
+    got: list[object] = []
+
+    def work() -> None:
+        got.extend(
+            plans.plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True).drafter
+            for _ in range(20)
+        )
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [expected] * 80 == got
+
+
+@pytest.mark.parametrize("size", [16, 100, 1000])
+def test_pieces_cover_the_text(size: int) -> None:
+    """Pieces follow one another without a gap, none longer than asked."""
+    text = "\n\n".join([*FACTS, "x" * 500, "漢字。" * 100, "a b " * 100])
+    pieces = split(text, 0, len(text), size)
+    assert "".join(text[start:end] for start, end in pieces) == text
+    assert max(end - start for start, end in pieces) <= size
