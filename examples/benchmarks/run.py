@@ -106,12 +106,15 @@ def _peak_mib() -> float:
 
 def run_all(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """Run each engine in a fresh process and put the parts together."""
+    examples_for(args)  # complain about the task before any engine starts
     parts: dict[str, dict[str, Any]] = {}
     for name in args.engines:
         with tempfile.TemporaryDirectory() as folder:
             part = Path(folder) / "part.json"
             command = [sys.executable, __file__, *argv, "--only", name, "--out", str(part)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+            done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)  # noqa: S603
+            if done.returncode:
+                sys.exit(f"The engine {name!r} failed, and so does the run.")
             parts[name] = json.loads(part.read_text(encoding="utf-8"))
     results: dict[str, Any] = {}
     answers = {n: [Answer(**a) for a in p["answers"]] for n, p in parts.items()}
