@@ -95,7 +95,7 @@ def rasd_attention(
         prefix -= start
     kv_heads = keys.shape[0]
     packed = query.reshape(kv_heads, heads // kv_heads * n, dim)
-    blocked = _blocked(rasd_step, n, prefix, sliding_window)
+    blocked = _blocked(rasd_step, n, prefix, sliding_window, query.device)
     piece = rasd_step.tail_mask is None and n > _FEW_ROWS  # of a prefill: a long chain
     if (
         softcap is None
@@ -109,26 +109,26 @@ def rasd_attention(
 
 
 def _blocked(
-    step: StepContext, n: int, prefix: int, window: int | None
+    step: StepContext, n: int, prefix: int, window: int | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what rows may not see: ``[n, n]`` of the tail and ``[n, m]`` of the prefix's first ``m`` keys."""
-    device = step.positions.device
     tail: Tensor | None = None
     if step.tail_mask is not None:
-        tail = ~step.tail_mask
+        tail = ~step.tail_mask.to(device)
     elif n > 1:
         tail = torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
     if window is None:
         return tail, None
-    depth = step.positions - step.positions[0]  # [n]
+    positions = step.positions.to(device)
+    depth = positions - positions[0]  # [n]
     if n > window and tail is not None:
         tail = tail | (depth[:, None] - depth[None, :] >= window)
     lost = min(prefix, prefix + n - window)
     if lost <= 0:
         return tail, None
-    first = step.positions[0] - prefix  # position of the first key that is still here
+    first = positions[0] - prefix  # position of the first key that is still here
     key_positions = first + torch.arange(lost, device=device)
-    return tail, step.positions[:, None] - key_positions[None, :] >= window
+    return tail, positions[:, None] - key_positions[None, :] >= window
 
 
 def _matrix(
