@@ -49,4 +49,7 @@ def pack_linears(model: PreTrainedModel) -> int:
                     count += 1
     except (AttributeError, NotImplementedError, RuntimeError) as err:
         logger.info("weights stay unpacked: this torch build lacks oneDNN's operators (%s)", err)
+    if count:  # what is left may be views of the mapped file, and would keep all of it in memory
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
     return count
