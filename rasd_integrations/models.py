@@ -6,6 +6,7 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ class SharedModel:
         self.name = name
         self._caches: dict[int, PrefixCache] = {}
         self._lock = threading.Lock()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A cheap identity of the weights: names, shapes and the first values of each, read once."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, weight in self.target.model.named_parameters():
+            head = weight.detach().flatten()[:16].float().cpu().numpy().tobytes()
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + head)
+        return digest.hexdigest()
 
     def prefix_cache(self, max_bytes: int) -> PrefixCache:
         """Return the cache of this size, the same for all that ask for it."""
@@ -78,15 +88,6 @@ def wrapped_model(
         if known is None or known.target.model is not model or known.tokenizer is not tokenizer:
             known = _wrapped[id(model)] = SharedModel(model, tokenizer, name)
         return known
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Return a cheap identity of a model's weights: names, shapes and the first values of each."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, weight in model.named_parameters():
-        head = weight.detach().flatten()[:16].float().cpu().numpy().tobytes()
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + head)
-    return digest.hexdigest()
 
 
 def make_drafter(

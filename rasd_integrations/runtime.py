@@ -42,7 +42,6 @@ from rasd_integrations.models import (
     check_drafter_spec,
     make_drafter,
     shared_model,
-    weights_fingerprint,
     wrapped_model,
 )
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
@@ -155,13 +154,13 @@ class RASD:
         name = getattr(model, "name_or_path", "") or type(model).__name__
         rasd = cls(name, **options)
         rasd._shared = wrapped_model(model, tokenizer, name)
-        rasd._weights = {"weights": weights_fingerprint(model)}
+        rasd._weights = {"weights": rasd._shared.fingerprint}
         if drafter_model is not None:
-            rasd._weights["drafter_weights"] = weights_fingerprint(drafter_model)
             drafter_name = (
                 getattr(drafter_model, "name_or_path", "") or type(drafter_model).__name__
             )
             rasd._drafter_model = wrapped_model(drafter_model, tokenizer, drafter_name)
+            rasd._weights["drafter_weights"] = rasd._drafter_model.fingerprint
         return rasd
 
     def __enter__(self) -> Self:
