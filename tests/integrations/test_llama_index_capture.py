@@ -42,28 +42,6 @@ from rasd_integrations.llama_index import RASDLLM
 from rasd_integrations.llama_index.capture import Capture, Filled
 from rasd_integrations.llama_index.trace import Trace
 
-
-@pytest.fixture(params=["memory", "chroma", "faiss"])
-def any_index(request, tmp_path):
-    """Return the nodes in each of the stores."""
-    return make_index(request.param, tmp_path)
-
-
-@pytest.fixture
-def index(tmp_path):
-    """Return the nodes in LlamaIndex's own store."""
-    return make_index("memory", tmp_path)
-
-
-@pytest.fixture
-def llm(monkeypatch):
-    """Return an LLM over the recording engine; its process saw no retrieval yet."""
-    monkeypatch.setattr("rasd_integrations.llama_index.base.RASD", FakeRASD)
-    llm = RASDLLM("some/model", max_tokens=32)
-    llm._trace._retrievals.clear()  # of the tests before
-    return llm
-
-
 # --- structured calls -----------------------------------------------------------------------------
 
 

@@ -22,7 +22,6 @@ from cases_llama_index import (
     assert_hints_are_exact,
     flat,
     history,
-    make_index,
     shown,
 )
 from fakes_llama_index import FakeRASD
@@ -34,29 +33,6 @@ from llama_index.core.chat_engine import (
     ContextChatEngine,
 )
 from llama_index.core.tools import QueryEngineTool, RetrieverTool, ToolMetadata
-
-from rasd_integrations.llama_index import RASDLLM
-
-
-@pytest.fixture(params=["memory", "chroma", "faiss"])
-def any_index(request, tmp_path):
-    """Return the nodes in each of the stores."""
-    return make_index(request.param, tmp_path)
-
-
-@pytest.fixture
-def index(tmp_path):
-    """Return the nodes in LlamaIndex's own store."""
-    return make_index("memory", tmp_path)
-
-
-@pytest.fixture
-def llm(monkeypatch):
-    """Return an LLM over the recording engine; its process saw no retrieval yet."""
-    monkeypatch.setattr("rasd_integrations.llama_index.base.RASD", FakeRASD)
-    llm = RASDLLM("some/model", max_tokens=32)
-    llm._trace._retrievals.clear()  # of the tests before
-    return llm
 
 
 async def ask(engine, question, how):
