@@ -24,14 +24,18 @@ from rasd_integrations.errors import (
     RetrievalError,
     VocabularyMismatchError,
 )
+from rasd_integrations.outputs import Grammar, ToolUse
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import (
     Chunk,
     Draft,
     DraftContext,
     Generation,
+    GrammarState,
     TextChunk,
     TokenBlock,
+    ToolCall,
+    ToolCallDelta,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +67,8 @@ __all__ = [
     "DraftSession",
     "Drafter",
     "Generation",
+    "Grammar",
+    "GrammarState",
     "MissingDependencyError",
     "ModelLoadError",
     "PromptError",
@@ -74,6 +80,9 @@ __all__ = [
     "SpeculationConfig",
     "TextChunk",
     "TokenBlock",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolUse",
     "VocabularyMismatchError",
     "__version__",
     "as_chunk_source",

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from rasd_integrations.outputs import ToolUse
 from rasd_integrations.prompting import Prompt, PromptPlan
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.template import ChatTemplate
-from rasd_integrations.types import DraftContext, Generation, TextChunk
+from rasd_integrations.types import DraftContext, Generation, TextChunk, ToolCall
 
 _SPARE_TOKENS = 8  # pieces counted one by one may merge differently when joined
 
 
-def encode(template: ChatTemplate, prompt: Prompt) -> list[int]:
-    """Return the ids of a prompt: a text as it stands, messages by the template."""
-    return (
-        template.encode_text(prompt)
-        if isinstance(prompt, str)
-        else template.encode_messages(prompt)
-    )
+def encode(template: ChatTemplate, prompt: Prompt, tools: ToolUse | None = None) -> list[int]:
+    """Return the ids of a prompt: a text as it stands, messages and tools by the template."""
+    if isinstance(prompt, str):
+        return template.encode_text(prompt)
+    return template.encode_messages(prompt, tools=tools.visible if tools is not None else None)
 
 
-def template_tokens(template: ChatTemplate, prompt: Prompt) -> int:
+def template_tokens(template: ChatTemplate, prompt: Prompt, tools: ToolUse | None = None) -> int:
     """Return the tokens that the template writes round the prompt's own text."""
     if isinstance(prompt, str):
         return _SPARE_TOKENS
     bare = [{**message, "content": "a"} for message in prompt]
-    return len(template.encode_messages(bare)) + _SPARE_TOKENS
+    return len(encode(template, bare, tools)) + _SPARE_TOKENS
 
 
-def draft_context(template: ChatTemplate, plan: PromptPlan, most_tokens: int) -> DraftContext:
+def draft_context(
+    template: ChatTemplate, plan: PromptPlan, most_tokens: int, tools: ToolUse | None = None
+) -> DraftContext:
     """Return what the drafter may know; a prompt of its own only up to ``most_tokens``."""
-    drafter_ids = None if plan.drafter is None else tuple(encode(template, plan.drafter))
+    drafter_ids = None if plan.drafter is None else tuple(encode(template, plan.drafter, tools))
     if drafter_ids is not None and len(drafter_ids) > most_tokens:
         drafter_ids = None
     return DraftContext(
@@ -74,9 +76,15 @@ def head_ids(template: ChatTemplate, document: Prompt) -> list[int]:
 def joined(chunks: Sequence[TextChunk]) -> Generation:
     """Return the whole answer of a stream."""
     last = chunks[-1]
+    calls: dict[int, ToolCall] = {}
+    for delta in (delta for chunk in chunks for delta in chunk.tool_calls):
+        known = calls.get(delta.index) or ToolCall(delta.id or "", delta.name or "", "")
+        calls[delta.index] = replace(known, arguments=known.arguments + delta.arguments)
     return Generation(
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
         finish_reason=last.finish_reason or "length",
         stats=last.stats or DecodingStats(),
+        reasoning="".join(chunk.reasoning for chunk in chunks),
+        tool_calls=tuple(calls.values()),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.outputs import Grammar
 
 StorePolicy = Literal["prompt", "any"]
 ContextMode = Literal["prompt", "documents"]
@@ -51,6 +52,7 @@ _SAMPLING_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("top_k", (int,), "a whole number"),
     ("max_tokens", (int,), "a whole number"),
     ("seed", (int, type(None)), "a whole number or None"),
+    ("knowledge_transfer", (int, float, type(None)), "a number or None"),
 )
 
 
@@ -66,6 +68,10 @@ class SamplingParams:
         stop: Strings that end the answer; they are not part of it. A single string is taken as one.
         seed: Seed of the draws; ``None`` takes a fresh one.
         ignore_eos: Decode on past end tokens (for benchmarks).
+        grammar: What the answer's text must match; ``None`` is free.
+        knowledge_transfer: RAPID's eta for this answer; ``None`` follows the engine, and is off under a
+            grammar or tools.
+        drafting: Whether to draft at all; ``False`` is plain decoding.
     """
 
     temperature: float = 0.0
@@ -75,6 +81,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    grammar: Grammar | None = None
+    knowledge_transfer: float | None = None
+    drafting: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -89,6 +98,9 @@ class SamplingParams:
         _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
         _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings")
+        grammar, eta = self.grammar, self.knowledge_transfer
+        _check(grammar is None or isinstance(grammar, Grammar), "grammar", grammar, "a Grammar")
+        _check(eta is None or eta >= 0, "knowledge_transfer", eta, "at least 0, or None")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.packing import pack_linears
 from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.errors import ConfigurationError, VocabularyMismatchError
+from rasd_integrations.errors import VocabularyMismatchError
 from rasd_integrations.loading import load_model
 
 
@@ -152,22 +152,3 @@ def check_same_vocabulary(target: SharedModel, drafter: SharedModel) -> None:
         f"Use a drafter of the target's family, 'self', or 'auto'."
     )
     raise VocabularyMismatchError(msg)
-
-
-def check_drafter_spec(drafter: object) -> None:
-    """See that ``drafter`` is something a drafter can be made of.
-
-    Raises:
-        ConfigurationError: It is not.
-    """
-    if (
-        drafter is None
-        or isinstance(drafter, str | Path)
-        or callable(getattr(drafter, "start", None))
-    ):
-        return
-    msg = (
-        f"drafter is {drafter!r}, but must be 'auto', None, 'self', a model's hub id or path, or an object "
-        f"with the Drafter protocol (name, start(context))."
-    )
-    raise ConfigurationError(msg)

@@ -7,25 +7,16 @@ join of ``stream``, and the asynchronous forms run the same path in a thread.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from rasd_integrations.aio import iterate_in_thread
-from rasd_integrations.assembly import (
-    draft_context,
-    encode,
-    head_ids,
-    joined,
-    note,
-    template_tokens,
-)
+from rasd_integrations.assembly import encode, head_ids, joined
 from rasd_integrations.config import (
     ContextMode,
     RetrievalConfig,
@@ -33,24 +24,21 @@ from rasd_integrations.config import (
     SpeculationConfig,
     reject_unknown,
 )
-from rasd_integrations.drafters.base import Drafter
-from rasd_integrations.engine.decoder import SpeculativeDecoder
+from rasd_integrations.drafters.base import Drafter, check_drafter_spec
 from rasd_integrations.errors import ConfigurationError, DecodingError
-from rasd_integrations.loading import load_tokenizer, load_window
-from rasd_integrations.models import (
-    SharedModel,
-    check_drafter_spec,
-    make_drafter,
-    shared_model,
-    wrapped_model,
-)
-from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
+from rasd_integrations.outputs import ToolUse
+from rasd_integrations.pipeline import Pipeline, Request
+from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.text.detokenizer import IncrementalDetokenizer
-from rasd_integrations.text.stream import stream_text
 from rasd_integrations.text.template import ChatTemplate
 from rasd_integrations.types import Generation, TextChunk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rasd_integrations.engine.decoder import SpeculativeDecoder
+    from rasd_integrations.models import SharedModel
 
 DEFAULT_PREFIX_CACHE_BYTES = 2 << 30
 
@@ -151,7 +139,15 @@ class RASD:
         The model's attention implementation becomes ``"rasd"``, which outside this engine is sdpa.
         ``drafter_model`` must share the target's tokenizer.
         """
+        from rasd_integrations.models import wrapped_model
+
         name = getattr(model, "name_or_path", "") or type(model).__name__
+        if drafter_model is not None and options.get("drafter", "auto") not in ("auto", "self"):
+            msg = (
+                f"drafter is {options['drafter']!r} and a drafter_model is given too. Leave drafter at "
+                f"'auto' to draft with the model."
+            )
+            raise ConfigurationError(msg)
         rasd = cls(name, **options)
         rasd._shared = wrapped_model(model, tokenizer, name)
         rasd._weights = {"weights": rasd._shared.fingerprint}
@@ -191,6 +187,10 @@ class RASD:
         with self._lock:
             self._check_open()
             if self._decoder is None:
+                # Here, not above: torch and transformers are imported when a model is.
+                from rasd_integrations.engine.decoder import SpeculativeDecoder
+                from rasd_integrations.models import make_drafter, shared_model
+
                 if self._shared is None:
                     self._shared = shared_model(self.model_name, self._model_kwargs)
                 self._window = self._shared.target.window
@@ -218,6 +218,8 @@ class RASD:
         with self._lock:
             self._check_open()
             if self._template is None:
+                from rasd_integrations.loading import load_tokenizer
+
                 tokenizer = (
                     self._shared.tokenizer
                     if self._shared is not None
@@ -234,6 +236,8 @@ class RASD:
             if self._shared is not None:
                 self.ensure_loaded()
             else:
+                from rasd_integrations.loading import load_window
+
                 self._window = load_window(self.model_name, self._model_kwargs)
         return int(self._window or 0)
 
@@ -241,6 +245,11 @@ class RASD:
     def has_chat_template(self) -> bool:
         """Whether the model's tokenizer can format messages; reads the tokenizer only."""
         return bool(self._text().tokenizer.chat_template)
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether the model marks its thoughts, so that they can be told from its answer; reads the tokenizer only."""
+        return self._text().reasoning is not None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -288,9 +297,9 @@ class RASD:
         """Return the token ids of ``text``, without special tokens."""
         return self._text().encode_chunk(text)
 
-    def count_tokens(self, prompt: Prompt) -> int:
-        """Return the tokens of a prompt as the model reads it, template included."""
-        return len(encode(self._text(), prompt))
+    def count_tokens(self, prompt: Prompt, tools: ToolUse | None = None) -> int:
+        """Return the tokens of a prompt as the model reads it, template and tools included."""
+        return len(encode(self._text(), prompt, tools))
 
     def stream(
         self,
@@ -298,6 +307,7 @@ class RASD:
         params: SamplingParams | None = None,
         *,
         hints: PromptHints | None = None,
+        tools: ToolUse | None = None,
     ) -> Generator[TextChunk, None, None]:
         """Check and plan now, decode lazily; closing the iterator stops within one step.
 
@@ -305,30 +315,16 @@ class RASD:
             prompt: A text, read as it stands, or chat messages, formatted by the model's template.
             params: How to draw the answer.
             hints: What the caller knows of how the prompt was made.
+            tools: What the answer may or must call.
 
         Raises:
             PromptError: The prompt is empty, has parts that are not text, or exceeds the window.
-            ConfigurationError: The options contradict one another.
+            ConfigurationError: The options contradict one another, or a grammar cannot be followed.
+            MissingDependencyError: A grammar or a call is demanded, and llguidance is not installed.
         """
-        params = params or SamplingParams()
-        decoder = self._ready()
+        request = Request(prompt, params or SamplingParams(), hints, tools)
         stats = DecodingStats()
-        started = time.perf_counter()
-        plan = self._plan(prompt, params, hints, decoder)
-        template = self._text()
-        prompt_ids = encode(template, plan.target)
-        context = draft_context(template, plan, int(self._retrieval.gate_share * len(prompt_ids)))
-        note(plan, context, stats)
-        stats.total_s += time.perf_counter() - started
-        blocks = decoder.generate(
-            prompt_ids, params, context=context, stats=stats, namespace=self._namespace
-        )
-        return self._counted(
-            stream_text(
-                blocks, IncrementalDetokenizer(template.tokenizer), params.stop, lambda: stats
-            ),
-            stats,
-        )
+        return self._counted(self._pipeline().answer(request, stats), stats)
 
     def generate(
         self,
@@ -336,9 +332,10 @@ class RASD:
         params: SamplingParams | None = None,
         *,
         hints: PromptHints | None = None,
+        tools: ToolUse | None = None,
     ) -> Generation:
         """Return the whole answer: the join of :meth:`stream`."""
-        return joined(list(self.stream(prompt, params, hints=hints)))
+        return joined(list(self.stream(prompt, params, hints=hints, tools=tools)))
 
     def astream(
         self,
@@ -346,9 +343,10 @@ class RASD:
         params: SamplingParams | None = None,
         *,
         hints: PromptHints | None = None,
+        tools: ToolUse | None = None,
     ) -> AsyncGenerator[TextChunk, None]:
         """Stream without blocking the event loop; cancelling stops decoding within one step."""
-        return iterate_in_thread(lambda: self.stream(prompt, params, hints=hints))
+        return iterate_in_thread(lambda: self.stream(prompt, params, hints=hints, tools=tools))
 
     async def agenerate(
         self,
@@ -356,9 +354,11 @@ class RASD:
         params: SamplingParams | None = None,
         *,
         hints: PromptHints | None = None,
+        tools: ToolUse | None = None,
     ) -> Generation:
         """Return the whole answer without blocking the event loop."""
-        return joined([chunk async for chunk in self.astream(prompt, params, hints=hints)])
+        chunks = self.astream(prompt, params, hints=hints, tools=tools)
+        return joined([chunk async for chunk in chunks])
 
     def warm(self, documents: Sequence[Prompt]) -> None:
         """Prefill documents and keep their keys and values ahead of questions.
@@ -372,20 +372,15 @@ class RASD:
             for _ in decoder.prefill(head, namespace=self._namespace):
                 pass
 
-    def _plan(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        hints: PromptHints | None,
-        decoder: SpeculativeDecoder,
-    ) -> PromptPlan:
-        if self._context == "prompt" and decoder.drafter is None:
-            return PromptPlan(target=prompt)
-        return self._prompts().plan(
-            prompt,
-            hints=hints,
-            room=decoder.target.window - params.max_tokens - template_tokens(self._text(), prompt),
-            wants_drafter_prompt=bool(getattr(decoder.drafter, "wants_prompt", False)),
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(
+            planner=self._prompts(),
+            template=self._text(),
+            decoder=self._ready(),
+            speculation=self._speculation,
+            retrieval=self._retrieval,
+            context=self._context,
+            namespace=self._namespace,
         )
 
     def _counted(

@@ -28,6 +28,7 @@ class DecodingStats:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
+    reasoning_tokens: int = 0
     drafter_prompt_tokens: int = 0
     question_source: str | None = None
     chunk_source: str | None = None

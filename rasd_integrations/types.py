@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from rasd_integrations.stats import DecodingStats
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+"""End token, stop string or grammar's end; the budget; an answer that ended in tool calls."""
 Message = Mapping[str, Any]
 """A chat message as chat templates read it: ``role``, ``content`` (text), and optional tool fields."""
 
@@ -84,6 +87,38 @@ class TokenBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call as it is written.
+
+    Attributes:
+        index: Place of the call in the answer, 0 is the first.
+        id: Set on the first piece of a call.
+        name: Set on the first piece of a call.
+        arguments: New text of its arguments; the join over all pieces is the model's JSON.
+    """
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool call, whole.
+
+    Attributes:
+        id: Made here; unique in a process.
+        name: The function; may be one that was not offered, where the model was free.
+        arguments: JSON text as the model wrote it; may be broken where the model was free.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class TextChunk:
     """A piece of the answer's text.
 
@@ -92,12 +127,16 @@ class TextChunk:
         token_ids: The ids committed since the chunk before.
         finish_reason: Set on the last chunk.
         stats: This answer's statistics, on the last chunk.
+        reasoning: New text of the model's thoughts, which are no part of the answer.
+        tool_calls: New pieces of tool calls.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     stats: DecodingStats | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +146,51 @@ class Generation:
     Attributes:
         text: The answer, without the prompt, cut at the first stop string.
         token_ids: The ids behind it.
-        finish_reason: ``"stop"`` (end token or stop string) or ``"length"``.
+        finish_reason: ``"stop"``, ``"length"`` or ``"tool_calls"``.
         stats: This answer's statistics.
+        reasoning: The model's thoughts, where it writes any.
+        tool_calls: The tools that it calls.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stats: DecodingStats
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class GrammarState(Protocol):
+    """Where an answer stands in its grammar: token ids only."""
+
+    def mask(self) -> NDArray[np.int32]:
+        """Return ``[ceil(vocab / 32)]`` words, the bit of each token that may follow set.
+
+        Raises:
+            DecodingError: The grammar became too large to follow.
+        """
+        ...
+
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that must follow, as far as the grammar leaves no choice."""
+        ...
+
+    def push(self, token_id: int) -> bool:
+        """Step over a token; ``False``, and no step, where it may not follow."""
+        ...
+
+    def pop(self, count: int) -> None:
+        """Take back the last ``count`` tokens."""
+        ...
+
+    def fork(self) -> GrammarState:
+        """Return a state of its own that stands at the same place."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but the end may follow."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +206,8 @@ class DraftContext:
         top_k: 0 is off.
         seed: Seed of the drafter's own draws.
         wants_logits: Knowledge transfer is on: drafts must carry ``Draft.logits``.
+        grammar: What the answer must match, at its start; the session's own, to be stepped over what it
+            observes. Drafted tokens that the grammar forbids are cut, so a drafter may leave it unread.
     """
 
     prompt_ids: Sequence[int]
@@ -140,3 +218,4 @@ class DraftContext:
     top_k: int = 0
     seed: int = 0
     wants_logits: bool = False
+    grammar: GrammarState | None = None

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("llama_index.core")
 
-from fakes_llama_index import ANSWER, FakeRASD, WordEmbedding
+from fakes_llama_index import ANSWER, WordEmbedding
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.memory import ChatMemoryBuffer
@@ -15,6 +15,7 @@ from llama_index.core.schema import MetadataMode, TextNode
 TEXT = "".join(ANSWER)
 QUESTION = "Who built the lighthouse at Cape Wrath?"
 FOLLOW_UP = "And when?"
+USER = [ChatMessage(role="user", content="Who built it?")]
 CONDENSED = TEXT  # the scripted engine answers every call so, the condensing one too
 HISTORY = [
     ChatMessage(role="user", content="Tell me of the {lighthouse} at Cape Wrath."),
@@ -38,8 +39,8 @@ NODES = [
 ]
 
 
-def make_index(store: str, tmp_path) -> VectorStoreIndex:
-    """Return the nodes in one of the stores."""
+def make_index(store: str, tmp_path, nodes=NODES) -> VectorStoreIndex:
+    """Return nodes in one of the stores."""
     context = StorageContext.from_defaults()
     if store == "chroma":
         chromadb = pytest.importorskip("chromadb")
@@ -55,7 +56,7 @@ def make_index(store: str, tmp_path) -> VectorStoreIndex:
         context = StorageContext.from_defaults(
             vector_store=module.FaissVectorStore(faiss_index=faiss.IndexFlatL2(512))
         )
-    return VectorStoreIndex(NODES, storage_context=context, embed_model=WordEmbedding())
+    return VectorStoreIndex(nodes, storage_context=context, embed_model=WordEmbedding())
 
 
 def history(*messages: ChatMessage) -> ChatMemoryBuffer:
@@ -91,16 +92,11 @@ def assert_chunks(call, numbers=(0, 1)):
     assert call.hints.chunks[0].metadata["file_name"] == f"f{numbers[0]}.txt"
 
 
+def call_of(llm):
+    """Return the one call that reached the engine."""
+    (call,) = llm._rasd.calls
+    return call
+
+
 METHODS = {"sync": "generate", "async": "agenerate", "stream": "stream", "astream": "astream"}
 WAYS = list(METHODS)
-
-
-class Scripted(FakeRASD):
-    """An engine that answers with the next of its lines."""
-
-    lines: tuple[str, ...] = ()
-
-    def _chunks(self, prompt):
-        *_, last = super()._chunks(prompt)
-        yield last.__class__(text=self.lines[len(self.calls) - 1])
-        yield last

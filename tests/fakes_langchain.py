@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.embeddings import Embeddings
 
 from rasd_integrations.config import SamplingParams
+from rasd_integrations.outputs import ToolUse
 from rasd_integrations.runtime import RASD
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import TextChunk
+from rasd_integrations.types import TextChunk, ToolCallDelta
 
 ANSWER = "Ada wrote it."
 
@@ -24,20 +25,53 @@ class Call:
     prompt: Any
     params: SamplingParams
     hints: Any
+    tools: ToolUse | None = None
+
+
+@dataclass
+class Answer:
+    """What the fake engine says: thoughts, text, then calls as (name, JSON text)."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def pieces(self):
+        for place, word in enumerate(words(self.reasoning)):
+            yield TextChunk("", (place,), reasoning=word)
+        for place, word in enumerate(words(self.text)):
+            yield TextChunk("", (place,))  # bytes held back
+            yield TextChunk(word)
+        for index, (name, arguments) in enumerate(self.calls):
+            yield TextChunk("", tool_calls=(ToolCallDelta(index, f"call_{index}", name),))
+            for at in range(0, len(arguments), 5):
+                delta = ToolCallDelta(index, arguments=arguments[at : at + 5])
+                yield TextChunk("", (at,), tool_calls=(delta,))
+
+    @property
+    def end(self):
+        return self.finish_reason or ("tool_calls" if self.calls else "stop")
+
+
+def words(text):
+    """Return the words of a text, each but the first with the space before it."""
+    return [word if place == 0 else f" {word}" for place, word in enumerate(text.split(" "))] * bool(text)  # fmt: skip
 
 
 class FakeRASD:
-    """RASD's face. Answers word by word with what `answer(prompt)` says, and records every call."""
+    """RASD's face. Answers piece by piece with what `answer(prompt)` says, and records every call."""
 
     window = 2048
+    has_reasoning = True
 
     def __init__(self, model, **options):
         self.model_name = str(model)
         self.options = options
         self.calls = []
         self.steps = 0
-        self.open_streams = 0
-        self.thread = None
+        self.open_streams = self.most_open_streams = 0
+        self._lock = threading.Lock()
         self.loaded = self.closed = False
         self.warmed = []
         self.sources = []
@@ -56,36 +90,40 @@ class FakeRASD:
     def ensure_loaded(self):
         self.loaded = True
 
-    def _pieces(self, prompt, params, hints):
+    def _pieces(self, call):
         self.ensure_loaded()
-        self.calls.append(Call(prompt, params, hints))
-        self.open_streams += 1
+        self.calls.append(call)
+        with self._lock:
+            self.open_streams += 1
+            self.most_open_streams = max(self.most_open_streams, self.open_streams)
         try:
-            words = self.answer(prompt).split(" ")[: params.max_tokens]
-            for place, word in enumerate(words):
-                if self.fail_after == place:
+            answer = self.answer(call.prompt)
+            answer = Answer(answer) if isinstance(answer, str) else answer
+            stats = DecodingStats(
+                prompt_tokens=self.count_tokens(call.prompt), cached_prompt_tokens=2
+            )
+            stats.reasoning_tokens = len(words(answer.reasoning))
+            for piece in answer.pieces():
+                if self.fail_after == self.steps:
                     msg = "the fake engine fails here"
                     raise RuntimeError(msg)
-                self.steps += 1
-                yield TextChunk("", (place,))  # bytes held back
-                yield TextChunk(word if place == 0 else f" {word}", ())
-            stats = DecodingStats(
-                prompt_tokens=self.count_tokens(prompt),
-                cached_prompt_tokens=2,
-                generated_tokens=len(words),
-                target_steps=len(words),
-            )
+                if piece.text:
+                    self.steps += 1
+                    stats.generated_tokens += 1
+                    stats.target_steps += 1
+                yield piece
             stats.count("suffix", 4, 3)
             self.stats.add(stats)
-            yield TextChunk("", (), "stop", stats)
+            yield TextChunk("", (), answer.end, stats)
         finally:
-            self.open_streams -= 1
+            with self._lock:
+                self.open_streams -= 1
 
-    def stream(self, prompt, params=None, *, hints=None):
-        return self._pieces(prompt, params, hints)
+    def stream(self, prompt, params=None, *, hints=None, tools=None):
+        return self._pieces(Call(prompt, params, hints, tools))
 
-    async def astream(self, prompt, params=None, *, hints=None):
-        pieces = self._pieces(prompt, params, hints)
+    async def astream(self, prompt, params=None, *, hints=None, tools=None):
+        pieces = self._pieces(Call(prompt, params, hints, tools))
         try:
             for piece in pieces:
                 await asyncio.sleep(0)
@@ -93,10 +131,9 @@ class FakeRASD:
         finally:
             pieces.close()
 
-    def count_tokens(self, prompt):
-        self.thread = threading.current_thread()
+    def count_tokens(self, prompt, tools=None):
         text = prompt if isinstance(prompt, str) else " ".join(m["content"] for m in prompt)
-        return len(text.split())
+        return len(text.split()) + (len(tools.names) if tools else 0)
 
     def encode(self, text):
         return list(range(len(text.split())))
@@ -119,10 +156,10 @@ class RecordingRASD(RASD):
         self.calls = []
         self.answer = None
 
-    def stream(self, prompt, params=None, *, hints=None):
-        self.calls.append(Call(prompt, params, hints))
+    def stream(self, prompt, params=None, *, hints=None, tools=None):
+        self.calls.append(Call(prompt, params, hints, tools))
         if self.answer is None:
-            return super().stream(prompt, params, hints=hints)
+            return super().stream(prompt, params, hints=hints, tools=tools)
         return (piece for piece in [TextChunk(self.answer(prompt), (), "stop", DecodingStats())])
 
 

@@ -1,22 +1,36 @@
-"""Stand-ins for the LlamaIndex tests: an engine with RASD's face that only writes down, and embeddings."""
+"""Stand-ins for the LlamaIndex tests: an engine with RASD's face that writes down and says, and embeddings."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llama_index.core.embeddings import BaseEmbedding
 
+from rasd_integrations.assembly import joined
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.errors import PromptError
+from rasd_integrations.outputs import ToolUse
 from rasd_integrations.prompting import PromptHints
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import Generation, TextChunk
+from rasd_integrations.types import FinishReason, Generation, TextChunk, ToolCallDelta
 
 ANSWER = ("The ", "lighthouse ", "", "was built in 1887.")
+
+
+def thought(text: str) -> TextChunk:
+    """Return a piece of a thought."""
+    return TextChunk(text="", reasoning=text)
+
+
+def called(name: str, *arguments: str, index: int = 0) -> tuple[TextChunk, ...]:
+    """Return the pieces of a tool call: its name, then its arguments."""
+    first = ToolCallDelta(index, f"call_{index}", name)
+    deltas = [first, *(ToolCallDelta(index, arguments=text) for text in arguments)]
+    return tuple(TextChunk(text="", tool_calls=(delta,)) for delta in deltas)
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Call:
     prompt: Any
     params: SamplingParams
     hints: PromptHints | None
+    tools: ToolUse | None = None
 
     @property
     def text(self) -> str:
@@ -37,7 +52,13 @@ class Call:
 
 
 class FakeRASD:
-    """RASD's face over a scripted answer; every call is kept in ``calls``."""
+    """RASD's face over scripted answers; every call is kept in ``calls``.
+
+    Attributes:
+        answers: What the calls say, in order: texts, or pieces of text, thoughts and calls. The calls after
+            these say ``ANSWER``.
+        ends: How answers end that do not end by themselves.
+    """
 
     window = 8192
     has_chat_template = True
@@ -48,6 +69,8 @@ class FakeRASD:
         self.options = options
         self.stats = DecodingStats()
         self.calls: list[Call] = []
+        self.answers: Sequence[str | Sequence[str | TextChunk]] = ()
+        self.ends: FinishReason | None = None
         self.attached: list[Any] = []
         self.warmed: list[str] = []
         self.loads = 0
@@ -79,43 +102,39 @@ class FakeRASD:
             return len(self.encode(prompt)) + 1
         return sum(len(self.encode(message["content"])) + 5 for message in prompt) + 3
 
-    def stream(self, prompt, params=None, *, hints=None) -> Iterator[TextChunk]:
-        self._record("stream", prompt, params, hints)
-        return self._chunks(prompt)
+    def stream(self, prompt, params=None, *, hints=None, tools=None) -> Iterator[TextChunk]:
+        return _now(self._say("stream", prompt, params, hints, tools))
 
-    def generate(self, prompt, params=None, *, hints=None) -> Generation:
-        self._record("generate", prompt, params, hints)
-        return self._join(self._chunks(prompt))
+    def generate(self, prompt, params=None, *, hints=None, tools=None) -> Generation:
+        return joined(self._say("generate", prompt, params, hints, tools))
 
-    async def agenerate(self, prompt, params=None, *, hints=None) -> Generation:
-        self._record("agenerate", prompt, params, hints)
-        return self._join(self._chunks(prompt))
+    async def agenerate(self, prompt, params=None, *, hints=None, tools=None) -> Generation:
+        return joined(self._say("agenerate", prompt, params, hints, tools))
 
-    def astream(self, prompt, params=None, *, hints=None) -> AsyncIterator[TextChunk]:
-        self._record("astream", prompt, params, hints)
-        return self._achunks(prompt)
+    def astream(self, prompt, params=None, *, hints=None, tools=None) -> AsyncIterator[TextChunk]:
+        return _later(self._say("astream", prompt, params, hints, tools))
 
-    def _record(self, method, prompt, params, hints) -> None:
+    def _say(self, method, prompt, params, hints, tools) -> list[TextChunk]:
         if not prompt:
             msg = "The prompt is empty."
             raise PromptError(msg)
-        self.calls.append(Call(method, prompt, params, hints))
-
-    def _chunks(self, prompt) -> Iterator[TextChunk]:
-        for piece in ANSWER:
-            yield TextChunk(text=piece)
+        place = len(self.calls)
+        self.calls.append(Call(method, prompt, params, hints, tools))
+        answer = self.answers[place] if place < len(self.answers) else ANSWER
+        given = (answer,) if isinstance(answer, str) else answer
+        pieces = [TextChunk(text=piece) if isinstance(piece, str) else piece for piece in given]
+        by_itself = "tool_calls" if any(piece.tool_calls for piece in pieces) else "stop"
         stats = DecodingStats(prompt_tokens=self.count_tokens(prompt), generated_tokens=7)
-        yield TextChunk(text="", finish_reason="stop", stats=stats)
+        return [*pieces, TextChunk(text="", finish_reason=self.ends or by_itself, stats=stats)]
 
-    async def _achunks(self, prompt) -> AsyncIterator[TextChunk]:
-        for chunk in self._chunks(prompt):
-            yield chunk
 
-    @staticmethod
-    def _join(chunks: Iterator[TextChunk]) -> Generation:
-        parts = list(chunks)
-        text = "".join(part.text for part in parts)
-        return Generation(text, (), "stop", parts[-1].stats)
+def _now(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    yield from chunks
+
+
+async def _later(chunks: Iterable[TextChunk]) -> AsyncIterator[TextChunk]:
+    for chunk in chunks:
+        yield chunk
 
 
 class WordEmbedding(BaseEmbedding):

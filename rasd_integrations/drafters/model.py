@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rasd_integrations.drafters.base import Helper
+from rasd_integrations.engine.constraints import chain_masks, forced_after, mask_rows
 from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.engine.sampling import process_logits, sampling_law
 from rasd_integrations.engine.target import TargetModel
@@ -82,6 +83,7 @@ class ModelSession:
         self._model = drafter.model
         self._context = context
         self._helper = helper
+        self._grammar = context.grammar
         self._ids = list(prompt or ())  # prompt and committed answer
         self._active = bool(self._ids)
         self._lease = cache.lease(self._ids, len(self._ids) + 512) if self._active else None
@@ -139,6 +141,9 @@ class ModelSession:
             self._ids.extend(block.token_ids)
             buffer.truncate(min(start + agreed, len(self._ids) - 1))
             self._guesses = ()
+        if self._grammar is not None:
+            for token in block.token_ids:
+                self._grammar.push(token)
         if self._helper is not None:
             self._helper.observe(block)
 
@@ -165,9 +170,14 @@ class ModelSession:
         guess: tuple[int, ...] = ()
         if self._helper is not None and budget > 1:
             guess = self._helper.propose_after(drafted, min(budget - 1, _HELPER_TOKENS))
+        if self._grammar is not None and budget > 1:
+            guess = forced_after(self._grammar, drafted)[: budget - 1] or guess
         logits = self._model.step([*pending, *guess], buffer)
         self.forwards += 1
         logits = self._fitted(logits[len(pending) - 1 :])  # [1 + len(guess), vocab]
+        if self._grammar is not None:
+            bits = chain_masks(self._grammar, [*drafted, *guess], self._model.eos_ids)
+            logits = mask_rows(logits, bits[len(drafted) :])
         if budget <= 0:
             buffer.commit(range(len(pending)))
             self._guesses = tuple(drafted)

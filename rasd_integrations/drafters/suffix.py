@@ -256,7 +256,13 @@ class SuffixSession:
 
 
 class SuffixDrafter:
-    """Proposes what followed the longest earlier occurrence of the last tokens."""
+    """Proposes what followed the longest earlier occurrence of the last tokens.
+
+    Attributes:
+        gives_logits: It has no law that knowledge transfer could lean towards.
+    """
+
+    gives_logits = False
 
     def __init__(
         self,

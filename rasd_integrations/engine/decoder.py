@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.drafters.base import Drafter, DraftSession
+from rasd_integrations.engine.constraints import SOURCE, guide, mask_rows
 from rasd_integrations.engine.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.sampling import Law, sampling_law
 from rasd_integrations.engine.schedule import Schedule
@@ -21,7 +22,7 @@ from rasd_integrations.engine.transfer import mixture_verify, rapid_verify
 from rasd_integrations.engine.verification import Verdict, block_verify, sample_and_walk
 from rasd_integrations.errors import ContextOverflowError, DecodingError, PromptError
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import Draft, DraftContext, FinishReason, TokenBlock
+from rasd_integrations.types import Draft, DraftContext, FinishReason, GrammarState, TokenBlock
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class SpeculativeDecoder:
         context: DraftContext | None = None,
         stats: DecodingStats | None = None,
         namespace: str = "",
+        config: SpeculationConfig | None = None,
+        grammar: GrammarState | None = None,
     ) -> Iterator[TokenBlock]:
         """Check the request now, decode lazily.
 
@@ -64,6 +67,8 @@ class SpeculativeDecoder:
             context: What the drafter may know besides the prompt and the sampling law.
             stats: Counters to fill; complete at every yield.
             namespace: Of the prefix cache.
+            config: For this answer, in the place of the decoder's own.
+            grammar: What the answer must match, at its start; this answer's own.
 
         Yields:
             Blocks of one token or more; while a long prompt is prefilled, empty ones. Ids, keys and
@@ -85,8 +90,10 @@ class SpeculativeDecoder:
         if len(ids) + params.max_tokens > self.target.window:
             raise ContextOverflowError(len(ids), params.max_tokens, self.target.window)
         stats = stats if stats is not None else DecodingStats()
-        stats.mode = "lossless" if self.config.lossless else "knowledge_transfer"
-        return _Answer(self, ids, params, context, stats, namespace).blocks()
+        config = config or self.config
+        stats.mode = "lossless" if config.lossless else "knowledge_transfer"
+        context = replace(context or DraftContext(prompt_ids=()), grammar=grammar)
+        return _Answer(self, ids, params, context, config, stats, namespace).blocks()
 
     def prefill(self, ids: Sequence[int], *, namespace: str = "") -> Iterator[int]:
         """Prefill ``ids`` and keep their keys and values for later prompts.
@@ -115,9 +122,10 @@ class _Answer:
 
     def __init__(
         self, decoder: SpeculativeDecoder, ids: list[int], params: SamplingParams,
-        context: DraftContext | None, stats: DecodingStats, namespace: str,
+        context: DraftContext, config: SpeculationConfig, stats: DecodingStats, namespace: str,
     ) -> None:  # fmt: skip
-        self.target, self.drafter, self.config = decoder.target, decoder.drafter, decoder.config
+        self.target, self.config, self.grammar = decoder.target, config, context.grammar
+        self.drafter = decoder.drafter if params.drafting else None
         self.cache, self.namespace = decoder.prefix_cache, namespace
         self.ids, self.params, self.stats = ids, params, stats
         seed = params.seed if params.seed is not None else random.getrandbits(63)
@@ -125,13 +133,14 @@ class _Answer:
         self.law: Law | None = sampling_law(params.temperature, params.top_p, params.top_k)
         self.schedule = Schedule(self.config.max_draft_tokens, self.config.num_draft_tokens)
         self.context = replace(
-            context or DraftContext(prompt_ids=()),
+            context,
             prompt_ids=tuple(ids),
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
             seed=seed + 1,  # the drafter's draws must not follow the verifier's
             wants_logits=not self.config.lossless,
+            grammar=None if self.grammar is None else self.grammar.fork(),
         )
         self.session: DraftSession | None = None
         self.planned_reason = stats.off_reason  # why the drafter was given no prompt of its own
@@ -170,18 +179,27 @@ class _Answer:
             self.stats.off_reason = silent if pays else "drafting does not pay on this text"
         draft_s = self._tick("draft_s", started)
         started = time.perf_counter()
+        bits = None
+        if self.grammar is not None:
+            # A forced token has no law of the drafter's, which a lossy law asks for.
+            most = room - 1 if self.config.lossless else 0
+            draft, bits = guide(self.grammar, draft, most, self.target.eos_ids)
         parents = None if draft.is_chain else draft.parents
         logits = self.target.step([self.ids[-1], *draft.token_ids], lease.buffer, parents)
+        if bits is not None:
+            logits = mask_rows(logits, bits)
         verdict = self._verify(logits, draft)
         verify_s = self._tick("verify_s", started)
         tokens = [*(draft.token_ids[i] for i in verdict.accepted), verdict.token_id]
         tokens, reason = self._cut(tokens, room)
+        if self.grammar is not None:
+            tokens, reason = self._followed(self.grammar, tokens, reason)
         accepted = verdict.accepted[: len(tokens)]
         # The last token's own row comes with the next step.
         lease.buffer.commit([0, *(1 + i for i in accepted[: len(tokens) - 1])])
         self.ids.extend(tokens)
         self._count(draft, accepted)
-        self.schedule.record(len(draft), len(accepted), draft_s, verify_s)
+        self._learn(draft, accepted, draft_s, verify_s)
         block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
         self._observe(block)
         return block
@@ -225,6 +243,29 @@ class _Answer:
             return tokens[:room], "length"
         return tokens, None
 
+    def _followed(
+        self, grammar: GrammarState, tokens: list[int], reason: FinishReason | None
+    ) -> tuple[list[int], FinishReason | None]:
+        """Step over committed tokens; the block ends where the grammar does."""
+        for i, token in enumerate(tokens):
+            if token in self.target.eos_ids:
+                break
+            if not grammar.push(token):
+                msg = f"The grammar refuses token {token}, which its own mask allowed. Please report this."
+                raise DecodingError(msg)
+            if grammar.finished:
+                return tokens[: i + 1], "stop"
+        return tokens, reason
+
+    def _learn(
+        self, draft: Draft, accepted: Sequence[int], draft_s: float, verify_s: float
+    ) -> None:
+        """Tell the schedule; what a grammar forced says nothing of the drafter."""
+        forced = [source == SOURCE for source in draft.sources or ()] or [False] * len(draft)
+        drafted = len(draft) - sum(forced)
+        stood = sum(not forced[i] for i in accepted)
+        self.schedule.record(drafted, stood, draft_s, verify_s, width=1 + len(draft))
+
     def _count(self, draft: Draft, accepted: Sequence[int]) -> None:
         stats = self.stats
         stats.target_steps += 1
@@ -244,7 +285,9 @@ class _Answer:
 
     def _start_session(self) -> None:
         if self.drafter is None:
-            self.stats.off_reason = self.stats.off_reason or "no drafter"
+            asked_off = "drafting is off for this call"
+            plain = "no drafter" if self.params.drafting else asked_off
+            self.stats.off_reason = self.stats.off_reason or plain
             return
         started = time.perf_counter()
         try:

@@ -48,9 +48,19 @@ class Schedule:
         self._wait, self._probe_every = 0, min(2 * self._probe_every, _LAST_PROBE)
         return 1
 
-    def record(self, drafted: int, accepted: int, draft_s: float, step_s: float) -> None:
-        """Learn from one step: what was drafted and accepted, and the seconds of both parts."""
-        self._widths.add(1 + drafted, step_s)
+    def record(
+        self, drafted: int, accepted: int, draft_s: float, step_s: float, *, width: int | None = None
+    ) -> None:
+        """Learn from one step.
+
+        Args:
+            drafted: Tokens that the drafter proposed.
+            accepted: Of these.
+            draft_s: Seconds of drafting.
+            step_s: Seconds of the step.
+            width: Rows of the step, where others than the drafted ones were in it.
+        """
+        self._widths.add(1 + drafted if width is None else width, step_s)
         self._draft_s = _DECAY * self._draft_s + draft_s
         self._draft_tokens = _DECAY * self._draft_tokens + drafted
         if drafted:

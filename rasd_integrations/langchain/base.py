@@ -26,6 +26,7 @@ from rasd_integrations.langchain.attach import find_source
 from rasd_integrations.langchain.capture import CAPTURE
 from rasd_integrations.langchain.hints import prompt_hints
 from rasd_integrations.langchain.messages import template_messages
+from rasd_integrations.langchain.tools import answer_grammar, take_tool_use
 from rasd_integrations.runtime import RASD
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
     from typing_extensions import Self
 
+    from rasd_integrations.outputs import ToolUse
     from rasd_integrations.prompting import PromptHints
     from rasd_integrations.stats import DecodingStats
     from rasd_integrations.types import Message, TextChunk
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 # LangChain's standard options of remote services. Code that builds any chat model passes them; a
 # local model has no key, address, network timeout or retries that they could mean.
 _REMOTE_OPTIONS = frozenset({"api_key", "base_url", "timeout", "max_retries"})
-_NOT_YET = ("tools", "tool_choice", "functions", "function_call", "response_format")
+_KEPT_IF_NONE = ("seed", "drafter")  # for every other option None means the instance's own
 
 
 class _Alive:
@@ -55,6 +57,7 @@ class _Request(NamedTuple):
     prompt: Sequence[Message] | str
     params: SamplingParams
     hints: PromptHints | None
+    tools: ToolUse | None
 
 
 class RASDModel(BaseLanguageModel[Any], ABC):
@@ -258,31 +261,36 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         options: dict[str, Any],
     ) -> _Request:
         explicit = options.pop("rasd", None)
+        tools = take_tool_use(options)
         params = self._sampling(stop, options)
         plain = prompt if isinstance(prompt, str) else template_messages(prompt)
-        return _Request(plain, params, prompt_hints(prompt, CAPTURE.lookup(prompt), explicit))
+        hints = prompt_hints(prompt, CAPTURE.lookup(prompt), explicit)
+        return _Request(plain, params, hints, tools)
 
     def _pieces(self, request: _Request) -> closing[Generator[TextChunk, None, None]]:
-        """Return the answer's text, closed when its consumer goes: decoding stops within a step."""
-        return closing(self._rasd.stream(request.prompt, request.params, hints=request.hints))
+        """Return the answer's pieces, closed when their consumer goes: decoding stops within a step."""
+        prompt, params, hints, tools = request
+        return closing(self._rasd.stream(prompt, params, hints=hints, tools=tools))
 
     def _apieces(self, request: _Request) -> aclosing[AsyncGenerator[TextChunk, None]]:
-        return aclosing(self._rasd.astream(request.prompt, request.params, hints=request.hints))
+        prompt, params, hints, tools = request
+        return aclosing(self._rasd.astream(prompt, params, hints=hints, tools=tools))
 
     def _sampling(self, stop: Sequence[str] | None, options: dict[str, Any]) -> SamplingParams:
         """Return the instance's options with those of a call in their place."""
-        given = {n: v for n, v in {**options, "stop": stop}.items() if v is not None or n == "seed"}
+        asked = {**options, "stop": stop}
+        given = {n: v for n, v in asked.items() if v is not None or n in _KEPT_IF_NONE}
         given.pop("stream", None)  # read by LangChain's base class
-        for name in _NOT_YET:
-            if given.pop(name, None):
-                msg = f"{name}= is not supported yet: {type(self).__name__} answers in plain text."
-                raise ConfigurationError(msg)
         if given.pop("n", 1) != 1:
             msg = f"n is {options['n']}, but one answer is drawn per call. Call batch() for more."
             raise ConfigurationError(msg)
         if given.pop("model", self.model) != self.model:
             msg = f"model= is {options['model']!r}, but this one is {self.model!r}. Build another."
             raise ConfigurationError(msg)
+        if "drafter" in given:
+            given["drafting"] = self._drafting(given.pop("drafter"))
+        if "response_format" in given:
+            given["grammar"] = answer_grammar(given.pop("response_format"))
         names = ("temperature", "top_p", "top_k", "max_tokens", "seed")
         own = {name: getattr(self, name) for name in names}
         try:
@@ -291,6 +299,18 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         except TypeError as err:
             msg = f"An option has a value of the wrong type: { ({**own, **given}) }. {err}."
             raise ConfigurationError(msg) from err
+
+    def _drafting(self, asked: Any) -> bool:
+        """Return whether a call that asks for this drafter drafts; a call may only turn drafting off."""
+        if asked is None:
+            return False
+        if asked is self.drafter or asked == self.drafter or (asked == "auto" and self.drafter):
+            return True
+        msg = (
+            f"drafter is {asked!r} for this call, but the model was built with {self.drafter!r}. Pass None "
+            f"to decode plainly, or build another model for another drafter."
+        )
+        raise ConfigurationError(msg)
 
     # --- what LangChain asks about the model ---
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import FIRST_EXCEPTION, wait
+from contextlib import closing
 from functools import reduce
+from itertools import takewhile
 from operator import add
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import GenerationChunk, LLMResult
+from langchain_core.runnables.config import ContextThreadPoolExecutor
 
 from rasd_integrations.langchain.base import RASDModel
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Generator, Sequence
 
     from langchain_core.callbacks import (
         AsyncCallbackManagerForLLMRun,
@@ -22,9 +27,13 @@ if TYPE_CHECKING:
 
     from rasd_integrations.types import TextChunk
 
+_MOST_AT_ONCE = 32  # prompts of one call; the engine takes their steps together
+
 
 class RASDLLM(RASDModel, BaseLLM):
     """A local completion model that drafts from what the chain has retrieved.
+
+    The prompts of a batch are answered at the same time.
 
     Example:
         ```python
@@ -42,7 +51,7 @@ class RASDLLM(RASDModel, BaseLLM):
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
-    ) -> Iterator[GenerationChunk]:
+    ) -> Generator[GenerationChunk, None, None]:
         with self._pieces(self._request(prompt, stop, kwargs)) as pieces:
             for piece in pieces:
                 if chunk := self._chunk(piece):
@@ -73,7 +82,23 @@ class RASDLLM(RASDModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return self._result([_joined(list(self._stream(p, stop, **kwargs))) for p in prompts])
+        stopped = threading.Event()
+
+        def answer(prompt: str) -> list[GenerationChunk]:
+            with closing(self._stream(prompt, stop, **kwargs)) as stream:
+                return list(takewhile(lambda _: not stopped.is_set(), stream))
+
+        with ContextThreadPoolExecutor(min(max(len(prompts), 1), _MOST_AT_ONCE)) as pool:
+            futures = [pool.submit(answer, prompt) for prompt in prompts]
+            try:
+                ended = wait(futures, return_when=FIRST_EXCEPTION).done
+            finally:  # an error in one, or an interrupt here, ends all
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+            failed = next((error for f in ended if (error := f.exception())), None)
+            if failed is not None:
+                raise failed
+            return self._result([_joined(future.result()) for future in futures])
 
     async def _agenerate(
         self,
@@ -82,11 +107,20 @@ class RASDLLM(RASDModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        answers = []
-        for prompt in prompts:
-            chunks = [chunk async for chunk in self._astream(prompt, stop, **kwargs)]
-            answers.append(_joined(chunks))
-        return self._result(answers)
+        gate = asyncio.Semaphore(_MOST_AT_ONCE)
+
+        async def answer(prompt: str) -> list[GenerationChunk]:
+            async with gate:
+                return [chunk async for chunk in self._astream(prompt, stop, **kwargs)]
+
+        tasks = [asyncio.create_task(answer(prompt)) for prompt in prompts]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:  # an error in one ends all
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return self._result([_joined(chunks) for chunks in answers])
 
     def _chunk(self, piece: TextChunk) -> GenerationChunk | None:
         """Return ``piece`` as LangChain's chunk; ``None`` while text is held back."""

@@ -17,9 +17,12 @@ from langchain_core.messages import (
 from rasd_integrations.errors import PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from rasd_integrations.types import Message
+
+REASONING = "reasoning_content"
+"""Where a message keeps the model's thoughts: LangChain's own name in `additional_kwargs`, and the templates'."""
 
 _ROLES: dict[type[BaseMessage], str] = {
     SystemMessage: "system",
@@ -28,10 +31,13 @@ _ROLES: dict[type[BaseMessage], str] = {
     ToolMessage: "tool",
     FunctionMessage: "tool",
 }
-# An assistant's own blocks that repeat what `tool_calls` says, or that no template reads back.
+_TEXTS = ("text", "text-plain")
+_CALLS = {"tool_call": "args", "tool_use": "input"}  # block type: the name of its arguments
+_THOUGHTS = {"reasoning": "reasoning", "thinking": "thinking"}  # block type: the name of its text
+# An assistant's own blocks that are read above, or that repeat what the message's fields say.
 _ASSISTANT_BLOCKS = frozenset(
-    {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "reasoning", "thinking"}
-)
+    {*_CALLS, *_THOUGHTS, "tool_call_chunk", "invalid_tool_call", "function_call", "redacted_thinking"}
+)  # fmt: skip
 
 
 def template_messages(messages: Sequence[BaseMessage]) -> list[Message]:
@@ -40,17 +46,21 @@ def template_messages(messages: Sequence[BaseMessage]) -> list[Message]:
     Raises:
         PromptError: A content block that is not text, or a message class without a role.
     """
-    return [_template_message(message, place) for place, message in enumerate(messages)]
+    names = {call["id"]: call["name"] for m in messages for call in _calls(m)}
+    return [_template_message(m, place, names) for place, m in enumerate(messages)]
 
 
-def _template_message(message: BaseMessage, place: int) -> Message:
+def _template_message(message: BaseMessage, place: int, names: Mapping[str, str]) -> Message:
     out: dict[str, Any] = {"role": _role(message, place), "content": _text(message, place)}
-    if isinstance(message, AIMessage) and message.tool_calls:
-        out["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if calls := [_template_call(call) for call in _calls(message)]:
+        out["tool_calls"] = calls
+    if thoughts := _thoughts(message):
+        out[REASONING] = thoughts
     if isinstance(message, ToolMessage):
         out["tool_call_id"] = message.tool_call_id
-    if message.name and out["role"] == "tool":
-        out["name"] = message.name
+    if out["role"] == "tool":
+        name = message.name or names.get(out.get("tool_call_id", ""))
+        out |= {"name": name} if name else {}
     return out
 
 
@@ -69,19 +79,49 @@ def _role(message: BaseMessage, place: int) -> str:
 
 def _text(message: BaseMessage, place: int) -> str:
     passed = _ASSISTANT_BLOCKS if isinstance(message, AIMessage) else frozenset()
-    blocks = [] if isinstance(message.content, str) else message.content
-    for block in blocks:
+    texts = []
+    for block in [message.content] if isinstance(message.content, str) else message.content:
         kind = "text" if isinstance(block, str) else block.get("type")
-        if kind != "text" and kind not in passed:
+        if kind in _TEXTS:
+            texts.append(block if isinstance(block, str) else block.get("text") or "")
+        elif kind not in passed:
             msg = (
                 f"Message {place} ({message.type}) has a content block of type {kind!r}, but this "
                 f"model reads text only. Send its text as a 'text' block."
             )
             raise PromptError(msg)
-    return str(message.text)
+    return "".join(texts)
 
 
-def _tool_call(call: Any) -> dict[str, Any]:
-    # Chat templates run `tojson` on the arguments themselves, so these stay a dict.
-    function = {"name": call["name"], "arguments": call["args"]}
+def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
+    return [] if isinstance(message.content, str) else [b for b in message.content if isinstance(b, dict)]  # fmt: skip
+
+
+def _calls(message: BaseMessage) -> Iterator[dict[str, Any]]:
+    """Yield an assistant's calls, broken ones too, each with its arguments as ``args``."""
+    if not isinstance(message, AIMessage):
+        return
+    seen = set()
+    for call in (*message.tool_calls, *message.invalid_tool_calls):
+        seen.add(call["id"])
+        yield {**call}
+    for block in _blocks(message):
+        arguments = _CALLS.get(block.get("type", ""))
+        if arguments is not None and block.get("id") not in seen:
+            yield {"id": block.get("id"), "name": block["name"], "args": block.get(arguments)}
+
+
+def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    # Chat templates run `tojson` on the arguments themselves, so these stay a dict, where they are one.
+    function = {"name": call["name"] or "", "arguments": call["args"] or {}}
     return {"id": call["id"], "type": "function", "function": function}
+
+
+def _thoughts(message: BaseMessage) -> str:
+    if not isinstance(message, AIMessage):
+        return ""
+    kept = message.additional_kwargs.get(REASONING)
+    if isinstance(kept, str) and kept:
+        return kept
+    found = ((b, _THOUGHTS.get(b.get("type", ""))) for b in _blocks(message))
+    return "".join(block.get(name) or "" for block, name in found if name)

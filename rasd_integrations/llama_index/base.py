@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_index.core.llms.llm import LLM
+from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.schema import BaseNode, MetadataMode
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_serializer
 from typing_extensions import Self
 
 from rasd_integrations.config import (
@@ -20,6 +21,7 @@ from rasd_integrations.config import (
     updated,
 )
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.outputs import Grammar
 from rasd_integrations.runtime import RASD
 from rasd_integrations.stats import DecodingStats
 
@@ -37,7 +39,7 @@ _ENGINE_OPTIONS = (
 )
 
 
-class RASDOptions(LLM):
+class RASDOptions(FunctionCallingLLM):
     """What :class:`RASDLLM` is made of; it adds the endpoints.
 
     Options of the engine are frozen: a change after construction would have no effect. Options of sampling may
@@ -157,6 +159,15 @@ class RASDOptions(LLM):
         self._rasd.ensure_loaded()
         return self
 
+    async def aload(self) -> Self:
+        """Load the weights in a thread; returns itself.
+
+        Await it when a server starts: later calls then find config and tokenizer read, also where the
+        framework asks for ``metadata`` on the event loop.
+        """
+        await asyncio.to_thread(self._rasd.ensure_loaded)
+        return self
+
     def attach(self, pipeline: Any) -> Self:
         """Search chunks in the store inside ``pipeline``; returns itself.
 
@@ -221,12 +232,33 @@ class RASDOptions(LLM):
         """
         own = {name: getattr(self, name) for name in _SAMPLING_OPTIONS}
         given = {name: value for name, value in _one_name(changes).items() if value is not None}
+        if "drafter" in changes:
+            given.pop("drafter", None)
+            given["drafting"] = self._drafting(changes["drafter"])
+        if (wanted := given.pop("response_format", None)) is not None:
+            given["grammar"] = _grammar(wanted, given.get("grammar"))
         try:
             return updated(SamplingParams(**own), given, f"a call of {type(self).__name__}")
         except TypeError as err:
             values = {**own, **given}
             msg = f"An option has a value of the wrong type among {values}: {err}."
             raise ConfigurationError(msg) from err
+
+    def _drafting(self, drafter: object) -> bool:
+        """Whether a call drafts whose ``drafter`` option says so.
+
+        Raises:
+            ConfigurationError: It names another drafter than this LLM has.
+        """
+        if drafter is None:
+            return False
+        if drafter is self.drafter or drafter == self.drafter:
+            return True
+        msg = (
+            f"drafter is {drafter!r} for one call, but a call can only go without (drafter=None). Make "
+            f"another {type(self).__name__} for another drafter; a model that is loaded is shared."
+        )
+        raise ConfigurationError(msg)
 
 
 def _retriever_in(pipeline: Any) -> Any:
@@ -251,6 +283,20 @@ def _one_name(options: Mapping[str, Any]) -> dict[str, Any]:
         msg = f"max_tokens is {renamed['max_tokens']} and {_ALIAS} is {value}; give one of them."
         raise ConfigurationError(msg)
     return renamed
+
+
+def _grammar(wanted: Any, other: object) -> Grammar | None:
+    """Return the grammar of a ``response_format``: OpenAI's mapping, or a pydantic class.
+
+    Raises:
+        ConfigurationError: It is neither, or the call names a ``grammar`` besides.
+    """
+    if other is not None:
+        msg = "response_format and grammar both say what the answer must match; give one of them."
+        raise ConfigurationError(msg)
+    if isinstance(wanted, type) and issubclass(wanted, BaseModel):
+        return Grammar.json_schema(wanted.model_json_schema())
+    return Grammar.of_response_format(wanted)
 
 
 def _first(err: ValidationError) -> str:

@@ -6,11 +6,13 @@ streams there, and the async endpoints are the runtime's own.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_index.core.base.llms.generic_utils import (
     messages_to_prompt as generic_messages_to_prompt,
@@ -32,8 +34,8 @@ from llama_index.core.prompts import BasePromptTemplate
 from pydantic import PrivateAttr
 
 from rasd_integrations.config import SamplingParams
-from rasd_integrations.errors import RetrievalError
-from rasd_integrations.llama_index.base import RASDOptions
+from rasd_integrations.errors import ConfigurationError, RetrievalError
+from rasd_integrations.llama_index.calling import RASDCalling
 from rasd_integrations.llama_index.capture import (
     Capture,
     Filled,
@@ -43,32 +45,62 @@ from rasd_integrations.llama_index.capture import (
     same_prompt,
     sent_text,
 )
-from rasd_integrations.llama_index.messages import (
+from rasd_integrations.llama_index.messages import to_messages
+from rasd_integrations.llama_index.responses import (
     astream_responses,
     chat_response,
     completion_response,
     stream_responses,
-    to_messages,
     whole_response,
 )
+from rasd_integrations.llama_index.tools import tool_specs
 from rasd_integrations.llama_index.trace import Retrieval, Trace, observe
+from rasd_integrations.outputs import ToolUse
 from rasd_integrations.prompting import Prompt, PromptHints
 
 logger = logging.getLogger(__name__)
 
-_Call = tuple[Prompt, SamplingParams, PromptHints | None]
+_Result = TypeVar("_Result")
+_TOOL_OPTIONS = {
+    "tools": "tools",
+    "tool_choice": "tool_choice",
+    "parallel_tool_calls": "parallel",
+    "strict": "strict",
+}
 
 
-class RASDLLM(RASDOptions):
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one call hands to the engine."""
+
+    prompt: Prompt
+    params: SamplingParams
+    hints: PromptHints | None
+    tools: ToolUse | None = None
+
+    def to(self, method: Callable[..., _Result]) -> _Result:
+        return method(self.prompt, self.params, hints=self.hints, tools=self.tools)
+
+
+class RASDLLM(RASDCalling):
     """A local long-context model whose drafts come from the pipeline's own retrieval.
 
     Use it where LlamaIndex takes an LLM: the question and the retrieved nodes are seen on the way, and the
     index of the pipeline's retriever is found by itself. The answers are those of the model alone, unless
     ``knowledge_transfer`` or ``context="documents"`` is set.
 
-    Calls take ``temperature``, ``top_p``, ``top_k``, ``max_tokens`` (or ``max_new_tokens``), ``stop`` and
-    ``seed``; ``None`` means the field. ``rasd={"question": ..., "search_query": ..., "chunks": [...],
-    "context": ..., "filter": ...}`` tells what was retrieved where the LLM cannot see it. Any other option is refused.
+    Where the model has a chat template it calls functions: agents, ``chat_with_tools`` and structured prediction
+    work, and a call that must be made follows its schema.
+
+    Calls take ``temperature``, ``top_p``, ``top_k``, ``max_tokens`` (or ``max_new_tokens``), ``stop``, ``seed``,
+    ``knowledge_transfer`` and ``response_format`` (OpenAI's mapping, or a pydantic class: what the text must
+    match); ``None`` means the field, but ``drafter=None`` decodes plainly. Chat calls take ``tools``,
+    ``tool_choice``, ``parallel_tool_calls`` and ``strict``. ``rasd={"question": ..., "search_query": ...,
+    "chunks": [...], "context": ..., "filter": ...}`` tells what was retrieved where the LLM cannot see it.
+    Any other option is refused.
+
+    No network is used with an installed model. LlamaIndex counts with a tokenizer that it brings along, of
+    another model; :func:`configure_settings` gives it this one's.
 
     Example:
         ::
@@ -88,74 +120,101 @@ class RASDLLM(RASDOptions):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """The model's true window and whether it has a chat template; loads no weights."""
+        """The model's true window, and what its chat template allows.
+
+        Loads no weights, but reads config and tokenizer at the first time; where that would hold up an event
+        loop, await :meth:`aload` before. Functions can be called where the chat template writes the prompts.
+        """
         return LLMMetadata(
             context_window=self._rasd.window,
             num_output=self.max_tokens,
             is_chat_model=self._rasd.has_chat_template,
+            is_function_calling_model=self._rasd.has_chat_template and not self._writes_prompts,
             model_name=self._rasd.model_name,
         )
+
+    @property
+    def _writes_prompts(self) -> bool:
+        """Whether the user's own function makes texts of messages."""
+        to_prompt = self.messages_to_prompt or generic_messages_to_prompt
+        return to_prompt is not generic_messages_to_prompt
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
-        prompt, params, hints = self._chat_call(messages, kwargs)
-        return whole_response(chat_response, self._rasd.generate(prompt, params, hints=hints))
+        call = self._chat_call(messages, kwargs)
+        return whole_response(chat_response, call.to(self._rasd.generate))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece; each response holds the answer so far and the new ``delta``."""
-        prompt, params, hints = self._chat_call(messages, kwargs)
-        return stream_responses(chat_response, self._rasd.stream(prompt, params, hints=hints))
+        call = self._chat_call(messages, kwargs)
+        return stream_responses(chat_response, call.to(self._rasd.stream))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation without blocking the event loop."""
-        prompt, params, hints = self._chat_call(messages, kwargs)
-        answer = await self._rasd.agenerate(prompt, params, hints=hints)
-        return whole_response(chat_response, answer)
+        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
+        return whole_response(chat_response, await call.to(self._rasd.agenerate))
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """Answer a conversation piece by piece without blocking the event loop."""
-        prompt, params, hints = self._chat_call(messages, kwargs)
-        return astream_responses(chat_response, self._rasd.astream(prompt, params, hints=hints))
+        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
+        return astream_responses(chat_response, call.to(self._rasd.astream))
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a text: as a user's message, or as it stands if ``formatted``."""
-        text, params, hints = self._completion_call(prompt, formatted, kwargs)
-        return whole_response(completion_response, self._rasd.generate(text, params, hints=hints))
+        call = self._completion_call(prompt, formatted, kwargs)
+        return whole_response(completion_response, call.to(self._rasd.generate))
 
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
         """Answer a text piece by piece; each response holds the answer so far and the new ``delta``."""
-        text, params, hints = self._completion_call(prompt, formatted, kwargs)
-        return stream_responses(completion_response, self._rasd.stream(text, params, hints=hints))
+        call = self._completion_call(prompt, formatted, kwargs)
+        return stream_responses(completion_response, call.to(self._rasd.stream))
 
     @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
         """Answer a text without blocking the event loop."""
-        text, params, hints = self._completion_call(prompt, formatted, kwargs)
-        answer = await self._rasd.agenerate(text, params, hints=hints)
-        return whole_response(completion_response, answer)
+        call = await asyncio.to_thread(self._completion_call, prompt, formatted, kwargs)
+        return whole_response(completion_response, await call.to(self._rasd.agenerate))
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """Answer a text piece by piece without blocking the event loop."""
-        text, params, hints = self._completion_call(prompt, formatted, kwargs)
-        return astream_responses(completion_response, self._rasd.astream(text, params, hints=hints))
+        call = await asyncio.to_thread(self._completion_call, prompt, formatted, kwargs)
+        return astream_responses(completion_response, call.to(self._rasd.astream))
+
+    # The asynchronous endpoints make their calls in a thread: the first one reads files, and filling a long
+    # template again takes its time.
 
     def _chat_call(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> _Call:
-        return self._call(messages, self._chat_prompt, options)
+        sampling = dict(options)
+        given = {to: sampling.pop(name) for name, to in _TOOL_OPTIONS.items() if name in sampling}
+        tools = ToolUse.of(tool_specs(given.pop("tools", None)), **given)
+        call = self._call(messages, self._chat_prompt, sampling)
+        if tools is not None and isinstance(call.prompt, str):
+            why = (
+                "messages_to_prompt writes its prompts"
+                if self._writes_prompts
+                else "it has no chat template"
+            )
+            msg = (
+                f"{self._rasd.model_name} cannot be told of the tools {', '.join(tools.names)}: {why}. "
+                f"Use a ReActAgent, or a model with a chat template."
+            )
+            raise ConfigurationError(msg)
+        return replace(call, tools=tools)
 
     def _completion_call(self, text: str, formatted: bool, options: Mapping[str, Any]) -> _Call:
         return self._call(text, partial(self._completion_prompt, formatted=formatted), options)
@@ -166,12 +225,11 @@ class RASDLLM(RASDOptions):
         sampling = dict(options)
         explicit = explicit_hints(sampling.pop("rasd", None))
         params = self._sampling(sampling)
-        return to_prompt(sent), params, self._hints(sent, to_prompt, explicit)
+        return _Call(to_prompt(sent), params, self._hints(sent, to_prompt, explicit))
 
     def _chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
-        to_prompt = self.messages_to_prompt or generic_messages_to_prompt
-        if to_prompt is not generic_messages_to_prompt or not self._rasd.has_chat_template:
-            return to_prompt(messages)
+        if self._writes_prompts or not self._rasd.has_chat_template:
+            return (self.messages_to_prompt or generic_messages_to_prompt)(messages)
         return to_messages(messages)
 
     def _completion_prompt(self, text: str, *, formatted: bool) -> Prompt:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"
 # A character has at most four bytes, so the last four tokens hold the last character whole; a window
@@ -21,10 +22,13 @@ class IncrementalDetokenizer:
     clean-up of spaces that some tokenizers ask for (it would change code and quoted text).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Start an empty text."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kept: Collection[str] = ()) -> None:
+        """Start an empty text in which the control tokens ``kept`` are written out."""
         self._tokenizer = tokenizer
-        self._skipped = frozenset(tokenizer.all_special_ids)
+        ids: Any = tokenizer.convert_tokens_to_ids(list(kept))
+        added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+        control = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        self._skipped = frozenset(control) - frozenset(ids)
         self._byte_ids = _byte_fallback_ids(tokenizer)
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text that were returned
@@ -59,7 +63,10 @@ class IncrementalDetokenizer:
             return ""
         return str(
             self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                # Those to be skipped were left out when they came.
+                ids,
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
             )
         )
 

@@ -6,17 +6,29 @@ import json
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from rasd_integrations.errors import ModelLoadError, PromptError
+from rasd_integrations.outputs import ToolUse
+from rasd_integrations.text.answer import (
+    AnswerParser,
+    ReasoningFormat,
+    opens_thought,
+    reasoning_format,
+)
 from rasd_integrations.text.control import ControlTokens
 from rasd_integrations.text.messages import fold_roles, plain_message
+from rasd_integrations.text.tools import ToolFormat, template_tools, tool_format, with_tool_prompt
 from rasd_integrations.types import Message
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _ANCHOR = "\n"
+_TAIL_TOKENS = 16  # enough for the mark that opens a thought, and white space behind it
 
 # Fast tokenizers raise "Already borrowed" when two threads change their settings at once, and one
 # tokenizer may serve several templates.
@@ -66,8 +78,8 @@ class ChatTemplate:
                 template refuses.
             ModelLoadError: The model has no chat template.
         """
-        plain = _checked(messages)
-        conversation, mark = self._control.cut((plain, tools))
+        plain, shown = self._with_tools(_checked(messages), tools)
+        conversation, mark = self._control.cut((plain, shown))
         return self._encode_cut(self._render(*conversation).split(mark))
 
     def render(
@@ -79,7 +91,46 @@ class ChatTemplate:
             PromptError: As :meth:`encode_messages`.
             ModelLoadError: The model has no chat template.
         """
-        return self._render(_checked(messages), tools)
+        return self._render(*self._with_tools(_checked(messages), tools))
+
+    def parser(self, tools: ToolUse | None, *, thinking: bool) -> AnswerParser:
+        """Return what takes thoughts and calls out of one answer's text.
+
+        Args:
+            tools: What the answer may call.
+            thinking: Whether the prompt has opened a thought.
+        """
+        callable_ = tools is not None and bool(tools.visible)
+        return AnswerParser(
+            self.tool_format if callable_ else None,
+            tools.names if tools is not None and callable_ else (),
+            reasoning=self.reasoning,
+            thinking=thinking,
+            forced=bool(tools and tools.forced),
+        )
+
+    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends inside a thought that the template has begun."""
+        if self.reasoning is None:
+            return False
+        tail = self.tokenizer.decode(list(prompt_ids[-_TAIL_TOKENS:]), skip_special_tokens=False)
+        return opens_thought(str(tail), self.reasoning)
+
+    def kept_control(self, tools: ToolUse | None) -> tuple[str, ...]:
+        """Return the control tokens that an answer's text must keep for its parser."""
+        thoughts = self.reasoning.control if self.reasoning is not None else ()
+        calls = self.tool_format.control if tools is not None and tools.visible else ()
+        return (*thoughts, *calls)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How this model writes tool calls."""
+        return tool_format(self.tokenizer, self._kwargs)
+
+    @cached_property
+    def reasoning(self) -> ReasoningFormat | None:
+        """How this model marks its thoughts; ``None`` where it has none."""
+        return reasoning_format(self.tokenizer, self._kwargs)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of a prompt that is used as it stands, begin-of-sequence once where wanted.
@@ -100,6 +151,13 @@ class ChatTemplate:
         cut, mark = self._control.cut(text)
         return self._encode_cut(cut.split(mark))
 
+    def _with_tools(
+        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[list[dict[str, Any]], Sequence[Mapping[str, Any]] | None]:
+        """Return what the template is given; one that knows no tools gets them as text."""
+        form = self.tool_format
+        return with_tool_prompt(messages, tools or (), form), template_tools(tools or (), form)
+
     def _render(
         self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> str:
@@ -114,7 +172,7 @@ class ChatTemplate:
         except TemplateError as refusal:
             return self._apply_folded(messages, tools, refusal)
         if _missing(messages, text):  # a template may pass over roles it does not know, in silence
-            folded = fold_roles(messages)
+            folded = fold_roles(messages, self.tool_format)
             try:
                 second = self._apply(folded, tools)
             except TemplateError:
@@ -129,7 +187,7 @@ class ChatTemplate:
         refusal: TemplateError,
     ) -> str:
         try:
-            return self._apply(fold_roles(messages), tools)
+            return self._apply(fold_roles(messages, self.tool_format), tools)
         except TemplateError:
             msg = f"The model's chat template refuses these messages: {refusal}. Change their roles or order."
             raise PromptError(msg) from refusal

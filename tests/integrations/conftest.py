@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+pytest.register_assert_rewrite(
+    *(f"contract_{name}" for name in ("setup", "endpoints", "tools", "rag", "agents", "running"))
+)
+
 
 @pytest.fixture(params=["memory", "chroma", "faiss"])
 def any_index(request, tmp_path):
@@ -22,13 +26,18 @@ def index(tmp_path):
 
 
 @pytest.fixture
-def llm(monkeypatch):
-    """Return an LLM over the recording engine; its process saw no retrieval yet."""
+def fake_engine(monkeypatch):
+    """Put the recording engine in RASD's place."""
     from fakes_llama_index import FakeRASD
 
+    monkeypatch.setattr("rasd_integrations.llama_index.base.RASD", FakeRASD)
+
+
+@pytest.fixture
+def llm(fake_engine):
+    """Return an LLM over the recording engine; its process saw no retrieval yet."""
     from rasd_integrations.llama_index import RASDLLM
 
-    monkeypatch.setattr("rasd_integrations.llama_index.base.RASD", FakeRASD)
     llm = RASDLLM("some/model", max_tokens=32)
     llm._trace._retrievals.clear()  # of the tests before
     return llm

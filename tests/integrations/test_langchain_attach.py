@@ -32,13 +32,6 @@ def engine(monkeypatch):
     monkeypatch.setattr("rasd_integrations.langchain.base.RASD", FakeRASD)
 
 
-class Agent(ChatRASD):
-    """Takes tools without using them."""
-
-    def bind_tools(self, tools, **kwargs):
-        return self.bind()
-
-
 LLM = "org/one"
 STORE = InMemoryVectorStore(WordEmbeddings())
 RETRIEVER = STORE.as_retriever(search_kwargs={"filter": lambda document: True})
@@ -108,7 +101,7 @@ CHAINS = {
 def test_the_store_inside_is_found(shape):
     """The retriever itself where there is one, because it carries the filter; else the store."""
     make, expected = CHAINS[shape]
-    llm = Agent(model=LLM)
+    llm = ChatRASD(model=LLM)
     assert llm.attach(make(llm)) is llm
     assert [True] == [source is expected for source in llm._rasd.sources]
 

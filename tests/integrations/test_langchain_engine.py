@@ -7,12 +7,12 @@ import json
 import time
 
 import pytest
+from assistant import standard_model
 from fakes_langchain import WordEmbeddings
 from langchain.agents import create_agent
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import create_retriever_tool
@@ -89,25 +89,14 @@ def test_the_statistics_tell_what_was_captured(parts, store):
     assert told["num_chunks"] == 2
 
 
-class Searching(ChatRASD):
-    """Calls its tool first, by script: calling tools is a later part of the package."""
-
-    def bind_tools(self, tools, **kwargs):
-        return self.bind()
-
-    def _generate(self, messages, stop=None, run_manager=None, **kwargs):
-        if isinstance(messages[-1], ToolMessage):
-            return super()._generate(messages, stop, run_manager, **kwargs)
-        search = {"name": "search", "args": {"query": "capital France"}, "id": "1"}
-        return ChatResult(generations=[ChatGeneration(message=AIMessage("", tool_calls=[search]))])
-
-
-def test_an_agents_question_is_read_in_its_history(parts, store):
+def test_an_agents_question_is_read_in_its_history(store):
     """With the retriever behind a tool, the engine finds the question and the tool's query itself."""
-    llm = Searching.from_model(*parts, store=store, max_tokens=4)
+    llm = ChatRASD.from_model(*standard_model(), store=store, max_tokens=200)
     search = create_retriever_tool(store.as_retriever(search_kwargs={"k": 2}), "search", "Search.")
-    asked = {"messages": [HumanMessage("What is the capital of France?")]}
-    told = create_agent(llm, [search]).invoke(asked)["messages"][-1].response_metadata["rasd"]
+    asked = {"messages": [HumanMessage("Search for the capital of France!")]}
+    *_, result, answer = create_agent(llm, [search]).invoke(asked)["messages"]
+    told = answer.response_metadata["rasd"]
+    assert FACTS[1] in result.content
     assert ("tool_call", "retriever") == (told["question_source"], told["chunk_source"])
 
 

@@ -1,17 +1,26 @@
-"""LangChain's own standard tests, as every chat model package runs them."""
+"""LangChain's own standard tests, as every chat model package runs them: nothing overridden, nothing expected to fail.
+
+The integration tests run on a scripted model inside the real engine: prompts through a chat template with
+tools, drafting, verification, grammars, the parser of answers. What they skip needs pictures, sound,
+PDFs, recorded web traffic, or a second model behind one address.
+"""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+from assistant import standard_model
+from langchain_core.messages import HumanMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
-from tiny import tiny_llama, tiny_tokenizer
+from scripted import TEMPLATES, scripted_model
 
 from rasd_integrations.langchain import ChatRASD
 
 
 class TestChatRASDUnit(ChatModelUnitTests):
-    """Construction, options, tracing parameters."""
+    """Construction, options, tools, tracing parameters."""
 
     @property
     def chat_model_class(self):
@@ -24,17 +33,21 @@ class TestChatRASDUnit(ChatModelUnitTests):
         return {"model": "org/one"}
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return tiny_llama(), tiny_tokenizer()
+assistant = functools.cache(standard_model)
+
+
+@functools.cache
+def thinker():
+    """Return a model that thinks before it answers."""
+    model, tokenizer = scripted_model(lambda _: "<think>\nTwo and two.\n</think>\n\nFour.")
+    tokenizer.chat_template = TEMPLATES["hermes"] + "{#- <think> </think> -#}"
+    return model, tokenizer
 
 
 class TestChatRASDIntegration(ChatModelIntegrationTests):
-    """Answers of the real engine round a tiny random model. Tools and structured output come later."""
+    """Answers of the real engine round a scripted model, drafting on."""
 
-    @pytest.fixture(autouse=True)
-    def _loaded(self, loaded):
-        type(self).loaded = loaded
+    template = "hermes"
 
     @property
     def chat_model_class(self):
@@ -43,10 +56,67 @@ class TestChatRASDIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self):
-        """Random weights; short answers."""
-        return {"model": "tiny", "loaded_model": (*type(self).loaded, None)}
+        """A loaded model."""
+        return {"model": "scripted", "loaded_model": (*assistant(self.template), None)}
 
     @property
-    def standard_chat_model_params(self):
-        """As LangChain's, with shorter answers."""
-        return {**super().standard_chat_model_params, "max_tokens": 12}
+    def supports_json_mode(self):
+        """A grammar of any JSON object."""
+        return True
+
+    @property
+    def supports_anthropic_inputs(self):
+        """Claude's blocks of text, tool use and thinking; pictures are refused."""
+        return True
+
+    @property
+    def supports_model_override(self):
+        """One instance is one model: another name in a call is refused."""
+        return False
+
+    @property
+    def supported_usage_metadata_details(self):
+        """What the engine counts besides prompt and answer."""
+        counted = ["cache_read_input", "reasoning_output"]
+        return {"invoke": counted, "stream": counted}
+
+    def invoke_with_cache_read_input(self, *, stream=False):
+        """Ask twice: the second prompt is found in the prefix cache."""
+        llm = self.chat_model_class(**self.chat_model_params)
+        prompt = [HumanMessage("The same long question again, word for word. " * 8)]
+        llm.invoke(prompt)
+        answer = _merged(llm.stream(prompt)) if stream else llm.invoke(prompt)
+        assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
+        return answer
+
+    def invoke_with_reasoning_output(self, *, stream=False):
+        """Ask a model that thinks."""
+        llm = self.chat_model_class.from_model(*thinker())
+        answer = _merged(llm.stream("2 + 2?")) if stream else llm.invoke("2 + 2?")
+        assert ("Four.", "Two and two.") == (
+            answer.text,
+            answer.additional_kwargs["reasoning_content"].strip(),
+        )
+        assert answer.usage_metadata["output_token_details"]["reasoning"] > 0
+        return answer
+
+
+class TestChatRASDWithoutToolTemplate(TestChatRASDIntegration):
+    """The same with a template that knows no tools: the package's own tool prompt takes its place."""
+
+    template = "plain"
+
+
+class TestChatRASDWithStrictTemplate(TestChatRASDIntegration):
+    """The same with a template that takes user and assistant in turns only."""
+
+    template = "strict"
+
+
+def _merged(chunks):
+    return functools.reduce(lambda a, b: a + b, chunks)
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::langchain_core._api.beta_decorator.LangChainBetaWarning"
+)

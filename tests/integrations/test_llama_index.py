@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 
 import pytest
 
 pytest.importorskip("llama_index.core")
 
-from fakes_llama_index import ANSWER, FakeRASD
+from cases_llama_index import TEXT, USER, call_of
+from fakes_llama_index import FakeRASD
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ImageBlock,
@@ -22,31 +24,21 @@ from llama_index.core.llms import LLM
 
 from rasd_integrations.errors import PromptError
 from rasd_integrations.llama_index import RASDLLM
+from rasd_integrations.runtime import RASD
 
-TEXT = "".join(ANSWER)
-USER = [ChatMessage(role="user", content="Who built it?")]
-PLAIN_USER = [{"role": "user", "content": "Who built it?"}]
-
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    """Put the recording engine in RASD's place."""
-    monkeypatch.setattr("rasd_integrations.llama_index.base.RASD", FakeRASD)
-
-
-@pytest.fixture
-def llm():
-    """Return an LLM over the recording engine."""
-    return RASDLLM("some/model", max_tokens=32)
-
-
-def call_of(llm):
-    """Return the one call that reached the engine."""
-    (call,) = llm._rasd.calls
-    return call
-
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 # --- the eight endpoints --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["stream", "generate", "astream", "agenerate"])
+def test_the_recording_engine_has_the_engines_face(method):
+    """What these tests hand to the fake, the real engine takes."""
+    real, fake = (inspect.signature(getattr(kind, method)).parameters for kind in (RASD, FakeRASD))
+
+    assert [(p.name, p.kind, p.default) for p in real.values()] == [
+        (p.name, p.kind, p.default) for p in fake.values()
+    ]
 
 
 def test_is_an_llm_of_the_framework(llm):
@@ -181,7 +173,7 @@ def test_hand_written_prompt_functions_are_used():
 
 
 def test_messages_reach_the_chat_template_whole(llm):
-    """Roles take the template's names, tool calls and results keep their fields, reasoning is left out."""
+    """Roles take the template's names; tool calls, results and thoughts keep their fields."""
     messages = [
         ChatMessage(role=MessageRole.DEVELOPER, content="Be brief."),
         ChatMessage(role="user", blocks=[TextBlock(text="one"), TextBlock(text="two")]),
@@ -192,7 +184,9 @@ def test_messages_reach_the_chat_template_whole(llm):
                 ToolCallBlock(tool_call_id="7", tool_name="look", tool_kwargs={"q": "x"}),
             ],
         ),
-        ChatMessage(role="tool", content="found", additional_kwargs={"tool_call_id": "7"}),
+        ChatMessage(
+            role="tool", content="found", additional_kwargs={"tool_call_id": "7", "name": "look"}
+        ),
     ]
     llm.chat(messages)
 
@@ -203,9 +197,10 @@ def test_messages_reach_the_chat_template_whole(llm):
         {
             "role": "assistant",
             "content": "",
+            "reasoning_content": "hm",
             "tool_calls": [{"id": "7", "type": "function", "function": function}],
         },
-        {"role": "tool", "content": "found", "tool_call_id": "7"},
+        {"role": "tool", "content": "found", "tool_call_id": "7", "name": "look"},
     ]
     assert expected == call_of(llm).prompt
 

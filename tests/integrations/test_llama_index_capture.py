@@ -16,14 +16,13 @@ from cases_llama_index import (
     QUESTION,
     TEXT,
     WAYS,
-    Scripted,
     assert_chunks,
     assert_hints_are_exact,
     history,
     make_index,
     shown,
 )
-from fakes_llama_index import FakeRASD
+from fakes_llama_index import FakeRASD, called
 from llama_index.core import PromptTemplate
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.bridge.pydantic import BaseModel
@@ -51,14 +50,16 @@ class Lighthouse(BaseModel):
     builder: str
 
 
+WRITTEN = called("Lighthouse", '{"builder": "Stev', 'enson"}')
+
+
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("how", WAYS)
 async def test_structured_predict(llm, monkeypatch, how, chat):
     """Programs fill the template themselves; question, context and re-rendering are exact all the same."""
     monkeypatch.setattr(FakeRASD, "has_chat_template", chat)
-    engine = Scripted("m")
-    engine.lines = ('{"builder": "Stevenson"}',)
-    llm._rasd = engine
+    llm.system_prompt = "Be brief."
+    llm._rasd.answers = (WRITTEN if chat else '{"builder": "Stevenson"}',)
     template = PromptTemplate("Context: {context_str}\nQuery: {query_str}")
     args = {"context_str": "Stevenson built it.", "query_str": QUESTION}
     if how == "sync":
@@ -71,33 +72,30 @@ async def test_structured_predict(llm, monkeypatch, how, chat):
         stream = await llm.astream_structured_predict(Lighthouse, template, **args)
         *_, out = [o async for o in stream]
 
-    (call,) = engine.calls
+    (call,) = llm._rasd.calls
     assert out.builder == "Stevenson"
     assert_hints_are_exact(call, context="Stevenson built it.")
+    assert "Be brief." in call.text
 
 
 def test_structured_query_engine(index, llm):
     """A query engine with an output class goes the same way, and knows its nodes."""
-    engine = Scripted("m")
-    engine.lines = ('{"builder": "Stevenson"}',)
-    llm._rasd = engine
+    llm._rasd.answers = (WRITTEN,)
     index.as_query_engine(llm=llm, output_cls=Lighthouse).query(QUESTION)
 
-    (call,) = engine.calls
+    (call,) = llm._rasd.calls
     assert_hints_are_exact(call)
     assert_chunks(call)
 
 
 def test_another_structured_call_is_not_taken_for_this_one(llm):
     """A template counts only if it gives the very prompt that was sent."""
-    engine = Scripted("m")
-    engine.lines = ('{"builder": "Stevenson"}', "plain")
-    llm._rasd = engine
+    llm._rasd.answers = (WRITTEN, "plain")
     template = PromptTemplate("Context: {context_str}\nQuery: {query_str}")
     llm.structured_predict(Lighthouse, template, context_str="c", query_str="q")
     llm.complete("Something else.")
 
-    assert engine.calls[1].hints is None
+    assert llm._rasd.calls[1].hints is None
 
 
 # --- which retrieval belongs to which call --------------------------------------------------------

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import socket
 
 import pytest
 
 pytest.importorskip("llama_index.core")
 
+import llama_index.core
 from fakes_llama_index import WordEmbedding
 from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.base.llms.types import ChatMessage
@@ -18,6 +19,7 @@ from llama_index.core.chat_engine import ContextChatEngine
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.node_parser import TokenTextSplitter
 from llama_index.core.schema import Document, TextNode
+from scripted import scripted_model
 from tiny import WINDOW, tiny_llama, tiny_tokenizer
 
 from rasd_integrations.config import RetrievalConfig
@@ -176,39 +178,6 @@ async def test_parallel_queries_answer_as_one_after_another(llm, index):
     assert expected == [str(answer) for answer in answers]
 
 
-async def test_the_event_loop_goes_on(llm):
-    """While an answer is decoded other tasks run."""
-    llm.load()
-    ticks = 0
-
-    async def tick():
-        nonlocal ticks
-        while True:
-            await asyncio.sleep(0.001)
-            ticks += 1
-
-    ticker = asyncio.create_task(tick())
-    await llm.acomplete(QUESTION, max_tokens=64)
-    ticker.cancel()
-
-    assert ticks >= 3
-
-
-async def test_a_cancelled_answer_stops(llm):
-    """A task that is cancelled leaves the engine free for the next call."""
-    llm.load()
-    task = asyncio.create_task(llm.acomplete(QUESTION, max_tokens=1500))
-    await asyncio.sleep(0.05)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    started = time.perf_counter()
-    answer = await llm.acomplete(QUESTION, max_tokens=4)
-
-    assert answer.raw["usage"]["completion_tokens"] == 4
-    assert time.perf_counter() - started < 5
-
-
 def test_a_base_model_completes(parts):
     """Without a chat template LlamaIndex sends completion prompts, and they are read as text."""
     model, _ = parts
@@ -226,6 +195,24 @@ def test_a_prompt_over_the_window_is_refused(llm):
     """The error names the sizes; nothing is cut in silence."""
     with pytest.raises(ContextOverflowError, match=str(WINDOW)):
         llm.complete("x" * WINDOW)
+
+
+def test_no_network_is_needed(llm, index, monkeypatch):
+    """LlamaIndex's own default tokenizer comes with it: no settings are made and no connection opened."""
+
+    def refuse(*address):
+        pytest.fail(f"a connection was opened: {address}")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(llama_index.core, "global_tokenizer", None)
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    answer = str(index.as_query_engine(llm=llm, response_mode="tree_summarize").query(QUESTION))
+
+    assert answer
+    assert llama_index.core.global_tokenizer is not None
 
 
 def test_a_closed_llm_says_so(parts):
@@ -246,6 +233,24 @@ def test_prompts_packed_to_the_brim_fit(llm, mode):
     sizes = prompt_sizes(llm, nodes, response_mode=mode)
 
     assert WINDOW * 3 // 4 <= max(sizes) <= WINDOW - llm.max_tokens
+
+
+@pytest.mark.parametrize("opened", [True, False])
+async def test_thoughts_are_blocks(opened):
+    """What a model thinks before it answers is a block of its own, and is streamed beside the text."""
+    model, tokenizer = scripted_model(lambda _: "<think>\nHm.\n</think>\n\nHello.")
+    tokenizer.chat_template += "{# </think> #}" + "<think>\n" * opened
+    llm = RASDLLM.from_model(model, tokenizer)
+    whole = llm.chat([ChatMessage(content=QUESTION)])
+    streamed = [r async for r in await llm.astream_chat([ChatMessage(content=QUESTION)])]
+
+    thought, text = whole.message.blocks
+    assert ("Hm.", "Hello.") == (thought.content.strip(), text.text)
+    assert whole.message == streamed[-1].message
+    deltas = [r.additional_kwargs.get("thinking_delta", "") for r in streamed]
+    assert thought.content == "".join(deltas)
+    assert text.text == "".join(r.delta for r in streamed)
+    assert whole.raw["rasd"]["reasoning_tokens"] > 0
 
 
 def test_context_documents_reads_the_whole_document(parts):

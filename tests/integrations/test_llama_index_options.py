@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import pickle
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -16,40 +17,17 @@ import pytest
 
 pytest.importorskip("llama_index.core")
 
-from fakes_llama_index import ANSWER, FakeRASD
+from cases_llama_index import TEXT, USER, call_of
 from llama_index.core import Settings
-from llama_index.core.base.llms.types import (
-    ChatMessage,
-)
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.schema import TextNode
 
 from rasd_integrations.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 from rasd_integrations.llama_index import RASDLLM, configure_settings
+from rasd_integrations.outputs import Grammar
 
-TEXT = "".join(ANSWER)
-USER = [ChatMessage(role="user", content="Who built it?")]
-PLAIN_USER = [{"role": "user", "content": "Who built it?"}]
-
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    """Put the recording engine in RASD's place."""
-    monkeypatch.setattr("rasd_integrations.llama_index.base.RASD", FakeRASD)
-
-
-@pytest.fixture
-def llm():
-    """Return an LLM over the recording engine."""
-    return RASDLLM("some/model", max_tokens=32)
-
-
-def call_of(llm):
-    """Return the one call that reached the engine."""
-    (call,) = llm._rasd.calls
-    return call
-
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 # --- options --------------------------------------------------------------------------------------
 
@@ -90,6 +68,18 @@ def test_fields_hold_where_a_call_says_nothing():
         temperature=0.2, top_p=0.8, top_k=2, max_tokens=9, stop=("#", "\n\n"), seed=1
     )
     assert expected == call_of(llm).params
+
+
+def test_a_call_may_go_without_drafts(llm):
+    """``drafter=None`` is plain decoding for one call; the LLM's own drafter means the same as nothing."""
+    llm.complete("Who?", drafter=None)
+    llm.complete("Who?", drafter="auto")
+    llm.complete("Who?", knowledge_transfer=2.0)
+
+    params = [call.params for call in llm._rasd.calls]
+    assert [(False, None), (True, None), (True, 2.0)] == [
+        (p.drafting, p.knowledge_transfer) for p in params
+    ]
 
 
 def test_sampling_fields_may_be_changed_later(llm):
@@ -138,7 +128,14 @@ def test_a_loaded_model_is_not_taken_for_a_name():
     ("options", "message"),
     [
         ({"max_token": 1}, "Did you mean 'max_tokens'"),
-        ({"tools": []}, "Unknown option 'tools'"),
+        ({"tool": []}, "Unknown option 'tool'"),
+        ({"drafter": "small/model"}, "drafter is 'small/model' for one call"),
+        ({"knowledge_transfer": -1}, "knowledge_transfer is -1"),
+        ({"response_format": {"type": "xml"}}, "response_format is"),
+        (
+            {"response_format": {"type": "json_object"}, "grammar": Grammar.json_object()},
+            "give one of them",
+        ),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"stop": 5}, "wrong type"),
@@ -241,7 +238,7 @@ def test_metadata_tells_the_models_true_measures(llm):
 
     assert (8192, 32) == (metadata.context_window, metadata.num_output)
     assert metadata.model_name == "some/model"
-    assert (True, False) == (metadata.is_chat_model, metadata.is_function_calling_model)
+    assert (True, True) == (metadata.is_chat_model, metadata.is_function_calling_model)
 
 
 def test_serialised_settings_hold_no_objects_and_no_secrets():
@@ -288,6 +285,24 @@ def test_an_llm_can_be_collected(llm):
     gc.collect()
 
     assert engine() is None
+
+
+def test_construction_imports_no_engine():
+    """A process that only makes an LLM pays for LlamaIndex, not for torch."""
+    code = (
+        "import sys; from rasd_integrations.llama_index import RASDLLM; RASDLLM('some/model'); "
+        "print(sorted({'torch', 'transformers', 'llguidance'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout == "[]\n"
+
+
+async def test_loading_ahead(llm):
+    """Weights can be loaded without holding up the event loop."""
+    assert await llm.aload() is llm
+
+    assert llm._rasd.loads == 1
 
 
 def test_a_missing_framework_names_the_extra(monkeypatch):

@@ -17,7 +17,6 @@ from cases_llama_index import (
     QUESTION,
     TEXT,
     WAYS,
-    Scripted,
     assert_chunks,
     assert_hints_are_exact,
     flat,
@@ -26,13 +25,11 @@ from cases_llama_index import (
 )
 from fakes_llama_index import FakeRASD
 from llama_index.core import PromptTemplate
-from llama_index.core.agent.workflow import ReActAgent
 from llama_index.core.chat_engine import (
     CondensePlusContextChatEngine,
     CondenseQuestionChatEngine,
     ContextChatEngine,
 )
-from llama_index.core.tools import QueryEngineTool, RetrieverTool, ToolMetadata
 
 
 async def ask(engine, question, how):
@@ -261,47 +258,3 @@ async def test_condense_question_chat_engine(index, llm, how):
     assert (FOLLOW_UP, None) == (condense.hints.question, condense.hints.context)
     assert_hints_are_exact(answer, question=CONDENSED)
     assert answer.hints.search_query == CONDENSED
-
-
-# --- agents and tools -----------------------------------------------------------------------------
-
-
-# LlamaIndex's agents use what pydantic and its own workflows have deprecated.
-IGNORE_AGENTS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@IGNORE_AGENTS
-async def test_react_agent_with_a_retriever_tool(index, llm, monkeypatch):
-    """The call after the tool knows the nodes, though the tool ran in another task."""
-    line = f'Thought: I must look.\nAction: look\nAction Input: {{"input": "{QUESTION}"}}'
-    engine = Scripted("m")
-    engine.lines = (line, "Thought: I can answer.\nAnswer: Stevenson.")
-    llm._rasd = engine
-    tool = RetrieverTool(
-        index.as_retriever(), metadata=ToolMetadata(name="look", description="Looks things up.")
-    )
-    result = await ReActAgent(tools=[tool], llm=llm).run(QUESTION, memory=history())
-
-    first, second = engine.calls
-    assert "Stevenson" in str(result)
-    assert first.hints is None
-    assert "Observation: file_name: f0.txt" in second.text
-    assert_chunks(second)
-    assert second.hints.search_query == QUESTION
-
-
-@IGNORE_AGENTS
-async def test_react_agent_with_a_query_engine_tool(index, llm):
-    """The inner call is a packed answer like any other."""
-    line = f'Thought: I must look.\nAction: look\nAction Input: {{"input": "{QUESTION}"}}'
-    engine = Scripted("m")
-    engine.lines = (line, "Stevenson did.", "Thought: I can answer.\nAnswer: Stevenson.")
-    llm._rasd = engine
-    tool = QueryEngineTool.from_defaults(
-        index.as_query_engine(llm=llm), name="look", description="Looks things up."
-    )
-    await ReActAgent(tools=[tool], llm=llm).run(QUESTION, memory=history())
-
-    _, inner, _ = engine.calls
-    assert_hints_are_exact(inner)
-    assert_chunks(inner)

@@ -8,8 +8,10 @@ import pytest
 from tiny import EOS, tiny_tokenizer
 
 from rasd_integrations.stats import DecodingStats
+from rasd_integrations.text.answer import AnswerParser, ReasoningFormat
 from rasd_integrations.text.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.stream import stream_text
+from rasd_integrations.text.tools import HERMES
 from rasd_integrations.types import TextChunk, TokenBlock
 
 
@@ -86,6 +88,65 @@ def test_half_a_character_at_the_end_is_shown_as_replacement():
     source = Source(["é"])
     source.ids = [source.ids[0][:1]]
     assert "\ufffd" == "".join(c.text for c in chunks_of(source))
+
+
+TWO_CALLS = (
+    "Fine.\n",
+    '<tool_call>\n{"name": "f", "arguments": {"a": "END"}}\n</tool_call>\n',
+    '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
+    "",
+)
+
+
+def answer_of(texts, stop=(), most_calls=None, thinking=False):
+    """Return the chunks of an answer with tools, and its source."""
+    source = Source(list(texts), finish="stop")
+    parser = AnswerParser(HERMES, ("f", "g"), reasoning=ReasoningFormat(), thinking=thinking)
+    chunks = stream_text(
+        source.blocks(), IncrementalDetokenizer(tiny_tokenizer()), stop, DecodingStats,
+        parser=parser, most_calls=most_calls, count_tokens=len,
+    )  # fmt: skip
+    return list(chunks), source
+
+
+def calls_of(chunks):
+    """Return names and arguments, joined."""
+    deltas = [d for c in chunks for d in c.tool_calls]
+    return [d.name for d in deltas if d.name], "".join(d.arguments for d in deltas)
+
+
+def test_calls_are_no_text_and_tell_the_reason():
+    """What is left of the text has no markup."""
+    chunks, _ = answer_of(TWO_CALLS)
+    assert "".join(c.text for c in chunks) == "Fine."
+    assert calls_of(chunks) == (["f", "g"], '{"a": "END"}{}')
+    assert chunks[-1].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("stop", ["END", "\n", '"'])
+def test_stop_strings_end_the_text_only(stop):
+    """Thoughts and calls may hold a stop string: they are not the answer's text."""
+    thought = f"a{stop}b</think>\n\n"
+    chunks, _ = answer_of([thought, *TWO_CALLS], (stop,), thinking=True)
+    assert "".join(c.reasoning for c in chunks) == f"a{stop}b"
+    assert calls_of(chunks)[0] == ["f", "g"]
+    assert chunks[-1].finish_reason == "tool_calls"
+    assert chunks[-1].stats.reasoning_tokens == len("".join(c.reasoning for c in chunks)) > 0
+
+
+def test_a_stop_string_before_the_calls_ends_all():
+    """What stands behind the end of the text is not handed out."""
+    chunks, source = answer_of(TWO_CALLS, ("ine",))
+    assert "".join(c.text for c in chunks) == "F"
+    assert calls_of(chunks) == ([], "")
+    assert (chunks[-1].finish_reason, source.taken, source.closed) == ("stop", 1, True)
+
+
+def test_an_answer_of_one_call_ends_before_the_second():
+    """Where one call is wanted, decoding stops when another begins."""
+    chunks, source = answer_of(TWO_CALLS, most_calls=1)
+    assert calls_of(chunks) == (["f"], '{"a": "END"}')
+    assert (chunks[-1].finish_reason, source.closed) == ("tool_calls", True)
 
 
 def test_closing_the_text_closes_the_blocks():

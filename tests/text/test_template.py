@@ -31,7 +31,7 @@ SILENT = (
     "[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-TOOLS = "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}" + SILENT.replace(
+TOOLS = "{# <tool_call> #}{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}" + SILENT.replace(
     "('user',", "('tool', 'user',"
 ).replace(
     "{{ m['content'] }}",
@@ -199,7 +199,7 @@ CONVERSATION = [
 
 def test_refused_roles_are_folded():
     """System text joins the first user message, and neighbours of one role are joined."""
-    expected = "[user]Be brief.\n\none\n\ntwo[assistant]three[user]four[assistant]"
+    expected = "[user]Be brief.\n\none\n\ntwo[assistant]three[user]<tool_response>\nfour\n</tool_response>[assistant]"
     assert expected == chat(ALTERNATING).render(CONVERSATION)
 
 
@@ -207,7 +207,7 @@ def test_roles_passed_over_in_silence_are_folded():
     """A template that drops a role without a word does not lose a tool's result."""
     rendered = chat(SILENT).render(CONVERSATION)
     assert "[user]Be brief.\n\none" in rendered
-    assert "[user]four" in rendered
+    assert "[user]<tool_response>\nfour\n</tool_response>" in rendered
 
 
 def test_roles_the_template_takes_are_left_alone():

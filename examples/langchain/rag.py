@@ -1,6 +1,6 @@
 """A LangChain RAG chain over Chroma, answered by ChatRASD. Runs offline on packaged models.
 
-python examples/langchain_rag.py "What is a step of the target?"
+python examples/langchain/rag.py "What is a step of the target?"
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rasd_integrations.demo.embeddings import MiniLM
 from rasd_integrations.langchain import ChatRASD
 from rasd_integrations.loading import packaged_model
 
-DOCS = Path(__file__).parents[1] / "docs" / "explanation"
+DOCS = Path(__file__).parents[2] / "docs" / "explanation"
 
 
 def joined(documents: list[Any]) -> str:

@@ -1,6 +1,6 @@
 """A LlamaIndex query engine over FAISS, answered by RASDLLM. Runs offline on packaged models.
 
-python examples/llama_index_rag.py "What is a step of the target?"
+python examples/llama_index/query_engine.py "What is a step of the target?"
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rasd_integrations.demo.embeddings import MiniLM
 from rasd_integrations.llama_index import RASDLLM
 from rasd_integrations.loading import packaged_model
 
-DOCS = Path(__file__).parents[1] / "docs" / "explanation"
+DOCS = Path(__file__).parents[2] / "docs" / "explanation"
 
 
 def main() -> None:

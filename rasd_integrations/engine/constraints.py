@@ -1,0 +1,175 @@
+"""A grammar over an answer's tokens: drafts cut to what it allows, logits masked, forced tokens drafted.
+
+The target's law under a grammar is the law of its masked logits. Every rule of verification takes
+logits, so each stays exact for that law; a drafted token that the grammar forbids has probability zero
+under it, so leaving it out of a deterministic draft changes no outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import Self
+
+from rasd_integrations.types import Draft, GrammarState
+
+SOURCE = "grammar"  # of forced tokens, in the statistics
+MOST_FORCED = 64  # rows of one step; a longer forced text takes another
+
+Bits = NDArray[np.int32]
+"""``[rows, ceil(vocab / 32)]``, bit set where a token may follow."""
+
+
+def guide(
+    state: GrammarState, draft: Draft, room: int, eos_ids: Collection[int]
+) -> tuple[Draft, Bits]:
+    """Return the draft that the grammar leaves, with what it forces behind the first path, and the masks.
+
+    A sampled draft, or one with logits, keeps its tokens: its law must stay the one they were drawn from.
+
+    Args:
+        state: Of the committed tokens; unchanged afterwards.
+        draft: Chain or tree.
+        room: Most tokens that the draft may have.
+        eos_ids: Tokens that end an answer; nothing is asked of the grammar behind them.
+
+    Returns:
+        The draft, and one row of mask for the root and for each of its nodes.
+    """
+    if draft.probs is not None or draft.logits is not None:
+        return draft, chain_masks(state, draft.token_ids, eos_ids)
+    with _Walker(state) as walker:
+        return _cut(walker, draft, room, eos_ids)
+
+
+def chain_masks(state: GrammarState, token_ids: Sequence[int], eos_ids: Collection[int]) -> Bits:
+    """Return the masks of the root and of each token of a chain; behind a forbidden one all is allowed."""
+    with _Walker(state) as walker:
+        masks = [_mask(state)]
+        for place, token in enumerate(token_ids):
+            alive = len(walker.path) == place and token not in eos_ids and walker.push(token, place)
+            masks.append(_mask(state) if alive else _everything(masks[0]))
+    return np.stack(masks)
+
+
+def forced_after(state: GrammarState, token_ids: Sequence[int]) -> tuple[int, ...]:
+    """Return what must follow ``token_ids``; nothing where these may not follow themselves."""
+    with _Walker(state) as walker:
+        allowed = all(walker.push(token, node) for node, token in enumerate(token_ids))
+        return tuple(state.forced()) if allowed else ()
+
+
+def mask_rows(logits: Tensor, bits: Bits) -> Tensor:
+    """Set the logits ``[rows, vocab]`` of forbidden tokens to ``-inf``, in place, and return them."""
+    rows, vocab = logits.shape
+    allowed = np.unpackbits(bits[:rows].view(np.uint8), axis=1, bitorder="little")[:, :vocab]
+    forbidden = torch.from_numpy(allowed).to(logits.device) == 0
+    return logits.masked_fill_(forbidden, float("-inf"))
+
+
+class _Walker:
+    """Moves a grammar's state over the nodes of a draft, and back to where it was."""
+
+    def __init__(self, state: GrammarState) -> None:
+        self.state = state
+        self.path: list[int] = []  # nodes that the state stands behind
+        self._tokens: dict[int, int] = {}
+        self._parents: dict[int, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.state.pop(len(self.path))
+
+    def push(self, token: int, node: int) -> bool:
+        """Step on to ``node``; say whether its token may follow."""
+        parent = self.path[-1] if self.path else -1
+        if not self.state.push(token):
+            return False
+        self._tokens[node], self._parents[node] = token, parent
+        self.path.append(node)
+        return True
+
+    def move_to(self, node: int) -> None:
+        """Stand behind ``node``, which was stepped on before; -1 is the root."""
+        wanted: list[int] = []
+        while node >= 0:
+            wanted.append(node)
+            node = self._parents[node]
+        wanted.reverse()
+        pairs = zip(self.path, wanted, strict=False)
+        common = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        common = min(len(self.path), len(wanted)) if common is None else common
+        self.state.pop(len(self.path) - common)
+        del self.path[common:]
+        for on in wanted[common:]:
+            self.state.push(self._tokens[on])
+            self.path.append(on)
+
+
+def _cut(walker: _Walker, draft: Draft, room: int, eos_ids: Collection[int]) -> tuple[Draft, Bits]:
+    state, masks = walker.state, [_mask(walker.state)]
+    kept: dict[int, int] = {-1: -1}  # old index to new
+    ended: set[int] = set()
+    nodes: list[tuple[int, int, str]] = []  # token, parent, source
+    parents = draft.parents if draft.parents is not None else range(-1, len(draft) - 1)
+    sources = draft.sources or (draft.source,) * len(draft)
+    for old, (parent, token) in enumerate(zip(parents, draft.token_ids, strict=True)):
+        up = kept.get(parent)
+        if up is None or up in ended or not _allows(masks[up + 1], token):
+            continue
+        new = kept[old] = len(nodes)
+        if token in eos_ids:
+            ended.add(new)
+            masks.append(_everything(masks[0]))
+        else:
+            walker.move_to(up)
+            walker.push(token, new)
+            masks.append(_mask(state))
+        nodes.append((token, up, sources[old]))
+    leaf = _first_leaf([parent for _, parent, _ in nodes])
+    if leaf not in ended:
+        walker.move_to(leaf)
+        most = min(room, max(MOST_FORCED, len(nodes)))
+        for token in state.forced()[: max(most - len(nodes), 0)]:
+            if not walker.push(token, len(nodes)):
+                break
+            nodes.append((token, leaf, SOURCE))
+            leaf = len(nodes) - 1
+            masks.append(_mask(state))
+    cut = replace(
+        draft,
+        token_ids=tuple(token for token, _, _ in nodes),
+        parents=tuple(parent for _, parent, _ in nodes),
+        sources=tuple(source for _, _, source in nodes),
+    )
+    return cut, np.stack(masks)
+
+
+def _first_leaf(parents: Sequence[int]) -> int:
+    """Return the end of the path of first children; -1 where there is no node."""
+    leaf = -1
+    for node, parent in enumerate(parents):
+        if parent == leaf:
+            leaf = node
+    return leaf
+
+
+def _mask(state: GrammarState) -> NDArray[np.int32]:
+    """Return what may follow; behind the grammar's end the row is not read, and must only not be empty."""
+    mask = state.mask()
+    return _everything(mask) if state.finished else mask
+
+
+def _allows(mask: NDArray[np.int32], token: int) -> bool:
+    return bool(int(mask[token // 32]) >> (token % 32) & 1)
+
+
+def _everything(like: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.full_like(like, -1)

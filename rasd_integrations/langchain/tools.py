@@ -1,0 +1,104 @@
+"""Tools and forms of answers as LangChain says them, to what the engine takes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_function, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.outputs import Grammar, ToolUse
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+Tool: TypeAlias = "Mapping[str, Any] | type | Callable[..., Any] | BaseTool"
+"""What LangChain takes for a tool: an object, a function, a class, or a schema in any provider's form."""
+
+_LEGACY = {"functions": "tools", "function_call": "tool_choice"}
+_REFERENCE = re.compile(r'"#/(?:\$defs|definitions)/([^"]+)"')
+
+
+def openai_tool(tool: Tool, *, strict: bool | None = None) -> dict[str, Any]:
+    """Return ``tool`` in OpenAI's form.
+
+    Raises:
+        ValueError: LangChain cannot make a tool of it.
+    """
+    form = convert_to_openai_tool(tool, strict=strict)
+    arguments = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
+    if _is_model(arguments) and _is_recursive(schema := json_schema(arguments)):
+        form["function"]["parameters"] = (
+            schema  # LangChain writes out references, as far as it goes
+        )
+    return form
+
+
+def take_tool_use(options: dict[str, Any]) -> ToolUse | None:
+    """Take the options of tools out of a call's ``options``; ``None`` where there are no tools.
+
+    Raises:
+        ConfigurationError: A choice that cannot be met, a tool without a name, or OpenAI's old
+            ``functions`` and ``function_call``.
+    """
+    for old, new in _LEGACY.items():
+        if options.pop(old, None) is not None:
+            msg = (
+                f"{old}= is OpenAI's old form and not supported. Pass {new}=, or call bind_tools()."
+            )
+            raise ConfigurationError(msg)
+    return ToolUse.of(
+        [openai_tool(tool) for tool in options.pop("tools", None) or ()],
+        options.pop("tool_choice", None),
+        parallel=options.pop("parallel_tool_calls", None),
+        strict=options.pop("strict", None),
+    )
+
+
+def answer_grammar(response_format: Any) -> Grammar | None:
+    """Return the grammar of an OpenAI ``response_format``, or of a class that stands for its schema.
+
+    Raises:
+        ConfigurationError: It is neither.
+    """
+    if isinstance(response_format, type):
+        return Grammar.json_schema(json_schema(response_format))
+    return Grammar.of_response_format(response_format)
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    """Return the JSON schema of a pydantic class, a TypedDict or a schema in any provider's form.
+
+    Raises:
+        ValueError: LangChain cannot make a schema of it.
+    """
+    if _is_model(schema):
+        whole = schema.model_json_schema if hasattr(schema, "model_json_schema") else schema.schema
+        return dict(whole())
+    if isinstance(schema, Mapping):
+        if schema.get("type") in ("function", "json_schema"):
+            schema = dict(schema.get(schema["type"]) or {})
+        if isinstance(schema.get("schema"), Mapping):
+            return dict(schema["schema"])
+        if not {"parameters", "input_schema", "toolSpec"} & {*schema}:
+            return dict(schema)
+    return dict(convert_to_openai_function(schema).get("parameters") or {"type": "object"})
+
+
+def _is_model(schema: object) -> bool:
+    return isinstance(schema, type) and is_basemodel_subclass(schema)
+
+
+def _is_recursive(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema's definitions lead back to themselves."""
+    definitions = {**schema.get("$defs", {}), **schema.get("definitions", {})}
+    uses = {name: set(_REFERENCE.findall(json.dumps(d))) for name, d in definitions.items()}
+    for _ in uses:
+        for used in uses.values():
+            used |= {further for name in used for further in uses.get(name, ())}
+    return any(name in used for name, used in uses.items())

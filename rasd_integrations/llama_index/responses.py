@@ -1,0 +1,148 @@
+"""Answers of the core as LlamaIndex's responses: whole, or growing chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    ContentBlock,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+
+from rasd_integrations.llama_index.tools import arguments_of
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import FinishReason, Generation, TextChunk, ToolCall
+
+_Response_co = TypeVar("_Response_co", bound=ChatResponse | CompletionResponse, covariant=True)
+_Response = TypeVar("_Response", bound=ChatResponse | CompletionResponse)
+
+
+class Respond(Protocol[_Response_co]):
+    """Makes a response of an answer, whole or so far."""
+
+    def __call__(self, answer: Answer, **fields: Any) -> _Response_co:
+        """Return the response; ``fields`` are its ``delta``, ``raw`` and ``additional_kwargs``."""
+        ...
+
+
+class Answer:
+    """An answer as it grows.
+
+    Attributes:
+        text: What it says so far.
+        reasoning: The model's thoughts so far.
+        calls: The tools that it calls so far; the last one's arguments may be incomplete.
+    """
+
+    def __init__(self, text: str = "", reasoning: str = "", calls: Sequence[ToolCall] = ()) -> None:
+        """Start with what is known."""
+        self.text, self.reasoning = text, reasoning
+        self.calls = list(calls)
+
+    def add(self, chunk: TextChunk) -> None:
+        """Append the next piece."""
+        self.text += chunk.text
+        self.reasoning += chunk.reasoning
+        for delta in chunk.tool_calls:
+            if delta.index == len(self.calls):
+                self.calls.append(ToolCall(delta.id or "", delta.name or "", delta.arguments))
+            else:
+                call = self.calls[delta.index]
+                self.calls[delta.index] = ToolCall(
+                    call.id, call.name, call.arguments + delta.arguments
+                )
+
+    def message(self) -> ChatMessage:
+        """Return it as a message: thoughts, text, tool calls; arguments that are no JSON yet are text."""
+        blocks: list[ContentBlock] = []
+        if self.reasoning:
+            blocks.append(ThinkingBlock(content=self.reasoning))
+        if self.text or not self.calls:
+            blocks.append(TextBlock(text=self.text))
+        blocks += [
+            ToolCallBlock(
+                tool_call_id=call.id,
+                tool_name=call.name,
+                tool_kwargs=arguments_of(call.arguments),
+            )
+            for call in self.calls
+        ]
+        return ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
+
+
+def chat_response(answer: Answer, **fields: Any) -> ChatResponse:
+    """Return an answer as a chat response."""
+    return ChatResponse(message=answer.message(), **fields)
+
+
+def completion_response(answer: Answer, **fields: Any) -> CompletionResponse:
+    """Return an answer as a completion response, which has no place for thoughts."""
+    return CompletionResponse(text=answer.text, **fields)
+
+
+def raw_response(stats: DecodingStats, finish_reason: FinishReason | None) -> dict[str, Any]:
+    """Return what an answer carries as ``raw``: ``usage`` as token counters read it, and ``rasd``."""
+    usage = {
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": stats.generated_tokens,
+        "total_tokens": stats.prompt_tokens + stats.generated_tokens,
+    }
+    return {"usage": usage, "rasd": stats.as_dict(), "finish_reason": finish_reason}
+
+
+def whole_response(respond: Respond[_Response], given: Generation) -> _Response:
+    """Return a whole answer."""
+    answer = Answer(given.text, given.reasoning, given.tool_calls)
+    return respond(answer, raw=raw_response(given.stats, given.finish_reason))
+
+
+def _next_response(
+    respond: Respond[_Response], answer: Answer, chunk: TextChunk
+) -> _Response | None:
+    answer.add(chunk)
+    fields: dict[str, Any] = {"delta": chunk.text}
+    if chunk.reasoning:
+        fields["additional_kwargs"] = {"thinking_delta": chunk.reasoning}
+    if chunk.stats is not None:
+        fields["raw"] = raw_response(chunk.stats, chunk.finish_reason)
+    elif not (chunk.text or chunk.reasoning or chunk.tool_calls):
+        return None
+    return respond(answer, **fields)
+
+
+def stream_responses(
+    respond: Respond[_Response], chunks: Iterator[TextChunk]
+) -> Generator[_Response, None, None]:
+    """Yield an answer as it grows, the new text as ``delta``; ``raw`` stands on the last response.
+
+    Closing it stops the decoding.
+    """
+    answer = Answer()
+    try:
+        for chunk in chunks:
+            if (response := _next_response(respond, answer, chunk)) is not None:
+                yield response
+    finally:
+        if isinstance(chunks, Generator):
+            chunks.close()
+
+
+async def astream_responses(
+    respond: Respond[_Response], chunks: AsyncIterator[TextChunk]
+) -> AsyncGenerator[_Response, None]:
+    """Yield an answer as it grows, as :func:`stream_responses` does."""
+    answer = Answer()
+    try:
+        async for chunk in chunks:
+            if (response := _next_response(respond, answer, chunk)) is not None:
+                yield response
+    finally:
+        if isinstance(chunks, AsyncGenerator):
+            await chunks.aclose()

@@ -1,0 +1,51 @@
+"""What importing the LangChain edge costs: no torch, and hardly more time than LangChain's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "tokenizers", "llguidance", "chromadb", "faiss")
+
+SCRIPT = """
+import json, sys, time
+start = time.perf_counter()
+from langchain_core.language_models import BaseChatModel, BaseLLM
+theirs = time.perf_counter()
+from rasd_integrations.langchain import RASDLLM, ChatRASD
+ours = time.perf_counter()
+from langchain_core.documents import Document
+from pydantic import BaseModel
+class Joke(BaseModel):
+    "A joke."
+    setup: str
+llm = ChatRASD(model="org/one", store=[Document("x")], retrieval={"k": 3}, stop=["x"])
+llm.bind_tools([Joke], tool_choice="any")
+llm.with_structured_output(Joke)
+RASDLLM(model="org/one")
+heavy = [name for name in json.loads(sys.argv[1]) if name in sys.modules]
+print(json.dumps({"seconds": ours - theirs, "heavy": heavy}))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """Return what some fresh interpreters measured."""
+    command = [sys.executable, "-c", SCRIPT, json.dumps(HEAVY)]
+    return [
+        json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for _ in range(4)
+    ]
+
+
+def test_torch_waits_until_a_model_is_loaded(runs):
+    """Neither the import nor building models, tools and chains brings in what only decoding needs."""
+    assert [[]] * 4 == [run["heavy"] for run in runs]
+
+
+def test_the_import_is_quick(runs):
+    """The goal is 0.3 s on a quiet machine; the fastest of some runs on a busy one stays near it."""
+    assert min(run["seconds"] for run in runs) < 0.6
