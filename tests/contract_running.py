@@ -159,24 +159,18 @@ class Running(ContractSetup):
     @pytest.mark.parametrize("way", ["async", "astream"])
     @ENDPOINTS
     async def test_the_event_loop_goes_on(self, llm, endpoint, way):
-        """No other task waits for 50 ms while an answer is decoded; the best of three tries counts."""
+        """No other task waits for 50 ms while an answer is decoded."""
         await call(llm, endpoint, "Hello!", way)
-        stalls = [await self._stall(llm, endpoint, way, number) for number in range(3)]
 
-        assert min(stalls) < STALL
+        await assert_free(lambda number: call(llm, endpoint, f"Try {number}.\n{LONG}", way))
 
     async def test_the_event_loop_goes_on_under_a_query(self, llm):
         """A query engine's own work counts too."""
-        long = index_of(TextNode(text=LONG), *(TextNode(text=text) for text in FACTS))
-        engine = long.as_query_engine(llm=llm, similarity_top_k=4)
+        nodes = [TextNode(text=LONG), *(TextNode(text=text) for text in FACTS)]
+        engine = index_of(*nodes).as_query_engine(llm=llm, similarity_top_k=4)
         await engine.aquery("Hello?")
-        stalls = []
-        for number in range(3):
-            beat = Heartbeat()
-            await beat.during(engine.aquery(f"{QUESTION} ({number})"))
-            stalls.append(beat.longest)
 
-        assert min(stalls) < STALL
+        await assert_free(lambda number: engine.aquery(f"{QUESTION} ({number})"))
 
     @pytest.mark.parametrize("way", ["async", "astream"])
     async def test_cancelling_stops_the_model(self, llm, way):
@@ -238,11 +232,6 @@ class Running(ContractSetup):
 
         assert facts == answers
 
-    async def _stall(self, llm, endpoint, way, number):
-        beat = Heartbeat()
-        await beat.during(call(llm, endpoint, f"Try {number}.\n{LONG}", way))
-        return beat.longest
-
     async def _started(self, task):
         """Wait until the model works on the call."""
         before = self.steps()
@@ -259,18 +248,33 @@ class Running(ContractSetup):
         self.slow_down(0)
 
 
-class Heartbeat:
-    """A task that only wants to run, and how long it once had to wait."""
+async def assert_free(work):
+    """See that the event loop goes on while ``work(number)`` is done.
 
-    def __init__(self):
-        self.longest = 0.0
+    A busy machine holds up every task: a try counts against what a thread that only spins costs at that moment,
+    and the best of three tries decides.
+    """
+    tries = []
+    for number in range(3):
+        usual = await longest_wait(asyncio.to_thread(spin, 0.1))
+        tries.append((await longest_wait(work(number)), max(STALL, 2 * usual)))
+    assert any(stall < limit for stall, limit in tries), tries
 
-    async def during(self, work):
-        """Beat while ``work`` is done."""
-        task = asyncio.ensure_future(work)
-        last = time.perf_counter()
-        while not task.done():
-            await asyncio.sleep(0.001)
-            now = time.perf_counter()
-            self.longest, last = max(self.longest, now - last), now
-        return task.result()
+
+async def longest_wait(work):
+    """Return the longest time that a task which only wants to run had to wait while ``work`` was done."""
+    task = asyncio.ensure_future(work)
+    longest, last = 0.0, time.perf_counter()
+    while not task.done():
+        await asyncio.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    task.result()
+    return longest
+
+
+def spin(seconds):
+    """Keep a thread busy."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass

@@ -13,6 +13,8 @@ from llama_index_contract import LLMContract
 from rasd_integrations.llama_index import RASDLLM, configure_settings
 from rasd_integrations.packaged import packaged_model
 
+pytestmark = pytest.mark.real
+
 
 class TestSmolLM(LLMContract):
     """The contract's model is small: what it does not know how to do shows, too."""

@@ -15,7 +15,9 @@ SAYS = {
     "langchain/agent.py": "Name: search_notes",
     "langchain/structured_output.py": "Ticket(subject=",
     "langchain/side_by_side.py": "tokens a second in all",
+    "llama_index/agent.py": "search_notes({'query':",
     "llama_index/query_engine.py": "steps of the target",
+    "llama_index/structured_output.py": "Ticket(subject=",
 }
 
 
