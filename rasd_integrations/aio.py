@@ -1,56 +1,123 @@
-"""A blocking iterator as an asynchronous one: its own thread, a queue, and a stop that is heard."""
+"""A blocking iterator as an asynchronous one: a worker thread, a queue, and a stop that is heard."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import TypeVar
 
 _T = TypeVar("_T")
 
+MAX_WORKERS = 32  # more threads than answers that decode at once bring nothing but their memory
 
-async def iterate_in_thread(start: Callable[[], Iterator[_T]]) -> AsyncGenerator[_T, None]:
-    """Run ``start()`` and the iterator it returns in a thread and yield its items here.
 
-    The event loop is never blocked. When the consumer stops or is cancelled, the thread closes the
-    iterator before its next item, which ends decoding within one step.
+class Workers:
+    """Runs jobs in daemon threads, so many at a time, in the order they came; keeps no idle thread.
+
+    A job must end by itself, and wait for no other job: then a full house never stands still.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Run at most ``limit`` jobs at a time."""
+        self.limit = limit
+        self._running = 0
+        self._queued: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Run ``job``, which must not raise, as soon as a thread is free."""
+        with self._lock:
+            if self._running >= self.limit:
+                self._queued.append(job)
+                return
+            self._running += 1
+        try:
+            start_thread(lambda: self._work(job))
+        except RuntimeError:  # the system gives no more threads
+            with self._lock:
+                self._running -= 1
+            raise
+
+    def _work(self, job: Callable[[], None]) -> None:
+        while True:
+            job()
+            with self._lock:
+                if not self._queued:
+                    self._running -= 1
+                    return
+                job = self._queued.popleft()
+
+
+_workers = Workers(MAX_WORKERS)
+# Whether this context runs in a worker. A stream that is asked for in there (by a drafter or a store that
+# calls a model) gets a thread of its own: its worker may wait for it, and so may all the others.
+_in_worker: contextvars.ContextVar[bool] = contextvars.ContextVar("rasd_worker", default=False)
+
+
+def start_thread(work: Callable[[], None]) -> None:
+    """Run ``work`` in a new daemon thread."""
+    threading.Thread(target=work, name="rasd-stream", daemon=True).start()
+
+
+async def iterate_in_thread(
+    start: Callable[[], Iterator[_T]], stopped: threading.Event | None = None
+) -> AsyncGenerator[_T, None]:
+    """Run ``start()`` and the iterator it returns in a worker thread and yield its items here.
+
+    The event loop is never blocked. Where all workers are taken, the call waits for its turn. When the
+    consumer stops or is cancelled, the thread closes the iterator before its next item, which ends
+    decoding within one step; what has not started by then never does.
+
+    Args:
+        start: Makes the iterator; both run in the caller's context variables.
+        stopped: Set when the consumer has left, for an iterator that waits before its first item.
     """
     loop = asyncio.get_running_loop()
+    # Without a bound: the worker must run on to its end whatever its consumer waits for, perhaps a worker.
     items: asyncio.Queue[tuple[bool, _T | BaseException | None]] = asyncio.Queue()
-    stopped = threading.Event()
+    left = threading.Event() if stopped is None else stopped
 
     def put(alive: bool, item: _T | BaseException | None) -> None:
-        if not loop.is_closed():
+        try:
             loop.call_soon_threadsafe(items.put_nowait, (alive, item))
+        except RuntimeError:  # the loop was closed; nobody listens
+            left.set()
 
     def work() -> None:
         error: BaseException | None = None
-        iterator: Iterator[_T] | None = None
         try:
-            iterator = start()
-            for item in iterator:
-                if stopped.is_set():
-                    break
-                put(True, item)
+            if not left.is_set():
+                iterator = start()
+                try:
+                    for item in iterator:
+                        put(True, item)
+                        if left.is_set():
+                            break
+                finally:
+                    getattr(iterator, "close", lambda: None)()
         except BaseException as err:  # noqa: BLE001  (raised again in the consumer)
             error = err
-        finally:
-            close = getattr(iterator, "close", None)
-            if close is not None:
-                close()
-            put(False, error)
+        put(False, error)
+        del error  # its traceback holds this frame, and so all that the answer held
 
+    nested = _in_worker.get()
     context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(work,), name="rasd-stream", daemon=True).start()
+    context.run(_in_worker.set, True)
+    (start_thread if nested else _workers.run)(lambda: context.run(work))
     try:
         while True:
             alive, item = await items.get()
-            if not alive:
-                if isinstance(item, BaseException):
+            if alive:
+                yield item  # type: ignore[misc]
+            elif isinstance(item, BaseException):
+                try:
                     raise item
+                finally:
+                    del item
+            else:
                 return
-            yield item  # type: ignore[misc]
     finally:
-        stopped.set()
+        left.set()

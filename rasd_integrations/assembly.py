@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from rasd_integrations.config import SpeculationConfig
 from rasd_integrations.outputs import ToolUse
 from rasd_integrations.prompting import Prompt, PromptPlan
+from rasd_integrations.retrieval import ChunkSource
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.template import ChatTemplate
 from rasd_integrations.types import DraftContext, Generation, TextChunk, ToolCall
@@ -88,3 +92,32 @@ def joined(chunks: Sequence[TextChunk]) -> Generation:
         reasoning="".join(chunk.reasoning for chunk in chunks),
         tool_calls=tuple(calls.values()),
     )
+
+
+def identity(
+    fixed: Mapping[str, Any],
+    speculation: SpeculationConfig,
+    template_kwargs: Mapping[str, Any],
+    weights: Mapping[str, str],
+    *,
+    drafter: object,
+    source: ChunkSource | None,
+) -> dict[str, Any]:
+    """Return what decides the output besides prompt and sampling, as plain JSON.
+
+    Drafter and store are part of it only where they may change what is said.
+    """
+    out: dict[str, Any] = {
+        **fixed,
+        "knowledge_transfer": speculation.knowledge_transfer,
+        "mixture": speculation.mixture,
+        "chat_template_kwargs": {k: repr(v) for k, v in sorted(template_kwargs.items())},
+    }
+    if "weights" in weights:
+        out["weights"] = weights["weights"]
+    if not speculation.lossless:
+        out |= weights
+        out["drafter"] = str(drafter) if isinstance(drafter, str | Path) else type(drafter).__name__
+    if source is not None and (not speculation.lossless or fixed.get("context") == "documents"):
+        out["store"] = source.fingerprint()
+    return out

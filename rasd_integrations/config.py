@@ -21,6 +21,17 @@ def _check(ok: bool, name: str, value: object, limit: str) -> None:
         raise ConfigurationError(msg)
 
 
+def check_engine(context: object, prefix_cache_bytes: int) -> None:
+    """Check the options that are the engine's alone.
+
+    Raises:
+        ConfigurationError: A value out of its range.
+    """
+    _check(context in ("prompt", "documents"), "context", context, "'prompt' or 'documents'")
+    limit = "at least 0 (0 keeps nothing)"
+    _check(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, limit)
+
+
 def reject_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raise for the first of ``names`` that is not ``known``.
 

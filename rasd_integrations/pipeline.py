@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,14 @@ from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.stream import stream_text
 from rasd_integrations.text.template import ChatTemplate
-from rasd_integrations.types import GrammarState, TextChunk
+from rasd_integrations.types import GrammarState, TextChunk, TokenBlock
 
 if TYPE_CHECKING:
     from rasd_integrations.engine.decoder import SpeculativeDecoder
+
+
+Gate = Callable[[int], AbstractContextManager[None]]
+"""Lets an answer in that will hold so many bytes; see :class:`~rasd_integrations.engine.admission.Admission`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +77,15 @@ class Pipeline:
     context: ContextMode
     namespace: str
 
-    def answer(self, request: Request, stats: DecodingStats) -> Iterator[TextChunk]:
+    def answer(
+        self, request: Request, stats: DecodingStats, gate: Gate | None = None
+    ) -> Iterator[TextChunk]:
         """Check and plan now, decode lazily; ``stats`` are complete when the iterator ends or is closed.
+
+        Args:
+            request: What is asked for.
+            stats: Counters to fill.
+            gate: Entered before decoding and left after it, with the bytes of the answer's keys and values.
 
         Raises:
             PromptError: The prompt is empty, has parts that are not text, or exceeds the window.
@@ -100,6 +112,9 @@ class Pipeline:
             prompt_ids, params, context=context, stats=stats, namespace=self.namespace,
             config=config, grammar=grammar,
         )  # fmt: skip
+        if gate is not None:
+            tokens = len(prompt_ids) + params.max_tokens
+            blocks = _gated(blocks, gate(tokens * self.decoder.target.kv_bytes_per_token))
         kept = () if parser is None else template.kept_control(tools)
         detokenizer = IncrementalDetokenizer(template.tokenizer, kept)
         single = tools is not None and not tools.parallel
@@ -144,8 +159,16 @@ class Pipeline:
         compiler = grammar_compiler(template.tokenizer, target.vocab_size, target.eos_ids)
         thought_end = template.reasoning.end if thinking and template.reasoning else None
         return compiler.state(
-            request.params.grammar, request.tools, template.tool_format, thought_end=thought_end
-        )
+            request.params.grammar, request.tools, template.tool_format,
+            thought_end=thought_end, room=request.params.max_tokens,
+        )  # fmt: skip
 
     def _count_tokens(self, text: str) -> int:
         return len(self.template.encode_chunk(text))
+
+
+def _gated(
+    blocks: Generator[TokenBlock, None, None], gate: AbstractContextManager[None]
+) -> Generator[TokenBlock, None, None]:
+    with gate, closing(blocks):
+        yield from blocks

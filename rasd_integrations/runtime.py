@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self
 
 from rasd_integrations.aio import iterate_in_thread
-from rasd_integrations.assembly import encode, head_ids, joined
+from rasd_integrations.assembly import encode, head_ids, identity, joined
 from rasd_integrations.config import (
     ContextMode,
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
+    check_engine,
     reject_unknown,
 )
 from rasd_integrations.drafters.base import Drafter, check_drafter_spec
 from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.outputs import ToolUse
-from rasd_integrations.pipeline import Pipeline, Request
+from rasd_integrations.pipeline import Gate, Pipeline, Request
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
 from rasd_integrations.stats import DecodingStats
@@ -85,17 +87,12 @@ class RASD:
         """
         reject_unknown(unknown, signature(RASD.__init__).parameters, "RASD")
         check_drafter_spec(drafter)
-        if context not in ("prompt", "documents"):
-            msg = f"context is {context!r}, but must be 'prompt' or 'documents'."
-            raise ConfigurationError(msg)
+        check_engine(context, prefix_cache_bytes)
         self._speculation = speculation or SpeculationConfig()
         if knowledge_transfer:
             self._speculation = replace(self._speculation, knowledge_transfer=knowledge_transfer)
         if drafter is None and not self._speculation.lossless:
             msg = "knowledge_transfer needs a drafter that reads the chunks. Use drafter='self' or a model."
-            raise ConfigurationError(msg)
-        if prefix_cache_bytes < 0:
-            msg = f"prefix_cache_bytes is {prefix_cache_bytes}, but must be at least 0 (0 keeps nothing)."
             raise ConfigurationError(msg)
         self.model_name = str(model)
         self._drafter_spec = drafter
@@ -141,7 +138,7 @@ class RASD:
         """
         from rasd_integrations.models import wrapped_model
 
-        name = getattr(model, "name_or_path", "") or type(model).__name__
+        name = _name_of(model)
         if drafter_model is not None and options.get("drafter", "auto") not in ("auto", "self"):
             msg = (
                 f"drafter is {options['drafter']!r} and a drafter_model is given too. Leave drafter at "
@@ -152,9 +149,7 @@ class RASD:
         rasd._shared = wrapped_model(model, tokenizer, name)
         rasd._weights = {"weights": rasd._shared.fingerprint}
         if drafter_model is not None:
-            drafter_name = (
-                getattr(drafter_model, "name_or_path", "") or type(drafter_model).__name__
-            )
+            drafter_name = _name_of(drafter_model)
             rasd._drafter_model = wrapped_model(drafter_model, tokenizer, drafter_name)
             rasd._weights["drafter_weights"] = rasd._drafter_model.fingerprint
         return rasd
@@ -254,23 +249,14 @@ class RASD:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
-        spec = self._drafter_spec
-        lossy = not self._speculation.lossless
-        out: dict[str, Any] = {
-            "model": self.model_name,
-            "context": self._context,
-            "knowledge_transfer": self._speculation.knowledge_transfer,
-            "mixture": self._speculation.mixture,
-            "chat_template_kwargs": {k: repr(v) for k, v in sorted(self._template_kwargs.items())},
-        }
-        if "weights" in self._weights:
-            out["weights"] = self._weights["weights"]
-        if lossy:
-            out |= self._weights
-            out["drafter"] = str(spec) if isinstance(spec, str | Path) else type(spec).__name__
-        if self._source is not None and (lossy or self._context == "documents"):
-            out["store"] = self._source.fingerprint()
-        return out
+        return identity(
+            {"model": self.model_name, "context": self._context},
+            self._speculation,
+            self._template_kwargs,
+            self._weights,
+            drafter=self._drafter_spec,
+            source=self._source,
+        )
 
     def _prompts(self) -> PromptPlanner:
         with self._lock:
@@ -320,11 +306,8 @@ class RASD:
         Raises:
             PromptError: The prompt is empty, has parts that are not text, or exceeds the window.
             ConfigurationError: The options contradict one another, or a grammar cannot be followed.
-            MissingDependencyError: A grammar or a call is demanded, and llguidance is not installed.
         """
-        request = Request(prompt, params or SamplingParams(), hints, tools)
-        stats = DecodingStats()
-        return self._counted(self._pipeline().answer(request, stats), stats)
+        return self._answer(Request(prompt, params or SamplingParams(), hints, tools))
 
     def generate(
         self,
@@ -334,8 +317,8 @@ class RASD:
         hints: PromptHints | None = None,
         tools: ToolUse | None = None,
     ) -> Generation:
-        """Return the whole answer: the join of :meth:`stream`."""
-        return joined(list(self.stream(prompt, params, hints=hints, tools=tools)))
+        """Return the whole answer, the join of :meth:`stream`, once there is memory for it."""
+        return joined(list(self._gated(Request(prompt, params or SamplingParams(), hints, tools))))
 
     def astream(
         self,
@@ -345,8 +328,13 @@ class RASD:
         hints: PromptHints | None = None,
         tools: ToolUse | None = None,
     ) -> AsyncGenerator[TextChunk, None]:
-        """Stream without blocking the event loop; cancelling stops decoding within one step."""
-        return iterate_in_thread(lambda: self.stream(prompt, params, hints=hints, tools=tools))
+        """Stream without blocking the event loop; cancelling stops decoding within one step.
+
+        Many streams at once take turns; those that memory or threads cannot hold wait in line.
+        """
+        request = Request(prompt, params or SamplingParams(), hints, tools)
+        left = threading.Event()
+        return iterate_in_thread(lambda: self._gated(request, left), left)
 
     async def agenerate(
         self,
@@ -357,8 +345,8 @@ class RASD:
         tools: ToolUse | None = None,
     ) -> Generation:
         """Return the whole answer without blocking the event loop."""
-        chunks = self.astream(prompt, params, hints=hints, tools=tools)
-        return joined([chunk async for chunk in chunks])
+        stream = self.astream(prompt, params, hints=hints, tools=tools)
+        return joined([chunk async for chunk in stream])
 
     def warm(self, documents: Sequence[Prompt]) -> None:
         """Prefill documents and keep their keys and values ahead of questions.
@@ -383,6 +371,21 @@ class RASD:
             namespace=self._namespace,
         )
 
+    def _gated(
+        self, request: Request, cancelled: threading.Event | None = None
+    ) -> Generator[TextChunk, None, None]:
+        """Stream an answer that runs to its end by itself, once there is memory for it."""
+        from rasd_integrations.engine.admission import shared_admission
+
+        admit = shared_admission(self._ready().target.device).admit
+        return self._answer(request, partial(admit, cancelled=cancelled))
+
+    def _answer(
+        self, request: Request, gate: Gate | None = None
+    ) -> Generator[TextChunk, None, None]:
+        stats = DecodingStats()
+        return self._counted(self._pipeline().answer(request, stats, gate), stats)
+
     def _counted(
         self, chunks: Iterator[TextChunk], stats: DecodingStats
     ) -> Generator[TextChunk, None, None]:
@@ -391,3 +394,7 @@ class RASD:
         finally:
             with self._lock:
                 self.stats.add(stats)
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return getattr(model, "name_or_path", "") or type(model).__name__

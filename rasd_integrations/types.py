@@ -192,6 +192,11 @@ class GrammarState(Protocol):
         """Whether nothing but the end may follow."""
         ...
 
+    @property
+    def squeezed(self) -> bool:
+        """Whether the answer had to be closed because its room ended."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class DraftContext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -252,24 +253,32 @@ async def assert_free(work):
     """See that the event loop goes on while ``work(number)`` is done.
 
     A busy machine holds up every task: a try counts against what a thread that only spins costs at that moment,
-    and the best of three tries decides.
+    and one good try of ten will do. Who blocks the loop has none.
     """
     tries = []
-    for number in range(3):
+    for number in range(10):
         usual = await longest_wait(asyncio.to_thread(spin, 0.1))
-        tries.append((await longest_wait(work(number)), max(STALL, 2 * usual)))
-    assert any(stall < limit for stall, limit in tries), tries
+        limit = max(STALL, 2 * usual)
+        tries.append((await longest_wait(work(number)), limit))
+        if tries[-1][0] < limit:
+            return
+    pytest.fail(f"waits in seconds, and what was allowed: {tries}")
 
 
 async def longest_wait(work):
     """Return the longest time that a task which only wants to run had to wait while ``work`` was done."""
-    task = asyncio.ensure_future(work)
-    longest, last = 0.0, time.perf_counter()
-    while not task.done():
-        await asyncio.sleep(0.001)
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    task.result()
+    gc.collect()
+    gc.disable()  # a walk through what the tests before have left is no fault of the LLM
+    try:
+        task = asyncio.ensure_future(work)
+        longest, last = 0.0, time.perf_counter()
+        while not task.done():
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+        task.result()
+    finally:
+        gc.enable()
     return longest
 
 

@@ -10,6 +10,8 @@ import numpy as np
 class TableGrammar:
     """Allows after `path` what `follows(path)` says; finished where that is nothing."""
 
+    squeezed = False
+
     def __init__(self, follows: Callable[[tuple[int, ...]], Sequence[int]], vocab: int, path=()):
         self.follows, self.vocab, self.path = follows, vocab, list(path)
 

@@ -156,11 +156,13 @@ class RecordingRASD(RASD):
         self.calls = []
         self.answer = None
 
-    def stream(self, prompt, params=None, *, hints=None, tools=None):
-        self.calls.append(Call(prompt, params, hints, tools))
+    def _answer(self, request, gate=None):
+        call = Call(request.prompt, request.params, request.hints, request.tools)
+        self.calls.append(call)
         if self.answer is None:
-            return super().stream(prompt, params, hints=hints, tools=tools)
-        return (piece for piece in [TextChunk(self.answer(prompt), (), "stop", DecodingStats())])
+            return super()._answer(request, gate)
+        text = self.answer(request.prompt)
+        return (piece for piece in [TextChunk(text, (), "stop", DecodingStats())])
 
 
 class WordEmbeddings(Embeddings):

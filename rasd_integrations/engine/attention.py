@@ -23,20 +23,56 @@ NAME = "rasd"
 _FEW_ROWS = 64  # up to here scores fit in cache and plain matrix products win on a CPU
 _UNSUPPORTED = ("s_aux", "position_bias", "sinks")
 
+_Blocked = tuple[Tensor | None, Tensor | None]
+
+
+class Segment:
+    """One answer's rows of a step.
+
+    Attributes:
+        buffer: Keys and values of the prefix, with room for the rows.
+        positions: ``[n]`` position of each row (depth in the tree, not its index).
+        rows: ``n``.
+    """
+
+    __slots__ = ("_blocked", "_tail_mask", "buffer", "positions", "rows")
+
+    def __init__(self, buffer: KVBuffer, positions: Tensor, tail_mask: Tensor | None) -> None:
+        """Describe ``n`` rows; ``tail_mask`` ``[n, n]`` is True where a row may see a column, ``None`` causal."""
+        self.buffer = buffer
+        self.positions = positions
+        self.rows = len(positions)
+        self._tail_mask = tail_mask
+        self._blocked: dict[tuple[int | None, torch.device], _Blocked] = {}
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether each row sees all rows before it."""
+        return self._tail_mask is None
+
+    def blocked(self, prefix: int, window: int | None, device: torch.device) -> _Blocked:
+        """Return what rows may not see: ``[n, n]`` of the tail and ``[n, m]`` of the first ``m`` keys.
+
+        Layers of one kind share it, so it is made once a step.
+        """
+        known = self._blocked.get((window, device))
+        if known is None:
+            known = _blocked(self.positions, self._tail_mask, prefix, window, device)
+            self._blocked[window, device] = known
+        return known
+
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
     """What a step hands to the attention of every layer.
 
     Attributes:
-        buffer: Keys and values of the prefix, with room for the step's rows.
-        positions: ``[n]`` position of each of the step's tokens (depth in the tree, not its index).
-        tail_mask: ``[n, n]`` bool, True where a row may attend to a column; ``None`` is causal (a chain).
+        positions: ``[rows]`` of all segments, one after the other.
+        segments: The answers in this step, in the order of their rows.
     """
 
-    buffer: KVBuffer
     positions: Tensor
-    tail_mask: Tensor | None
+    segments: tuple[Segment, ...]
 
 
 def rasd_attention(
@@ -85,41 +121,63 @@ def rasd_attention(
                 f"Use another model."
             )
             raise ConfigurationError(msg)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    segments = rasd_step.segments
+    if len(segments) == 1:
+        return _attend(segments[0], layer, query, key, value, scale, sliding_window, softcap), None
+    outs, start = [], 0
+    for segment in segments:
+        end = start + segment.rows
+        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
+        outs.append(_attend(segment, layer, q, k, v, scale, sliding_window, softcap))
+        start = end
+    return torch.cat(outs, 1), None
+
+
+def _attend(
+    segment: Segment, layer: int, query: Tensor, key: Tensor, value: Tensor,
+    scale: float, window: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Attend one answer's rows to its prefix and themselves; ``[1, n, heads, head_dim]``."""
     _, heads, n, dim = query.shape
-    scale = dim**-0.5 if scaling is None else scaling
-    prefix = rasd_step.buffer.length
-    keys, values = rasd_step.buffer.write(int(module.layer_idx), key[0], value[0])  # type: ignore[arg-type]
-    if sliding_window is not None and prefix + 1 > sliding_window:
-        start = prefix + 1 - sliding_window  # the first row's window; later rows see less of it
+    prefix = segment.buffer.length
+    keys, values = segment.buffer.write(layer, key[0], value[0])
+    if window is not None and prefix + 1 > window:
+        start = prefix + 1 - window  # the first row's window; later rows see less of it
         keys, values = keys[:, start:], values[:, start:]
         prefix -= start
     kv_heads = keys.shape[0]
     packed = query.reshape(kv_heads, heads // kv_heads * n, dim)
-    blocked = _blocked(rasd_step, n, prefix, sliding_window, query.device)
-    piece = rasd_step.tail_mask is None and n > _FEW_ROWS  # of a prefill: a long chain
+    blocked = segment.blocked(prefix, window, query.device)
+    piece = segment.is_chain and n > _FEW_ROWS  # of a prefill: a long chain
     if (
         softcap is None
-        and sliding_window is None
+        and window is None
         and (_has_flash(packed) or (piece and not packed.is_cuda))
     ):
         out = _flash(packed, keys, values, prefix, n, None if piece else blocked[0], scale)
     else:
         out = _matrix(packed, keys, values, n, blocked, scale, softcap)
-    return out.view(1, heads, n, dim).transpose(1, 2), None
+    return out.view(1, heads, n, dim).transpose(1, 2)
 
 
 def _blocked(
-    step: StepContext, n: int, prefix: int, window: int | None, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what rows may not see: ``[n, n]`` of the tail and ``[n, m]`` of the prefix's first ``m`` keys."""
+    positions: Tensor,
+    tail_mask: Tensor | None,
+    prefix: int,
+    window: int | None,
+    device: torch.device,
+) -> _Blocked:
+    n = len(positions)
     tail: Tensor | None = None
-    if step.tail_mask is not None:
-        tail = ~step.tail_mask.to(device)
+    if tail_mask is not None:
+        tail = ~tail_mask.to(device)
     elif n > 1:
         tail = torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
     if window is None:
         return tail, None
-    positions = step.positions.to(device)
+    positions = positions.to(device)
     depth = positions - positions[0]  # [n]
     if n > window and tail is not None:
         tail = tail | (depth[:, None] - depth[None, :] >= window)
@@ -132,7 +190,7 @@ def _blocked(
 
 
 def _matrix(
-    packed: Tensor, keys: Tensor, values: Tensor, n: int, blocked: tuple[Tensor | None, Tensor | None],
+    packed: Tensor, keys: Tensor, values: Tensor, n: int, blocked: _Blocked,
     scale: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """One softmax over prefix and tail by plain matrix products; ``packed`` is ``[kv_heads, g * n, dim]``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -58,7 +58,7 @@ class SpeculativeDecoder:
         namespace: str = "",
         config: SpeculationConfig | None = None,
         grammar: GrammarState | None = None,
-    ) -> Iterator[TokenBlock]:
+    ) -> Generator[TokenBlock, None, None]:
         """Check the request now, decode lazily.
 
         Args:
@@ -145,7 +145,7 @@ class _Answer:
         self.session: DraftSession | None = None
         self.planned_reason = stats.off_reason  # why the drafter was given no prompt of its own
 
-    def blocks(self) -> Iterator[TokenBlock]:
+    def blocks(self) -> Generator[TokenBlock, None, None]:
         started = time.perf_counter()
         num_prompt = len(self.ids)
         self.stats.prompt_tokens = num_prompt
@@ -249,12 +249,12 @@ class _Answer:
         """Step over committed tokens; the block ends where the grammar does."""
         for i, token in enumerate(tokens):
             if token in self.target.eos_ids:
-                break
+                return tokens, "length" if grammar.squeezed else reason
             if not grammar.push(token):
                 msg = f"The grammar refuses token {token}, which its own mask allowed. Please report this."
                 raise DecodingError(msg)
             if grammar.finished:
-                return tokens[: i + 1], "stop"
+                return tokens[: i + 1], "length" if grammar.squeezed else "stop"
         return tokens, reason
 
     def _learn(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from rasd_integrations.engine.attention import NAME, StepContext
+from rasd_integrations.engine.attention import NAME, Segment, StepContext
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.errors import ConfigurationError
 
@@ -93,8 +93,11 @@ class EagerExecutor:
         return StepOutput(out.logits[0])
 
 
-def check_attention(executor: Executor, num_layers: int, device: torch.device) -> None:
+def check_attention(executor: Executor, num_layers: int, device: torch.device) -> int:
     """Run two tokens and see that every layer went through our attention.
+
+    Returns:
+        Bytes of the keys and values of one token.
 
     Raises:
         ConfigurationError: Some layer keeps a state that is not keys and values.
@@ -103,7 +106,7 @@ def check_attention(executor: Executor, num_layers: int, device: torch.device) -
     positions = torch.arange(2, device=device)
     executor.step(
         torch.zeros(2, dtype=torch.long, device=device),
-        StepContext(buffer, positions, None),
+        StepContext(positions, (Segment(buffer, positions, None),)),
         want_logits=False,
     )
     seen = buffer.num_layers
@@ -113,3 +116,4 @@ def check_attention(executor: Executor, num_layers: int, device: torch.device) -
             f"state (linear attention, state space) cannot verify drafts. Use a model with attention in every layer."
         )
         raise ConfigurationError(msg)
+    return buffer.row_nbytes

@@ -31,11 +31,13 @@ class KVBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes of the committed tokens (spare room is reserved, on a CPU not yet taken)."""
-        per_row = sum(
-            t.element_size() * t.shape[0] * t.shape[2]
-            for t in (*self._keys.values(), *self._values.values())
-        )
-        return per_row * self.length
+        return self.row_nbytes * self.length
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one token, in the layers that have written."""
+        stores = (*self._keys.values(), *self._values.values())
+        return sum(t.element_size() * t.shape[0] * t.shape[2] for t in stores)
 
     @property
     def num_layers(self) -> int:

@@ -49,7 +49,13 @@ class Schedule:
         return 1
 
     def record(
-        self, drafted: int, accepted: int, draft_s: float, step_s: float, *, width: int | None = None
+        self,
+        drafted: int,
+        accepted: int,
+        draft_s: float,
+        step_s: float,
+        *,
+        width: int | None = None,
     ) -> None:
         """Learn from one step.
 

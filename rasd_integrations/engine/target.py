@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rasd_integrations.engine.attention import StepContext
+from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.executor import EagerExecutor, Executor, check_attention
 from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.errors import DeviceMemoryError
 
 PREFILL_PIECE = 512  # tokens; on a GPU four times as many keep it busy
+_BATCH_ROWS = 64  # more rows cost as much together as apart
+_JOINT_ROPES = ("dynamic", "longrope")  # their angles depend on the longest sequence of a batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What one answer wants to run: ``tokens`` ``[n]`` behind its prefix."""
+
+    tokens: Tensor
+    segment: Segment
+    want_logits: bool
 
 
 class TargetModel:
     """A causal language model as the engine sees it: token ids in, logits out, keys and values kept.
 
-    Used for the target and, with its own buffers, for a model drafter.
+    Used for the target and, with its own buffers, for a model drafter. Threads may step at the same time,
+    each with its own buffer: they take fair turns, and decoding steps that wait together run as one forward.
 
     Attributes:
-        lock: Held for one step, never for a stream, so that streams interleave.
         window: Longest sequence, in tokens.
         vocab_size: Rows of the logits.
         eos_ids: Ids that end an answer.
+        kv_bytes_per_token: Bytes of one token's keys and values.
     """
 
     def __init__(self, model: PreTrainedModel, *, executor: Executor | None = None) -> None:
@@ -38,30 +54,47 @@ class TargetModel:
         config = model.config.get_text_config()
         self.model = model
         self.device = model.device
-        self.lock = threading.Lock()
         self.window = int(config.max_position_embeddings)
         self.vocab_size = int(config.vocab_size)
         self.eos_ids = _eos_ids(model)
-        self._piece = PREFILL_PIECE if self.device.type == "cpu" else 4 * PREFILL_PIECE
+        # Tokens of a piece, and of one that others wait for, who decode (docs/explanation/experiments.md).
+        on_cpu = self.device.type == "cpu"
+        self._pieces = (PREFILL_PIECE, 64) if on_cpu else (4 * PREFILL_PIECE, PREFILL_PIECE)
         self._executor = executor or EagerExecutor(model)
+        self._turns = StepQueue[_Work, Tensor](
+            partial(_forward, self._executor), 1 if _has_joint_rope(config) else _BATCH_ROWS
+        )
         with torch.inference_mode():
-            check_attention(self._executor, int(config.num_hidden_layers), self.device)
+            self.kv_bytes_per_token = check_attention(
+                self._executor, int(config.num_hidden_layers), self.device
+            )
+
+    @property
+    def max_batch_rows(self) -> int:
+        """Most tokens of several answers in one forward; 1 turns batching off."""
+        return self._turns.max_rows
+
+    @max_batch_rows.setter
+    def max_batch_rows(self, rows: int) -> None:
+        self._turns.max_rows = rows
 
     def prefill(self, ids: Sequence[int], buffer: KVBuffer) -> Iterator[int]:
         """Append the keys and values of ``ids`` to ``buffer``, piece by piece.
 
         Yields:
-            Tokens done after each piece; the lock is free in between.
+            Tokens done after each piece; others have their turns in between.
 
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer holds what was appended before.
         """
-        for start in range(0, len(ids), self._piece):
-            piece = ids[start : start + self._piece]
-            with self.lock:
-                self._run(piece, None, buffer, want_logits=False)
-                buffer.commit(range(len(piece)))
-            yield start + len(piece)
+        done = 0
+        while done < len(ids):
+            piece = ids[done : done + self._pieces[self._turns.is_contended]]
+            work = self._prepared(piece, None, buffer, want_logits=False)
+            self._turns.submit(work, len(piece), alone=True)
+            buffer.commit(range(len(piece)))
+            done += len(piece)
+            yield done
 
     def step(
         self, ids: Sequence[int], buffer: KVBuffer, parents: Sequence[int] | None = None
@@ -79,31 +112,23 @@ class TargetModel:
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
         """
-        with self.lock:
-            return self._run(ids, parents, buffer, want_logits=True)
+        return self._turns.submit(self._prepared(ids, parents, buffer, want_logits=True), len(ids))
 
     @torch.inference_mode()
-    def _run(
+    def _prepared(
         self,
         ids: Sequence[int],
         parents: Sequence[int] | None,
         buffer: KVBuffer,
         *,
         want_logits: bool,
-    ) -> Tensor:
-        n = len(ids)
-        try:
-            buffer.reserve(n)
-            positions, mask = self._layout(n, parents, buffer.length)
+    ) -> _Work:
+        """Do all that may fail for one answer alone, in its own thread."""
+        with _memory_errors(len(ids), buffer, self.device):
+            buffer.reserve(len(ids))
+            positions, mask = self._layout(len(ids), parents, buffer.length)
             tokens = torch.tensor(ids, dtype=torch.long, device=self.device)
-            context = StepContext(buffer, positions, mask)
-            return self._executor.step(tokens, context, want_logits=want_logits).logits
-        except (torch.OutOfMemoryError, MemoryError) as err:
-            raise self._out_of_memory(n, buffer) from err
-        except RuntimeError as err:  # torch's CPU allocator has no type of its own
-            if "can't allocate memory" not in str(err):
-                raise
-            raise self._out_of_memory(n, buffer) from err
+            return _Work(tokens, Segment(buffer, positions, mask), want_logits)
 
     def _layout(
         self, n: int, parents: Sequence[int] | None, length: int
@@ -119,13 +144,42 @@ class TargetModel:
         positions = torch.tensor(depth, device=self.device) + length
         return positions, mask.to(self.device)
 
-    def _out_of_memory(self, n: int, buffer: KVBuffer) -> DeviceMemoryError:
-        msg = (
-            f"A step of {n} tokens over {buffer.length} cached ones does not fit in the memory of "
-            f"{self.device} (keys and values: {buffer.nbytes / 2**20:.0f} MiB). Shorten the prompt, lower "
-            f"prefix_cache_bytes, or load the model in a smaller dtype."
-        )
-        return DeviceMemoryError(msg)
+
+@torch.inference_mode()
+def _forward(executor: Executor, works: Sequence[_Work]) -> Sequence[Tensor]:
+    """Run one forward for all ``works`` and return the logits of each."""
+    segments = tuple(work.segment for work in works)
+    if len(works) == 1:
+        work, segment = works[0], segments[0]
+        with _memory_errors(segment.rows, segment.buffer, work.tokens.device):
+            context = StepContext(segment.positions, segments)
+            return [executor.step(work.tokens, context, want_logits=work.want_logits).logits]
+    tokens = torch.cat([work.tokens for work in works])
+    context = StepContext(torch.cat([s.positions for s in segments]), segments)
+    logits = executor.step(tokens, context, want_logits=True).logits
+    return torch.split(logits, [s.rows for s in segments])
+
+
+@contextmanager
+def _memory_errors(n: int, buffer: KVBuffer, device: torch.device) -> Iterator[None]:
+    """Say of a step of ``n`` tokens that it does not fit, where memory runs out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as err:
+        raise _out_of_memory(n, buffer, device) from err
+    except RuntimeError as err:  # torch's CPU allocator has no type of its own
+        if "can't allocate memory" not in str(err):
+            raise
+        raise _out_of_memory(n, buffer, device) from err
+
+
+def _out_of_memory(n: int, buffer: KVBuffer, device: torch.device) -> DeviceMemoryError:
+    msg = (
+        f"A step of {n} tokens over {buffer.length} cached ones does not fit in the memory of "
+        f"{device} (keys and values: {buffer.nbytes / 2**20:.0f} MiB). Shorten the prompt, lower "
+        f"prefix_cache_bytes, or load the model in a smaller dtype."
+    )
+    return DeviceMemoryError(msg)
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
@@ -135,3 +189,10 @@ def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
         if eos is not None:
             return frozenset([eos] if isinstance(eos, int) else eos)
     return frozenset()
+
+
+def _has_joint_rope(config: Any) -> bool:
+    """Whether a token's rotary angles depend on the other tokens of its forward."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    return any(kind.get("rope_type") in _JOINT_ROPES for kind in kinds)

@@ -123,7 +123,7 @@ class StructuredParser(BaseCumulativeTransformOutputParser[Any]):
         text = str(message.text) if self.call is None else self._arguments(message)
         ended = message.response_metadata.get("finish_reason")
         if ended or not partial:
-            return self._built(self._loaded(text, message), text)
+            return self._built(self._loaded(text, message), text, message)
         try:
             value = parse_partial_json(text)
             return self._built(value, text) if isinstance(value, dict | list) else None
@@ -154,26 +154,33 @@ class StructuredParser(BaseCumulativeTransformOutputParser[Any]):
         try:
             return json.loads(text, strict=False)
         except ValueError as err:
-            if message is not None and message.response_metadata.get("finish_reason") == "length":
-                spent = (getattr(message, "usage_metadata", None) or {}).get("output_tokens")
-                msg = (
-                    f"The answer was cut at max_tokens, {spent} tokens, before its JSON was whole. "
-                    f"Raise max_tokens, or limit the length of texts and lists in the schema."
-                )
-            elif text:
-                msg = f"The answer is no JSON ({err}). A stop string may have cut it."
+            if text:
+                msg = f"The answer is no JSON ({err}). {_cut(message) or _STOPPED}"
             else:
-                msg = (
-                    f"The answer has no {'text' if self.call is None else f'call of {self.call}'}."
-                )
+                what = "text" if self.call is None else f"call of {self.call}"
+                msg = f"The answer has no {what}. {_cut(message) or _STOPPED}"
             raise OutputParserException(msg, llm_output=text) from err
 
-    def _built(self, value: Any, text: str) -> Any:
+    def _built(self, value: Any, text: str, message: BaseMessage | None = None) -> Any:
         if self.answer_class is None:
             return value
         validate = getattr(self.answer_class, "model_validate", None) or self.answer_class.parse_obj
         try:
             return validate(value)
         except ValueError as err:
-            msg = f"The answer is no {self.answer_class.__name__}: {err}"
+            msg = f"The answer is no {self.answer_class.__name__}: {err}. {_cut(message)}"
             raise OutputParserException(msg, llm_output=text) from err
+
+
+_STOPPED = "A stop string may have cut it."
+
+
+def _cut(message: BaseMessage | None) -> str:
+    """Return what to do about an answer that had to end at its budget; empty for one that had not."""
+    if message is None or message.response_metadata.get("finish_reason") != "length":
+        return ""
+    spent = (getattr(message, "usage_metadata", None) or {}).get("output_tokens")
+    return (
+        f"It was cut at max_tokens, {spent} tokens. Raise max_tokens, or limit the length of texts and "
+        f"lists in the schema."
+    )

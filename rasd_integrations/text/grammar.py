@@ -8,12 +8,14 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rasd_integrations.errors import ConfigurationError, DecodingError, MissingDependencyError
 from rasd_integrations.outputs import Grammar, ToolUse
+from rasd_integrations.text.closing import Closer, growth
 from rasd_integrations.text.schema import prepared, without_unique_items
 from rasd_integrations.text.tools import ToolFormat
 
@@ -49,10 +51,12 @@ class GrammarCompiler:
             raise ConfigurationError(msg)
         self._make_matcher = llguidance.LLMatcher
         self._vocab_size = vocab_size
+        self._words = -(-vocab_size // 32)
         self._eos_ids = sorted(eos_ids)
         self._vocabulary: LLTokenizer = hf.from_tokenizer(
             tokenizer, n_vocab=vocab_size, eos_token=self._eos_ids or None
         )
+        self._closer = Closer(tokenizer, self._vocabulary, self._words, self._eos_ids)
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         known = getattr(tokenizer, "added_tokens_decoder", {})
@@ -69,6 +73,7 @@ class GrammarCompiler:
         tool_format: ToolFormat | None = None,
         *,
         thought_end: str | None = None,
+        room: int | None = None,
     ) -> LLGuidanceState | None:
         """Return the start of what an answer must match; ``None`` where it is free.
 
@@ -77,6 +82,7 @@ class GrammarCompiler:
             tools: Calls that must or may be made; the answer is then either calls or a text.
             tool_format: How this model writes calls.
             thought_end: Where the prompt has opened a thought, the text that ends it; the thought is free.
+            room: Tokens that the answer may hold; JSON is then closed in time, if it fits at all.
 
         Raises:
             ConfigurationError: The grammar, or a tool's parameters, cannot be followed.
@@ -91,12 +97,23 @@ class GrammarCompiler:
                 {"name": _ANSWER, "lark_grammar": own},
             ]
             source = json.dumps({"grammars": parts})
+        is_json = bool(tools and tools.forced) or (
+            grammar is not None and grammar.kind == "json_schema"
+        )
         try:
-            return LLGuidanceState(self._matcher(source), self._vocab_size)
+            matcher = self._matcher(source)
+            closing = self._closing(matcher) if is_json and room is not None else None
+            return LLGuidanceState(matcher, self._words, closing, room or 0)
         except ConfigurationError:
             for function in tools.functions if tools is not None else ():
                 self._check(function)
             raise
+
+    def _closing(self, matcher: LLMatcher) -> _Closing | None:
+        """Return what keeps an answer's way out open; ``None`` where none is found at its start."""
+        with self._lock:
+            way = self._closer.way_out(matcher)
+        return None if way is None else _Closing(self._closer, growth(len(way)))
 
     def _check(self, function: Mapping[str, Any]) -> None:
         """Raise what is wrong with the parameters of one function, by its name."""
@@ -137,13 +154,29 @@ def grammar_compiler(
         return known
 
 
+@dataclass(frozen=True, slots=True)
+class _Closing:
+    """How an answer is closed in time, and what one token may add to the way out."""
+
+    closer: Closer
+    most: int
+
+
 class LLGuidanceState:
     """One answer's place in a grammar."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
-        """Stand where ``matcher`` stands, which is this state's own."""
+    def __init__(
+        self, matcher: LLMatcher, words: int, closing: _Closing | None = None, room: int = 0
+    ) -> None:
+        """Stand where ``matcher`` stands, which is this state's own; masks have ``words`` words.
+
+        With ``closing`` the answer is closed before it has grown by ``room`` tokens.
+        """
         self._matcher = matcher
-        self._words = -(-vocab_size // 32)
+        self._words = words
+        self._closing = closing
+        self._room = room
+        self._squeezed_from: int | None = None  # the room at which only the way out was left
 
     def mask(self) -> NDArray[np.int32]:
         """Return the bits of the tokens that may follow, ``[ceil(vocab / 32)]``.
@@ -158,30 +191,60 @@ class LLGuidanceState:
                 f"The answer's grammar cannot be followed any further: {self._matcher.get_error()}"
             )
             raise DecodingError(msg)
+        way = None if _is_single(bits) else self._way_out()
+        if self._closing is None or way is None:
+            return bits
+        bits, only = self._closing.closer.squeezed(bits, way, self._room, self._closing.most)
+        if only and self._squeezed_from is None:
+            self._squeezed_from = self._room
         return bits
 
     def forced(self) -> Sequence[int]:
         """Return the tokens that must follow."""
         tokens: list[int] = self._matcher.compute_ff_tokens()
+        if not tokens and self._squeezed_from is not None:
+            return self._way_out() or ()
         return tokens
 
     def push(self, token_id: int) -> bool:
         """Step over a token; ``False``, and no step, where it may not follow."""
-        return bool(self._matcher.try_consume_tokens([token_id]) == 1)
+        if self._is_short:
+            self.mask()  # notes whether the answer is being closed, also in a block of many tokens
+        taken = bool(self._matcher.try_consume_tokens([token_id]) == 1)
+        self._room -= taken
+        return taken
 
     def pop(self, count: int) -> None:
         """Take back the last ``count`` tokens."""
         if count:
             self._matcher.rollback(count)
+            self._room += count
+            if self._squeezed_from is not None and self._room > self._squeezed_from:
+                self._squeezed_from = None
 
     def fork(self) -> LLGuidanceState:
         """Return a state of its own at the same place."""
-        return LLGuidanceState(self._matcher.deep_copy(), 32 * self._words)
+        return LLGuidanceState(self._matcher.deep_copy(), self._words, self._closing, self._room)
 
     @property
     def finished(self) -> bool:
         """Whether nothing but the end may follow."""
         return bool(self._matcher.is_stopped())
+
+    @property
+    def squeezed(self) -> bool:
+        """Whether the answer had to be closed because its room ended."""
+        return self._squeezed_from is not None
+
+    def _way_out(self) -> list[int] | None:
+        """Return the way out where the room may be running short, else ``None``."""
+        if self._closing is None or not self._is_short or self._matcher.is_stopped():
+            return None
+        return self._closing.closer.way_out(self._matcher)
+
+    @property
+    def _is_short(self) -> bool:
+        return self._closing is not None and self._room <= 2 * self._closing.most
 
 
 def answer_rules(
@@ -271,6 +334,11 @@ def _free_rules(tools: ToolUse, form: ToolFormat, control: Mapping[str, int]) ->
         parts = (_terms(before, control), _arguments(function), _terms(form.tail, control))
         rules.append(_rule(f"first_{place}", *parts))
     return rules
+
+
+def _is_single(bits: NDArray[np.int32]) -> bool:
+    words = np.flatnonzero(bits)
+    return len(words) == 1 and int(bits[words[0]]).bit_count() == 1
 
 
 def _rule(name: str, *parts: str) -> str:

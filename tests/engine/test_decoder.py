@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import fakes
 import pytest
 import torch
@@ -12,7 +14,7 @@ from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.engine.decoder import SpeculativeDecoder
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.prefix_cache import PrefixCache
-from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.engine.target import TargetModel, _forward
 from rasd_integrations.errors import (
     ContextOverflowError,
     DecodingError,
@@ -296,7 +298,7 @@ def test_out_of_memory_fails_the_request_and_nothing_else():
     decoder = SpeculativeDecoder(target, prefix_cache=PrefixCache(1 << 20))
     other = decoder.generate(prompt_ids(), GREEDY)
     seen = [*next(other).token_ids, *next(other).token_ids]
-    target._executor = FullMemory(target._executor)
+    target._turns._run = partial(_forward, FullMemory(target._executor))
     with pytest.raises(DeviceMemoryError, match=r"over 3\d cached ones .* Shorten the prompt"):
         list(decoder.generate(prompt_ids(30, seed=9), GREEDY))
     assert [*seen, *(t for b in other for t in b.token_ids)] == truth

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import FAMILIES, VOCAB, tiny_llama
 
-from rasd_integrations.engine.attention import StepContext
+from rasd_integrations.engine import attention
+from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.packing import pack_linears
 from rasd_integrations.engine.target import PREFILL_PIECE, TargetModel
@@ -172,6 +173,30 @@ def test_bfloat16_steps_stay_near_float32():
     assert (ours - exact).norm() < 2 * stock_error
 
 
-def test_attention_context_is_required_fields_only():
-    """A step context carries buffer, positions and mask, nothing of the drafter."""
-    assert set(StepContext.__dataclass_fields__) == {"buffer", "positions", "tail_mask"}
+def test_a_step_context_knows_answers_and_nothing_of_drafts():
+    """A step carries positions and segments; a segment its buffer, its rows and who sees whom."""
+    assert set(StepContext.__dataclass_fields__) == {"positions", "segments"}
+    assert {s for s in Segment.__slots__ if s[0] != "_"} == {"buffer", "positions", "rows"}
+
+
+def test_masks_are_made_once_a_step(monkeypatch):
+    """Layers of one kind share their masks: one for the full ones, one for the sliding ones."""
+    made: list[int | None] = []
+    stock = attention._blocked
+
+    def counted(positions, tail_mask, prefix, window, device):
+        made.append(window)
+        return stock(positions, tail_mask, prefix, window, device)
+
+    target = TargetModel(FAMILIES["gemma3"]())
+    buffer = prefilled(target, random_ids(30))
+    monkeypatch.setattr(attention, "_blocked", counted)
+    target.step([1, 2, 3], buffer, [-1, -1])
+    assert [16, None] == made
+
+
+def test_bytes_of_a_token_are_those_of_its_keys_and_values():
+    """Two layers of two key heads of eight numbers, keys and values, in float32."""
+    target = TargetModel(tiny_llama())
+    assert 2 * 2 * 2 * 8 * 4 == target.kv_bytes_per_token
+    assert 40 * target.kv_bytes_per_token == prefilled(target, random_ids(40)).nbytes

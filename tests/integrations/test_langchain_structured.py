@@ -176,14 +176,11 @@ def test_strict_is_heard_by_both_methods(method, strict):
 # --- answers that are no object ---
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "room"), [("function_calling", 66), ("json_schema", 20), ("json_mode", 1)])  # fmt: skip
 @pytest.mark.parametrize("schema", [Joke, JokeDict])
-async def test_a_cut_answer_names_max_tokens(method, schema):
+async def test_a_cut_answer_names_max_tokens(method, room, schema):
     """Half an object is no object: the error says what to raise, invoked and at the end of a stream."""
-    head = 46 if method == "function_calling" else 0
-    written = '{"setup": "A long question, longer than the answer may be", "punchline": "yes"}'
-    call = f'<tool_call>\n{{"name": "{schema.__name__}", "arguments": {written}}}\n</tool_call>'
-    llm = stubborn(call if head else written, max_tokens=head + 20)
+    llm = stubborn('{"setup": "A long question', max_tokens=room)
     chain = llm.with_structured_output(schema, method=method)
     with pytest.raises(OutputParserException, match="max_tokens"):
         chain.invoke("Hello!")
@@ -193,11 +190,31 @@ async def test_a_cut_answer_names_max_tokens(method, schema):
         list(chain.stream("Hello!"))
     raw = llm.with_structured_output(schema, method=method, include_raw=True)
     for both in (raw.invoke("Hello!"), list(raw.stream("Hello!"))[-1]):
-        assert f"max_tokens, {head + 20} tokens" in str(both["parsing_error"])
+        message = both["raw"]
+        assert f"max_tokens, {room} tokens" in str(both["parsing_error"])
         assert None is both["parsed"]
-        assert "length" == both["raw"].response_metadata["finish_reason"]
-        broken = both["raw"].additional_kwargs.get("invalid_tool_calls") or both["raw"].invalid_tool_calls  # fmt: skip
-        assert written.startswith(broken[0]["args"] if head else both["raw"].text)
+        assert "length" == message.response_metadata["finish_reason"]
+        broken = message.additional_kwargs.get("invalid_tool_calls") or message.invalid_tool_calls
+        written = broken[0]["args"] if method == "function_calling" else message.text
+        assert '{"setup": "", "punch'.startswith(written[:11])
+        assert written
+
+
+@pytest.mark.parametrize(("method", "room"), [("function_calling", 94), ("json_schema", 34)])
+def test_an_object_closed_at_max_tokens_is_an_object(method, room):
+    """Where the engine can close an answer in time, it is whole."""
+    llm = stubborn('{"setup": "A long question, longer than the answer may be"', max_tokens=room)
+    answer = llm.with_structured_output(Joke, method=method, include_raw=True).invoke("Hello!")
+    assert (None, Joke) == (answer["parsing_error"], type(answer["parsed"]))
+    assert answer["raw"].usage_metadata["output_tokens"] <= room
+
+
+def test_an_object_closed_too_early_names_max_tokens():
+    """What JSON mode closes in time is JSON, but need not be what the class wants."""
+    usage = {"input_tokens": 1, "output_tokens": 12, "total_tokens": 13}
+    closed = AIMessage("{}", response_metadata={"finish_reason": "length"}, usage_metadata=usage)
+    with pytest.raises(OutputParserException, match=r"(?s)no Joke.*max_tokens, 12 tokens"):
+        StructuredParser(answer_class=Joke).invoke(closed)
 
 
 def test_a_stop_string_that_cuts_is_named():

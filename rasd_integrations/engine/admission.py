@@ -1,0 +1,154 @@
+"""Which answers may hold keys and values at the same time: a gate weighted by bytes, first come first served."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from rasd_integrations.errors import DecodingError
+
+_SHARE = 0.5  # of the memory that is available when a device's gate is made
+_UNKNOWN = 8 << 30  # bytes taken for available where the system does not say
+_HEARD_S = 0.1  # a cancelled request leaves the line within this time
+
+# Whether this context is inside an admitted answer. What an answer itself asks for (a drafter or a store
+# of the user's own that calls a model) must not wait for that answer to end.
+_inside: ContextVar[bool] = ContextVar("rasd_admitted", default=False)
+
+
+class Admission:
+    """Lets answers in while the live ones fit in a limit; one is always let in, however large.
+
+    Only for answers that run to their end by themselves. A synchronous stream must not pass here: it
+    lives as long as its consumer likes, who may ask for another answer in the same thread.
+
+    Attributes:
+        limit: Bytes that the live answers may hold together.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Admit up to ``limit`` bytes."""
+        self.limit = limit
+        self._live: list[int] = []  # bytes of each answer under way
+        self._line: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @property
+    def live(self) -> int:
+        """Answers under way."""
+        return len(self._live)
+
+    @property
+    def waiting(self) -> int:
+        """Answers in the line."""
+        return len(self._line)
+
+    @contextmanager
+    def admit(self, nbytes: int, cancelled: threading.Event | None = None) -> Iterator[None]:
+        """Wait until an answer of ``nbytes`` fits, and count it until the block ends.
+
+        Args:
+            nbytes: What its keys and values will come to.
+            cancelled: Once set, it leaves the line.
+
+        Raises:
+            DecodingError: It was cancelled while it waited.
+        """
+        nested = _inside.get()
+        self._enter(nbytes, cancelled, nested=nested)
+        _inside.set(True)
+        try:
+            yield
+        finally:
+            _inside.set(nested)
+            with self._changed:
+                self._live.remove(nbytes)
+                self._changed.notify_all()
+
+    def _enter(self, nbytes: int, cancelled: threading.Event | None, *, nested: bool) -> None:
+        place = object()
+        with self._changed:
+            if not nested:
+                self._line.append(place)
+                try:
+                    while self._line[0] is not place or not self._fits(nbytes):
+                        if cancelled is not None and cancelled.is_set():
+                            msg = "The request was cancelled while it waited for memory."
+                            raise DecodingError(msg)
+                        self._changed.wait(None if cancelled is None else _HEARD_S)
+                finally:
+                    self._line.remove(place)
+                    self._changed.notify_all()
+            self._live.append(nbytes)
+
+    def _fits(self, nbytes: int) -> bool:
+        return not self._live or sum(self._live) + nbytes <= self.limit
+
+
+@cache
+def shared_admission(device: torch.device) -> Admission:
+    """Return the one gate of ``device``, whose memory all models on it share.
+
+    Made after the weights are loaded, it lets live answers hold half of what is left.
+    """
+    return Admission(int(_SHARE * memory_available(device)))
+
+
+def memory_available(device: torch.device) -> int:
+    """Return the bytes that can be had on ``device`` now: free ones, and those that caches would give back."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + kept)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    rooms = [room for room in (_system_room(), *_cgroup_rooms()) if room is not None]
+    return max(min(rooms, default=_UNKNOWN), 0)
+
+
+def _system_room() -> int | None:
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with suppress(AttributeError, OSError, ValueError):  # not Linux: take half of what is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return None
+
+
+def _cgroup_rooms(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Yield what the process's container, if any, has left: its limit less what cannot be reclaimed."""
+    with suppress(OSError):
+        for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                mount, limit, usage = root, "memory.max", "memory.current"
+            elif "memory" in controllers.split(","):
+                mount, limit, usage = (
+                    root / "memory",
+                    "memory.limit_in_bytes",
+                    "memory.usage_in_bytes",
+                )
+            else:
+                continue
+            # Inside a container its own group is often mounted as the root.
+            for folder in (mount / path.lstrip("/"), mount):
+                with suppress(OSError, ValueError):
+                    used = int((folder / usage).read_text(encoding="ascii"))
+                    yield (
+                        int((folder / limit).read_text(encoding="ascii"))
+                        - used
+                        + _reclaimable(folder)
+                    )
+
+
+def _reclaimable(folder: Path) -> int:
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
