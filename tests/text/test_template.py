@@ -31,11 +31,12 @@ SILENT = (
     "[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-TOOLS = "{# <tool_call> #}{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}" + SILENT.replace(
-    "('user',", "('tool', 'user',"
-).replace(
-    "{{ m['content'] }}",
-    "{{ m['content'] | tojson }}{{ m['tool_calls'] | tojson if m['tool_calls'] }}",
+TOOLS = (
+    "{# <tool_call> #}{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}"
+    + SILENT.replace("('user',", "('tool', 'user',").replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] | tojson }}{{ m['tool_calls'] | tojson if m['tool_calls'] }}",
+    )
 )
 
 
