@@ -50,6 +50,8 @@ class Draft:
             node and after the last one; given only when knowledge transfer asks for them. Chains only.
         source: Name of the drafter, for the statistics.
         sources: Name of the drafter of each node, for drafts fused of several.
+        likely: How likely the drafter thinks it that each node is reached and accepted, in 0..1; ``None``
+            where it has no opinion. What a fused draft spends its nodes by.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -58,6 +60,7 @@ class Draft:
     logits: torch.Tensor | None = None
     source: str = ""
     sources: tuple[str, ...] | None = None
+    likely: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         """Return the number of drafted tokens."""

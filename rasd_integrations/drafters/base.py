@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rasd_integrations.engine.kv import KVBuffer
+    from rasd_integrations.engine.target import TargetModel
 
 
 class DraftSession(Protocol):
@@ -38,6 +44,34 @@ class Drafter(Protocol):
 
     def start(self, context: DraftContext) -> DraftSession:
         """Begin an answer."""
+        ...
+
+
+@runtime_checkable
+class TargetReader(Protocol):
+    """A session that reads the target at work, as far as it has come.
+
+    A drafter whose sessions read :meth:`KVBuffer.hidden` says so by ``reads_hidden = True``.
+    """
+
+    def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
+        """Take the target and the answer's keys and values; called once, before the first draft.
+
+        The buffer holds all committed tokens but the last and is read only: the session must not commit
+        to it, and must not keep views of it beyond :meth:`DraftSession.observe`.
+        """
+        ...
+
+
+@runtime_checkable
+class StepLearner(Protocol):
+    """A session that learns from what the target thought of each token that it ran, refused ones too."""
+
+    def learn(self, draft: Draft, logits: Tensor) -> None:
+        """Learn from ``[1 + len(draft), vocab]``: row 0 follows the last committed token, row 1 + i node i.
+
+        Called after each step, before :meth:`DraftSession.observe`.
+        """
         ...
 
 

@@ -7,13 +7,15 @@ import random
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.drafters.base import Drafter, DraftSession
+from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
 from rasd_integrations.engine.constraints import SOURCE, guide, mask_rows
+from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.sampling import Law, sampling_law
 from rasd_integrations.engine.schedule import Schedule
@@ -47,6 +49,11 @@ class SpeculativeDecoder:
         self.drafter = drafter
         self.config = config or SpeculationConfig()
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
+        self.keeps_hidden = bool(getattr(drafter, "reads_hidden", False))
+
+    def lease(self, ids: Sequence[int], capacity: int, namespace: str) -> Lease:
+        """Return a buffer for ``ids`` that keeps what the drafter reads."""
+        return self.prefix_cache.lease(ids, capacity, namespace, keeps_hidden=self.keeps_hidden)
 
     def generate(
         self,
@@ -109,7 +116,7 @@ class SpeculativeDecoder:
         return self._prefill(list(ids), namespace)
 
     def _prefill(self, ids: list[int], namespace: str) -> Iterator[int]:
-        lease = self.prefix_cache.lease([*ids, 0], len(ids) + 1, namespace)
+        lease = self.lease([*ids, 0], len(ids) + 1, namespace)
         try:
             for done in self.target.prefill(ids[lease.reused :], lease.buffer):
                 yield lease.reused + done
@@ -126,7 +133,7 @@ class _Answer:
     ) -> None:  # fmt: skip
         self.target, self.config, self.grammar = decoder.target, config, context.grammar
         self.drafter = decoder.drafter if params.drafting else None
-        self.cache, self.namespace = decoder.prefix_cache, namespace
+        self.lease = partial(decoder.lease, namespace=namespace)
         self.ids, self.params, self.stats = ids, params, stats
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         self.generator = torch.Generator().manual_seed(seed)
@@ -149,7 +156,7 @@ class _Answer:
         started = time.perf_counter()
         num_prompt = len(self.ids)
         self.stats.prompt_tokens = num_prompt
-        lease = self.cache.lease(self.ids, num_prompt + self.params.max_tokens + 64, self.namespace)
+        lease = self.lease(self.ids, num_prompt + self.params.max_tokens + 64)
         try:
             self.stats.cached_prompt_tokens = lease.reused
             for _ in self.target.prefill(self.ids[lease.reused : -1], lease.buffer):
@@ -157,7 +164,7 @@ class _Answer:
                 started = time.perf_counter()
                 yield TokenBlock(())
             lease.record(self.ids)
-            self._start_session()
+            self._start_session(lease.buffer)
             reason: FinishReason | None = None
             while reason is None:
                 block = self._step(lease, self.params.max_tokens - (len(self.ids) - num_prompt))
@@ -199,9 +206,9 @@ class _Answer:
         lease.buffer.commit([0, *(1 + i for i in accepted[: len(tokens) - 1])])
         self.ids.extend(tokens)
         self._count(draft, accepted)
-        self._learn(draft, accepted, draft_s, verify_s)
+        self._schedule(draft, accepted, draft_s, verify_s)
         block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
-        self._observe(block)
+        self._observe(draft, logits, block)
         return block
 
     def _verify(self, logits: Tensor, draft: Draft) -> Verdict:
@@ -257,7 +264,7 @@ class _Answer:
                 return tokens[: i + 1], "length" if grammar.squeezed else "stop"
         return tokens, reason
 
-    def _learn(
+    def _schedule(
         self, draft: Draft, accepted: Sequence[int], draft_s: float, verify_s: float
     ) -> None:
         """Tell the schedule; what a grammar forced says nothing of the drafter."""
@@ -283,7 +290,7 @@ class _Answer:
 
     # A drafter may be the user's own code: its faults cost speed, never the answer.
 
-    def _start_session(self) -> None:
+    def _start_session(self, buffer: KVBuffer) -> None:
         if self.drafter is None:
             asked_off = "drafting is off for this call"
             plain = "no drafter" if self.params.drafting else asked_off
@@ -292,6 +299,8 @@ class _Answer:
         started = time.perf_counter()
         try:
             self.session = self.drafter.start(self.context)
+            if isinstance(self.session, TargetReader):
+                self.session.attach(self.target, buffer)
         except Exception as err:  # noqa: BLE001
             self._drafter_failed(err)
         self._tick("draft_s", started)
@@ -305,13 +314,17 @@ class _Answer:
             self._drafter_failed(err)
             return Draft()
 
-    def _observe(self, block: TokenBlock) -> None:
+    def _observe(self, draft: Draft, logits: Tensor, block: TokenBlock) -> None:
         if self.session is None:
             return
+        started = time.perf_counter()
         try:
+            if isinstance(self.session, StepLearner):
+                self.session.learn(draft, logits)
             self.session.observe(block)
         except Exception as err:  # noqa: BLE001
             self._drafter_failed(err)
+        self._tick("draft_s", started)
 
     def _drafter_failed(self, err: Exception) -> None:
         name = self.drafter.name if self.drafter is not None else "?"
@@ -350,4 +363,5 @@ def _trimmed(draft: Draft, budget: int, vocab_size: int) -> Draft:
         probs=None if draft.probs is None else draft.probs[:n],
         logits=None if draft.logits is None else draft.logits[: n + 1],
         sources=None if draft.sources is None else draft.sources[:n],
+        likely=None if draft.likely is None else draft.likely[:n],
     )

@@ -6,6 +6,8 @@ that keeps nothing, so every architecture written against transformers' attentio
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,9 +26,11 @@ class StepOutput:
 
     Attributes:
         logits: ``[n, vocab]``, or ``[0, vocab]`` for a piece of a prefill.
+        hidden: ``[n, hidden]``, what the output layer reads; kept only where a buffer asks for it.
     """
 
     logits: Tensor
+    hidden: Tensor
 
 
 class Executor(Protocol):
@@ -80,17 +84,30 @@ class EagerExecutor:
     def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
         """Run one forward of the stock module."""
         module: nn.Module = self._model if want_logits else self._body
-        out = module(
-            input_ids=ids[None],
-            position_ids=context.positions[None],
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            rasd_step=context,
-        )
+        with _outputs(self._body) as seen:
+            out = module(
+                input_ids=ids[None],
+                position_ids=context.positions[None],
+                attention_mask=self._mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                rasd_step=context,
+            )
+        hidden = seen[0].last_hidden_state[0]
         if not want_logits:
-            return StepOutput(torch.empty(0, self._vocab_size))
-        return StepOutput(out.logits[0])
+            return StepOutput(torch.empty(0, self._vocab_size), hidden)
+        return StepOutput(out.logits[0], hidden)
+
+
+@contextmanager
+def _outputs(module: nn.Module) -> Iterator[list[Any]]:
+    """Collect what ``module`` returns inside the block."""
+    seen: list[Any] = []
+    hook = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def check_attention(executor: Executor, num_layers: int, device: torch.device) -> int:

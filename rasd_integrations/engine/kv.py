@@ -1,6 +1,6 @@
 """Keys and values of the committed tokens of one stream: preallocated, append-only.
 
-A step lays the rows of its own tokens in the spare room behind ``length``, where nobody reads; the
+Where a drafter reads them, the final hidden states lie beside them. A step lays the rows of its own tokens in the spare room behind ``length``, where nobody reads; the
 decoder then commits the rows of the accepted path. Until it does, the buffer holds what it held.
 """
 
@@ -19,14 +19,20 @@ class KVBuffer:
 
     Attributes:
         length: Committed tokens.
+        keeps_hidden: Whether steps leave their final hidden states here too.
+        shift: Position of the next row less ``length``: above 0 where rows of a longer text were gathered.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, keeps_hidden: bool = False) -> None:
         """Plan for ``capacity`` tokens; memory is taken at the first write of each layer."""
         self.length = 0
+        self.keeps_hidden = keeps_hidden
+        self.shift = 0
         self._capacity = _rounded(capacity)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        self._hidden: dict[int, Tensor] = {}  # at most one, {0: [1, capacity, hidden]}
+        self._hidden_from = 0  # rows before it were run when nobody asked
 
     @property
     def nbytes(self) -> int:
@@ -36,8 +42,7 @@ class KVBuffer:
     @property
     def row_nbytes(self) -> int:
         """Bytes of one token, in the layers that have written."""
-        stores = (*self._keys.values(), *self._values.values())
-        return sum(t.element_size() * t.shape[0] * t.shape[2] for t in stores)
+        return sum(t.element_size() * t.shape[0] * t.shape[2] for t in self._stores())
 
     @property
     def num_layers(self) -> int:
@@ -51,7 +56,7 @@ class KVBuffer:
         if needed <= self._capacity:
             return
         self._capacity = _rounded(max(needed, self._capacity * 3 // 2))
-        for store in (self._keys, self._values):
+        for store in (self._keys, self._values, self._hidden):
             for layer, old in store.items():  # layer by layer: only one is held twice at a time
                 store[layer] = _allocate(old, self._capacity, is_key=store is self._keys)
                 store[layer][:, : self.length] = old[:, : self.length]
@@ -76,12 +81,29 @@ class KVBuffer:
         values[:, self.length : end] = value
         return keys[:, :end], values[:, :end]
 
+    def write_hidden(self, hidden: Tensor) -> None:
+        """Lay a step's final hidden states ``[n, hidden]`` behind the committed ones."""
+        if not self._hidden:
+            self._hidden[0] = _allocate(hidden[None], self._capacity, is_key=False)
+            self._hidden_from = self.length
+        self._hidden[0][0, self.length : self.length + len(hidden)] = hidden
+
+    def hidden(self, start: int = 0) -> tuple[int, Tensor]:
+        """Return the first known row from ``start`` on, and a view ``[rows, hidden]`` of it and all later ones.
+
+        They are what the model's output layer reads: row ``i`` foretells the token after token ``i``.
+        """
+        first = min(max(start, self._hidden_from), self.length)
+        if not self._hidden:
+            return self.length, torch.empty(0, 0)
+        return first, self._hidden[0][0, first : self.length]
+
     @torch.inference_mode()
     def commit(self, rows: Sequence[int]) -> None:
         """Append the rows of the last step that ``rows`` names, ascending, and forget the others."""
         n, start = len(rows), self.length
         if list(rows) != list(range(n)):
-            for store in (*self._keys.values(), *self._values.values()):
+            for store in self._stores():
                 index = torch.tensor(rows, device=store.device) + start
                 store[:, start : start + n] = store.index_select(1, index)
         self.length = start + n
@@ -93,18 +115,27 @@ class KVBuffer:
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on: between answers, and where a drafter's own guess failed."""
         self.length = min(self.length, length)
+        if self.length < self._hidden_from:
+            self._hidden = {}
 
     @torch.inference_mode()
     def copy(self, length: int, capacity: int) -> KVBuffer:
         """Return a buffer of its own that holds the first ``length`` tokens."""
-        new = KVBuffer(max(capacity, length))
+        new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
         new.length = length
+        if self._hidden and length > self._hidden_from:
+            new._hidden_from = self._hidden_from
+            new._hidden[0] = _allocate(self._hidden[0], new._capacity, is_key=False)
+            new._hidden[0][:, :length] = self._hidden[0][:, :length]
         for layer, key in self._keys.items():
             new._keys[layer] = _allocate(key, new._capacity, is_key=True)
             new._values[layer] = _allocate(self._values[layer], new._capacity, is_key=False)
             new._keys[layer][:, :length] = key[:, :length]
             new._values[layer][:, :length] = self._values[layer][:, :length]
         return new
+
+    def _stores(self) -> tuple[Tensor, ...]:
+        return (*self._keys.values(), *self._values.values(), *self._hidden.values())
 
 
 def _rounded(capacity: int) -> int:

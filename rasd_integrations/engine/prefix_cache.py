@@ -72,7 +72,14 @@ class PrefixCache:
         """Return the number of buffers, idle and at work."""
         return len(self._entries)
 
-    def lease(self, ids: Sequence[int], capacity: int, namespace: str = "") -> Lease:
+    def lease(
+        self,
+        ids: Sequence[int],
+        capacity: int,
+        namespace: str = "",
+        *,
+        keeps_hidden: bool = False,
+    ) -> Lease:
         """Return a buffer that already holds the longest known prefix of ``ids``.
 
         At least one token is left to run, whose logits start the answer.
@@ -81,6 +88,7 @@ class PrefixCache:
             ids: The prompt.
             capacity: Tokens that the stream may come to hold.
             namespace: Only entries of the same namespace are seen.
+            keeps_hidden: Keep the final hidden states of what is run from now on.
         """
         wanted = np.asarray(ids, dtype=np.int64)
         with self._lock:
@@ -93,6 +101,7 @@ class PrefixCache:
                 self._entries.remove(entry)
                 buffer = entry.buffer
                 buffer.truncate(common)
+            buffer.keeps_hidden = keeps_hidden
             mine = _Entry(namespace, wanted[: buffer.length], buffer, in_use=True)
             self._entries.append(mine)
         return Lease(self, mine)

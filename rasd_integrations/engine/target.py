@@ -126,7 +126,7 @@ class TargetModel:
         """Do all that may fail for one answer alone, in its own thread."""
         with _memory_errors(len(ids), buffer, self.device):
             buffer.reserve(len(ids))
-            positions, mask = self._layout(len(ids), parents, buffer.length)
+            positions, mask = self._layout(len(ids), parents, buffer.length + buffer.shift)
             tokens = torch.tensor(ids, dtype=torch.long, device=self.device)
             return _Work(tokens, Segment(buffer, positions, mask), want_logits)
 
@@ -153,11 +153,22 @@ def _forward(executor: Executor, works: Sequence[_Work]) -> Sequence[Tensor]:
         work, segment = works[0], segments[0]
         with _memory_errors(segment.rows, segment.buffer, work.tokens.device):
             context = StepContext(segment.positions, segments)
-            return [executor.step(work.tokens, context, want_logits=work.want_logits).logits]
+            out = executor.step(work.tokens, context, want_logits=work.want_logits)
+            _keep_hidden(segments, out.hidden)
+            return [out.logits]
     tokens = torch.cat([work.tokens for work in works])
     context = StepContext(torch.cat([s.positions for s in segments]), segments)
-    logits = executor.step(tokens, context, want_logits=True).logits
-    return torch.split(logits, [s.rows for s in segments])
+    out = executor.step(tokens, context, want_logits=True)
+    _keep_hidden(segments, out.hidden)
+    return torch.split(out.logits, [s.rows for s in segments])
+
+
+def _keep_hidden(segments: Sequence[Segment], hidden: Tensor) -> None:
+    """Lay the final hidden states into the buffers that ask for them."""
+    parts = torch.split(hidden, [s.rows for s in segments])
+    for segment, part in zip(segments, parts, strict=True):
+        if segment.buffer.keeps_hidden:
+            segment.buffer.write_hidden(part)
 
 
 @contextmanager
