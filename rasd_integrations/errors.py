@@ -4,7 +4,7 @@
 
     RASDError
     ├── ConfigurationError          (also ValueError)    an option, or a combination, that cannot work
-    │   └── VocabularyMismatchError                      target and drafter do not share their token ids
+    │   └── VocabularyMismatchError                      the drafter's vocabulary cannot be translated
     ├── PromptError                 (also ValueError)    a prompt that cannot be decoded from
     │   └── ContextOverflowError                         prompt and answer exceed the target's window
     ├── ModelLoadError              (also OSError)       weights, tokenizer or template missing or broken
@@ -28,7 +28,7 @@ class ConfigurationError(RASDError, ValueError):
 
 
 class VocabularyMismatchError(ConfigurationError):
-    """The drafter's token ids do not mean what the target's mean."""
+    """The drafter's vocabulary is another, and cannot be translated or may not be."""
 
 
 class PromptError(RASDError, ValueError):

@@ -15,8 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
+from rasd_integrations.drafters.dense import DenseDrafter
+from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.recycling import RecyclingDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
+from rasd_integrations.drafters.translated import TranslatedDrafter, Translation
+from rasd_integrations.drafters.vocabulary import Vocabulary
 from rasd_integrations.engine.packing import pack_linears
 from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
@@ -51,6 +56,15 @@ class SharedModel:
             head = weight.detach().flatten()[:16].float().cpu().numpy().tobytes()
             digest.update(f"{name}{tuple(weight.shape)}".encode() + head)
         return digest.hexdigest()
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What its tokens stand for.
+
+        Raises:
+            VocabularyMismatchError: The tokenizer cannot be read.
+        """
+        return Vocabulary(self.tokenizer, self.name, self.target.vocab_size)
 
     def prefix_cache(self, max_bytes: int) -> PrefixCache:
         """Return the cache of this size, the same for all that ask for it."""
@@ -119,15 +133,18 @@ def make_drafter(
 
     Raises:
         ModelLoadError: The drafter model is missing or broken.
-        VocabularyMismatchError: It has another vocabulary.
+        VocabularyMismatchError: It has another vocabulary, which cannot be translated, or ``lossless`` is false.
     """
     if spec is None or not isinstance(spec, str | Path):
         return spec
     if drafter_model is None and spec not in ("auto", "self"):
         drafter_model = shared_model(spec, model_kwargs)
-        check_same_vocabulary(target, drafter_model)
+        if (difference := vocabulary_difference(target, drafter_model)) is not None:
+            if not lossless:
+                raise _needs_one_vocabulary(target, drafter_model, difference)
+            return _translated(target, drafter_model, PrefixCache(cache_bytes))
     if drafter_model is None and spec == "auto" and lossless:
-        return SuffixDrafter()
+        return FusedDrafter(_free_parts())
     own = drafter_model or target
     model = ModelDrafter(
         own.target,
@@ -135,28 +152,49 @@ def make_drafter(
         needs_own_prompt=own is target,
         prefix_cache=PrefixCache(cache_bytes),
     )
-    return CascadeDrafter(model, SuffixDrafter())
+    cascade = CascadeDrafter(model, SuffixDrafter())
+    return FusedDrafter(_free_parts(), cascade) if spec == "auto" and lossless else cascade
 
 
-def check_same_vocabulary(target: SharedModel, drafter: SharedModel) -> None:
-    """See that both models mean the same tokens by the same ids.
+def _free_parts() -> list[Drafter]:
+    """Return drafters that cost next to nothing and need nothing but the prompt."""
+    return [SuffixDrafter(tree=True), RecyclingDrafter(), DenseDrafter()]
 
-    Raises:
-        VocabularyMismatchError: Names the first difference.
+
+def vocabulary_difference(target: SharedModel, drafter: SharedModel) -> str | None:
+    """Return the first token of the target's that the drafter has no row for under the same id.
+
+    Tokens that only the drafter has do no harm: the target refuses them.
     """
     ours, theirs = target.tokenizer.get_vocab(), drafter.tokenizer.get_vocab()
-    if ours == theirs:
-        return
-    differing = next(
-        (t for t in sorted(ours, key=ours.__getitem__) if theirs.get(t) != ours[t]), None
+    if ours.items() <= theirs.items():
+        return None
+    token = next(t for t in sorted(ours, key=ours.__getitem__) if theirs.get(t) != ours[t])
+    return (
+        f"token {token!r} is id {ours[token]} in the target and {theirs.get(token)} in the drafter"
     )
-    example = (
-        f"token {differing!r} is id {ours[differing]} in the target and {theirs.get(differing)} in the drafter"
-        if differing is not None
-        else f"the drafter has {len(theirs) - len(ours)} more tokens"
+
+
+def _translated(target: SharedModel, drafter: SharedModel, cache: PrefixCache) -> TranslatedDrafter:
+    translation = Translation(
+        target.vocabulary,
+        drafter.vocabulary,
+        target_ends=target.target.eos_ids,
+        drafter_ends=drafter.target.eos_ids,
     )
+    return TranslatedDrafter(
+        translation,
+        ModelDrafter(drafter.target, prefix_cache=cache),
+        ModelDrafter(drafter.target, prefix_cache=cache, allowed=translation.allowed),
+    )
+
+
+def _needs_one_vocabulary(
+    target: SharedModel, drafter: SharedModel, difference: str
+) -> VocabularyMismatchError:
     msg = (
-        f"Drafter {drafter.name!r} and target {target.name!r} have different vocabularies ({example}). "
-        f"Use a drafter of the target's family, 'self', or 'auto'."
+        f"Drafter {drafter.name!r} and target {target.name!r} have different vocabularies ({difference}), but "
+        f"knowledge_transfer and mixture need the drafter's law over the target's tokens. Use a drafter of the "
+        f"target's family or 'self', or leave both at their defaults."
     )
-    raise VocabularyMismatchError(msg)
+    return VocabularyMismatchError(msg)

@@ -114,7 +114,7 @@ class Pipeline:
         )  # fmt: skip
         if gate is not None:
             tokens = len(prompt_ids) + params.max_tokens
-            blocks = _gated(blocks, gate(tokens * self.decoder.target.kv_bytes_per_token))
+            blocks = _gated(blocks, gate(tokens * self.decoder.bytes_per_token))
         kept = () if parser is None else template.kept_control(tools)
         detokenizer = IncrementalDetokenizer(template.tokenizer, kept)
         single = tools is not None and not tools.parallel

@@ -173,7 +173,7 @@ class RASD:
 
         Raises:
             ModelLoadError: The model is missing or broken.
-            VocabularyMismatchError: The drafter model has another vocabulary.
+            VocabularyMismatchError: The drafter model's vocabulary cannot be translated.
             DecodingError: This instance was closed.
         """
         self._ready()

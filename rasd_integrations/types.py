@@ -47,7 +47,7 @@ class Draft:
         probs: ``[num_nodes, vocab]`` float32, the law each token was *sampled* from; ``None`` for a
             deterministic draft. Sampled drafts are chains.
         logits: ``[num_nodes + 1, vocab]`` or ``[num_nodes, vocab]``, the drafter's raw logits at each
-            node and after the last one; given only when knowledge transfer asks for them. Chains only.
+            node and after the last one; knowledge transfer needs them. Chains only.
         source: Name of the drafter, for the statistics.
         sources: Name of the drafter of each node, for drafts fused of several.
         likely: How likely the drafter thinks it that each node is reached and accepted, in 0..1; ``None``

@@ -6,11 +6,13 @@ import asyncio
 import gc
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import fakes
 import pytest
 from fakes import ScriptedDrafter
+from fakes_vocabulary import merged, model_of
 from tiny import WINDOW, tiny_llama, tiny_tokenizer
 
 from rasd_integrations import (
@@ -131,14 +133,57 @@ def test_self_drafter_reads_a_short_prompt():
     assert (stats.chunk_source, stats.drafters["model"].drafted > 0) == ("store", True)
 
 
-def test_drafter_model_of_another_family_is_refused(saved, tmp_path):
-    """A drafter whose ids mean other tokens raises before any answer."""
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A drafter model whose ids mean other tokens, in a folder."""
+    folder = tmp_path_factory.mktemp("foreign")
+    tokenizer = merged()
+    model_of(tokenizer, seed=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafter_model_of_another_family_drafts(saved, foreign, temperature):
+    """Its drafts are translated, and greedy the text is the target's; it reads the short prompt in its own ids."""
+    options = {"model_kwargs": {"dtype": "float32"}, "store": DOCS, "retrieval": SOON}
+    params = replace(PARAMS, temperature=temperature, seed=3)
+    three = SpeculationConfig(num_draft_tokens=3)
+    answer = RASD.load(saved, drafter=foreign, speculation=three, **options).generate(CHAT, params)
+    drafted = answer.stats.drafters["projection" if temperature else "bridge"].drafted
+    assert (drafted > 0, answer.stats.drafter_prompt_tokens > 0) == (True, True)
+    assert answer.stats.faults == ()
+    if not temperature:
+        assert answer.text == RASD(saved, drafter=None, **options).generate(CHAT, params).text
+
+
+def test_drafter_model_with_more_tokens_needs_no_translation(saved, tmp_path):
+    """Tokens that only the drafter has do no harm."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<extra>"])
     tiny_llama(1, vocab_size=260).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(VocabularyMismatchError, match="1 more tokens"):
-        RASD.load(saved, drafter=tmp_path)
+    three = SpeculationConfig(num_draft_tokens=3)
+    rasd = RASD.load(saved, drafter=tmp_path, speculation=three)
+    assert rasd.generate(CHAT, PARAMS).stats.drafters["model"].drafted > 0
+
+
+@pytest.mark.parametrize(
+    "law", [{"knowledge_transfer": 5.0}, {"speculation": SpeculationConfig(mixture=0.5)}]
+)
+def test_a_law_that_needs_the_drafters_is_refused_with_another_family(saved, foreign, law):
+    """Knowledge transfer leans on a law over the target's tokens, which such a drafter does not have."""
+    with pytest.raises(
+        VocabularyMismatchError, match=r"token '.*' is id .*target's family or 'self'"
+    ):
+        RASD.load(saved, drafter=foreign, **law)
+
+
+def test_a_call_may_not_lean_towards_a_drafter_of_another_family(saved, foreign):
+    """The same for a single call."""
+    rasd = RASD.load(saved, drafter=foreign)
+    with pytest.raises(ConfigurationError, match="no drafter with a law of its own"):
+        rasd.generate(CHAT, replace(PARAMS, knowledge_transfer=2.0))
 
 
 def test_drafter_model_drafts(plain_text):

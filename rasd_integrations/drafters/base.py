@@ -58,7 +58,8 @@ class TargetReader(Protocol):
         """Take the target and the answer's keys and values; called once, before the first draft.
 
         The buffer holds all committed tokens but the last and is read only: the session must not commit
-        to it, and must not keep views of it beyond :meth:`DraftSession.observe`.
+        to it, may run steps on a :meth:`KVBuffer.view` of it, and must not keep views of it beyond
+        :meth:`DraftSession.observe`.
         """
         ...
 

@@ -202,9 +202,12 @@ class SuffixSession:
     def propose(self, budget: int) -> Draft:
         """Return the likeliest continuation, a chain or a tree, of at most ``budget`` tokens."""
         width = _WIDTH if self._drafter.tree else 1
-        token_ids, parents = self._grow((), budget, width)
+        token_ids, parents, likely = self._grow((), budget, width)
         return Draft(
-            token_ids, parents=parents if self._drafter.tree else None, source=self._drafter.name
+            token_ids,
+            parents=parents if self._drafter.tree else None,
+            source=self._drafter.name,
+            likely=likely,
         )
 
     def propose_after(self, extra: Sequence[int], budget: int) -> tuple[int, ...]:
@@ -221,16 +224,17 @@ class SuffixSession:
 
     def _grow(
         self, extra: Sequence[int], budget: int, width: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
         """Grow the draft node by node, likeliest path first, ``width`` followers a node."""
         index, drafter = self._index, self._drafter
         state, length = index.with_continuation(*index.match(extra))
         if length < drafter.min_match:
-            return (), ()
+            return (), (), ()
         # A longer match foretells a longer copy (SuffixDecoding); one token more costs little.
         depth_limit = min(length + 1, drafter.max_draft)
         token_ids: list[int] = []
         parents: list[int] = []
+        scores: list[float] = []
         # Entries: path probability (negative), order of finding, token, next state, parent, depth.
         heap: list[tuple[float, int, int, int, int, int]] = []
         found = 0
@@ -247,12 +251,14 @@ class SuffixSession:
             likely, _, token, state, parent, depth = heapq.heappop(heap)
             token_ids.append(token)
             parents.append(parent)
+            # After a match of n tokens the next one is right n times of n + 1, as in REST's trie.
+            scores.append(-likely * length / (length + depth))
             if depth < depth_limit:
                 # At the text's end the draft goes on from a shorter match: a loop is drafted whole.
                 state, _ = index.with_continuation(state, 0)
                 if state:
                     push(state, -likely, len(token_ids) - 1, depth + 1)
-        return tuple(token_ids), tuple(parents)
+        return tuple(token_ids), tuple(parents), tuple(scores)
 
 
 class SuffixDrafter:

@@ -58,8 +58,16 @@ class Segment:
         known = self._blocked.get((window, device))
         if known is None:
             known = _blocked(self.positions, self._tail_mask, prefix, window, device)
+            if window is not None and self.buffer.is_gathered:
+                known = known[0], self._too_far(prefix, window, device)
             self._blocked[window, device] = known
         return known
+
+    def _too_far(self, prefix: int, window: int, device: torch.device) -> Tensor:
+        """Return which of the last ``prefix`` rows stand out of each row's window, ``[n, prefix]``."""
+        length = self.buffer.length
+        keys = self.buffer.positions(length - prefix, length).to(device)
+        return self.positions.to(device)[:, None] - keys[None, :] >= window
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +149,12 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     """Attend one answer's rows to its prefix and themselves; ``[1, n, heads, head_dim]``."""
     _, heads, n, dim = query.shape
-    prefix = segment.buffer.length
-    keys, values = segment.buffer.write(layer, key[0], value[0])
-    if window is not None and prefix + 1 > window:
-        start = prefix + 1 - window  # the first row's window; later rows see less of it
+    buffer = segment.buffer
+    prefix = buffer.length
+    keys, values = buffer.write(layer, key[0], value[0])
+    if window is not None and prefix + buffer.shift + 1 > window:
+        # The first row's window; later rows see less of it.
+        start = buffer.first_from(prefix + buffer.shift + 1 - window)
         keys, values = keys[:, start:], values[:, start:]
         prefix -= start
     kv_heads = keys.shape[0]

@@ -148,6 +148,7 @@ def _cut(walker: _Walker, draft: Draft, room: int, eos_ids: Collection[int]) -> 
         token_ids=tuple(token for token, _, _ in nodes),
         parents=tuple(parent for _, parent, _ in nodes),
         sources=tuple(source for _, _, source in nodes),
+        likely=None,
     )
     return cut, np.stack(masks)
 

@@ -51,6 +51,12 @@ class SpeculativeDecoder:
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
         self.keeps_hidden = bool(getattr(drafter, "reads_hidden", False))
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a stream keeps of each token."""
+        own = self.target.hidden_bytes_per_token if self.keeps_hidden else 0
+        return self.target.kv_bytes_per_token + own
+
     def lease(self, ids: Sequence[int], capacity: int, namespace: str) -> Lease:
         """Return a buffer for ``ids`` that keeps what the drafter reads."""
         return self.prefix_cache.lease(ids, capacity, namespace, keeps_hidden=self.keeps_hidden)
@@ -180,6 +186,7 @@ class _Answer:
         started = time.perf_counter()
         budget = self.schedule.next_budget()
         draft = self._propose(min(budget, room - 1))
+        promised = None if draft.likely is None else sum(draft.likely)
         if self.session is not None:
             pays = budget > 0 or self.config.num_draft_tokens is not None
             silent = self.planned_reason if not self.stats.drafted else None
@@ -206,9 +213,9 @@ class _Answer:
         lease.buffer.commit([0, *(1 + i for i in accepted[: len(tokens) - 1])])
         self.ids.extend(tokens)
         self._count(draft, accepted)
-        self._schedule(draft, accepted, draft_s, verify_s)
         block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
-        self._observe(draft, logits, block)
+        draft_s += self._observe(draft, logits, block)
+        self._schedule(draft, accepted, draft_s, verify_s, promised)
         return block
 
     def _verify(self, logits: Tensor, draft: Draft) -> Verdict:
@@ -265,13 +272,20 @@ class _Answer:
         return tokens, reason
 
     def _schedule(
-        self, draft: Draft, accepted: Sequence[int], draft_s: float, verify_s: float
+        self,
+        draft: Draft,
+        accepted: Sequence[int],
+        draft_s: float,
+        verify_s: float,
+        promised: float | None,
     ) -> None:
         """Tell the schedule; what a grammar forced says nothing of the drafter."""
         forced = [source == SOURCE for source in draft.sources or ()] or [False] * len(draft)
         drafted = len(draft) - sum(forced)
         stood = sum(not forced[i] for i in accepted)
-        self.schedule.record(drafted, stood, draft_s, verify_s, width=1 + len(draft))
+        self.schedule.record(
+            drafted, stood, draft_s, verify_s, width=1 + len(draft), promised=promised
+        )
 
     def _count(self, draft: Draft, accepted: Sequence[int]) -> None:
         stats = self.stats
@@ -309,14 +323,18 @@ class _Answer:
         if self.session is None or (budget <= 0 and self.config.lossless):
             return Draft()
         try:
-            return _trimmed(self.session.propose(max(budget, 0)), budget, self.target.vocab_size)
+            draft = _trimmed(self.session.propose(max(budget, 0)), budget, self.target.vocab_size)
         except Exception as err:  # noqa: BLE001
             self._drafter_failed(err)
             return Draft()
+        if draft.likely is None:
+            return draft
+        return _trimmed(draft, self.schedule.head(draft.likely), self.target.vocab_size)
 
-    def _observe(self, draft: Draft, logits: Tensor, block: TokenBlock) -> None:
+    def _observe(self, draft: Draft, logits: Tensor, block: TokenBlock) -> float:
+        """Tell the session what became of its draft; return the seconds that it took."""
         if self.session is None:
-            return
+            return 0.0
         started = time.perf_counter()
         try:
             if isinstance(self.session, StepLearner):
@@ -324,7 +342,7 @@ class _Answer:
             self.session.observe(block)
         except Exception as err:  # noqa: BLE001
             self._drafter_failed(err)
-        self._tick("draft_s", started)
+        return self._tick("draft_s", started)
 
     def _drafter_failed(self, err: Exception) -> None:
         name = self.drafter.name if self.drafter is not None else "?"

@@ -1,11 +1,13 @@
 """Keys and values of the committed tokens of one stream: preallocated, append-only.
 
-Where a drafter reads them, the final hidden states lie beside them. A step lays the rows of its own tokens in the spare room behind ``length``, where nobody reads; the
-decoder then commits the rows of the accepted path. Until it does, the buffer holds what it held.
+Where a drafter reads them, the final hidden states lie beside them. A step lays the rows of its own tokens
+in the spare room behind ``length``, where nobody reads; the decoder then commits the rows of the accepted
+path. Until it does, the buffer holds what it held.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +30,7 @@ class KVBuffer:
         self.length = 0
         self.keeps_hidden = keeps_hidden
         self.shift = 0
+        self._places: tuple[int, ...] = ()  # positions of the gathered rows, ascending
         self._capacity = _rounded(capacity)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
@@ -43,6 +46,11 @@ class KVBuffer:
     def row_nbytes(self) -> int:
         """Bytes of one token, in the layers that have written."""
         return sum(t.element_size() * t.shape[0] * t.shape[2] for t in self._stores())
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether some rows do not stand one after the other in their text."""
+        return bool(self._places)
 
     @property
     def num_layers(self) -> int:
@@ -117,12 +125,28 @@ class KVBuffer:
         self.length = min(self.length, length)
         if self.length < self._hidden_from:
             self._hidden = {}
+        if self.length < len(self._places):
+            self._places = self._places[: self.length]
+            self.shift = self._places[-1] + 1 - self.length if self._places else 0
+
+    def positions(self, start: int, end: int) -> Tensor:
+        """Return the positions ``[end - start]`` of rows ``start:end`` in their text."""
+        gathered = torch.tensor(self._places[start:end], dtype=torch.long)
+        rest = torch.arange(max(start, min(end, len(self._places))), end) + self.shift
+        return torch.cat([gathered, rest])
+
+    def first_from(self, position: int) -> int:
+        """Return the first row that stands at ``position`` or behind it."""
+        if self._places and position <= self._places[-1]:
+            return bisect_left(self._places, position)
+        return max(position - self.shift, len(self._places))
 
     @torch.inference_mode()
     def copy(self, length: int, capacity: int) -> KVBuffer:
         """Return a buffer of its own that holds the first ``length`` tokens."""
         new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
-        new.length = length
+        new.length, new.shift, new._places = self.length, self.shift, self._places
+        new.truncate(length)
         if self._hidden and length > self._hidden_from:
             new._hidden_from = self._hidden_from
             new._hidden[0] = _allocate(self._hidden[0], new._capacity, is_key=False)
@@ -132,6 +156,55 @@ class KVBuffer:
             new._values[layer] = _allocate(self._values[layer], new._capacity, is_key=False)
             new._keys[layer][:, :length] = key[:, :length]
             new._values[layer][:, :length] = self._values[layer][:, :length]
+        return new
+
+    @torch.inference_mode()
+    def gather(self, rows: Sequence[int], capacity: int) -> KVBuffer:
+        """Return a buffer of its own that holds some committed rows and goes on at this one's next position.
+
+        Keys keep the rotation of their own positions, and every row its position. Hidden states stay behind.
+
+        Args:
+            rows: Which ones, ascending.
+            capacity: Rows to plan for.
+        """
+        new = KVBuffer(max(capacity, len(rows)))
+        new.length = len(rows)
+        new.shift = self.length + self.shift - len(rows)
+        index = torch.tensor(rows, dtype=torch.long)
+        new._places = tuple(self.positions(0, self.length)[index].tolist())
+        for mine, theirs in ((self._keys, new._keys), (self._values, new._values)):
+            for layer, old in mine.items():
+                store = _allocate(old, new._capacity, is_key=mine is self._keys)
+                store[:, : len(rows)] = old.index_select(1, index.to(old.device))
+                theirs[layer] = store
+        return new
+
+    @torch.inference_mode()
+    def extend(self, other: KVBuffer, start: int, end: int) -> None:
+        """Append committed rows ``start:end`` of ``other``, which stand where this buffer goes on."""
+        n = end - start
+        self.reserve(n)
+        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            for layer, store in mine.items():
+                store[:, self.length : self.length + n] = theirs[layer][:, start:end]
+        self.length += n
+
+    def view(self, num_layers: int, room: int) -> KVBuffer:
+        """Return a buffer over the first layers' rows in the same memory, with a length of its own.
+
+        What is run on it lies in this one's spare room, where the next step overwrites it. It is worth
+        nothing after that, and after this one grows.
+
+        Args:
+            num_layers: How many of the layers.
+            room: Rows that may be run on it; beyond them it would copy itself.
+        """
+        self.reserve(room)
+        new = KVBuffer(self._capacity)
+        new.length, new.shift, new._places = self.length, self.shift, self._places
+        new._keys = {layer: self._keys[layer] for layer in range(num_layers)}
+        new._values = {layer: self._values[layer] for layer in range(num_layers)}
         return new
 
     def _stores(self) -> tuple[Tensor, ...]:

@@ -101,7 +101,7 @@ class PrefixCache:
                 self._entries.remove(entry)
                 buffer = entry.buffer
                 buffer.truncate(common)
-            buffer.keeps_hidden = keeps_hidden
+            buffer.keeps_hidden |= keeps_hidden
             mine = _Entry(namespace, wanted[: buffer.length], buffer, in_use=True)
             self._entries.append(mine)
         return Lease(self, mine)

@@ -1,16 +1,24 @@
 """How long the next draft should be, from what this answer has measured so far.
 
-Expected tokens per second are ``E(n) / (t(n) + n * d)`` with ``E(n) = (1 - a^(n+1)) / (1 - a)``
-(algorithms.md 8.1): acceptance ``a``, step time ``t``, drafting time ``d`` a token are running averages.
-Drafting that would lose time is switched off and tried again now and then. Only time depends on it.
+Expected tokens per second are ``E(n) / (t(1 + n) + d(n))`` (algorithms.md 8.1, 8.2): step time ``t`` is a
+running line over the width. For a chain of which nothing is said, ``E(n) = (1 - a^(n+1)) / (1 - a)`` with the
+running acceptance ``a`` and a drafting time for each token. For a draft whose nodes carry their likelihood,
+chain or tree, ``E(n) = 1 + c * sum(likely[:n])`` with ``c`` the running share of what was promised, and the
+draft is there already: only the verify step is to be paid. Drafting that would lose time is switched off and
+tried again now and then. Only time depends on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _DECAY = 0.9
 _PRIOR_SLOPE = 0.04  # cost of one more token in a step, as a share of a step of one
 _PRIOR_ACCEPTED, _PRIOR_TRIED = 1.4, 2.0
+_PRIOR_KEPT = 2.0  # promised tokens that are taken for kept before any is seen
 _FIRST_PROBE, _LAST_PROBE = 4, 64
+_CHEAP = 0.25  # of a plain step
+_LEAST_STEPS = 3.5  # with a draft, before drafting can be found to lose
 
 
 class Schedule:
@@ -21,8 +29,11 @@ class Schedule:
         self._max = max_draft_tokens
         self._fixed = fixed
         self._accepted, self._tried = _PRIOR_ACCEPTED, _PRIOR_TRIED
+        self._promised, self._kept = _PRIOR_KEPT, _PRIOR_KEPT
         self._widths = _Line(_PRIOR_SLOPE)
         self._draft_s, self._draft_tokens = 0.0, 0.0
+        # Steps with a draft of known likelihoods: their number, the tokens won, the seconds with drafting.
+        self._steps, self._won, self._spent = 0.0, 0.0, 0.0
         self._wait, self._probe_every = 0, _FIRST_PROBE
 
     @property
@@ -34,19 +45,31 @@ class Schedule:
         """Return how many tokens to draft now; 0 says that drafting does not pay at present."""
         if self._fixed is not None:
             return self._fixed
-        best, rate = 0, 1.0 / self._widths.at(1)
-        for n in range(1, self._max + 1):
-            seconds = self._widths.at(1 + n) + n * self._seconds_per_draft_token()
-            if self._expected(n) / seconds > rate:
-                best, rate = n, self._expected(n) / seconds
-        if best:
+        best = self._max if self._steps and self._drafts_cheaply() else self._best_chain()
+        if best and not self._loses():
             self._probe_every, self._wait = _FIRST_PROBE, 0
             return best
         self._wait += 1
         if self._wait < self._probe_every:
             return 0
         self._wait, self._probe_every = 0, min(2 * self._probe_every, _LAST_PROBE)
-        return 1
+        return best or 1
+
+    def head(self, likely: Sequence[float]) -> int:
+        """Return how many of a draft's nodes are worth verifying, the first ones.
+
+        Args:
+            likely: How likely each node is reached and accepted, in the drafter's opinion.
+        """
+        if self._fixed is not None:
+            return len(likely)
+        trust = min(self._kept / self._promised, 1.5)
+        best, expected, rate = 0, 1.0, 1.0 / self._widths.at(1)
+        for n, share in enumerate(likely, start=1):
+            expected += min(trust * share, 1.0)
+            if expected / self._widths.at(1 + n) > rate:
+                best, rate = n, expected / self._widths.at(1 + n)
+        return best
 
     def record(
         self,
@@ -56,6 +79,7 @@ class Schedule:
         step_s: float,
         *,
         width: int | None = None,
+        promised: float | None = None,
     ) -> None:
         """Learn from one step.
 
@@ -65,14 +89,38 @@ class Schedule:
             draft_s: Seconds of drafting.
             step_s: Seconds of the step.
             width: Rows of the step, where others than the drafted ones were in it.
+            promised: Sum of the drafted tokens' likelihoods, where they carry any.
         """
         self._widths.add(1 + drafted if width is None else width, step_s)
         self._draft_s = _DECAY * self._draft_s + draft_s
         self._draft_tokens = _DECAY * self._draft_tokens + drafted
+        if promised is not None:
+            self._steps = _DECAY * self._steps + 1
+            self._won = _DECAY * self._won + accepted
+            self._spent = _DECAY * self._spent + draft_s + step_s
+            self._promised = _DECAY * self._promised + promised
+            self._kept = _DECAY * self._kept + accepted
         if drafted:
             tried = accepted + (accepted < drafted)
             self._accepted = _DECAY * self._accepted + accepted
             self._tried = _DECAY * self._tried + tried
+
+    def _drafts_cheaply(self) -> bool:
+        """Whether a draft of full length costs so little that its head can be chosen afterwards."""
+        return self._max * self._seconds_per_draft_token() < _CHEAP * self._widths.at(1)
+
+    def _best_chain(self) -> int:
+        best, rate = 0, 1.0 / self._widths.at(1)
+        for n in range(1, self._max + 1):
+            seconds = self._widths.at(1 + n) + n * self._seconds_per_draft_token()
+            if self._expected(n) / seconds > rate:
+                best, rate = n, self._expected(n) / seconds
+        return best
+
+    def _loses(self) -> bool:
+        """Whether the last steps, drafting included, were slower than plain ones."""
+        enough = self._steps > _LEAST_STEPS
+        return enough and self._spent > (self._steps + self._won) * self._widths.at(1)
 
     def _expected(self, n: int) -> float:
         a = self.acceptance

@@ -43,6 +43,7 @@ class TargetModel:
         vocab_size: Rows of the logits.
         eos_ids: Ids that end an answer.
         kv_bytes_per_token: Bytes of one token's keys and values.
+        hidden_bytes_per_token: Bytes of one token's final hidden state.
     """
 
     def __init__(self, model: PreTrainedModel, *, executor: Executor | None = None) -> None:
@@ -57,6 +58,7 @@ class TargetModel:
         self.window = int(config.max_position_embeddings)
         self.vocab_size = int(config.vocab_size)
         self.eos_ids = _eos_ids(model)
+        self.hidden_bytes_per_token = int(config.hidden_size) * model.dtype.itemsize
         # Tokens of a piece, and of one that others wait for, who decode (docs/explanation/experiments.md).
         on_cpu = self.device.type == "cpu"
         self._pieces = (PREFILL_PIECE, 64) if on_cpu else (4 * PREFILL_PIECE, PREFILL_PIECE)

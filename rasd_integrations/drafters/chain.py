@@ -1,0 +1,154 @@
+"""How a model drafts a chain over keys and values, whatever model and whatever rows these are.
+
+Shared by the drafters that run a model: its own prompt, a part of the target's rows, or the target's
+first layers differ only in the buffer that they hand over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+
+import torch
+from torch import Tensor
+
+from rasd_integrations.drafters.base import Helper
+from rasd_integrations.engine.constraints import chain_masks, forced_after, mask_rows
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.sampling import process_logits, sampling_law
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.engine.verification import sample_and_walk
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+_HELPER_TOKENS = 8
+
+
+class ChainSession:
+    """One answer of a drafter that runs a model.
+
+    The draft is the model's own answer, greedy or sampled as the target's: token ``i`` is drawn from its
+    law q after the same processors, and q travels with a sampled draft. A helper drafts for the model.
+
+    Attributes:
+        forwards: Forwards of the model so far, the prefill aside.
+    """
+
+    _model: TargetModel  # set before the first chain
+
+    def __init__(
+        self, source: str, context: DraftContext, confidence: float, helper: Helper | None
+    ) -> None:
+        """Draft as ``source``; a token less likely than ``confidence`` ends the draft and stays in it."""
+        self._source = source
+        self._context = context
+        self._confidence = confidence
+        self._helper = helper
+        self._grammar = context.grammar
+        self._law = sampling_law(context.temperature, context.top_p, context.top_k)
+        self._generator = torch.Generator().manual_seed(context.seed)
+        self.forwards = 0
+
+    def observe(self, block: TokenBlock) -> None:
+        """Step over what the target committed."""
+        if self._grammar is not None:
+            for token in block.token_ids:
+                self._grammar.push(token)
+        if self._helper is not None:
+            self._helper.observe(block)
+
+    def close(self) -> None:
+        """Free the helper."""
+        if self._helper is not None:
+            self._helper.close()
+
+    def _chain(self, buffer: KVBuffer, pending: Sequence[int], budget: int) -> Draft:
+        """Return a chain of at most ``budget`` tokens with its logits, one row more for knowledge transfer.
+
+        Args:
+            buffer: Rows of what the model has read. Afterwards the rows of ``pending`` and of the drafted
+                tokens follow; that of the last one may be missing.
+            pending: The last committed tokens, whose rows are not in ``buffer``; at least one.
+            budget: Most tokens of the draft.
+        """
+        start = buffer.length
+        tokens: list[int] = []
+        chances: list[float] = []
+        rows: list[Tensor] = []  # [m, vocab] each
+        ended = False
+        while len(tokens) < budget and not ended:
+            unread = [*pending, *tokens][buffer.length - start :]
+            new, logits = self._forward(buffer, unread, tokens, budget - len(tokens))
+            sure = self._chances(new, logits)
+            ended, kept = self._ends(new, sure)
+            tokens += new[:kept]
+            chances += sure[:kept]
+            rows.append(logits[:kept])
+            buffer.truncate(start + len(pending) + len(tokens) - 1)
+        if self._context.wants_logits:
+            # also after the last token: see docs/adr on the transfer law
+            unread = [*pending, *tokens][buffer.length - start :]
+            rows.append(self._forward(buffer, unread, tokens, 0)[1])
+        if not rows:
+            return Draft(source=self._source)
+        logits = torch.cat(rows)
+        return Draft(
+            token_ids=tuple(tokens),
+            probs=None if self._law is None else self._q(logits[: len(tokens)]),
+            logits=logits,
+            source=self._source,
+            likely=tuple(accumulate(chances, mul)) if self._law is None else None,
+        )
+
+    def _forward(
+        self, buffer: KVBuffer, unread: Sequence[int], drafted: Sequence[int], budget: int
+    ) -> tuple[list[int], Tensor]:
+        """Run the model once and return what it says behind ``drafted``, with the logits it comes from.
+
+        With budget 0, return no token and the logits ``[1, vocab]`` after the last one.
+        """
+        guess: tuple[int, ...] = ()
+        if self._helper is not None and budget > 1:
+            guess = self._helper.propose_after(drafted, min(budget - 1, _HELPER_TOKENS))
+        if self._grammar is not None and budget > 1:
+            guess = forced_after(self._grammar, drafted)[: budget - 1] or guess
+        logits = self._model.step([*unread, *guess], buffer)
+        self.forwards += 1
+        logits = self._fitted(logits[len(unread) - 1 :])  # [1 + len(guess), vocab]
+        if self._grammar is not None:
+            bits = chain_masks(self._grammar, [*drafted, *guess], self._model.eos_ids)
+            logits = mask_rows(logits, bits[len(drafted) :])
+        if budget <= 0:
+            buffer.commit(range(len(unread)))
+            return [], logits
+        verdict = sample_and_walk(logits, Draft(guess), self._law, self._generator)
+        buffer.commit(range(len(unread) + len(verdict.accepted)))
+        new = [*(guess[i] for i in verdict.accepted), verdict.token_id]
+        return new, logits[: len(new)]
+
+    def _chances(self, tokens: list[int], logits: Tensor) -> list[float]:
+        """Return the model's probability of each of ``tokens``."""
+        probs = logits.float().softmax(-1) if self._law is None else self._q(logits)
+        chances: list[float] = probs[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
+        return chances
+
+    def _ends(self, tokens: list[int], chances: list[float]) -> tuple[bool, int]:
+        """Return whether the draft ends among ``tokens``, and how many of them it takes."""
+        for i, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
+            if chance < self._confidence or token in self._model.eos_ids:
+                return True, i + 1
+        return False, len(tokens)
+
+    def _q(self, logits: Tensor) -> Tensor:
+        c = self._context
+        return process_logits(logits, c.temperature, c.top_p, c.top_k)
+
+    def _fitted(self, logits: Tensor) -> Tensor:
+        """Return logits over the target's vocabulary: here they are."""
+        return logits
+
+    def _fallback(self, budget: int) -> Draft:
+        """Where the model is silent, its helper's draft is free."""
+        if self._helper is None or self._context.wants_logits:
+            return Draft(source=self._source)
+        return Draft(self._helper.propose_after((), budget), source="suffix")

@@ -1,0 +1,156 @@
+"""The target's first layers draft, read out by its own last norm and output layer (LITE, arXiv 2310.18581).
+
+The layers are the target's, so its rows are theirs: nothing is prefilled, nothing copied. The verifying step
+runs the first layers again. To go on from the drafted states instead, it would have to enter the stock
+module in the middle, with rows made one at a time: another float sum than the plain step's, so ids could
+change, and neither trees nor steps of several answers in one forward could use it. It would save the first
+layers' share of one step; their weights are read once for all its rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rasd_integrations.drafters.base import Helper
+from rasd_integrations.drafters.chain import ChainSession
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+
+class EarlyExitDrafter:
+    """Drafts chains with the first layers of the target.
+
+    Models that were not trained to exit early agree little with their own first layers
+    (docs/explanation/experiments.md).
+
+    Attributes:
+        name: In the statistics.
+    """
+
+    name = "early_exit"
+
+    def __init__(self, layers: int, *, confidence: float = 0.1) -> None:
+        """Stop after the first ``layers``.
+
+        Args:
+            layers: At least 1, and fewer than the target has, which is seen when an answer starts.
+            confidence: A drafted token less likely than this, 0 to 1, ends the draft and stays in it.
+
+        Raises:
+            ConfigurationError: A value out of its range.
+        """
+        if layers < 1:
+            msg = f"layers is {layers!r}, but must be at least 1."
+            raise ConfigurationError(msg)
+        if not 0 <= confidence <= 1:
+            msg = f"confidence is {confidence!r}, but must be in 0..1."
+            raise ConfigurationError(msg)
+        self.layers = layers
+        self.confidence = confidence
+        self._models: WeakKeyDictionary[TargetModel, TargetModel] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def start(self, context: DraftContext, helper: Helper | None = None) -> EarlyExitSession:
+        """Begin an answer; ``helper`` drafts for the drafter."""
+        return EarlyExitSession(self, context, helper)
+
+    def first_layers(self, target: TargetModel) -> TargetModel:
+        """Return the model that stops early, made once for each target; it shares all weights.
+
+        Raises:
+            ConfigurationError: The target has too few layers, or keeps them where they cannot be found.
+        """
+        with self._lock:
+            if target not in self._models:
+                self._models[target] = TargetModel(shallow(target.model, self.layers))
+            return self._models[target]
+
+
+class EarlyExitSession(ChainSession):
+    """The first layers at work on one answer."""
+
+    def __init__(
+        self, drafter: EarlyExitDrafter, context: DraftContext, helper: Helper | None
+    ) -> None:
+        """Made by :meth:`EarlyExitDrafter.start`."""
+        super().__init__(drafter.name, context, drafter.confidence, helper)
+        self._drafter = drafter
+        self._last = context.prompt_ids[-1]
+        self._live: KVBuffer | None = None
+
+    def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
+        """Take the model and its rows.
+
+        Raises:
+            ConfigurationError: As :meth:`EarlyExitDrafter.first_layers`.
+        """
+        self._model, self._live = self._drafter.first_layers(target), buffer
+
+    @torch.inference_mode()
+    def propose(self, budget: int) -> Draft:
+        """Return a chain of at most ``budget`` tokens; its rows lie where the verifying step overwrites them."""
+        if self._live is None:
+            return self._fallback(budget)
+        rows = self._live.view(self._drafter.layers, budget + 1)
+        return self._chain(rows, [self._last], budget)
+
+    def observe(self, block: TokenBlock) -> None:
+        """Take over what the target committed."""
+        self._last = block.token_ids[-1]
+        super().observe(block)
+
+    def close(self) -> None:
+        """Let go of the target's rows."""
+        self._live = None
+        super().close()
+
+
+def shallow(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """Return ``model`` with its first ``layers`` only: the same weights, modules of its own above the layers.
+
+    Raises:
+        ConfigurationError: It has no more layers than that, or its body holds no list of them.
+    """
+    body = model.base_model
+    total = int(model.config.get_text_config().num_hidden_layers)
+    if layers >= total:
+        msg = f"layers is {layers}, but the target has {total}. Stop after fewer."
+        raise ConfigurationError(msg)
+    names = [
+        name
+        for name, part in body.named_children()
+        if isinstance(part, nn.ModuleList) and len(part) == total
+    ]
+    prefix = model.base_model_prefix
+    if len(names) != 1 or getattr(model, prefix, None) is not body:
+        msg = (
+            f"{type(model).__name__} does not keep its {total} layers in one list of {type(body).__name__}, "
+            f"so it cannot stop early. Use another drafter."
+        )
+        raise ConfigurationError(msg)
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    new, short = _twin(model), _twin(body)
+    stack = getattr(body, names[0])
+    setattr(short, names[0], nn.ModuleList(list(stack)[:layers]))
+    setattr(new, prefix, short)
+    new.config = short.config = config
+    return new
+
+
+def _twin(module: PreTrainedModel) -> PreTrainedModel:
+    """Return a module of its own with the same parts; hooks on one are not hooks on the other."""
+    new = copy.copy(module)
+    new.__dict__.update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, dict)})
+    return new

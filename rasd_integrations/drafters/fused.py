@@ -1,0 +1,319 @@
+"""RASD: the drafts of several drafters as one tree (arXiv 2503.03434).
+
+Every part proposes; the tries are merged by longest common prefix, so that a token on which two agree is
+verified once. The nodes of the budget go to the paths that are likeliest to be accepted. What a part says of
+its own nodes (:attr:`Draft.likely`) is set right by what became of its earlier ones: the committed tokens
+judge each proposed node, whether it was verified or not. A part whose drafts gain less time than they take is
+asked more rarely.
+
+A model among the parts drafts greedily, whatever the sampling law: the tree is then a function of the
+context, and one drawn token decides at each node (algorithms.md 7.4, 7.5), exact at any temperature.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+_BINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
+_FAITH = 4.0  # a part's own opinion weighs as much as so many judged nodes
+_UNSAID = 0.5  # assumed of each token of a draft without an opinion
+_DECAY = 0.9
+_TRIAL = 6  # drafts of a part before it is judged
+_CHEAP = 0.02  # a part that takes less than this share of a step is always asked
+_REST = 16  # steps that a part which does not pay is left alone
+
+
+@dataclass(slots=True)
+class _Part:
+    """One drafter at work, and what has been seen of it in this answer."""
+
+    session: DraftSession
+    draft: Draft = field(default_factory=Draft)
+    likely: tuple[float, ...] = ()  # what it said itself
+    hits: list[float] = field(default_factory=lambda: [0.0] * (len(_BINS) + 1))
+    tries: list[float] = field(default_factory=lambda: [0.0] * (len(_BINS) + 1))
+    answered: bool = False  # whether it was asked for the draft under way
+    asked: int = 0
+    rest: int = 0  # steps that it is left alone
+    seconds: float = 0.0  # of a draft, running average
+    gained: float = 0.0  # tokens of a draft that no other part had, running average
+
+    def ask(self, budget: int) -> None:
+        """Take the next draft, or none while the part rests."""
+        if self.rest:
+            self.rest -= 1
+            return
+        started = time.perf_counter()
+        self.draft = self.session.propose(budget)
+        self.likely = self.draft.likely or _unsaid(self.draft)
+        self.asked += 1
+        self._average("seconds", time.perf_counter() - started)
+        self.answered = True
+
+    def expected(self, likely: float) -> float:
+        """Return how likely a node is that the part calls ``likely``."""
+        b = bisect_right(_BINS, likely)
+        return (self.hits[b] + _FAITH * likely) / (self.tries[b] + _FAITH)
+
+    def judge(self, tokens: Sequence[int]) -> int:
+        """Learn from what was committed instead; return how many tokens the draft had right."""
+        path = _path(self.draft, tokens)
+        on_path = set(path)
+        # What is drafted behind the last committed token, nobody can judge yet.
+        unknown = {path[-1]} if path and len(path) == len(tokens) else set()
+        for node, (parent, likely) in enumerate(
+            zip(_parents(self.draft), self.likely, strict=True)
+        ):
+            if parent in unknown:
+                unknown.add(node)
+                continue
+            b = bisect_right(_BINS, likely)
+            self.tries[b] += 1
+            self.hits[b] += node in on_path
+        return len(path)
+
+    def account(self, gained: int, seconds_per_token: float, step_s: float) -> None:
+        """Rest if the last drafts were not worth their time."""
+        self._average("gained", gained)
+        dear = self.seconds > _CHEAP * step_s
+        if dear and self.asked >= _TRIAL and self.gained * seconds_per_token < self.seconds:
+            self.rest = _REST
+
+    def _average(self, name: str, value: float) -> None:
+        weight = max(1 - _DECAY, 1 / self.asked)
+        setattr(self, name, getattr(self, name) + weight * (value - getattr(self, name)))
+
+
+class FusedSession:
+    """Several drafters at work on one answer."""
+
+    def __init__(self, drafter: FusedDrafter, context: DraftContext) -> None:
+        """Start every part."""
+        self._drafter = drafter
+        self._parts = [_Part(part.start(context)) for part in drafter.parts]
+        self._model: _Part | None = None
+        if drafter.model is not None:
+            self._model = _Part(drafter.model.start(replace(context, temperature=0.0)))
+            self._parts.append(self._model)
+        self._step_began = 0.0
+        self._draft_s = 0.0
+
+    def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
+        """Hand the target to the parts that read it."""
+        for part in self._parts:
+            if isinstance(part.session, TargetReader):
+                part.session.attach(target, buffer)
+
+    def propose(self, budget: int) -> Draft:
+        """Return the likeliest nodes of all parts' drafts together, best first."""
+        started = time.perf_counter()
+        for part in self._parts:
+            part.ask(budget)
+        first = None if self._model is None else _likeliest_first(self._model, self._drafter.top_k)
+        tree = _Tree(self._drafter.name)
+        for part in self._parts:
+            nodes = tree.add(part, None if part is self._model else first)
+            if part is self._model:
+                tree.add_siblings(part, nodes, self._drafter.siblings)
+        self._step_began = time.perf_counter()
+        self._draft_s = self._step_began - started
+        return tree.best(budget)
+
+    def learn(self, draft: Draft, logits: Tensor) -> None:
+        """Hand the logits to the parts that learn from them."""
+        for part in self._parts:
+            if isinstance(part.session, StepLearner):
+                part.session.learn(draft, logits)
+
+    def observe(self, block: TokenBlock) -> None:
+        """Judge the last drafts and step on."""
+        step_s = time.perf_counter() - self._step_began
+        per_token = (step_s + self._draft_s) / max(len(block.token_ids), 1)
+        right = [part.judge(block.token_ids) for part in self._parts]
+        for i, part in enumerate(self._parts):
+            others = max((n for j, n in enumerate(right) if j != i), default=0)
+            if part.answered:
+                part.account(max(right[i] - others, 0), per_token, step_s)
+            part.draft, part.likely, part.answered = Draft(), (), False
+            part.session.observe(block)
+
+    def close(self) -> None:
+        """Close every part, whatever one of them does."""
+        with ExitStack() as stack:
+            for part in self._parts:
+                stack.callback(part.session.close)
+
+
+class FusedDrafter:
+    """Joins drafters into one whose draft is a tree of the likeliest of all their nodes.
+
+    Attributes:
+        gives_logits: Whether there is a model, whose law knowledge transfer can lean towards.
+        reads_hidden: Whether a part does.
+        wants_prompt: Whether the model reads a short prompt of its own.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Drafter],
+        model: Drafter | None = None,
+        *,
+        name: str = "fused",
+        top_k: int = 32,
+        siblings: int = 3,
+    ) -> None:
+        """Join ``parts`` and, where given, a model drafter.
+
+        Args:
+            parts: Drafters of deterministic drafts.
+            model: A drafter of chains with logits (:class:`ModelDrafter`, :class:`CascadeDrafter`).
+            name: In the statistics, for nodes whose part gives no name.
+            top_k: Retrieved continuations whose first token is not among the model's so many likeliest
+                are pruned (RASD); 0 prunes none.
+            siblings: Of each of the model's tokens, how many next likeliest ones are drafted beside it.
+
+        Raises:
+            ConfigurationError: No part, or a negative number.
+        """
+        if not parts and model is None:
+            msg = "A fused drafter needs at least one part. Give it drafters, or use drafter=None."
+            raise ConfigurationError(msg)
+        for option, value in (("top_k", top_k), ("siblings", siblings)):
+            if value < 0:
+                msg = f"{option} is {value}, but must be at least 0."
+                raise ConfigurationError(msg)
+        self.name = name
+        self.parts = tuple(parts)
+        self.model = model
+        self.top_k = top_k
+        self.siblings = siblings
+        everyone = (*self.parts, *(() if model is None else (model,)))
+        self.gives_logits = model is not None and getattr(model, "gives_logits", True)
+        self.reads_hidden = any(getattr(p, "reads_hidden", False) for p in everyone)
+        self.wants_prompt = any(getattr(p, "wants_prompt", False) for p in everyone)
+
+    def start(self, context: DraftContext) -> DraftSession:
+        """Begin an answer; under a law that leans towards the drafter, the model alone drafts."""
+        if context.wants_logits and self.model is not None:
+            return self.model.start(context)
+        return FusedSession(self, context)
+
+
+class _Tree:
+    """The union of tries, each node with the best opinion of it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._places: dict[tuple[int, int], int] = {}  # parent and token to node
+        self._token_ids: list[int] = []
+        self._parents: list[int] = []
+        self._likely: list[float] = []
+        self._sources: list[str] = []
+
+    def add(self, part: _Part, first: frozenset[int] | None) -> list[int | None]:
+        """Merge the part's draft; of its first tokens only those in ``first``, where given.
+
+        Returns:
+            The place of each of its nodes, ``None`` for pruned ones.
+        """
+        draft = part.draft
+        sources = draft.sources or (draft.source or self._name,) * len(draft)
+        mine: list[int | None] = []  # of the draft's nodes
+        for node, parent in enumerate(_parents(draft)):
+            token = draft.token_ids[node]
+            up = -1 if parent < 0 else mine[parent]
+            if up is None or (parent < 0 and first is not None and token not in first):
+                mine.append(None)
+                continue
+            likely = part.expected(part.likely[node])
+            mine.append(self._put(up, token, likely, sources[node]))
+        return mine
+
+    def add_siblings(self, model: _Part, chain: Sequence[int | None], count: int) -> None:
+        """Put beside each token of the model's chain the next likeliest of its law."""
+        logits = model.draft.logits
+        if logits is None or not count or not chain:
+            return
+        best = logits[: len(chain)].float().softmax(-1).topk(count + 1)
+        up, reached = -1, 1.0
+        for node, ids, probs in zip(
+            chain, best.indices.tolist(), best.values.tolist(), strict=True
+        ):
+            for token, prob in zip(ids, probs, strict=True):
+                self._put(up, token, reached * prob, model.draft.source or self._name)
+            if node is not None:  # the model's own chain is never pruned
+                up, reached = node, self._likely[node]
+
+    def best(self, budget: int) -> Draft:
+        """Return the ``budget`` likeliest nodes; parents stand before their children."""
+        likely = self._likely
+        for node, parent in enumerate(self._parents):
+            if parent >= 0:
+                likely[node] = min(likely[node], likely[parent])
+        chosen = sorted(range(len(likely)), key=lambda node: (-likely[node], node))[:budget]
+        new = {old: i for i, old in enumerate(chosen)} | {-1: -1}
+        return Draft(
+            token_ids=tuple(self._token_ids[i] for i in chosen),
+            parents=tuple(new[self._parents[i]] for i in chosen),
+            source=self._name,
+            sources=tuple(self._sources[i] for i in chosen),
+            likely=tuple(likely[i] for i in chosen),
+        )
+
+    def _put(self, parent: int, token: int, likely: float, source: str) -> int:
+        node = self._places.setdefault((parent, token), len(self._token_ids))
+        if node == len(self._token_ids):
+            self._token_ids.append(token)
+            self._parents.append(parent)
+            self._likely.append(likely)
+            self._sources.append(source)
+        elif likely > self._likely[node]:
+            self._likely[node], self._sources[node] = likely, source
+        return node
+
+
+def _likeliest_first(model: _Part, top_k: int) -> frozenset[int] | None:
+    """Return the model's likeliest first tokens; ``None`` where it has no opinion."""
+    logits = model.draft.logits
+    if not top_k or logits is None or not len(logits):
+        return None
+    return frozenset(logits[0].topk(min(top_k, len(logits[0]))).indices.tolist())
+
+
+def _parents(draft: Draft) -> Sequence[int]:
+    return draft.parents if draft.parents is not None else range(-1, len(draft) - 1)
+
+
+def _unsaid(draft: Draft) -> tuple[float, ...]:
+    """Return the opinion of a draft that has none."""
+    likely: list[float] = []
+    for parent in _parents(draft):
+        likely.append(_UNSAID * (1.0 if parent < 0 else likely[parent]))
+    return tuple(likely)
+
+
+def _path(draft: Draft, tokens: Sequence[int]) -> list[int]:
+    """Return the nodes that spell the head of ``tokens``."""
+    children = {
+        (p, t): i for i, (p, t) in enumerate(zip(_parents(draft), draft.token_ids, strict=True))
+    }
+    path: list[int] = []
+    node: int | None = -1
+    for token in tokens:
+        node = children.get((node if node is not None else -1, token))
+        if node is None:
+            break
+        path.append(node)
+    return path

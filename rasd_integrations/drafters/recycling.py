@@ -1,0 +1,280 @@
+"""A tree of what the target itself found likely after the same last tokens. No model, no training.
+
+Every row of logits that the target computes, in the prompt and behind refused drafts too, says what it would
+write next there. Its few likeliest tokens are kept under the last one to four tokens of the place (Token
+Recycling, arXiv 2408.08696; longer keys and the latest occurrence from RACER's copy-logit, arXiv 2604.14885).
+A draft mixes the rows found under all of its last tokens as an interpolated n-gram model does and grows the
+tree best first. Mixing and the row before the last token are ours: docs/explanation/experiments.md.
+
+Of the prompt's places the final hidden states are at hand, kept beside keys and values. Their candidates are
+worked out when a draft first passes them, few places of thousands.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rasd_integrations.engine.candidates import Candidates, likeliest, shortlist
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+# How far a row is trusted that was found under 1, 2, 3 or 4 tokens; what is left goes to the shorter keys.
+_TRUST = (0.45, 0.6, 0.75, 0.85)
+# The law that gave the last token foretells the next one too, where that token is new (LogitSpec).
+_TRUST_BEFORE = 0.5
+_KEY = len(_TRUST)
+# What did follow in the prompt is a candidate too, with this weight: RAG answers copy.
+_COPIED = 0.4
+# A law of one place is surer of its first token than a guess at another place may be.
+_FLATTENING = 0.7
+# Rows worked out at once where each call has to wait for a device.
+_BATCH = 1024
+
+Tail = tuple[int, ...]
+"""The last tokens of a place, the latest last; fewer near the start of a text."""
+Fetch = Callable[[NDArray[np.int64]], Candidates]
+"""Works out the candidates of rows that were announced before."""
+
+
+class CandidateIndex:
+    """Rows of candidates by the tokens before them: the latest occurrence counts, the oldest rows go."""
+
+    def __init__(self, max_rows: int, width: int) -> None:
+        """Keep the last ``max_rows`` rows of ``width`` candidates."""
+        self._max_rows = max_rows
+        self._newest = 0  # rows ever added; row i lies in slot i % max_rows
+        self._keys: dict[Tail, int] = {}
+        self._token_ids = np.empty((max_rows, width), np.int32)  # memory is taken row by row
+        self._weights = np.empty((max_rows, width), np.float32)
+        self._known = np.zeros(max_rows, bool)
+        self._fetch: Fetch | None = None
+
+    def announce(self, tails: Sequence[Tail], fetch: Fetch) -> None:
+        """Make rows known by their tails; ``fetch`` works out those that are asked for. The first rows only."""
+        self._fetch = fetch
+        self._number(tails)
+
+    def add(self, tails: Sequence[Tail], candidates: Candidates) -> None:
+        """Keep ``candidates``; row ``i`` follows the tokens ``tails[i]``."""
+        numbers = self._number(tails)
+        self._put(np.asarray(numbers[-self._max_rows :]), candidates)
+
+    def fill(self) -> None:
+        """Work out every announced row, where one by one would be slower."""
+        wanted = np.flatnonzero(~self._known[: min(self._newest, self._max_rows)])
+        for start in range(0, len(wanted), _BATCH):
+            self._work_out(wanted[start : start + _BATCH])
+
+    def law(self, tail: Tail) -> dict[int, float]:
+        """Return how likely each token is to follow ``tail``, as far as rows are known: a score in 0..1."""
+        found = [(n, self._find(tail[-n:])) for n in range(min(len(tail), _KEY), 0, -1)]
+        before = self._find(tail[:-1][-_KEY:])
+        slots = [s for s in (*(slot for _, slot in found), before) if s is not None]
+        missing = [s for s in slots if not self._known[s]]
+        if missing:
+            self._work_out(np.unique(missing))
+        law: dict[int, float] = {}
+        left = 1.0
+        for n, slot in found:
+            if slot is not None:
+                share = left * _TRUST[n - 1]
+                left -= share
+                for token, weight in self._row(slot):
+                    law[token] = law.get(token, 0.0) + share * weight
+        if before is not None:
+            for token, weight in self._row(before):
+                if token != tail[-1]:
+                    law[token] = law.get(token, 0.0) + left * _TRUST_BEFORE * weight
+        law.pop(-1, None)
+        return law
+
+    def _row(self, slot: int) -> zip[tuple[int, float]]:
+        return zip(self._token_ids[slot].tolist(), self._weights[slot].tolist(), strict=True)
+
+    def _find(self, tail: Tail) -> int | None:
+        """Return the slot of the latest row under exactly ``tail``."""
+        number = self._keys.get(tail, -1)
+        return None if number < max(0, self._newest - self._max_rows) else number % self._max_rows
+
+    def _number(self, tails: Sequence[Tail]) -> range:
+        """Give each place the next number, known under its last 1 to 4 tokens."""
+        first, self._newest = self._newest, self._newest + len(tails)
+        numbers = range(first, self._newest)
+        keys = self._keys
+        for number, tail in zip(numbers, tails, strict=True):
+            for n in range(1, min(len(tail), _KEY) + 1):
+                keys[tail[-n:]] = number
+        self._known[np.asarray(numbers[-self._max_rows :], np.int64) % self._max_rows] = False
+        oldest, every = self._newest - self._max_rows, -(-self._max_rows // 4)
+        if oldest > 0 and self._newest // every > first // every:
+            self._keys = {tail: number for tail, number in keys.items() if number >= oldest}
+        return numbers
+
+    def _work_out(self, slots: NDArray[np.int64]) -> None:
+        # Announced rows came first and no more than there are slots: number and slot are the same.
+        if self._fetch is not None:
+            self._put(slots, self._fetch(slots))
+
+    def _put(self, numbers: NDArray[np.int64], candidates: Candidates) -> None:
+        slots = numbers % self._max_rows
+        self._token_ids[slots] = candidates.token_ids[-len(slots) :]
+        self._weights[slots] = candidates.probs[-len(slots) :] ** _FLATTENING
+        self._known[slots] = True
+
+
+class RecyclingSession:
+    """The rows of one answer, kept as they are computed."""
+
+    def __init__(self, drafter: RecyclingDrafter, context: DraftContext) -> None:
+        """Know the prompt, and nothing yet of what may follow its tokens."""
+        self._drafter = drafter
+        self._index = CandidateIndex(drafter.max_rows, drafter.num_candidates)
+        self._prompt = tuple(context.prompt_ids)
+        self._tail: Tail = self._prompt[-_KEY - 1 :]
+
+    def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
+        """Announce the prompt's places; the buffer holds their final hidden states."""
+        ids, k = self._prompt, self._drafter.num_candidates
+        first = max(len(ids) - 1 - self._drafter.max_rows, 0)
+        rank = shortlist(target.model, ids, k)
+
+        @torch.inference_mode()
+        def fetch(numbers: NDArray[np.int64]) -> Candidates:
+            places = numbers + first
+            start, hidden = buffer.hidden()
+            rows = Candidates.unknown(len(places), k)
+            known = places >= start
+            if known.any():
+                wanted = torch.from_numpy(places[known] - start).to(hidden.device)
+                ranked = rank(hidden[wanted])
+                rows.token_ids[known], rows.probs[known] = ranked.token_ids, ranked.probs
+            return _with_copied(rows, np.asarray([ids[place + 1] for place in places], np.int32))
+
+        self._index.announce([ids[max(i - _KEY, 0) : i] for i in range(first + 1, len(ids))], fetch)
+        if target.device.type != "cpu":
+            self._index.fill()
+
+    def learn(self, draft: Draft, logits: Tensor) -> None:
+        """Learn what may follow the last committed token and each node of the draft, refused ones too."""
+        tails = [self._tail]
+        parents = draft.parents if draft.parents is not None else range(-1, len(draft) - 1)
+        for token, parent in zip(draft.token_ids, parents, strict=True):
+            tails.append(_after(tails[parent + 1], token))
+        self._index.add(tails, likeliest(logits, self._drafter.num_candidates))
+
+    def propose(self, budget: int) -> Draft:
+        """Return the likeliest tree of at most ``budget`` tokens."""
+        most = min(budget, self._drafter.max_draft)
+        token_ids: list[int] = []
+        parents: list[int] = []
+        scores: list[float] = []
+        # Entries: path score (negative), order of finding, token, parent, tail of the parent.
+        heap: list[tuple[float, int, int, int, Tail]] = []
+        found = 0
+
+        def push(tail: Tail, likely: float, parent: int) -> None:
+            nonlocal found
+            for token, score in self._index.law(tail).items():
+                if likely * score >= self._drafter.min_probability:
+                    heapq.heappush(heap, (-likely * score, found, token, parent, tail))
+                    found += 1
+
+        if most > 0:
+            push(self._tail, 1.0, -1)
+        while heap and len(token_ids) < most:
+            score, _, token, parent, tail = heapq.heappop(heap)
+            token_ids.append(token)
+            parents.append(parent)
+            scores.append(min(-score, 1.0))
+            if len(token_ids) < most:
+                push(_after(tail, token), -score, len(token_ids) - 1)
+        return Draft(
+            tuple(token_ids), tuple(parents), source=self._drafter.name, likely=tuple(scores)
+        )
+
+    def observe(self, block: TokenBlock) -> None:
+        """Step on to the committed tokens."""
+        self._tail = (self._tail + tuple(block.token_ids))[-_KEY - 1 :]
+
+    def close(self) -> None:
+        """Free the rows."""
+        self._index = CandidateIndex(1, self._drafter.num_candidates)
+
+
+class RecyclingDrafter:
+    """Proposes trees of what the target found likely at places that ended in the same tokens.
+
+    Nothing is kept between answers but the hidden states of a cached prompt, which lie in its namespace of
+    the prefix cache.
+
+    Attributes:
+        gives_logits: It has no law that knowledge transfer could lean towards.
+        reads_hidden: The engine keeps final hidden states for it.
+    """
+
+    gives_logits = False
+    reads_hidden = True
+
+    def __init__(
+        self,
+        name: str = "recycling",
+        *,
+        num_candidates: int = 8,
+        max_draft: int = 64,
+        min_probability: float = 0.01,
+        max_rows: int = 32_768,
+    ) -> None:
+        """Set what is kept and what is worth drafting.
+
+        Args:
+            name: Name in the statistics.
+            num_candidates: Tokens kept of each row, 1 to 64.
+            max_draft: Largest draft, in tokens.
+            min_probability: Least product of the scores along a path.
+            max_rows: Rows kept of an answer, the latest; one row takes about 500 bytes with its keys.
+
+        Raises:
+            ConfigurationError: A number is outside its range.
+        """
+        for option, value, least, most in (
+            ("num_candidates", num_candidates, 1, 64),
+            ("max_draft", max_draft, 1, None),
+            ("max_rows", max_rows, 1, None),
+        ):
+            if value < least or (most is not None and value > most):
+                limits = f"at least {least}" if most is None else f"{least} to {most}"
+                msg = f"{option} is {value}, but must be {limits}."
+                raise ConfigurationError(msg)
+        self.name = name
+        self.num_candidates = num_candidates
+        self.max_draft = max_draft
+        self.min_probability = min_probability
+        self.max_rows = max_rows
+
+    def start(self, context: DraftContext) -> RecyclingSession:
+        """Begin an answer."""
+        return RecyclingSession(self, context)
+
+
+def _with_copied(rows: Candidates, following: NDArray[np.int32]) -> Candidates:
+    """Put the token that did follow each row among its candidates."""
+    token_ids, probs = rows.token_ids, (1 - _COPIED) * rows.probs
+    same = token_ids == following[:, None]
+    # The least likely one makes room; a row of which nothing is known has it first.
+    instead = np.where(token_ids[:, 0] < 0, 0, token_ids.shape[1] - 1)
+    row, column = np.arange(len(rows)), np.where(same.any(1), same.argmax(1), instead)
+    probs[row, column] = np.where(same.any(1), probs[row, column], 0) + _COPIED
+    token_ids[row, column] = following
+    return Candidates(token_ids, probs)
+
+
+def _after(tail: Tail, token: int) -> Tail:
+    return (*tail[-_KEY:], token)

@@ -1,0 +1,220 @@
+"""The target drafts for itself from a part of its own keys and values: no second model, no second prefill.
+
+Which part is a pattern: the retrieved chunks (RetroLM's pages, arXiv 2502.11444, as TriForce's draft cache,
+arXiv 2404.11912), a sink and a window (StreamingLLM's cache, LongSpec's constant memory, arXiv 2502.17421), or
+power-of-two distances (PowerAttention, arXiv 2503.03588). A draft step saves the attention over the other
+rows and nothing else: with a small model or a short prompt it costs nearly a step of the target
+(docs/explanation/experiments.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from rasd_integrations.drafters.base import Helper
+from rasd_integrations.drafters.chain import ChainSession
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+Pattern = Literal["chunks", "window", "power"]
+Span = tuple[int, int]
+"""First row, and the one behind the last."""
+
+_ANCHOR = 8  # tokens in a row that tell where a piece of a chunk stands
+_BORDER = 2  # tokens on either side of it that may have merged with their neighbours
+_LEAST_SAVING = (
+    2  # the prompt has so many times the rows that are read, or drafting is left to others
+)
+_FRESH = 64  # committed tokens after which the rows are chosen anew
+
+
+class SparseKVDrafter:
+    """Drafts chains with the target's own weights over some of its own rows.
+
+    Rows are copied from the target's, which computed them over the whole text; nothing is run twice.
+    ``start`` takes a helper, so :class:`CascadeDrafter` can draft for it.
+
+    Attributes:
+        name: In the statistics.
+    """
+
+    name = "sparse_kv"
+
+    def __init__(
+        self,
+        pattern: Pattern = "chunks",
+        *,
+        max_rows: int = 1024,
+        sink: int = 64,
+        window: int | None = None,
+        confidence: float = 0.1,
+    ) -> None:
+        """Choose what is read: the sink and the window first, then what the pattern adds.
+
+        Args:
+            pattern: ``"chunks"`` adds the end of the prompt and the retrieved chunks, best first, and
+                is silent where none stands in the prompt; ``"power"`` adds rows at distances 1, 2, 4,
+                8, ... from the last ones; ``"window"`` adds nothing.
+            max_rows: Most rows, at least ``sink + window``. Up to 64 new tokens come on top.
+            sink: First rows of the prompt: its instruction, and the sink of attention.
+            window: Last rows of the text, at least 1; ``None``: all that the sink leaves of ``max_rows``
+                with ``"window"``, else a quarter of it.
+            confidence: A drafted token less likely than this, 0 to 1, ends the draft; it stays in the
+                draft, which keeps the stop sound (algorithms.md 8.3).
+
+        Raises:
+            ConfigurationError: An unknown pattern, or a value out of its range.
+        """
+        if window is None:
+            window = max((max_rows - sink) // (1 if pattern == "window" else 4), 1)
+        for option, value, ok, limit in (
+            ("pattern", pattern, pattern in get_args(Pattern), f"one of {get_args(Pattern)}"),
+            ("sink", sink, sink >= 0, "at least 0"),
+            ("window", window, window >= 1, "at least 1"),
+            ("max_rows", max_rows, max_rows >= sink + window, f"at least sink + window, {sink + window}"),
+            ("confidence", confidence, 0 <= confidence <= 1, "in 0..1"),
+        ):  # fmt: skip
+            if not ok:
+                msg = f"{option} is {value!r}, but must be {limit}."
+                raise ConfigurationError(msg)
+        self.pattern = pattern
+        self.max_rows = max_rows
+        self.sink = sink
+        self.window = window
+        self.confidence = confidence
+
+    def start(self, context: DraftContext, helper: Helper | None = None) -> SparseKVSession:
+        """Begin an answer; ``helper`` drafts for the drafter."""
+        return SparseKVSession(self, self._layout(context), context, helper)
+
+    def _layout(self, context: DraftContext) -> _Layout | None:
+        """Return what to read for this prompt; ``None`` where there is too little to leave out."""
+        prompt, most = context.prompt_ids, len(context.prompt_ids) // _LEAST_SAVING
+        if self.sink + self.window > most:
+            return None
+        fixed: list[Span] = [(0, self.sink)]
+        if self.pattern == "chunks":
+            pieces = find_pieces(prompt, context.chunk_ids)
+            if not pieces:
+                return None
+            fixed += [(len(prompt) - self.window, len(prompt)), *pieces]
+        layout = _Layout(tuple(fixed), self.window, self.max_rows, power=self.pattern == "power")
+        return layout if len(layout.rows(len(prompt))) <= most else None
+
+
+class SparseKVSession(ChainSession):
+    """The target at work on its own gathered rows, for one answer."""
+
+    def __init__(
+        self,
+        drafter: SparseKVDrafter,
+        layout: _Layout | None,
+        context: DraftContext,
+        helper: Helper | None,
+    ) -> None:
+        """Made by :meth:`SparseKVDrafter.start`; without a layout only the helper drafts."""
+        super().__init__(drafter.name, context, drafter.confidence, helper)
+        self._layout = layout
+        self._last = context.prompt_ids[-1]
+        self._live: KVBuffer | None = None
+        self._rows = KVBuffer(0)
+        self._chosen_at = 0  # rows of the live buffer when ours were chosen
+        self._seen = 0  # rows of the live buffer that ours stand for
+        self._own = 0  # of our rows, those that are no guesses
+
+    def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
+        """Take the model and the rows to read."""
+        if self._layout is not None:
+            self._model, self._live = target, buffer
+
+    @torch.inference_mode()
+    def propose(self, budget: int) -> Draft:
+        """Return a chain of at most ``budget`` tokens."""
+        if self._live is None or self._layout is None:
+            return self._fallback(budget)
+        self._follow(self._live, self._layout)
+        return self._chain(self._rows, [self._last], budget)
+
+    def observe(self, block: TokenBlock) -> None:
+        """Take over what the target committed."""
+        self._last = block.token_ids[-1]
+        super().observe(block)
+
+    def close(self) -> None:
+        """Free the rows."""
+        self._live, self._rows = None, KVBuffer(0)
+        super().close()
+
+    def _follow(self, live: KVBuffer, layout: _Layout) -> None:
+        """Forget the guesses and copy the rows that the target has computed since."""
+        if not self._own or live.length - self._chosen_at > _FRESH:
+            rows = layout.rows(live.length)
+            self._rows = live.gather(rows, len(rows) + 2 * _FRESH)
+            self._chosen_at = live.length
+        else:
+            self._rows.truncate(self._own)
+            self._rows.extend(live, self._seen, live.length)
+        self._seen, self._own = live.length, self._rows.length
+
+
+class _Layout:
+    """Chooses rows of a text of any length."""
+
+    def __init__(self, fixed: Sequence[Span], window: int, most: int, *, power: bool) -> None:
+        """Read the ``fixed`` spans, best first, the last ``window`` rows and, with ``power``, rows between."""
+        self._fixed = fixed
+        self._window = window
+        self._most = most
+        self._power = power
+
+    def rows(self, length: int) -> list[int]:
+        """Return the rows to read of ``length``, ascending, at most ``most``."""
+        sink, *others = self._fixed
+        spans = [sink, (length - self._window, length), *others]
+        if self._power:
+            spans += self._powers(length, self._most - self._window - sink[1])
+        chosen = np.zeros(length, dtype=bool)
+        for start, end in spans:
+            new = np.arange(max(start, 0), min(end, length))
+            new = new[~chosen[new]]
+            chosen[new[: self._most - int(chosen.sum())]] = True
+        rows: list[int] = np.flatnonzero(chosen).tolist()
+        return rows
+
+    def _powers(self, length: int, room: int) -> list[Span]:
+        """Return what the last rows see at distances of powers of two: as many of them as there is room for."""
+        ends = [length - (1 << k) for k in range(length.bit_length()) if 1 << k >= self._window]
+        width = room // max(len(ends), 1)
+        return [(end - width, end) for end in ends]
+
+
+def find_pieces(prompt_ids: Sequence[int], chunk_ids: Sequence[Sequence[int]]) -> list[Span]:
+    """Return where the chunks stand in the prompt, in their order.
+
+    A chunk may merge with its neighbours at its borders, or stand there in pieces: runs of 8 equal tokens
+    or more are found, each at its first place, and taken with 2 tokens on either side.
+    """
+    prompt = tuple(prompt_ids)
+    places: dict[tuple[int, ...], int] = {}
+    for place in range(len(prompt) - _ANCHOR + 1):
+        places.setdefault(prompt[place : place + _ANCHOR], place)
+    spans: list[Span] = []
+    for chunk in map(tuple, chunk_ids):
+        i = 0
+        while i <= len(chunk) - _ANCHOR:
+            at = places.get(chunk[i : i + _ANCHOR])
+            if at is None:
+                i += 1
+                continue
+            n = _ANCHOR
+            while chunk[i + n : i + n + 1] == prompt[at + n : at + n + 1] != ():
+                n += 1
+            spans.append((max(at - _BORDER, 0), min(at + n + _BORDER, len(prompt))))
+            i += n
+    return spans

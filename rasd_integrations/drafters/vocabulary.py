@@ -1,0 +1,171 @@
+"""What the tokens of a vocabulary stand for, in bytes: the ground on which two vocabularies meet.
+
+Byte-level tokenizers (GPT-2, Llama 3, Qwen, SmolLM) and sentencepiece ones (Llama 2, Mistral, Gemma) write the
+same text in different marks. As bytes tokens can be compared, joined and cut, unfinished characters included.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from rasd_integrations.errors import VocabularyMismatchError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LOOK_BEHIND = 12  # tokens that are encoded anew with what follows them
+_ANCHOR = "\n"
+# Spaces, line ends and characters of one to four bytes: a tokenizer that rewrites any of them is not read.
+_PROBE = "\nA probe,  of 12 words:\n\n\tna\u00efve \u6771\u4eac \u0436 \U0001f989 (ok).\r\n  Ok"
+
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))  # written as they are by GPT-2
+_BYTES = {chr(b): b for b in _PRINTABLE} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PRINTABLE)
+}
+
+
+class Vocabulary:
+    """The tokens of one tokenizer as bytes. Safe to use from many threads.
+
+    Attributes:
+        texts: What each id stands for: of a special token its name, of a row of padding nothing.
+        ids: The id of each text; of several the one that models use.
+        special: Ids that stand for no text.
+        bos: What the tokenizer writes before a text: its begin-of-sequence id, or nothing.
+        eos: The tokenizer's end token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, size: int) -> None:
+        """Read the tokens of a model.
+
+        Args:
+            tokenizer: The model's own.
+            name: The model's, for messages.
+            size: Rows of its logits.
+
+        Raises:
+            VocabularyMismatchError: Its tokens do not join to the text they were made of.
+        """
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+        marked = {i for i, token in added.items() if token.special}
+        self.special = frozenset(marked | set(tokenizer.all_special_ids))
+        self._backend = backend
+        vocab = {token: i for token, i in tokenizer.get_vocab().items() if i < size}
+        if backend is None or not self._read(vocab, added, size):
+            msg = (
+                f"The tokens of {name!r} cannot be read as text: they are neither byte-level nor "
+                f"sentencepiece, or the tokenizer rewrites text. Use a drafter of the target's family, "
+                f"'self', or 'auto'."
+            )
+            raise VocabularyMismatchError(msg)
+        self._singles = {text[0]: i for text, i in self.ids.items() if len(text) == 1}
+        self._anchor = self._plain(_ANCHOR)
+        # Sentencepiece may write a space before every text that it is given.
+        self._adds_space = self._plain("a") != self._plain(_ANCHOR + "a")[len(self._anchor) :]
+        self.eos: int | None = tokenizer.eos_token_id
+        bos = tokenizer.bos_token_id
+        self.bos = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
+
+    def join(self, ids: Sequence[int]) -> bytes:
+        """Return what ``ids`` stand for; special tokens are written by name."""
+        return b"".join(map(self.texts.__getitem__, ids))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt; the names of special tokens in it become these tokens."""
+        return [*self.bos, *self._plain(text)]
+
+    def encode(self, data: bytes) -> list[int]:
+        """Return the ids of a text in the middle of another; bytes that are no text by their own tokens."""
+        ids: list[int] = []
+        while data:
+            try:
+                text, broken, data = data.decode(), b"", b""
+            except UnicodeDecodeError as err:
+                text, broken = data[: err.start].decode(), data[err.start : err.end]
+                data = data[err.end :]
+            ids += self._continued(text) if text else ()
+            ids += (self._singles[byte] for byte in broken if byte in self._singles)
+        return ids
+
+    def extend(self, ids: Sequence[int], data: bytes) -> tuple[int, list[int]]:
+        """Write ``data`` behind ``ids`` as the tokenizer would, the last few tokens anew with it.
+
+        Returns:
+            How many of ``ids`` stay, and the ids that follow these.
+        """
+        start = self._border(ids)
+        return start, self.encode(self.join(ids[start:]) + data)
+
+    def follow(self, ids: Sequence[int], data: bytes) -> list[int]:
+        """Return the ids of ``data`` behind ``ids``, all of which stay as they are."""
+        start, new = self.extend(ids, data)
+        border = len(self.join(ids[start:]))
+        places = list(accumulate((len(self.texts[i]) for i in new), initial=0))
+        return new[places.index(border) :] if border in places else self.encode(data)
+
+    def _border(self, ids: Sequence[int]) -> int:
+        """Return where encoding anew may begin: a word's start among the last tokens, behind special ones."""
+        start = len(ids)
+        while start > max(len(ids) - _LOOK_BEHIND, 0) and ids[start - 1] not in self.special:
+            start -= 1
+        if start == 0 or ids[start - 1] in self.special:
+            return start
+        words = (i for i in range(start, len(ids)) if self.texts[ids[i]][:1].isspace())
+        return next(words, start)
+
+    def _read(self, vocab: dict[str, int], added: dict[int, Any], size: int) -> bool:
+        """Fill the tables by the reading that gives a probe back; say whether there is one."""
+        probe = self._plain(_PROBE)
+        for read in (_byte_level, _sentencepiece):
+            self.texts = [b""] * size
+            for token, i in vocab.items():
+                self.texts[i] = token.encode() if i in added else read(token) or b""
+            if self.join(probe).removeprefix(b" ") == _PROBE.encode():
+                break
+        else:
+            return False
+        # Of two tokens for the same text the one that is no byte's is the one that models use.
+        bytewise = {i for token, i in vocab.items() if _fallback_byte(token) is not None}
+        plain = [i for i, text in enumerate(self.texts) if text and i not in self.special]
+        self.ids = {self.texts[i]: i for i in sorted(plain, key=lambda i: (i not in bytewise, -i))}
+        return True
+
+    def _continued(self, text: str) -> list[int]:
+        """Return the ids of a text that goes on after another, without the space of a beginning."""
+        if self._adds_space:
+            ids = self._plain(_ANCHOR + text)
+            if ids[: len(self._anchor)] == self._anchor:
+                return ids[len(self._anchor) :]
+        return self._plain(text)
+
+    def _plain(self, text: str) -> list[int]:
+        # Not through the tokenizer: its calls change settings, which other threads may be reading.
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+
+def unfinished(data: bytes) -> int:
+    """Return how many bytes at the end of ``data`` begin a character that is not complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data[-3:] if data[-3:].isascii() else data)
+    return len(decoder.getstate()[0])
+
+
+def _byte_level(token: str) -> bytes | None:
+    """Undo GPT-2's printable form of bytes."""
+    return bytes(map(_BYTES.__getitem__, token)) if _BYTES.keys() >= set(token) else None
+
+
+def _fallback_byte(token: str) -> int | None:
+    """Return the byte that ``<0x41>`` stands for."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return int(token[3:5], 16)
+    return None
+
+
+def _sentencepiece(token: str) -> bytes:
+    byte = _fallback_byte(token)
+    return token.replace("\u2581", " ").encode() if byte is None else bytes([byte])

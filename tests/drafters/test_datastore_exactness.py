@@ -1,0 +1,290 @@
+"""Whatever is in a store, and however it changes or breaks, the answer is that of plain decoding."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import defaultdict
+
+import pytest
+import torch
+from fakes_datastore import encode, ids_store, random_ids
+from fakes_laws import Model, Oracle, distance, outcomes, softmax
+from tiny import FAMILIES, tiny_llama
+
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.datastore import TokenStore
+from rasd_integrations.drafters.cascade import CascadeDrafter
+from rasd_integrations.drafters.datastore import DatastoreDrafter
+from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.engine import verification
+from rasd_integrations.engine.decoder import SpeculativeDecoder
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import DraftContext, TokenBlock
+
+NUM_TOKENS = 40
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+SAMPLED = SamplingParams(
+    temperature=0.9, top_p=0.95, seed=11, max_tokens=NUM_TOKENS, ignore_eos=True
+)
+PROMPT = random_ids(60, seed=19)  # every family has something to say to it
+LAWS = pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+SHAPES = pytest.mark.parametrize("tree", [True, False], ids=["tree", "chain"])
+
+
+def partly_right(truth: list[int]) -> TokenStore:
+    """Return a store of texts that agree with the answer here and there, and of others."""
+    start = [*PROMPT[-3:], *truth]
+    spoiled = [(t + 1) % 256 if i % 7 == 5 else t for i, t in enumerate(start)]
+    forked = [(t + 3) % 256 if i % 5 == 4 else t for i, t in enumerate(start)]
+    return ids_store(spoiled, forked, random_ids(400, seed=8), start[:20])
+
+
+def decode(target, drafter=None, params=GREEDY, n=8, stats=None) -> list[int]:
+    decoder = SpeculativeDecoder(target, drafter, config=SpeculationConfig(num_draft_tokens=n))
+    return [t for block in decoder.generate(PROMPT, params, stats=stats) for t in block.token_ids]
+
+
+@pytest.fixture(scope="module")
+def target() -> TargetModel:
+    return TargetModel(tiny_llama())
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """Draws that take every branch."""
+    oracle = Oracle()
+    monkeypatch.setattr(verification, "draw", oracle.draw)
+    return oracle
+
+
+# --- exactness -----------------------------------------------------------------------------------
+
+
+@SHAPES
+@LAWS
+@pytest.mark.parametrize("n", [1, 2, 5, 16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
+def test_ids_equal_plain_decoding(family, n, params, tree):
+    """Greedy or drawn with a seed, the answer is that without drafts; some drafts stand, some fall."""
+    target = TargetModel(FAMILIES[family]())
+    plain = decode(target, params=params)
+    assert len(set(plain)) > 3
+    stats = DecodingStats()
+    drafter = DatastoreDrafter(partly_right(plain), tree=tree)
+    assert decode(target, drafter, params, n, stats) == plain
+    counts = stats.as_dict()["drafters"]["datastore"]
+    assert 0 < counts["accepted"] < counts["drafted"]
+
+
+def test_a_store_that_holds_the_answer_is_accepted_whole(target):
+    """Blocks are full: 40 tokens in 5 steps of 8 drafted ones."""
+    plain = decode(target)
+    stats = DecodingStats()
+    drafter = DatastoreDrafter(ids_store([*PROMPT[-4:], *plain]))
+    assert decode(target, drafter, stats=stats) == plain
+    assert stats.acceptance_rate == 1.0
+    assert stats.target_steps == 5
+
+
+def test_ids_of_another_vocabulary_are_dropped(target):
+    """Ids that the target does not know cut the draft and nothing else."""
+    plain = decode(target)
+    foreign = [*PROMPT[-4:], *plain[:5], 100_000, *plain[6:]]
+    assert decode(target, DatastoreDrafter(ids_store(foreign))) == plain
+
+
+def test_it_drafts_for_a_model_drafter(target):
+    """In a cascade the answer stays, and the store saves forwards of the drafter model."""
+    model = TargetModel(tiny_llama(3))
+    plain = decode(target)
+    alone = ModelDrafter(model, confidence=0.0)
+    helped = CascadeDrafter(alone, DatastoreDrafter(partly_right(decode(model))))
+    assert decode(target, alone) == decode(target, helped) == plain
+
+
+def answer(model, drafter, length, budget):
+    """Draw an answer of ``length`` tokens or more; return it and how many of them were drafted."""
+    session = drafter.start(DraftContext(prompt_ids=[0, 1, 2]))
+    said: tuple[int, ...] = ()
+    accepted = 0
+    while len(said) < length:
+        draft = session.propose(budget)
+        paths: list[tuple[int, ...]] = []
+        for parent, token in zip(draft.parents, draft.token_ids, strict=True):
+            paths.append((*(paths[parent] if parent >= 0 else ()), token))
+        logits = torch.stack([model.logits((*said, *path)) for path in [(), *paths]])
+        verdict = verification.sample_and_walk(logits, draft, softmax)
+        block = (*(draft.token_ids[i] for i in verdict.accepted), verdict.token_id)
+        session.observe(TokenBlock(block))
+        said += block
+        accepted += len(verdict.accepted)
+    session.close()
+    return said, accepted
+
+
+@SHAPES
+@pytest.mark.parametrize("budget", [1, 2, 5, 16])
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_follow_the_target_law(oracle, seed, budget, tree):
+    """By enumeration of every draw: the law of an answer's first four tokens is the target's own."""
+    model = Model(seed, vocab=3)
+    store = ids_store(*(random_ids(12, seed=10 * seed + i, vocab=3) for i in range(4)))
+    drafter = DatastoreDrafter(store, tree=tree)
+    law = outcomes(oracle, lambda: answer(model, drafter, 4, budget))
+    assert any(accepted for _, accepted in law)
+    said: dict[tuple[int, ...], float] = defaultdict(float)
+    for (ids, _), weight in law.items():
+        said[ids[:4]] += weight
+    assert distance(said, model.extend({(): 1.0}, 4)) < 1e-6
+
+
+def test_what_was_learned_from_one_answer_leaves_the_law_of_the_next(oracle):
+    """The joint law of two answers, the second drafted from the first, is the product of two laws."""
+    model = Model(3, vocab=3)
+
+    def two():
+        drafter = DatastoreDrafter(ids_store(), learned=ids_store(max_tokens=100))
+        (one, _), (other, drafted) = (answer(model, drafter, 2, 4) for _ in range(2))
+        return one[:2], other[:2], drafted
+
+    law = outcomes(oracle, two)
+    assert any(drafted for _, _, drafted in law)
+    joint: dict[tuple[tuple[int, ...], ...], float] = defaultdict(float)
+    for (one, other, _), weight in law.items():
+        joint[one, other] += weight
+    plain = model.extend({(): 1.0}, 2)
+    product = {(a, b): plain[a] * plain[b] for a, b in itertools.product(plain, repeat=2)}
+    assert distance(joint, product) < 1e-6
+
+
+# --- stores that change or break while a stream runs ---------------------------------------------
+
+
+def stream(target, drafter, params, stats, between):
+    """Decode block by block and call ``between`` after the third."""
+    decoder = SpeculativeDecoder(target, drafter, config=SpeculationConfig(num_draft_tokens=3))
+    ids: list[int] = []
+    for number, block in enumerate(decoder.generate(PROMPT, params, stats=stats)):
+        ids += block.token_ids
+        if number == 3:
+            between()
+    return ids
+
+
+@LAWS
+def test_texts_added_in_mid_stream_are_drafted_from(target, params):
+    """The next draft sees them; the answer stays."""
+    plain = decode(target, params=params)
+    store, stats = ids_store(), DecodingStats()
+    got = stream(target, DatastoreDrafter(store), params, stats, lambda: store.add_ids([plain]))
+    assert got == plain
+    assert stats.drafters["datastore"].accepted >= 24
+    assert stats.faults == ()
+
+
+@LAWS
+def test_texts_removed_in_mid_stream_are_not_drafted_from(target, params):
+    """The draft after the removal holds nothing of them; the answer stays."""
+    plain = decode(target, params=params)
+    store, stats = TokenStore(lambda text: [*PROMPT[-3:], *plain]), DecodingStats()
+    store.add(["the answer"])
+    drafted: list[int] = []
+
+    def remove():
+        store.remove("the answer")
+        drafted.append(stats.drafters["datastore"].drafted)
+
+    assert stream(target, DatastoreDrafter(store), params, stats, remove) == plain
+    assert stats.drafters["datastore"].drafted == drafted[0] > 0
+    assert stats.faults == ()
+
+
+def overwrite(path):
+    """Exchange bytes in the file's midst; its size stays."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * 64)
+    os.utime(path, ns=(1, 1))  # the clock of file times may be coarser than this test is fast
+
+
+SPOILED = {
+    "emptied": lambda path: os.truncate(path, 0),
+    "cut": lambda path: os.truncate(path, 100),
+    "grown": lambda path: os.truncate(path, 5000),
+    "overwritten": overwrite,
+}
+
+
+@LAWS
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
+def test_a_file_spoiled_in_mid_stream_is_a_fault_and_the_answer_stays(
+    target, tmp_path, spoil, params
+):
+    """Somebody writes over the mapped file: decoding goes on without the drafter and says why."""
+    plain = decode(target, params=params)
+    path = tmp_path / "texts.rest"
+    ids_store([*PROMPT[-3:], *plain]).save(path)
+    store, stats = TokenStore.open(path, encode), DecodingStats()
+    got = stream(target, DatastoreDrafter(store), params, stats, lambda: spoil(path))
+    assert got == plain
+    (fault,) = stats.faults
+    assert fault.startswith("drafter 'datastore' failed: RetrievalError: The token store")
+    assert "changed in place" in fault
+    assert stats.drafters["datastore"].accepted > 0
+
+
+def test_a_store_saved_over_its_own_file_in_mid_stream_is_no_fault(target, tmp_path):
+    """The proper way to change a file: the stream reads the old one to its end."""
+    plain = decode(target)
+    path = tmp_path / "texts.rest"
+    ids_store([*PROMPT[-3:], *plain]).save(path)
+    store, stats = TokenStore.open(path, encode), DecodingStats()
+    drafter = DatastoreDrafter(store)
+    got = stream(target, drafter, GREEDY, stats, lambda: ids_store([1, 2, 3]).save(path))
+    assert got == plain
+    assert stats.faults == ()
+    assert stats.acceptance_rate == 1.0
+
+
+def test_streams_are_exact_while_another_thread_changes_the_store(target):
+    """Adding, removing and sorting beside four streams: every answer is the plain one, without a fault."""
+    plain = decode(target)
+    store = partly_right(plain)
+    stop = threading.Event()
+    rounds = 0
+
+    def churn():
+        nonlocal rounds
+        while not (rounds and stop.is_set()):
+            store.add_ids([random_ids(3000, seed=rounds), plain[rounds % 20 :]])
+            store.remove([int(store.segments[0].keys[0])])
+            rounds += 1
+
+    writer = threading.Thread(target=churn)
+    writer.start()
+    try:
+        for _ in range(4):
+            stats = DecodingStats()
+            assert decode(target, DatastoreDrafter(store), stats=stats) == plain
+            assert stats.faults == ()
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_an_answer_is_learned_when_it_ends(target):
+    """The second time the same answer is drafted whole; without a store to learn in, nothing is kept."""
+    plain = decode(target)
+    learning = DatastoreDrafter(ids_store(), learned=ids_store(max_tokens=1000), min_match=2)
+    first, second, forgetful = DecodingStats(), DecodingStats(), DecodingStats()
+    assert decode(target, learning, stats=first) == plain
+    assert decode(target, learning, stats=second) == plain
+    assert second.target_steps < first.target_steps / 2
+    plain_store = DatastoreDrafter(ids_store())
+    for _ in range(2):
+        decode(target, plain_store, stats=forgetful)
+    assert forgetful.drafted == 0
+    assert len(plain_store.store) == 0

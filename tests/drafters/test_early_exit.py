@@ -1,0 +1,290 @@
+"""Drafts of the target's first layers: the target's ids, its rows untouched, nothing prefilled."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCAB, tiny_llama
+from torch import nn
+
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.drafters.cascade import CascadeDrafter
+from rasd_integrations.drafters.early_exit import EarlyExitDrafter, shallow
+from rasd_integrations.drafters.suffix import SuffixDrafter
+from rasd_integrations.engine.decoder import SpeculativeDecoder
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.engine.target import TargetModel, _forward
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import DraftContext
+
+GREEDY = SamplingParams(max_tokens=32, ignore_eos=True)
+
+
+def random_ids(n: int, seed: int) -> list[int]:
+    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPT = random_ids(60, seed=1)
+
+
+def deep_llama(seed: int = 0) -> TargetModel:
+    return TargetModel(tiny_llama(seed, num_hidden_layers=4))
+
+
+def filled(target: TargetModel, ids: list[int]) -> KVBuffer:
+    buffer = KVBuffer(len(ids) + 64)
+    for _ in target.prefill(ids, buffer):
+        pass
+    return buffer
+
+
+def decode(target, drafter=None, params=GREEDY, n=4, stats=None, cache=None, config=None):
+    config = config or SpeculationConfig(num_draft_tokens=n)
+    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
+    return [t for b in decoder.generate(PROMPT, params, stats=stats) for t in b.token_ids]
+
+
+def check_cache(target: TargetModel, buffer: KVBuffer, ids: list[int]) -> None:
+    """Assert that ``buffer`` holds all of ``ids`` but the last and continues like a fresh forward."""
+    assert buffer.length == len(ids) - 1
+    torch.testing.assert_close(
+        target.step(ids[-1:], buffer),
+        target.step(ids[-1:], filled(target, ids[:-1])),
+        atol=2e-4,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("n", [1, 2, 5, 16])
+def test_greedy_ids_equal_plain_decoding(family, n):
+    """The losslessness matrix, greedy, float32; something was drafted."""
+    target, stats = TargetModel(FAMILIES[family]()), DecodingStats()
+    drafter = EarlyExitDrafter(1, confidence=0.0)
+    assert decode(target, drafter, n=n, stats=stats) == decode(target)
+    assert stats.drafted > 0
+    assert stats.faults == ()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["rows", "rows-and-hidden"])
+def test_the_live_buffer_is_untouched(family, hidden):
+    """After each block the target's rows, and its hidden states, are those of a fresh forward."""
+    target, cache = TargetModel(FAMILIES[family]()), PrefixCache(1 << 22)
+    drafter = EarlyExitDrafter(1, confidence=0.0)
+    drafter.reads_hidden = hidden
+    config = SpeculationConfig(num_draft_tokens=5)
+    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
+    ids = list(PROMPT)
+    for block in decoder.generate(PROMPT, GREEDY):
+        if not block.token_ids:
+            continue
+        ids += block.token_ids
+        live = cache._entries[-1].buffer
+        if hidden:
+            fresh = KVBuffer(len(ids), keeps_hidden=True)
+            for _ in target.prefill(ids[:-1], fresh):
+                pass
+            torch.testing.assert_close(live.hidden()[1], fresh.hidden()[1], atol=2e-4, rtol=1e-4)
+        check_cache(target, live, ids)
+    assert len(ids) == len(PROMPT) + 32
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_draft_is_the_first_layers_own_answer(layers):
+    """Over the target's rows the first layers say what they say over their own prefill."""
+    target = deep_llama()
+    stock = tiny_llama(num_hidden_layers=4)
+    stock.model.layers = stock.model.layers[:layers]
+    stock.config.num_hidden_layers = layers
+    expected = list(PROMPT)
+    for _ in range(6):
+        expected.append(int(stock(torch.tensor([expected])).logits[0, -1].argmax()))
+    session = EarlyExitDrafter(layers, confidence=0.0).start(DraftContext(prompt_ids=PROMPT))
+    live = filled(target, PROMPT[:-1])
+    session.attach(target, live)
+    draft = session.propose(6)
+    assert list(draft.token_ids) == expected[60:]
+    assert draft.likely is not None
+    assert list(draft.likely) == sorted(draft.likely, reverse=True)
+    assert live.length == 59
+
+
+def test_layers_that_add_nothing_are_drafted_for_whole():
+    """Where the later layers pass the state on, every draft of the first ones is accepted."""
+    target, stats = deep_llama(), DecodingStats()
+    target.eos_ids = frozenset()
+    for layer in target.model.model.layers[2:]:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    target.model.generation_config.eos_token_id = None
+    target.model.config.eos_token_id = None
+    decode(target, EarlyExitDrafter(2, confidence=0.0), n=7, stats=stats)
+    assert stats.acceptance_rate == 1.0
+    assert stats.target_steps == 4
+
+
+def test_weights_are_shared_and_the_target_stays_whole():
+    """The first layers are the target's own modules; the target keeps all of them, and one model serves all."""
+    target, drafter = deep_llama(), EarlyExitDrafter(2)
+    short = drafter.first_layers(target)
+    assert short is drafter.first_layers(target)
+    assert len(short.model.model.layers) == short.model.config.num_hidden_layers == 2
+    assert short.model.model.layers[1] is target.model.model.layers[1]
+    assert short.model.lm_head is target.model.lm_head
+    assert len(target.model.model.layers) == target.model.config.num_hidden_layers == 4
+    assert short.model.model._forward_hooks is not target.model.model._forward_hooks
+    assert drafter.first_layers(deep_llama(3)) is not short
+
+
+def test_the_models_go_with_their_target():
+    """A drafter does not keep a target alive."""
+    drafter = EarlyExitDrafter(1)
+    drafter.first_layers(deep_llama())
+    assert len(drafter._models) == 0
+
+
+def test_too_few_layers_or_none_to_be_found_are_refused():
+    """The error names the number, or the module without a list."""
+    with pytest.raises(ConfigurationError, match="layers is 4, but the target has 4"):
+        shallow(tiny_llama(num_hidden_layers=4), 4)
+    model = tiny_llama()
+    model.model.layers = nn.Sequential(*model.model.layers)
+    with pytest.raises(ConfigurationError, match="does not keep its 2 layers in one list"):
+        shallow(model, 1)
+
+
+def test_a_target_too_shallow_costs_speed_only():
+    """What is seen at the start of an answer is reported, and the answer is whole."""
+    target, stats = TargetModel(tiny_llama()), DecodingStats()
+    assert decode(target, EarlyExitDrafter(7), stats=stats) == decode(target)
+    assert stats.off_reason is not None
+    assert "layers is 7, but the target has 2" in stats.off_reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": 0}, "layers is 0, but must be at least 1"),
+        ({"layers": 2, "confidence": -0.1}, "confidence is -0.1, but must be in 0..1"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    """The error names the option, its value and the limit."""
+    with pytest.raises(ConfigurationError, match=message):
+        EarlyExitDrafter(**options)
+
+
+def test_unattached_sessions_are_silent():
+    """Without a target to read there is no draft."""
+    assert len(EarlyExitDrafter(1).start(DraftContext(prompt_ids=PROMPT)).propose(5)) == 0
+
+
+def test_a_helper_saves_forwards_and_changes_no_draft():
+    """Greedy, the cascade's drafts are the drafter's own."""
+    target, alone = deep_llama(2), EarlyExitDrafter(2, confidence=0.0)
+    first = alone.start(DraftContext(prompt_ids=PROMPT))
+    first.attach(target, filled(target, PROMPT[:-1]))
+    truth = first.propose(12).token_ids
+    helped = CascadeDrafter(alone, SuffixDrafter())
+    session = helped.start(DraftContext(prompt_ids=PROMPT, chunk_ids=[[*PROMPT[-8:], *truth]]))
+    session.attach(target, filled(target, PROMPT[:-1]))
+    assert session.propose(12).token_ids == truth
+    assert session.forwards < first.forwards == 12
+
+
+def test_sampled_answers_follow_the_targets_law():
+    """First two tokens of 600 seeded answers lie within five standard errors of p."""
+    target, drafter = deep_llama(4), EarlyExitDrafter(2, confidence=0.0)
+    cache, stats, runs = PrefixCache(1 << 22), DecodingStats(), 600
+    counts: Counter[tuple[int, ...]] = Counter()
+    for seed in range(runs):
+        params = SamplingParams(
+            max_tokens=4, temperature=1.0, top_k=3, seed=7919 * seed, ignore_eos=True
+        )
+        counts[tuple(decode(target, drafter, params, 2, stats, cache)[:2])] += 1
+    assert stats.drafted > runs
+    law: dict[tuple[int, ...], float] = {}
+    buffer = filled(target, PROMPT[:-1])
+    first = target.step(PROMPT[-1:], buffer)[0].topk(3)
+    for i, j in product(range(3), range(3)):
+        second = target.step([PROMPT[-1], int(first.indices[i])], buffer)[1].topk(3)
+        p = first.values.softmax(0)[i] * second.values.softmax(0)[j]
+        law[int(first.indices[i]), int(second.indices[j])] = float(p)
+    assert set(counts) <= set(law)
+    for pair, p in law.items():
+        assert abs(counts[pair] / runs - p) <= 5 * math.sqrt(p * (1 - p) / runs)
+
+
+def test_sampled_drafts_carry_their_law():
+    """Each row of probs is a law, and the drafted token has mass in it."""
+    target = deep_llama()
+    context = DraftContext(prompt_ids=PROMPT, temperature=1.0, top_p=0.9, seed=4)
+    session = EarlyExitDrafter(2, confidence=0.0).start(context)
+    session.attach(target, filled(target, PROMPT[:-1]))
+    draft = session.propose(6)
+    assert draft.probs is not None
+    assert draft.probs.shape == (6, VOCAB)
+    assert (draft.probs[torch.arange(6), torch.tensor(draft.token_ids)] > 0).all()
+
+
+def test_greedy_transfer_is_independent_of_the_draft_length():
+    """Knowledge transfer reads the drafter's logits at every position."""
+    target, got = deep_llama(), []
+    for n in (0, 1, 3, 8):
+        config = SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=n)
+        got.append(decode(target, EarlyExitDrafter(2, confidence=0.0), config=config))
+    assert got[0] == got[1] == got[2] == got[3]
+    assert got[0] != decode(target)
+
+
+def test_two_streams_take_turns():
+    """Streams of one drafter share nothing but the weights: each gives what it gives alone."""
+    target = deep_llama()
+    prompts = [PROMPT, random_ids(45, seed=6)]
+    config = SpeculationConfig(num_draft_tokens=4)
+    drafter = EarlyExitDrafter(2, confidence=0.0)
+    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=PrefixCache(1 << 20))
+    plain = SpeculativeDecoder(target)
+    alone = [[t for b in plain.generate(ids, GREEDY) for t in b.token_ids] for ids in prompts]
+    streams = [decoder.generate(ids, GREEDY) for ids in prompts]
+    seen: list[list[int]] = [[], []]
+    while min(map(len, seen)) < 32:
+        for stream, out in zip(streams, seen, strict=True):
+            block = next(stream, None)
+            out += block.token_ids if block is not None else ()
+    assert seen == alone
+
+
+class Faulty:
+    """An executor that fails at a given decoding step."""
+
+    def __init__(self, executor: object, at: int) -> None:
+        self.executor, self.left = executor, at
+
+    def step(self, ids: object, context: object, *, want_logits: bool) -> object:
+        self.left -= want_logits
+        if want_logits and self.left == 0:
+            msg = "broken on purpose"
+            raise RuntimeError(msg)
+        return self.executor.step(ids, context, want_logits=want_logits)
+
+
+@pytest.mark.parametrize("at", [1, 3, 6], ids=["first", "in-a-draft", "second-draft"])
+def test_an_error_in_a_draft_leaves_the_target_true(at):
+    """The fault is reported, and the answer and the target's rows are those of plain decoding."""
+    target, drafter = deep_llama(), EarlyExitDrafter(2, confidence=0.0)
+    truth = decode(target)
+    short = drafter.first_layers(target)
+    short._turns._run = partial(_forward, Faulty(short._executor, at))
+    cache, stats = PrefixCache(1 << 22), DecodingStats()
+    assert decode(target, drafter, stats=stats, cache=cache) == truth
+    assert stats.faults == ("drafter 'early_exit' failed: RuntimeError: broken on purpose",)
+    check_cache(target, cache._entries[-1].buffer, [*PROMPT, *truth])

@@ -1,0 +1,208 @@
+"""Fusion: tries become one tree, nodes go to the likeliest paths, and opinions are set right."""
+
+from __future__ import annotations
+
+import time
+
+import fakes
+import pytest
+import torch
+from fakes import ScriptedDrafter
+
+from rasd_integrations.drafters.fused import FusedDrafter
+from rasd_integrations.drafters.suffix import SuffixDrafter
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+CONTEXT = DraftContext(prompt_ids=(1, 2, 3))
+
+
+def says(*drafts: Draft) -> ScriptedDrafter:
+    """Propose ``drafts`` one after the other, the last one for ever."""
+    turns = iter(drafts)
+    last = drafts[-1]
+    return ScriptedDrafter(lambda answer, budget: next(turns, last))
+
+
+def paths(draft: Draft) -> set[tuple[int, ...]]:
+    """Return the paths from the root to each node."""
+    spelled: list[tuple[int, ...]] = []
+    for token, parent in zip(draft.token_ids, draft.parents, strict=True):
+        spelled.append((*(spelled[parent] if parent >= 0 else ()), token))
+    return set(spelled)
+
+
+def test_common_prefixes_are_stored_once():
+    """Two chains that agree on two tokens become a tree with one stem."""
+    one = Draft((5, 6, 7), likely=(0.9, 0.8, 0.7), source="a")
+    two = Draft((5, 6, 8, 9), likely=(0.9, 0.8, 0.6, 0.5), source="b")
+    draft = FusedDrafter([says(one), says(two)]).start(CONTEXT).propose(16)
+    assert paths(draft) == {(5,), (5, 6), (5, 6, 7), (5, 6, 8), (5, 6, 8, 9)}
+    assert len(draft) == 5
+    assert set(draft.sources) == {"a", "b"}
+
+
+def test_nodes_go_to_the_likeliest_paths():
+    """The budget takes the best nodes of both, parents first."""
+    one = Draft((5, 6), likely=(0.9, 0.1), source="a")
+    two = Draft((7, 8), likely=(0.5, 0.4), source="b")
+    session = FusedDrafter([says(one), says(two)]).start(CONTEXT)
+    draft = session.propose(3)
+    assert paths(draft) == {(5,), (7,), (7, 8)}
+    assert draft.parents == (-1, -1, 1)
+    assert draft.sources == ("a", "b", "b")
+    assert list(draft.likely) == sorted(draft.likely, reverse=True)
+
+
+def test_a_draft_without_an_opinion_counts_less_with_depth():
+    """Chains of scripted drafters take part, too."""
+    draft = FusedDrafter([says(Draft((5, 6, 7), source="a"))]).start(CONTEXT).propose(2)
+    assert draft.token_ids == (5, 6)
+    assert draft.likely[0] > draft.likely[1] > 0
+
+
+def test_a_boaster_is_found_out():
+    """A part that is sure and wrong loses its place to one that is modest and right."""
+    boaster = says(Draft((50,), likely=(0.95,), source="boaster"))
+    modest = ScriptedDrafter(
+        lambda answer, budget: Draft((len(answer) + 10,), likely=(0.3,), source="modest")
+    )
+    session = FusedDrafter([boaster, modest]).start(CONTEXT)
+    assert session.propose(1).sources == ("boaster",)
+    for step in range(12):
+        session.propose(1)
+        session.observe(TokenBlock((step + 10,)))
+    assert session.propose(1).sources == ("modest",)
+
+
+def test_unverified_nodes_are_judged_too():
+    """What was cut from the tree still counts: the committed tokens say whether it was right."""
+    right = ScriptedDrafter(
+        lambda answer, budget: Draft((len(answer) + 10,), likely=(0.1,), source="right")
+    )
+    wrong = says(Draft((50,), likely=(0.5,), source="wrong"))
+    session = FusedDrafter([wrong, right]).start(CONTEXT)
+    seen = []
+    for step in range(12):
+        seen.append(session.propose(1).sources[0])
+        session.observe(TokenBlock((step + 10,)))
+    assert seen[0] == "wrong"
+    assert seen[-1] == "right"
+
+
+def test_what_lies_behind_the_committed_tokens_is_not_judged():
+    """A long right draft whose head alone was committed keeps its good name."""
+    answer = list(range(10, 60))
+    session = FusedDrafter([ScriptedDrafter(fakes.oracle(answer))]).start(CONTEXT)
+    for token in answer[:20]:
+        session.propose(8)
+        session.observe(TokenBlock((token,)))
+    # Only first tokens were judged, all of them right: the stated 0.5 has grown.
+    likely = session.propose(8).likely
+    assert likely[0] > 0.8
+    assert likely[7] == pytest.approx(0.5**8, rel=1e-6)
+
+
+def test_a_part_that_does_not_pay_rests():
+    """A slow drafter that is always wrong is asked seldom; a quick one is always asked."""
+    calls = {"slow": 0, "quick": 0}
+
+    def slow(answer: list[int], budget: int) -> Draft:
+        calls["slow"] += 1
+        time.sleep(0.004)
+        return Draft((50,), source="slow")
+
+    def quick(answer: list[int], budget: int) -> Draft:
+        calls["quick"] += 1
+        return Draft((51,), source="quick")
+
+    session = FusedDrafter([ScriptedDrafter(slow), ScriptedDrafter(quick)]).start(CONTEXT)
+    for token in range(40):
+        session.propose(4)
+        time.sleep(0.008)  # the target's step
+        session.observe(TokenBlock((token,)))
+    assert calls["quick"] == 40
+    assert 6 <= calls["slow"] <= 9
+
+
+class Modelled:
+    """A drafter of one chain with logits."""
+
+    name = "model"
+
+    def __init__(self, token_ids: tuple[int, ...], logits: torch.Tensor) -> None:
+        self.token_ids, self.logits = token_ids, logits
+        self.contexts: list[DraftContext] = []
+
+    def start(self, context: DraftContext) -> fakes.ScriptedSession:
+        self.contexts.append(context)
+        draft = Draft(self.token_ids, logits=self.logits, source="model")
+        return fakes.ScriptedSession(lambda answer, budget: draft, context)
+
+
+def logits(*favourites: tuple[int, ...]) -> torch.Tensor:
+    """Return rows whose likeliest tokens are these, the first one most."""
+    rows = torch.zeros(len(favourites), 100)
+    for row, tokens in enumerate(favourites):
+        for rank, token in enumerate(tokens):
+            rows[row, token] = 12.0 - rank
+    return rows
+
+
+def test_retrieved_branches_that_the_model_does_not_expect_are_pruned():
+    """RASD: a continuation stays only if its first token is among the model's top k."""
+    model = Modelled((5,), logits((5, 6)))
+    parts = [
+        says(Draft((6, 7), likely=(0.9, 0.9), source="kept")),
+        says(Draft((8, 9), likely=(0.9, 0.9), source="pruned")),
+    ]
+    draft = FusedDrafter(parts, model, top_k=2, siblings=0).start(CONTEXT).propose(16)
+    assert paths(draft) == {(5,), (6,), (6, 7)}
+    free = FusedDrafter(parts, model, top_k=0, siblings=0).start(CONTEXT).propose(16)
+    assert (8, 9) in paths(free)
+
+
+def test_the_model_s_next_likeliest_tokens_stand_beside_its_chain():
+    """Each token of the chain has its siblings."""
+    model = Modelled((5, 6), logits((5, 15), (6, 16)))
+    draft = FusedDrafter([], model, siblings=1).start(CONTEXT).propose(16)
+    assert paths(draft) == {(5,), (15,), (5, 6), (5, 16)}
+
+
+def test_the_model_drafts_greedily_under_any_law():
+    """A sampled chain has no place in a deterministic tree."""
+    model = Modelled((5,), logits((5,)))
+    FusedDrafter([], model).start(DraftContext(prompt_ids=(1,), temperature=0.8)).propose(2)
+    assert model.contexts[0].temperature == 0
+
+
+def test_knowledge_transfer_takes_the_model_alone():
+    """A law that leans towards the drafter gets the model's own session."""
+    model = Modelled((5,), logits((5,)))
+    context = DraftContext(prompt_ids=(1,), temperature=0.8, wants_logits=True)
+    session = FusedDrafter([SuffixDrafter()], model).start(context)
+    assert session.propose(1).logits is not None
+    assert model.contexts == [context]
+
+
+def test_all_parts_are_closed_even_if_one_fails():
+    """The first error is raised when everything is closed."""
+    good = says(Draft())
+    session = FusedDrafter([good, good]).start(CONTEXT)
+
+    def fail() -> None:
+        msg = "no"
+        raise OSError(msg)
+
+    good.sessions[1].close = fail
+    with pytest.raises(OSError, match="no"):
+        session.close()
+    assert good.sessions[0].closed
+
+
+def test_nothing_to_fuse_is_refused():
+    """Parts and numbers are checked."""
+    with pytest.raises(ConfigurationError, match="at least one part"):
+        FusedDrafter([])
+    with pytest.raises(ConfigurationError, match="top_k is -1"):
+        FusedDrafter([SuffixDrafter()], top_k=-1)

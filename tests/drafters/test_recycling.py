@@ -1,0 +1,164 @@
+"""The logits tree: what it proposes is what the target thought after the same tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, tiny_llama
+
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.drafters.recycling import CandidateIndex, RecyclingDrafter
+from rasd_integrations.engine.candidates import Candidates, likeliest, shortlist
+from rasd_integrations.engine.decoder import SpeculativeDecoder
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+PROMPT = [5, 6, 7, 8, 5, 6, 9, 1, 5, 6, 7, 2, 5, 6]
+
+
+def row(*candidates: tuple[int, float]) -> Candidates:
+    """Return one row of token and probability."""
+    ids, probs = zip(*candidates, strict=True)
+    return Candidates(np.asarray([ids], np.int32), np.asarray([probs], np.float32))
+
+
+def attached(
+    drafter: RecyclingDrafter, target: TargetModel, prompt: list[int], *, hidden: bool = True
+):
+    """Return a session on a prefilled prompt, and the buffer."""
+    buffer = KVBuffer(len(prompt) + 64, keeps_hidden=hidden)
+    for _ in target.prefill(prompt[:-1], buffer):
+        pass
+    session = drafter.start(DraftContext(prompt_ids=tuple(prompt)))
+    session.attach(target, buffer)
+    return session, buffer
+
+
+def test_shortlist_ranks_as_the_whole_output_layer_does():
+    """Among all tokens the shortlist finds the same candidates, best first."""
+    model = tiny_llama()
+    hidden = torch.randn(6, model.config.hidden_size)
+    whole = likeliest(model.get_output_embeddings()(hidden), 4)
+    short = shortlist(model, range(model.config.vocab_size), 4)(hidden)
+    assert short.token_ids.tolist() == whole.token_ids.tolist()
+    np.testing.assert_allclose(short.probs, whole.probs, rtol=1e-5)
+
+
+def test_shortlist_knows_only_its_tokens():
+    """No other token is foretold, and where there are too few the rest says so."""
+    model = tiny_llama()
+    found = shortlist(model, [7, 3, 7], 4)(torch.randn(5, model.config.hidden_size))
+    assert {*found.token_ids.flatten().tolist()} == {3, 7, -1}
+    assert (found.token_ids[:, 2:] == -1).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_first_draft_begins_with_what_the_prompt_foretells(family):
+    """After tokens that stood in the prompt, the root's children are the target's candidates there."""
+    target = TargetModel(FAMILIES[family]())
+    session, buffer = attached(RecyclingDrafter(num_candidates=3), target, PROMPT)
+    draft = session.propose(64)
+    roots = {t for t, p in zip(draft.token_ids, draft.parents, strict=True) if p == -1}
+    # [5, 6] ended last at place 9; its row foretells, and 7 followed.
+    hidden = buffer.hidden()[1][9:10]
+    best = shortlist(target.model, PROMPT, 3)(hidden).token_ids[0].tolist()
+    assert {best[0], best[1], 7} <= roots
+
+
+def test_rows_of_a_reused_prefix_that_nobody_kept_are_only_copied_from():
+    """Without hidden states a row still knows the token that followed in the prompt."""
+    session, _ = attached(RecyclingDrafter(), TargetModel(tiny_llama()), PROMPT, hidden=False)
+    draft = session.propose(8)
+    assert 7 in draft.token_ids
+    assert set(draft.token_ids) <= set(PROMPT)
+
+
+def test_nothing_is_worked_out_that_no_draft_passes():
+    """Of a long prompt only the places after the same tokens are run through the output layer."""
+    target = TargetModel(tiny_llama())
+    prompt = [t % 200 for t in range(150)] + [3, 4]
+    session, _ = attached(RecyclingDrafter(), target, prompt)
+    session.propose(1)
+    assert 0 < session._index._known[: len(prompt)].sum() <= 3
+
+
+def test_all_rows_can_be_worked_out_at_once():
+    """Filling gives the same drafts as working out place by place."""
+    target = TargetModel(tiny_llama())
+    one, _ = attached(RecyclingDrafter(), target, PROMPT)
+    other, _ = attached(RecyclingDrafter(), target, PROMPT)
+    other._index.fill()
+    assert other._index._known[: len(PROMPT) - 1].all()
+    ours, theirs = one.propose(16), other.propose(16)
+    assert (ours.token_ids, ours.parents) == (theirs.token_ids, theirs.parents)
+
+
+def test_refused_nodes_teach():
+    """What the target thought behind a refused node is drafted when its tokens come again."""
+    session, _ = attached(RecyclingDrafter(num_candidates=2), TargetModel(tiny_llama()), PROMPT)
+    logits = torch.full((3, 259), -20.0)
+    logits[0, 40] = logits[1, 41] = logits[2, 77] = 20.0  # after 6; after 6 40; after 6 40 90
+    session.learn(Draft((40, 90), source="s"), logits)
+    session.observe(TokenBlock((40, 41)))
+    session.observe(TokenBlock((6, 40, 90)))
+    assert session.propose(1).token_ids == (77,)
+
+
+def test_heads_of_a_tree_are_the_smaller_trees():
+    """Nodes come best first: a smaller budget gives the head of a larger one's draft."""
+    session, _ = attached(RecyclingDrafter(), TargetModel(tiny_llama()), PROMPT)
+    whole = session.propose(32)
+    assert len(whole) == 32
+    assert list(whole.likely) == sorted(whole.likely, reverse=True)
+    small = session.propose(7)
+    assert (small.token_ids, small.parents) == (whole.token_ids[:7], whole.parents[:7])
+
+
+def test_longer_keys_count_for_more():
+    """Where the last token says one thing and the last two another, the two are believed."""
+    index = CandidateIndex(16, 2)
+    index.add([(1, 2)], row((10, 1.0), (11, 0.0)))
+    index.add([(2,)], row((20, 1.0), (21, 0.0)))
+    law = index.law((1, 2))
+    assert law[10] > law[20] > 0
+
+
+def test_the_oldest_rows_go():
+    """No more rows are kept than asked for, and keys of lost rows find nothing."""
+    index = CandidateIndex(4, 1)
+    for token in range(10):
+        index.add([(token,)], row((100 + token, 1.0)))
+    assert [bool(index.law((token,))) for token in range(10)] == [False] * 6 + [True] * 4
+
+
+def test_hidden_rows_are_those_of_a_fresh_forward():
+    """After tree commits, reuse and truncation, kept hidden states are the model's own."""
+    target = TargetModel(FAMILIES["gemma3"]())
+    cache = PrefixCache(1 << 30)
+    decoder = SpeculativeDecoder(
+        target,
+        RecyclingDrafter(),
+        config=SpeculationConfig(num_draft_tokens=8),
+        prefix_cache=cache,
+    )
+    prompt = list(range(30, 60))
+    for ids in (prompt, [*prompt[:20], 7, 8, 9], prompt):
+        blocks = decoder.generate(ids, SamplingParams(max_tokens=12, ignore_eos=True))
+        ids = [*ids, *(t for b in blocks for t in b.token_ids)]
+    lease = decoder.lease([*ids, 1], 100, "")
+    first, hidden = lease.buffer.hidden()
+    assert (first, len(hidden)) == (0, lease.reused)
+    with torch.inference_mode():
+        fresh = target.model.base_model(torch.tensor([ids[: lease.reused]])).last_hidden_state[0]
+    torch.testing.assert_close(hidden, fresh, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("option", ["num_candidates", "max_draft", "max_rows"])
+def test_options_out_of_range_are_refused(option):
+    """The error names the option."""
+    with pytest.raises(ConfigurationError, match=option):
+        RecyclingDrafter(**{option: 0})

@@ -1,0 +1,372 @@
+"""Drafts from a part of the target's own rows: the target's ids whatever is left out, its rows untouched."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from tiny import FAMILIES, VOCAB, tiny_llama
+
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.drafters import sparse_kv
+from rasd_integrations.drafters.cascade import CascadeDrafter
+from rasd_integrations.drafters.sparse_kv import SparseKVDrafter, find_pieces
+from rasd_integrations.drafters.suffix import SuffixDrafter
+from rasd_integrations.engine.decoder import SpeculativeDecoder
+from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.engine.target import TargetModel, _forward
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import DraftContext, TokenBlock
+
+GREEDY = SamplingParams(max_tokens=32, ignore_eos=True)
+SMALL = {"max_rows": 48, "sink": 4, "window": 8, "confidence": 0.0}
+PATTERNS = ["chunks", "window", "power"]
+
+
+def random_ids(n: int, seed: int) -> list[int]:
+    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPT = random_ids(160, seed=1)
+CHUNKS = [PROMPT[100:120], PROMPT[40:52]]
+
+
+@pytest.fixture(scope="module")
+def target() -> TargetModel:
+    return TargetModel(tiny_llama())
+
+
+def context(**changes: object) -> DraftContext:
+    return DraftContext(**{"prompt_ids": PROMPT, "chunk_ids": CHUNKS, **changes})
+
+
+def filled(target: TargetModel, ids: list[int]) -> KVBuffer:
+    buffer = KVBuffer(len(ids) + 64)
+    for _ in target.prefill(ids, buffer):
+        pass
+    return buffer
+
+
+def decode(target, drafter=None, params=GREEDY, n=4, stats=None, cache=None, config=None):
+    config = config or SpeculationConfig(num_draft_tokens=n)
+    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
+    blocks = decoder.generate(PROMPT, params, context=context(), stats=stats)
+    return [t for b in blocks for t in b.token_ids]
+
+
+def check_cache(target: TargetModel, buffer: KVBuffer, ids: list[int]) -> None:
+    """Assert that ``buffer`` holds all of ``ids`` but the last and continues like a fresh forward."""
+    assert (buffer.length, buffer.shift) == (len(ids) - 1, 0)
+    torch.testing.assert_close(
+        target.step(ids[-1:], buffer),
+        target.step(ids[-1:], filled(target, ids[:-1])),
+        atol=2e-4,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("n", [1, 2, 5, 16])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+def test_greedy_ids_equal_plain_decoding(family, n, pattern):
+    """The losslessness matrix, greedy, float32; something was drafted."""
+    target = TargetModel(FAMILIES[family]())
+    stats = DecodingStats()
+    assert decode(target, SparseKVDrafter(pattern, **SMALL), n=n, stats=stats) == decode(target)
+    assert stats.drafted > 0
+    assert stats.faults == ()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_live_buffer_is_untouched(family, pattern):
+    """After each block the target's rows are those of a fresh forward."""
+    target = TargetModel(FAMILIES[family]())
+    cache = PrefixCache(1 << 22)
+    config = SpeculationConfig(num_draft_tokens=5)
+    drafter = SparseKVDrafter(pattern, **SMALL)
+    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
+    ids = list(PROMPT)
+    for block in decoder.generate(PROMPT, GREEDY, context=context()):
+        if block.token_ids:
+            ids += block.token_ids
+            check_cache(target, cache._entries[-1].buffer, ids)
+    assert len(ids) == len(PROMPT) + 32
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_all_rows_draft_the_targets_own_tokens(family, monkeypatch):
+    """Over a gathered buffer of all rows every draft is accepted whole, across a new choice of rows too."""
+    monkeypatch.setattr(sparse_kv, "_FRESH", 16)
+    target = TargetModel(FAMILIES[family]())
+    target.eos_ids = frozenset()  # a draft ends at an end token, and random models write some
+    drafter = SparseKVDrafter("window", max_rows=250, sink=0, confidence=0.0)
+    everything = sparse_kv._Layout([(0, 0)], 250, 250, power=False)
+    monkeypatch.setattr(drafter, "_layout", lambda _: everything)
+    stats = DecodingStats()
+    decode(target, drafter, n=7, stats=stats)
+    assert stats.acceptance_rate == 1.0
+    assert stats.target_steps == 4
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_draft_is_that_of_freshly_gathered_rows(family, pattern):
+    """After blocks that contradict the drafts, the draft is that of rows gathered from a new prefill."""
+    target = TargetModel(FAMILIES[family]())
+    drafter = SparseKVDrafter(pattern, **SMALL)
+    session = drafter.start(context())
+    live = filled(target, PROMPT[:-1])
+    session.attach(target, live)
+    ids = list(PROMPT)
+    for seed, size in enumerate((1, 4, 9)):
+        session.propose(5)
+        block = random_ids(size, seed + 20)
+        target.step([ids[-1], *block[:-1]], live)
+        live.commit(range(size))
+        ids += block
+        session.observe(TokenBlock(tuple(block)))
+    first = drafter.start(context())._layout.rows(len(PROMPT) - 1)
+    rows = filled(target, ids[:-1]).gather([*first, *range(len(PROMPT) - 1, len(ids) - 1)], 64)
+    expected: list[int] = []
+    for _ in range(6):
+        last = expected[-1:] or ids[-1:]
+        logits = target.step(last, rows)
+        rows.commit([0])
+        expected.append(int(logits[0].argmax()))
+    assert list(session.propose(6).token_ids) == expected
+
+
+def test_rows_are_chosen_anew_as_the_answer_grows(target, monkeypatch):
+    """Memory stays constant: never more than the chosen rows, the fresh ones and one draft."""
+    monkeypatch.setattr(sparse_kv, "_FRESH", 8)
+    drafter = SparseKVDrafter("window", max_rows=24, sink=4, confidence=0.0)
+    session = drafter.start(context())
+    ids = [*PROMPT, *random_ids(60, 5)]
+    live = filled(target, PROMPT[:-1])
+    session.attach(target, live)
+    for at in range(len(PROMPT), len(ids), 3):
+        session.propose(5)
+        assert session._rows.length <= 24 + 8 + 5
+        assert session._rows.length + session._rows.shift >= at
+        target.step(ids[at - 1 : at + 2], live)
+        live.commit(range(3))
+        session.observe(TokenBlock(tuple(ids[at : at + 3])))
+    held = session._rows.positions(0, 24).tolist()
+    assert held[:4] == [0, 1, 2, 3]
+    assert held[4] > len(PROMPT)
+
+
+def test_chunks_of_the_prompt_are_found():
+    """Whole chunks, chunks whose border tokens merged, and chunks in pieces; with two tokens around."""
+    prompt = list(range(1000, 1100))
+    whole, merged = prompt[20:40], [7, *prompt[51:69], 7]
+    pieces = [*prompt[70:80], 5, 5, *prompt[85:95]]
+    assert find_pieces(prompt, [whole, merged, pieces]) == [(18, 42), (49, 71), (68, 82), (83, 97)]
+    assert find_pieces(prompt, [prompt[:10], prompt[-9:]]) == [(0, 12), (89, 100)]
+    assert find_pieces(prompt, [[1, 2, 3], prompt[20:25], []]) == []
+
+
+def test_a_pattern_takes_its_rows_best_first():
+    """Sink, window and end of the prompt first, then chunks in order until the room is full."""
+    prompt = list(range(1000, 1200))
+    chunks = [prompt[100:120], prompt[40:60]]
+    drafter = SparseKVDrafter("chunks", max_rows=42, sink=3, window=5)
+    layout = drafter.start(context(prompt_ids=prompt, chunk_ids=chunks))._layout
+    assert layout.rows(200) == [0, 1, 2, *range(38, 48), *range(98, 122), *range(195, 200)]
+    # With the answer's last rows there is less room for the second chunk.
+    assert layout.rows(220) == [
+        0, 1, 2, *range(38, 43), *range(98, 122), *range(195, 200), *range(215, 220),
+    ]  # fmt: skip
+
+
+def test_powers_of_two_are_blocks_before_the_window():
+    """The rows that the last ones see at distances 8, 16, 32, ..., in equal shares."""
+    drafter = SparseKVDrafter("power", max_rows=22, sink=2, window=5)
+    layout = drafter.start(context())._layout
+    near = [*range(149, 152), *range(141, 144), *range(125, 128), *range(93, 96), *range(29, 32)]
+    assert layout.rows(160) == [0, 1, *sorted(near), *range(155, 160)]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, {"prompt_ids": PROMPT[30:70]}),
+        ({"pattern": "window", "window": 44}, {"prompt_ids": PROMPT[:94]}),
+        ({}, {"chunk_ids": []}),
+        ({}, {"chunk_ids": [random_ids(30, 9)]}),
+        ({"max_rows": 90}, {"chunk_ids": [PROMPT[20:110]]}),
+    ],
+    ids=["short", "short-window", "no-chunks", "foreign-chunks", "nothing-left-out"],
+)
+def test_silence_without_cost(target, options, changes):
+    """Where little would be left out nothing is gathered, and the helper's drafts are free."""
+    drafter = SparseKVDrafter(**{**SMALL, **options})
+    steps = []
+    for each in (drafter, CascadeDrafter(drafter, SuffixDrafter())):
+        session = each.start(context(**changes))
+        session.attach(target, filled(target, PROMPT[:-1]))
+        steps.append((len(session.propose(5)), session.forwards, session._rows.length))
+        session.close()
+    assert steps[0] == (0, 0, 0)
+    assert steps[1][1:] == (0, 0)
+
+
+def test_unattached_sessions_are_silent():
+    """Without a target to read there is no draft."""
+    assert len(SparseKVDrafter(**SMALL).start(context()).propose(5)) == 0
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["accepted", "rejected"])
+def test_a_helper_saves_forwards_and_changes_no_draft(right):
+    """Greedy, the cascade's drafts are the drafter's own."""
+    target = TargetModel(tiny_llama(2))
+    truth = decode(target, params=SamplingParams(max_tokens=60, ignore_eos=True))
+    answer = truth if right else random_ids(60, seed=9)
+    loop = context(chunk_ids=[*CHUNKS, truth])
+    alone = SparseKVDrafter(**SMALL)
+    drafts, forwards = [], []
+    for drafter in (alone, CascadeDrafter(alone, SuffixDrafter())):
+        live, ids = filled(target, PROMPT[:-1]), list(PROMPT)
+        session = drafter.start(loop)
+        session.attach(target, live)
+        found = []
+        for start in range(0, 57, 3):
+            found.append(session.propose(6).token_ids)
+            target.step([ids[-1], *answer[start : start + 2]], live)
+            live.commit(range(3))
+            ids += answer[start : start + 3]
+            session.observe(TokenBlock(tuple(answer[start : start + 3])))
+        drafts.append(found)
+        forwards.append(session.forwards)
+    assert drafts[0] == drafts[1]
+    assert forwards[1] < forwards[0]
+
+
+@pytest.mark.parametrize("helped", [False, True], ids=["alone", "cascade"])
+def test_sampled_answers_follow_the_targets_law(helped):
+    """First two tokens of 600 seeded answers lie within five standard errors of p."""
+    target = TargetModel(tiny_llama(4))
+    drafter = SparseKVDrafter("window", max_rows=16, sink=4, confidence=0.0)
+    if helped:
+        drafter = CascadeDrafter(drafter, SuffixDrafter())
+    config = SpeculationConfig(num_draft_tokens=2)
+    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=PrefixCache(1 << 22))
+    runs, stats = 600, DecodingStats()
+    counts: dict[tuple[int, ...], int] = {}
+    for seed in range(runs):
+        params = SamplingParams(
+            max_tokens=4, temperature=1.0, top_k=3, seed=7919 * seed, ignore_eos=True
+        )
+        blocks = decoder.generate(PROMPT, params, context=context(), stats=stats)
+        pair = tuple([t for b in blocks for t in b.token_ids][:2])
+        counts[pair] = counts.get(pair, 0) + 1
+    assert stats.drafted > runs
+    law = pair_law(target)
+    assert set(counts) <= set(law)
+    for pair, p in law.items():
+        assert abs(counts.get(pair, 0) / runs - p) <= 5 * math.sqrt(p * (1 - p) / runs)
+
+
+def pair_law(target: TargetModel) -> dict[tuple[int, int], float]:
+    """Return the law of the first two tokens at temperature 1, of the three likeliest each."""
+    buffer = filled(target, PROMPT[:-1])
+    first = target.step(PROMPT[-1:], buffer)[0].topk(3)
+    law = {}
+    for i, j in product(range(3), range(3)):
+        second = target.step([PROMPT[-1], int(first.indices[i])], buffer)[1].topk(3)
+        p = first.values.softmax(0)[i] * second.values.softmax(0)[j]
+        law[int(first.indices[i]), int(second.indices[j])] = float(p)
+    return law
+
+
+def test_sampled_drafts_carry_their_law(target):
+    """Each row of probs is a law, and the drafted token has mass in it; a greedy draft says how likely it is."""
+    session = SparseKVDrafter(**SMALL).start(context(temperature=1.0, top_p=0.9, seed=4))
+    session.attach(target, filled(target, PROMPT[:-1]))
+    draft = session.propose(6)
+    assert draft.probs is not None
+    assert draft.probs.shape == (6, VOCAB)
+    assert (draft.probs[torch.arange(6), torch.tensor(draft.token_ids)] > 0).all()
+    assert draft.likely is None
+    session = SparseKVDrafter(**SMALL).start(context())
+    session.attach(target, filled(target, PROMPT[:-1]))
+    likely = session.propose(6).likely
+    assert likely is not None
+    assert list(likely) == sorted(likely, reverse=True)
+    assert 0 < likely[-1] <= likely[0] <= 1
+
+
+def test_greedy_transfer_is_independent_of_the_draft_length(target):
+    """Knowledge transfer reads the drafter's logits at every position."""
+    got = []
+    for n in (0, 1, 3, 8):
+        config = SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=n)
+        drafter = SparseKVDrafter("window", max_rows=24, sink=4, confidence=0.0)
+        got.append(decode(target, drafter, config=config))
+    assert got[0] == got[1] == got[2] == got[3]
+    assert got[0] != decode(target)
+
+
+def test_two_streams_take_turns(target):
+    """Streams of one drafter share nothing: each gives what it gives alone."""
+    prompts = [PROMPT, random_ids(130, seed=6)]
+    drafter = SparseKVDrafter("power", **SMALL)
+    config = SpeculationConfig(num_draft_tokens=4)
+    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=PrefixCache(1 << 20))
+    plain = SpeculativeDecoder(target)
+    alone = [[t for b in plain.generate(ids, GREEDY) for t in b.token_ids] for ids in prompts]
+    streams = [decoder.generate(ids, GREEDY) for ids in prompts]
+    seen: list[list[int]] = [[], []]
+    while min(map(len, seen)) < 32:
+        for stream, out in zip(streams, seen, strict=True):
+            block = next(stream, None)
+            out += block.token_ids if block is not None else ()
+    assert seen == alone
+
+
+class Faulty:
+    """An executor that fails once, at a given decoding step."""
+
+    def __init__(self, executor: object, at: int) -> None:
+        self.executor, self.left = executor, at
+
+    def step(self, ids: object, context: object, *, want_logits: bool) -> object:
+        self.left -= want_logits
+        if want_logits and self.left == 0:
+            msg = "broken on purpose"
+            raise RuntimeError(msg)
+        return self.executor.step(ids, context, want_logits=want_logits)
+
+
+@pytest.mark.parametrize("at", [1, 3, 8], ids=["first", "in-a-draft", "second-draft"])
+def test_an_error_in_a_draft_leaves_the_target_true(at):
+    """The fault is reported, and the answer and the target's rows are those of plain decoding."""
+    target = TargetModel(tiny_llama())
+    truth = decode(target)
+    target._turns._run = partial(_forward, Faulty(target._executor, at))
+    cache, stats = PrefixCache(1 << 22), DecodingStats()
+    assert decode(target, SparseKVDrafter("window", **SMALL), stats=stats, cache=cache) == truth
+    assert stats.faults == ("drafter 'sparse_kv' failed: RuntimeError: broken on purpose",)
+    check_cache(target, cache._entries[-1].buffer, [*PROMPT, *truth])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "middle"}, "pattern is 'middle', but must be one of"),
+        ({"sink": -1}, "sink is -1, but must be at least 0"),
+        ({"window": 0}, "window is 0, but must be at least 1"),
+        ({"max_rows": 64}, "max_rows is 64, but must be at least sink \\+ window, 65"),
+        ({"confidence": 1.5}, "confidence is 1.5, but must be in 0..1"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    """The error names the option, its value and the limit."""
+    with pytest.raises(ConfigurationError, match=message):
+        SparseKVDrafter(**options)

@@ -1,0 +1,240 @@
+"""Stores on disk: saved and opened, damaged, replaced, mapped; and readers beside writers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes_datastore import encode, look_up, store_of
+from safetensors import safe_open
+from tiny import tiny_tokenizer
+
+from rasd_integrations.datastore import TokenStore
+from rasd_integrations.datastore import file as store_file
+from rasd_integrations.datastore import store as store_module
+from rasd_integrations.datastore.segment import continuations
+from rasd_integrations.errors import RetrievalError
+
+
+@pytest.fixture
+def small_segments(monkeypatch):
+    """Keep even tiny segments apart, so that a few texts make several."""
+    monkeypatch.setattr(store_module, "_LEAST_KEPT", 1)
+
+
+SENTENCES = [f"sentence {i} of a text about {'abcdefgh'[i % 8] * 5}" for i in range(60)]
+
+
+@pytest.fixture
+def saved(tmp_path, small_segments):
+    """Return a file of a store with several segments and removed texts, and that store."""
+    store = store_of(SENTENCES[:50])
+    store.add(SENTENCES[50:])
+    assert len(store.segments) == 2
+    store.remove(SENTENCES[3:8])
+    store.save(tmp_path / "deep" / "texts.rest")
+    return tmp_path / "deep" / "texts.rest", store
+
+
+def test_an_opened_store_is_the_saved_one(saved):
+    """Texts, counts and look-ups are the same, and it goes on growing and shrinking."""
+    path, store = saved
+    opened = TokenStore.open(path, encode)
+    assert (
+        (len(opened), opened.num_tokens) == (len(store), store.num_tokens) == (55, store.num_tokens)
+    )
+    for context in ("a text about ", "sentence 1", "sentence 4 of", "no such thing"):
+        assert look_up(opened, context) == look_up(store, context)
+    assert opened.add([*SENTENCES, "something new"]) == 6
+    assert opened.remove(SENTENCES[0]) == 1
+    opened.save(path)
+    assert len(TokenStore.open(path, encode)) == 60
+
+
+def test_the_file_is_a_safetensors_file_without_removed_text(saved):
+    """Others can read it, and what was removed is not in it."""
+    path, _ = saved
+    with safe_open(path, "np") as tensors:
+        text = b"".join(tensors.get_tensor(f"{i}.text").tobytes() for i in range(2))
+    held = text.decode("utf-32-be", "replace")
+    assert SENTENCES[9][::-1] in held
+    assert SENTENCES[4][::-1] not in held
+
+
+def test_an_empty_store_can_be_saved_and_opened(tmp_path):
+    """No text at all is a valid store."""
+    store_of([]).save(tmp_path / "empty")
+    assert len(TokenStore.open(tmp_path / "empty", encode)) == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
+def test_a_file_with_one_bit_flipped_is_refused(saved, share):
+    """Wherever the damage is, the file is named and nothing of it is used."""
+    path, _ = saved
+    data = bytearray(path.read_bytes())
+    data[int(share * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RetrievalError, match=r"texts.rest cannot be used .* Build it again"):
+        TokenStore.open(path, encode)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda data: data[:-1], "bytes too short"),
+        (lambda data: data[: len(data) // 3], "bytes too short"),
+        (lambda data: data + b"x", "1 bytes too long"),
+        (lambda data: b"", "does not begin with a header"),
+        (lambda data: b"PK\x03\x04" + data, "does not begin with a header"),
+        (lambda data: (2).to_bytes(8, "little") + b"[]", "cannot be used"),
+        (lambda data: (2).to_bytes(8, "little") + b"{}", "cannot be used"),
+        (lambda data: data.replace(b"rasd-token-store", b"some-other-store"), "some-other-store"),
+        (lambda data: data.replace(b'"version": "1"', b'"version": "9"'), "version 9"),
+    ],
+    ids=["byte", "cut", "grown", "empty", "zip", "list", "mapping", "format", "version"],
+)
+def test_a_broken_or_foreign_file_is_refused(saved, spoil, reason):
+    """The error says what is wrong with the file."""
+    path, _ = saved
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(RetrievalError, match=reason):
+        TokenStore.open(path, encode)
+
+
+def test_a_store_of_another_tokenizer_is_refused(saved):
+    """Ids mean nothing to a model that numbers its tokens otherwise."""
+    path, _ = saved
+    with pytest.raises(RetrievalError, match="of another tokenizer"):
+        TokenStore.open(path, tiny_tokenizer())
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path):
+    """The next step is in the error, for a folder too."""
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(RetrievalError, match=r"no token store at .*TokenStore.build"):
+            TokenStore.open(path, encode)
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_litter(saved, monkeypatch):
+    """A full disk in the middle of writing costs the new file only."""
+    path, store = saved
+    before = path.read_bytes()
+    store.add(["more text"])
+
+    def full(descriptor):
+        msg = "no space left on device"
+        raise OSError(msg)
+
+    monkeypatch.setattr(store_file.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        store.save(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_saved_file_has_the_rights_of_any_new_file(saved, tmp_path):
+    """A store that one process built can be opened by those that may read the folder's other files."""
+    path, _ = saved
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_replaced_file_leaves_open_stores_as_they_are(saved):
+    """Who has the old file open reads the old file on."""
+    path, store = saved
+    opened = TokenStore.open(path, encode)
+    before = look_up(opened, "sentence 1")
+    store.remove(SENTENCES[10:20])
+    store.save(path)
+    assert look_up(opened, "sentence 1") == before
+    assert look_up(TokenStore.open(path, encode), "sentence 1") != before
+
+
+@pytest.mark.parametrize("change", ["cut", "overwritten"])
+def test_a_file_changed_in_place_is_reported_not_read(saved, change):
+    """A mapped file that was cut would end the process if it were read; it is an error instead."""
+    path, _ = saved
+    opened = TokenStore.open(path, encode)
+    if change == "cut":
+        os.truncate(path, 100)
+    else:
+        with path.open("r+b") as file:
+            file.seek(-200, os.SEEK_END)
+            file.write(b"\xff" * 100)
+        os.utime(path, ns=(1, 1))  # the clock of file times may be coarser than this test is fast
+    with pytest.raises(RetrievalError, match="changed in place"):
+        look_up(opened, "sentence 1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_opened_store_is_mapped_not_loaded(tmp_path):
+    """Opening 16 MB and looking a hundred contexts up takes hardly any memory of the process' own."""
+    generator = np.random.default_rng(0)
+    store = TokenStore(encode)
+    store.add_ids(np.array_split(generator.integers(0, 40_000, 2_000_000), 8000))
+    path = tmp_path / "large"
+    store.save(path)
+    del store
+    assert path.stat().st_size > 15e6
+
+    def own_memory() -> int:
+        """Return the bytes that are no pages of a file, which the system may drop at any time."""
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+    TokenStore.open(path, encode)  # what opening takes for good: code, buffers
+    before = own_memory()
+    opened = TokenStore.open(path, encode)
+    for token in range(100):
+        length, _ = continuations(opened.segments, [token], min_match=1, most_rows=99, depth=9)
+        assert length == 1
+    assert own_memory() - before < 2e6
+
+
+# --- readers beside writers ----------------------------------------------------------------------
+
+
+def test_readers_see_whole_states_while_writers_work(small_segments):
+    """Every row read during growth, removal and merging is how a text that was added goes on."""
+    texts = [f"{c}{i:03} is how text {i:03} goes on" for i in range(200) for c in "xy"]
+    store = store_of(texts[:20])
+    done = threading.Event()
+    failures: list[str] = []
+
+    def read():
+        while not done.is_set():
+            for i in range(0, 200, 7):
+                _, found = look_up(store, f"{i:03} is how", min_match=10, depth=12)
+                if not set(found) <= {f" text {i:03} go"}:
+                    failures.append(f"{i}: {found}")
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for i in range(20, 400, 20):
+        store.add(texts[i : i + 20])
+        store.remove(texts[i - 10 : i])
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert failures == []
+    assert len(store) == 400 - 19 * 10
+
+
+def test_writers_do_not_lose_one_another(small_segments):
+    """Texts added by several threads at once are all there, once each."""
+    store = store_of([])
+    texts = [f"text number {i:03}" for i in range(120)]
+    writers = [
+        threading.Thread(target=store.add, args=(texts[i::3] + texts[:10],)) for i in range(3)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(store) == 120
+    assert look_up(store, "number 00")[1].total() == 10
