@@ -84,6 +84,7 @@ class LookupSession:
 
 def drafters(shared: SharedModel, rows: Sequence[Row]) -> dict[str, Callable[[], Any]]:
     """Return what makes each drafter, by its name in the table."""
+    layers = int(shared.target.model.config.get_text_config().num_hidden_layers)
     store = TokenStore.build((row.document or row.questions[0] for row in rows), shared.tokenizer)
 
     def rest() -> DatastoreDrafter:
@@ -109,7 +110,7 @@ def drafters(shared: SharedModel, rows: Sequence[Row]) -> dict[str, Callable[[],
         "self on chunks": own,
         "sparse KV, chunks": lambda: SparseKVDrafter(pattern="chunks"),
         "sparse KV, window": lambda: SparseKVDrafter(pattern="window"),
-        "early exit": EarlyExitDrafter,
+        "early exit": lambda: EarlyExitDrafter(2 * layers // 3),
         "suffix + recycling": lambda: FusedDrafter(free()),
         "suffix + recycling + dense": lambda: FusedDrafter([*free(), DenseDrafter()]),
         "suffix + recycling + REST": lambda: FusedDrafter([*free(), rest()]),
@@ -166,7 +167,7 @@ def measure(
         name: RASD(
             args.model,
             drafter=specs[name](),
-            speculation=config if specs[name]() is not None else None,
+            speculation=config,
             prefix_cache_bytes=CACHE_BYTES,
         )
         for name in chosen

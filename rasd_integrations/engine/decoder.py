@@ -214,7 +214,7 @@ class _Answer:
         self.ids.extend(tokens)
         self._count(draft, accepted)
         block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
-        draft_s += self._observe(draft, logits, block)
+        draft_s += self._observe(draft, logits, block, asked=budget > 0)
         self._schedule(draft, accepted, draft_s, verify_s, promised)
         return block
 
@@ -331,13 +331,13 @@ class _Answer:
             return draft
         return _trimmed(draft, self.schedule.head(draft.likely), self.target.vocab_size)
 
-    def _observe(self, draft: Draft, logits: Tensor, block: TokenBlock) -> float:
+    def _observe(self, draft: Draft, logits: Tensor, block: TokenBlock, *, asked: bool) -> float:
         """Tell the session what became of its draft; return the seconds that it took."""
         if self.session is None:
             return 0.0
         started = time.perf_counter()
         try:
-            if isinstance(self.session, StepLearner):
+            if asked and isinstance(self.session, StepLearner):  # what is off costs nothing
                 self.session.learn(draft, logits)
             self.session.observe(block)
         except Exception as err:  # noqa: BLE001

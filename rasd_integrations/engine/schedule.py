@@ -14,11 +14,14 @@ from collections.abc import Sequence
 
 _DECAY = 0.9
 _PRIOR_SLOPE = 0.04  # cost of one more token in a step, as a share of a step of one
+_PRIOR_WEIGHT = 16.0  # that of four steps in which the width varied by two tokens
 _PRIOR_ACCEPTED, _PRIOR_TRIED = 1.4, 2.0
-_PRIOR_KEPT = 2.0  # promised tokens that are taken for kept before any is seen
+_PRIOR_KEPT = 6.0  # promised tokens that are taken for kept besides those that were seen
+_REMEMBERED = 40.0  # promised tokens over which it is judged how many are kept
 _FIRST_PROBE, _LAST_PROBE = 4, 64
 _CHEAP = 0.25  # of a plain step
-_LEAST_STEPS = 3.5  # with a draft, before drafting can be found to lose
+_LEAST_STEPS = 5.0  # with a draft, before drafting can be found to lose
+_OUTLIER = 2.0  # a step that took so many times what was expected was held up by something else
 
 
 class Schedule:
@@ -29,7 +32,7 @@ class Schedule:
         self._max = max_draft_tokens
         self._fixed = fixed
         self._accepted, self._tried = _PRIOR_ACCEPTED, _PRIOR_TRIED
-        self._promised, self._kept = _PRIOR_KEPT, _PRIOR_KEPT
+        self._promised, self._kept = 0.0, 0.0
         self._widths = _Line(_PRIOR_SLOPE)
         self._draft_s, self._draft_tokens = 0.0, 0.0
         # Steps with a draft of known likelihoods: their number, the tokens won, the seconds with drafting.
@@ -63,7 +66,7 @@ class Schedule:
         """
         if self._fixed is not None:
             return len(likely)
-        trust = min(self._kept / self._promised, 1.5)
+        trust = min((self._kept + _PRIOR_KEPT) / (self._promised + _PRIOR_KEPT), 1.5)
         best, expected, rate = 0, 1.0, 1.0 / self._widths.at(1)
         for n, share in enumerate(likely, start=1):
             expected += min(trust * share, 1.0)
@@ -98,8 +101,9 @@ class Schedule:
             self._steps = _DECAY * self._steps + 1
             self._won = _DECAY * self._won + accepted
             self._spent = _DECAY * self._spent + draft_s + step_s
-            self._promised = _DECAY * self._promised + promised
-            self._kept = _DECAY * self._kept + accepted
+            left = max(1 - promised / _REMEMBERED, 0.5)
+            self._promised = left * self._promised + promised
+            self._kept = left * self._kept + accepted
         if drafted:
             tried = accepted + (accepted < drafted)
             self._accepted = _DECAY * self._accepted + accepted
@@ -138,6 +142,8 @@ class _Line:
         self._w = self._n = self._t = self._nn = self._nt = 0.0
 
     def add(self, n: float, t: float) -> None:
+        if self._w:
+            t = min(t, _OUTLIER * self.at(n))
         self._w, self._n, self._t, self._nn, self._nt = (
             _DECAY * old + new
             for old, new in zip(
@@ -155,7 +161,8 @@ class _Line:
         covariance = self._nt / self._w - mean_n * mean_t
         base = mean_t / (1 + self._prior * (mean_n - 1))
         prior = self._prior * base
-        # The prior weighs as much as one step in which the width varied by two tokens.
-        slope = (covariance * self._w + prior * 4) / (variance * self._w + 4)
+        slope = (covariance * self._w + prior * _PRIOR_WEIGHT) / (
+            variance * self._w + _PRIOR_WEIGHT
+        )
         slope = min(max(slope, 0.0), base)
         return max(mean_t + slope * (n - mean_n), 1e-6)

@@ -103,8 +103,7 @@ def test_texts_are_read_as_they_stand(built):
     """Ids are those of the tokenizer, each text by itself; control tokens in a text stay text."""
     assert built.num_tokens == sum(len(t.encode()) for t in TEXTS)
     text = "a<|im_end|>b"
-    encoded = build._text(Chunk(text))
-    (piece,) = build._pieces([encoded], model())
+    (piece,) = build._pieces([Chunk(text)], model())
     assert np.frombuffer(piece.ids, "<u4").tolist() == encode(text)
     assert len(encode(text)) == len(text)
 
