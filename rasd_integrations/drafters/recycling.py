@@ -13,14 +13,14 @@ worked out when a draft first passes them, few places of thousands.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rasd_integrations.engine.candidates import Candidates, likeliest, shortlist
+from rasd_integrations.engine.candidates import Candidates, Shortlist
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
@@ -35,6 +35,8 @@ _KEY = len(_TRUST)
 _COPIED = 0.4
 # A law of one place is surer of its first token than a guess at another place may be.
 _FLATTENING = 0.7
+# Nodes whose rows are worked out together: a call costs more than a row.
+_AHEAD = 6
 # Rows worked out at once where each call has to wait for a device.
 _BATCH = 1024
 
@@ -73,28 +75,38 @@ class CandidateIndex:
         for start in range(0, len(wanted), _BATCH):
             self._work_out(wanted[start : start + _BATCH])
 
-    def law(self, tail: Tail) -> dict[int, float]:
-        """Return how likely each token is to follow ``tail``, as far as rows are known: a score in 0..1."""
-        found = [(n, self._find(tail[-n:])) for n in range(min(len(tail), _KEY), 0, -1)]
-        before = self._find(tail[:-1][-_KEY:])
-        slots = [s for s in (*(slot for _, slot in found), before) if s is not None]
-        missing = [s for s in slots if not self._known[s]]
-        if missing:
-            self._work_out(np.unique(missing))
+    def law(self, tail: Tail, ahead: Callable[[], Iterable[Tail]] = tuple) -> dict[int, float]:
+        """Return how likely each token is to follow ``tail``, as far as rows are known: a score in 0..1.
+
+        Where rows must be worked out first, those of the tails that ``ahead`` gives are, too.
+        """
+        rows = self._rows(tail)
+        if missing := self._missing(rows):
+            more = (self._missing(self._rows(other)) for other in ahead())
+            self._work_out(np.asarray(sorted(missing.union(*more))))
         law: dict[int, float] = {}
         left = 1.0
-        for n, slot in found:
-            if slot is not None:
+        for n, slot in rows:
+            if n:
                 share = left * _TRUST[n - 1]
                 left -= share
                 for token, weight in self._row(slot):
                     law[token] = law.get(token, 0.0) + share * weight
-        if before is not None:
-            for token, weight in self._row(before):
-                if token != tail[-1]:
-                    law[token] = law.get(token, 0.0) + left * _TRUST_BEFORE * weight
+            else:
+                for token, weight in self._row(slot):
+                    if token != tail[-1]:
+                        law[token] = law.get(token, 0.0) + left * _TRUST_BEFORE * weight
         law.pop(-1, None)
         return law
+
+    def _rows(self, tail: Tail) -> list[tuple[int, int]]:
+        """Return the slots found under the last 4, 3, 2 and 1 tokens, and as 0 that of the row before."""
+        under = [(n, self._find(tail[-n:])) for n in range(min(len(tail), _KEY), 0, -1)]
+        under.append((0, self._find(tail[:-1][-_KEY:])))
+        return [(n, slot) for n, slot in under if slot is not None]
+
+    def _missing(self, rows: Iterable[tuple[int, int]]) -> set[int]:
+        return {slot for _, slot in rows if not self._known[slot]}
 
     def _row(self, slot: int) -> zip[tuple[int, float]]:
         return zip(self._token_ids[slot].tolist(), self._weights[slot].tolist(), strict=True)
@@ -139,12 +151,13 @@ class RecyclingSession:
         self._index = CandidateIndex(drafter.max_rows, drafter.num_candidates)
         self._prompt = tuple(context.prompt_ids)
         self._tail: Tail = self._prompt[-_KEY - 1 :]
+        self._shortlist: Shortlist
 
     def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
         """Announce the prompt's places; the buffer holds their final hidden states."""
         ids, k = self._prompt, self._drafter.num_candidates
         first = max(len(ids) - 1 - self._drafter.max_rows, 0)
-        rank = shortlist(target.model, ids, k)
+        self._shortlist = shortlist = Shortlist(target.model, ids, k)
 
         @torch.inference_mode()
         def fetch(numbers: NDArray[np.int64]) -> Candidates:
@@ -154,7 +167,7 @@ class RecyclingSession:
             known = places >= start
             if known.any():
                 wanted = torch.from_numpy(places[known] - start).to(hidden.device)
-                ranked = rank(hidden[wanted])
+                ranked = shortlist.of_hidden(hidden[wanted])
                 rows.token_ids[known], rows.probs[known] = ranked.token_ids, ranked.probs
             return _with_copied(rows, np.asarray([ids[place + 1] for place in places], np.int32))
 
@@ -168,7 +181,7 @@ class RecyclingSession:
         parents = draft.parents if draft.parents is not None else range(-1, len(draft) - 1)
         for token, parent in zip(draft.token_ids, parents, strict=True):
             tails.append(_after(tails[parent + 1], token))
-        self._index.add(tails, likeliest(logits, self._drafter.num_candidates))
+        self._index.add(tails, self._shortlist.of_logits(logits))
 
     def propose(self, budget: int) -> Draft:
         """Return the likeliest tree of at most ``budget`` tokens."""
@@ -180,9 +193,13 @@ class RecyclingSession:
         heap: list[tuple[float, int, int, int, Tail]] = []
         found = 0
 
+        def ahead() -> list[Tail]:
+            """Return the tails that will be asked for next."""
+            return [_after(tail, token) for _, _, token, _, tail in heapq.nsmallest(_AHEAD, heap)]
+
         def push(tail: Tail, likely: float, parent: int) -> None:
             nonlocal found
-            for token, score in self._index.law(tail).items():
+            for token, score in self._index.law(tail, ahead).items():
                 if likely * score >= self._drafter.min_probability:
                     heapq.heappush(heap, (-likely * score, found, token, parent, tail))
                     found += 1
@@ -194,7 +211,7 @@ class RecyclingSession:
             token_ids.append(token)
             parents.append(parent)
             scores.append(min(-score, 1.0))
-            if len(token_ids) < most:
+            if len(token_ids) < most and -score > 2 * self._drafter.min_probability:
                 push(_after(tail, token), -score, len(token_ids) - 1)
         return Draft(
             tuple(token_ids), tuple(parents), source=self._drafter.name, likely=tuple(scores)
@@ -229,7 +246,7 @@ class RecyclingDrafter:
         *,
         num_candidates: int = 8,
         max_draft: int = 64,
-        min_probability: float = 0.01,
+        min_probability: float = 0.02,
         max_rows: int = 32_768,
     ) -> None:
         """Set what is kept and what is worth drafting.

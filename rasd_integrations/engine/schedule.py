@@ -19,7 +19,7 @@ _PRIOR_ACCEPTED, _PRIOR_TRIED = 1.4, 2.0
 _PRIOR_KEPT = 6.0  # promised tokens that are taken for kept besides those that were seen
 _REMEMBERED = 40.0  # promised tokens over which it is judged how many are kept
 _FIRST_PROBE, _LAST_PROBE = 4, 64
-_CHEAP = 0.25  # of a plain step
+_CHEAP = 0.5  # of a plain step
 _LEAST_STEPS = 5.0  # with a draft, before drafting can be found to lose
 _OUTLIER = 2.0  # a step that took so many times what was expected was held up by something else
 
@@ -35,6 +35,9 @@ class Schedule:
         self._promised, self._kept = 0.0, 0.0
         self._widths = _Line(_PRIOR_SLOPE)
         self._draft_s, self._draft_tokens = 0.0, 0.0
+        self._asked = 0
+        self._last_s = 0.0  # of the last draft
+        self._full_s: float | None = None  # of a draft of full length, running average
         # Steps with a draft of known likelihoods: their number, the tokens won, the seconds with drafting.
         self._steps, self._won, self._spent = 0.0, 0.0, 0.0
         self._wait, self._probe_every = 0, _FIRST_PROBE
@@ -46,8 +49,10 @@ class Schedule:
 
     def next_budget(self) -> int:
         """Return how many tokens to draft now; 0 says that drafting does not pay at present."""
-        if self._fixed is not None:
-            return self._fixed
+        self._asked = self._next() if self._fixed is None else self._fixed
+        return self._asked
+
+    def _next(self) -> int:
         best = self._max if self._steps and self._drafts_cheaply() else self._best_chain()
         if best and not self._loses():
             self._probe_every, self._wait = _FIRST_PROBE, 0
@@ -98,6 +103,10 @@ class Schedule:
         self._draft_s = _DECAY * self._draft_s + draft_s
         self._draft_tokens = _DECAY * self._draft_tokens + drafted
         if promised is not None:
+            self._last_s = draft_s
+            if self._asked >= self._max:
+                known = draft_s if self._full_s is None else self._full_s
+                self._full_s = _DECAY * known + (1 - _DECAY) * draft_s
             self._steps = _DECAY * self._steps + 1
             self._won = _DECAY * self._won + accepted
             self._spent = _DECAY * self._spent + draft_s + step_s
@@ -110,8 +119,12 @@ class Schedule:
             self._tried = _DECAY * self._tried + tried
 
     def _drafts_cheaply(self) -> bool:
-        """Whether a draft of full length costs so little that its head can be chosen afterwards."""
-        return self._max * self._seconds_per_draft_token() < _CHEAP * self._widths.at(1)
+        """Whether a draft of full length costs so little that its head can be chosen afterwards.
+
+        It is tried once, where shorter ones cost little.
+        """
+        seconds = self._last_s if self._full_s is None else self._full_s
+        return seconds < _CHEAP * self._widths.at(1)
 
     def _best_chain(self) -> int:
         best, rate = 0, 1.0 / self._widths.at(1)
