@@ -45,10 +45,11 @@ class _Part:
     hits: list[float] = field(default_factory=lambda: [0.0] * (len(_BINS) + 1))
     tries: list[float] = field(default_factory=lambda: [0.0] * (len(_BINS) + 1))
     answered: bool = False  # whether it was asked for the draft under way
+    spent: float = 0.0  # seconds on that draft so far
     asked: int = 0
     rest: int = 0  # steps that it is left alone
     seconds: float = 0.0  # of a draft, running average
-    gained: float = 0.0  # tokens of a draft that no other part had, running average
+    gained: float = 0.0  # tokens of a draft that no cheaper part had, running average
 
     def ask(self, budget: int) -> None:
         """Take the next draft, or none while the part rests."""
@@ -59,8 +60,15 @@ class _Part:
         self.draft = self.session.propose(budget)
         self.likely = self.draft.likely or _unsaid(self.draft)
         self.asked += 1
-        self._average("seconds", time.perf_counter() - started)
+        self.spent = time.perf_counter() - started
         self.answered = True
+
+    def learn(self, draft: Draft, logits: Tensor) -> None:
+        """Pass on what the target thought, unless the part rests."""
+        if self.answered and isinstance(self.session, StepLearner):
+            started = time.perf_counter()
+            self.session.learn(draft, logits)
+            self.spent += time.perf_counter() - started
 
     def expected(self, likely: float) -> float:
         """Return how likely a node is that the part calls ``likely``."""
@@ -87,6 +95,7 @@ class _Part:
     def account(self, gained: int, seconds_per_token: float, step_s: float) -> None:
         """Rest if the last drafts were not worth their time."""
         self._average("gained", gained)
+        self._average("seconds", self.spent)
         dear = self.seconds > _CHEAP * step_s
         if dear and self.asked >= _TRIAL and self.gained * seconds_per_token < self.seconds:
             self.rest = _REST
@@ -134,18 +143,19 @@ class FusedSession:
     def learn(self, draft: Draft, logits: Tensor) -> None:
         """Hand the logits to the parts that learn from them."""
         for part in self._parts:
-            if isinstance(part.session, StepLearner):
-                part.session.learn(draft, logits)
+            part.learn(draft, logits)
 
     def observe(self, block: TokenBlock) -> None:
         """Judge the last drafts and step on."""
         step_s = time.perf_counter() - self._step_began
         per_token = (step_s + self._draft_s) / max(len(block.token_ids), 1)
         right = [part.judge(block.token_ids) for part in self._parts]
-        for i, part in enumerate(self._parts):
-            others = max((n for j, n in enumerate(right) if j != i), default=0)
+        known = 0  # what the cheaper parts had right: of two that say the same, the dearer gains nothing
+        for n, part in sorted(zip(right, self._parts, strict=True), key=lambda p: p[1].spent):
             if part.answered:
-                part.account(max(right[i] - others, 0), per_token, step_s)
+                part.account(max(n - known, 0), per_token, step_s)
+                known = max(known, n)
+        for part in self._parts:
             part.draft, part.likely, part.answered = Draft(), (), False
             part.session.observe(block)
 
