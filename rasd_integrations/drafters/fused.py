@@ -16,7 +16,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 _BINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
+_CARRIED = 0.5  # share of the judged nodes that counts in the next answer
 _FAITH = 4.0  # a part's own opinion weighs as much as so many judged nodes
 _UNSAID = 0.5  # assumed of each token of a draft without an opinion
 _DECAY = 0.9
@@ -35,21 +36,42 @@ _CHEAP = 0.02  # a part that takes less than this share of a step is always aske
 _REST = 16  # steps that a part which does not pay is left alone
 
 
-@dataclass(slots=True)
-class _Part:
-    """One drafter at work, and what has been seen of it in this answer."""
+_NOTHING = (0.0,) * (len(_BINS) + 1)
 
-    session: DraftSession
-    draft: Draft = field(default_factory=Draft)
-    likely: tuple[float, ...] = ()  # what it said itself
-    hits: list[float] = field(default_factory=lambda: [0.0] * (len(_BINS) + 1))
-    tries: list[float] = field(default_factory=lambda: [0.0] * (len(_BINS) + 1))
-    answered: bool = False  # whether it was asked for the draft under way
-    spent: float = 0.0  # seconds on that draft so far
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What earlier answers have shown of a part: the machine and the kind of text stay the same."""
+
+    hits: tuple[float, ...] = _NOTHING
+    tries: tuple[float, ...] = _NOTHING
     asked: int = 0
-    rest: int = 0  # steps that it is left alone
-    seconds: float = 0.0  # of a draft, running average
-    gained: float = 0.0  # tokens of a draft that no cheaper part had, running average
+    rest: int = 0
+    seconds: float = 0.0
+    gained: float = 0.0
+
+
+class _Part:
+    """One drafter at work, and what has been seen of it."""
+
+    def __init__(self, session: DraftSession, record: _Record) -> None:
+        self.session = session
+        self.draft = Draft()
+        self.likely: tuple[float, ...] = ()  # what it said itself
+        self.answered = False  # whether it was asked for the draft under way
+        self.spent = 0.0  # seconds on that draft so far
+        self.hits = [_CARRIED * n for n in record.hits]
+        self.tries = [_CARRIED * n for n in record.tries]
+        self.asked = record.asked
+        self.rest = record.rest  # steps that it is left alone
+        self.seconds = record.seconds  # of a draft, running average
+        self.gained = record.gained  # tokens of a draft that no cheaper part had, running average
+
+    def record(self) -> _Record:
+        """Return what the next answer should know."""
+        return _Record(
+            tuple(self.hits), tuple(self.tries), self.asked, self.rest, self.seconds, self.gained
+        )
 
     def ask(self, budget: int) -> None:
         """Take the next draft, or none while the part rests."""
@@ -111,11 +133,11 @@ class FusedSession:
     def __init__(self, drafter: FusedDrafter, context: DraftContext) -> None:
         """Start every part."""
         self._drafter = drafter
-        self._parts = [_Part(part.start(context)) for part in drafter.parts]
-        self._model: _Part | None = None
+        sessions = [part.start(context) for part in drafter.parts]
         if drafter.model is not None:
-            self._model = _Part(drafter.model.start(replace(context, temperature=0.0)))
-            self._parts.append(self._model)
+            sessions.append(drafter.model.start(replace(context, temperature=0.0)))
+        self._parts = [_Part(*pair) for pair in zip(sessions, drafter.records, strict=True)]
+        self._model = None if drafter.model is None else self._parts[-1]
         self._step_began = 0.0
         self._draft_s = 0.0
 
@@ -160,7 +182,8 @@ class FusedSession:
             part.session.observe(block)
 
     def close(self) -> None:
-        """Close every part, whatever one of them does."""
+        """Close every part, whatever one of them does, and leave what was learned to the next answer."""
+        self._drafter.records = tuple(part.record() for part in self._parts)
         with ExitStack() as stack:
             for part in self._parts:
                 stack.callback(part.session.close)
@@ -210,6 +233,7 @@ class FusedDrafter:
         self.top_k = top_k
         self.siblings = siblings
         everyone = (*self.parts, *(() if model is None else (model,)))
+        self.records: tuple[_Record, ...] = (_Record(),) * len(everyone)
         self.gives_logits = model is not None and getattr(model, "gives_logits", True)
         self.reads_hidden = any(getattr(p, "reads_hidden", False) for p in everyone)
         self.wants_prompt = any(getattr(p, "wants_prompt", False) for p in everyone)

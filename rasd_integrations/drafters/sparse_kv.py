@@ -42,6 +42,7 @@ class SparseKVDrafter:
 
     Attributes:
         name: In the statistics.
+        wants_prompt: Whether chunks should be found for each answer.
     """
 
     name = "sparse_kv"
@@ -84,6 +85,7 @@ class SparseKVDrafter:
                 msg = f"{option} is {value!r}, but must be {limit}."
                 raise ConfigurationError(msg)
         self.pattern = pattern
+        self.wants_prompt = pattern == "chunks"  # whoever plans it finds the chunks
         self.max_rows = max_rows
         self.sink = sink
         self.window = window

@@ -18,7 +18,7 @@ from rasd_integrations.engine.constraints import SOURCE, guide, mask_rows
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.sampling import Law, sampling_law
-from rasd_integrations.engine.schedule import Schedule
+from rasd_integrations.engine.schedule import PRIOR_SLOPE, Schedule
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.transfer import mixture_verify, rapid_verify
 from rasd_integrations.engine.verification import Verdict, block_verify, sample_and_walk
@@ -50,6 +50,7 @@ class SpeculativeDecoder:
         self.config = config or SpeculationConfig()
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
         self.keeps_hidden = bool(getattr(drafter, "reads_hidden", False))
+        self.slope = PRIOR_SLOPE  # what the last answer has measured of this machine
 
     @property
     def bytes_per_token(self) -> int:
@@ -144,7 +145,10 @@ class _Answer:
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         self.generator = torch.Generator().manual_seed(seed)
         self.law: Law | None = sampling_law(params.temperature, params.top_p, params.top_k)
-        self.schedule = Schedule(self.config.max_draft_tokens, self.config.num_draft_tokens)
+        self.decoder = decoder
+        self.schedule = Schedule(
+            self.config.max_draft_tokens, self.config.num_draft_tokens, slope=decoder.slope
+        )
         self.context = replace(
             context,
             prompt_ids=tuple(ids),
@@ -177,6 +181,7 @@ class _Answer:
                 reason = block.finish_reason
                 yield block
         finally:
+            self.decoder.slope = self.schedule.slope
             self._close_session()
             lease.release(self.ids)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _DECAY = 0.9
-_PRIOR_SLOPE = 0.04  # cost of one more token in a step, as a share of a step of one
+PRIOR_SLOPE = 0.04  # cost of one more token in a step, as a share of a step of one
 _PRIOR_WEIGHT = 16.0  # that of four steps in which the width varied by two tokens
 _PRIOR_ACCEPTED, _PRIOR_TRIED = 1.4, 2.0
 _PRIOR_KEPT = 6.0  # promised tokens that are taken for kept besides those that were seen
@@ -27,13 +27,21 @@ _OUTLIER = 2.0  # a step that took so many times what was expected was held up b
 class Schedule:
     """Chooses the draft length of one answer."""
 
-    def __init__(self, max_draft_tokens: int, fixed: int | None = None) -> None:
-        """Choose up to ``max_draft_tokens``, or always ``fixed`` where given."""
+    def __init__(
+        self, max_draft_tokens: int, fixed: int | None = None, *, slope: float = PRIOR_SLOPE
+    ) -> None:
+        """Choose up to ``max_draft_tokens``, or always ``fixed`` where given.
+
+        Args:
+            max_draft_tokens: Longest draft.
+            fixed: Length of every draft.
+            slope: Cost of one more token in a step, as a share of a step of one, before any is measured.
+        """
         self._max = max_draft_tokens
         self._fixed = fixed
         self._accepted, self._tried = _PRIOR_ACCEPTED, _PRIOR_TRIED
         self._promised, self._kept = 0.0, 0.0
-        self._widths = _Line(_PRIOR_SLOPE)
+        self._widths = _Line(slope)
         self._draft_s, self._draft_tokens = 0.0, 0.0
         self._asked = 0
         self._last_s = 0.0  # of the last draft
@@ -41,6 +49,11 @@ class Schedule:
         # Steps with a draft of known likelihoods: their number, the tokens won, the seconds with drafting.
         self._steps, self._won, self._spent = 0.0, 0.0, 0.0
         self._wait, self._probe_every = 0, _FIRST_PROBE
+
+    @property
+    def slope(self) -> float:
+        """Estimated cost of one more token in a step, as a share of a step of one."""
+        return min(self._widths.at(2) / self._widths.at(1) - 1, 1.0)
 
     @property
     def acceptance(self) -> float:

@@ -13,6 +13,7 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.outputs import Grammar, ToolUse
+from rasd_integrations.text.schema import without_unique_items
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -74,12 +75,14 @@ def answer_grammar(response_format: Any) -> Grammar | None:
 def json_schema(schema: Any) -> dict[str, Any]:
     """Return the JSON schema of a pydantic class, a TypedDict or a schema in any provider's form.
 
+    A class reads arrays of unique items into sets, which drop doubles, so its schema does not ask for them.
+
     Raises:
         ValueError: LangChain cannot make a schema of it.
     """
     if _is_model(schema):
         whole = schema.model_json_schema if hasattr(schema, "model_json_schema") else schema.schema
-        return dict(whole())
+        return dict(without_unique_items(whole()))
     if isinstance(schema, Mapping):
         if schema.get("type") in ("function", "json_schema"):
             schema = dict(schema.get(schema["type"]) or {})

@@ -24,6 +24,7 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.outputs import Grammar
 from rasd_integrations.runtime import RASD
 from rasd_integrations.stats import DecodingStats
+from rasd_integrations.text.schema import without_unique_items
 
 _ALIAS = "max_new_tokens"
 _SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed")
@@ -295,7 +296,7 @@ def _grammar(wanted: Any, other: object) -> Grammar | None:
         msg = "response_format and grammar both say what the answer must match; give one of them."
         raise ConfigurationError(msg)
     if isinstance(wanted, type) and issubclass(wanted, BaseModel):
-        return Grammar.json_schema(wanted.model_json_schema())
+        return Grammar.json_schema(without_unique_items(wanted.model_json_schema()))
     return Grammar.of_response_format(wanted)
 
 

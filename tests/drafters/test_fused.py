@@ -75,6 +75,21 @@ def test_a_boaster_is_found_out():
     assert session.propose(1).sources == ("modest",)
 
 
+def test_the_next_answer_knows_what_was_found_out():
+    """A new session begins with the opinions corrected and the idle part at rest."""
+    boaster = says(Draft((50,), likely=(0.95,), source="boaster"))
+    modest = ScriptedDrafter(
+        lambda answer, budget: Draft((len(answer) + 10,), likely=(0.3,), source="modest")
+    )
+    drafter = FusedDrafter([boaster, modest])
+    session = drafter.start(CONTEXT)
+    for step in range(20):
+        session.propose(1)
+        session.observe(TokenBlock((step + 10,)))
+    session.close()
+    assert drafter.start(CONTEXT).propose(1).sources == ("modest",)
+
+
 def test_unverified_nodes_are_judged_too():
     """What was cut from the tree still counts: the committed tokens say whether it was right."""
     right = ScriptedDrafter(

@@ -318,3 +318,22 @@ def test_a_schema_without_a_name_cannot_be_a_tool(llm):
     """LangChain says what is missing."""
     with pytest.raises(ValueError, match="title"):
         llm.with_structured_output(BARE, method="function_calling")
+
+
+class Tagged(BaseModel):
+    """A note with tags."""
+
+    tags: set[Color]
+
+
+@pytest.mark.parametrize("method", HELD)
+def test_sets_are_read_from_arrays_by_both_methods(method):
+    """An array of unique items cannot be held to; a class drops doubles itself, so it is not asked for."""
+    llm = stubborn()
+    answer = llm.with_structured_output(Tagged, method=method).invoke("Hello!")
+    assert isinstance(answer.tags, set)
+    assert answer.tags <= {*Color}
+    with pytest.raises(ConfigurationError, match="unique"):
+        llm.with_structured_output(Tagged.model_json_schema(), method="json_schema").invoke(
+            "Hello!"
+        )

@@ -133,6 +133,18 @@ async def test_as_structured_llm(llm):
     assert 9 == llm._rasd.calls[1].params.max_tokens
 
 
+def test_a_class_reads_unique_items_into_a_set(llm):
+    """What no grammar can hold to is not asked of a class that drops doubles itself."""
+
+    class Tagged(BaseModel):
+        tags: set[int]
+
+    llm.complete("Sing.", response_format=Tagged)
+    expected = Tagged.model_json_schema()
+    del expected["properties"]["tags"]["uniqueItems"]
+    assert [Grammar.json_schema(expected)] == [call.params.grammar for call in llm._rasd.calls]
+
+
 def test_a_response_format_binds_one_call(llm):
     """OpenAI's form, or a class; complete and chat alike."""
     schema = Song.model_json_schema()
