@@ -210,8 +210,11 @@ def test_a_real_model_answers_from_the_retrieved_fact(smol, store):
 @pytest.mark.real
 @pytest.mark.slow
 async def test_a_real_models_stream_is_its_answer(smol):
-    """Multi-byte text, stop strings and templates included."""
-    with ChatRASD(model=smol, max_tokens=32) as llm:
+    """Multi-byte text, stop strings and templates included.
+
+    In float32: in bfloat16 a step of another width may round a near tie of two tokens the other way.
+    """
+    with ChatRASD(model=smol, model_kwargs={"dtype": "float32"}, max_tokens=32) as llm:
         question = "Write three emojis and the word naïve."
         answer = await llm.ainvoke(question)
         assert answer.content == "".join([c.content async for c in llm.astream(question)])
