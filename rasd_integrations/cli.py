@@ -1,4 +1,4 @@
-"""``demo``, ``ask`` and ``info``. Only ``info`` works without the extra ``demo``."""
+"""``demo``, ``ask``, ``warm`` and ``info``. ``demo`` and ``ask`` need the extra ``demo``."""
 
 from __future__ import annotations
 
@@ -39,34 +39,54 @@ def build_parser() -> argparse.ArgumentParser:
         prog="rasd", description="Faster answers over long documents, from your own vector store."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|ask|info")
+    weights = argparse.ArgumentParser(add_help=False)
+    weights.add_argument("--model", help="hub id, local folder or .gguf (default: SmolLM2-135M)")
+    weights.add_argument("--dtype", help="weights' type, for example float32")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|ask|warm|info")
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--docs", metavar="PATH", help="folder or file (default: our own docs)")
     shared.add_argument("--store", metavar="FOLDER", help="where Chroma keeps its data")
-    shared.add_argument("--model", help="hub id, local folder or .gguf (default: SmolLM2-135M)")
-    shared.add_argument("--dtype", help="weights' type, for example float32")
     shared.add_argument("--context-tokens", type=int, help="about how long the documents may be")
     shared.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
 
     commands.add_parser(
-        "demo", parents=[shared], help="the same questions by LangChain, LlamaIndex, transformers"
+        "demo",
+        parents=[weights, shared],
+        help="the same questions by LangChain, LlamaIndex, transformers",
     )
-    asking = commands.add_parser("ask", parents=[shared], help="one question over the documents")
+    asking = commands.add_parser(
+        "ask", parents=[weights, shared], help="one question over the documents"
+    )
     asking.add_argument("question")
+    warming = commands.add_parser(
+        "warm", parents=[weights], help="read documents ahead of their questions, into a folder"
+    )
+    warming.add_argument("paths", nargs="+", metavar="PATH", help="files, folders of .md and .txt")
+    warming.add_argument("--cache", required=True, metavar="FOLDER", help="prefix_cache_dir later")
+    warming.add_argument("--cache-gib", type=float, help="most that the folder may hold")
+    warming.add_argument("--system", help="the system message that prompts begin with")
+    warming.add_argument("--before", help="what stands before the document in the user message")
+    warming.add_argument("--namespace", help="who may reuse it")
     commands.add_parser("info", help="versions, devices, and the models that are here")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; expected failures are one line, no traceback."""
-    arguments = vars(build_parser().parse_args(argv))
-    command = arguments.pop("command")
+    given = vars(build_parser().parse_args(argv))
+    command = given.pop("command")
+    arguments = {name: value for name, value in given.items() if value is not None}
     try:
         if command == "info":
             print(info())
+        elif command == "warm":
+            _quiet()
+            from rasd_integrations.demo.warm import warm
+
+            warm(**arguments)
         else:
-            _run_demo_command(command, {k: v for k, v in arguments.items() if v is not None})
+            _run_demo_command(command, arguments)
     except RASDError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.outputs import Grammar
 
 StorePolicy = Literal["prompt", "any"]
 ContextMode = Literal["prompt", "documents"]
+ExecutorName = Literal["auto", "eager", "openvino", "cuda-graphs"]
 _T = TypeVar("_T")
+
+DEFAULT_PREFIX_CACHE_BYTES = 2 << 30
+DEFAULT_PREFIX_CACHE_DIR_BYTES = 32 << 30
 
 
 def _check(ok: bool, name: str, value: object, limit: str) -> None:
@@ -21,15 +27,55 @@ def _check(ok: bool, name: str, value: object, limit: str) -> None:
         raise ConfigurationError(msg)
 
 
-def check_engine(context: object, prefix_cache_bytes: int) -> None:
+def check_engine(context: object, executor: object, prefix_cache_bytes: int) -> None:
     """Check the options that are the engine's alone.
 
     Raises:
         ConfigurationError: A value out of its range.
     """
     _check(context in ("prompt", "documents"), "context", context, "'prompt' or 'documents'")
+    names = get_args(ExecutorName)
+    _check(executor in names, "executor", executor, "one of " + ", ".join(map(repr, names)))
     limit = "at least 0 (0 keeps nothing)"
     _check(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixFolder:
+    """Where warmed documents are kept between processes.
+
+    Attributes:
+        path: Exists and can be written to.
+        max_bytes: Most that all files in it may hold.
+    """
+
+    path: Path
+    max_bytes: int
+
+    @classmethod
+    def of(cls, path: str | Path | None, max_bytes: int) -> PrefixFolder | None:
+        """Return the folder that the options name, made if it is not there; ``None`` where they name none.
+
+        Raises:
+            ConfigurationError: It cannot be written to, or a value is out of its range.
+        """
+        _check(max_bytes > 0, "prefix_cache_dir_bytes", max_bytes, "above 0")
+        if path is None:
+            return None
+        given: object = path
+        _check(isinstance(given, str | Path) and path != "", "prefix_cache_dir", path, "a path")
+        folder = Path(path).expanduser().absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as err:
+            msg = (
+                f"prefix_cache_dir is {str(path)!r}, which cannot be written to ({err.strerror}). Give a "
+                f"folder that can, or leave the option out to keep prompts in memory only."
+            )
+            raise ConfigurationError(msg) from err
+        return cls(folder, max_bytes)
 
 
 def reject_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:

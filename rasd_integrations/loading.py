@@ -20,12 +20,18 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rasd_integrations.errors import DeviceMemoryError, MissingDependencyError, ModelLoadError
+from rasd_integrations.errors import (
+    ConfigurationError,
+    DeviceMemoryError,
+    MissingDependencyError,
+    ModelLoadError,
+)
 from rasd_integrations.gguf_cache import LOADING, model_folder, tokenizer_folder
 from rasd_integrations.packaged import packaged_model
 
 __all__ = [
     "LoadedModel",
+    "check_device",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -43,6 +49,9 @@ _HUB_KWARGS = (
 )
 
 
+_PLACING = {"device_map", "tp_plan", "device_mesh"}  # who gives one of these says where weights go
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to decode, its tokenizer, and what both were loaded from."""
@@ -52,21 +61,28 @@ class LoadedModel:
     name: str
 
 
-def load_model(name: str | Path, model_kwargs: Mapping[str, Any] | None = None) -> LoadedModel:
+def load_model(
+    name: str | Path, model_kwargs: Mapping[str, Any] | None = None, device: str | None = None
+) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
-    Without ``device_map`` the model goes to the CUDA device, if there is one.
+    Without a device, ``device_map`` or ``tp_plan`` the model goes to the CUDA device, if there is one.
 
     Args:
         name: Hub id, local folder, or path of a ``.gguf`` file (dequantised once, then cached).
         model_kwargs: Straight to ``from_pretrained``; ``dtype`` defaults to bfloat16.
+        device: Where all of it goes, in the place of ``device_map`` and ``tp_plan``.
 
     Raises:
+        ConfigurationError: torch does not know the device, or has none here.
         ModelLoadError: Names what is missing or broken, and the next step.
         DeviceMemoryError: The weights do not fit.
         MissingDependencyError: A GGUF file needs the extra ``gguf``.
     """
+    check_device(device)
     options = {"dtype": torch.bfloat16, **(model_kwargs or {})}
+    if device is not None:
+        options = {key: value for key, value in options.items() if key not in _PLACING}
     tokenizer = load_tokenizer(name, options)
     with LOADING, _explained(name), _weights(name, options) as (source, where):
         _check_causal(name, AutoConfig.from_pretrained(source, **where))
@@ -80,10 +96,33 @@ def load_model(name: str | Path, model_kwargs: Mapping[str, Any] | None = None) 
                 f"{type(model).__name__}. Use a complete checkpoint of a causal language model."
             )
             raise ModelLoadError(msg)
-        placed = "device_map" in options or getattr(model, "hf_quantizer", None) is not None
-        if not placed and torch.cuda.is_available():
+        placed = bool(options.keys() & _PLACING) or getattr(model, "hf_quantizer", None) is not None
+        if device is not None:
+            model.to(device)
+        elif not placed and torch.cuda.is_available():
             model.to("cuda")
     return LoadedModel(model.eval().requires_grad_(requires_grad=False), tokenizer, str(name))
+
+
+def check_device(device: str | None) -> None:
+    """See that torch can put a model on ``device``; ``None`` asks for none.
+
+    Raises:
+        ConfigurationError: torch does not know it, or this machine has none or fewer.
+    """
+    if device is None:
+        return
+    accelerator, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError):
+        asked = None
+    here = 1 if asked is None or asked.type == "cpu" else count
+    if asked is None or asked.type not in kinds or (asked.index or 0) >= here:
+        names = ["cpu", *(f"{kind}:{i}" for kind in kinds[1:] for i in range(count))]
+        msg = f"drafter_device is {device!r}, but torch has here: {', '.join(names)}. Use one of them."
+        raise ConfigurationError(msg)
 
 
 def load_tokenizer(

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rasd_integrations.config import ExecutorName, PrefixFolder
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.dense import DenseDrafter
@@ -22,10 +23,14 @@ from rasd_integrations.drafters.recycling import RecyclingDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.drafters.translated import TranslatedDrafter, Translation
 from rasd_integrations.drafters.vocabulary import Vocabulary
-from rasd_integrations.engine.packing import pack_linears
+from rasd_integrations.engine.executor import Executor
+from rasd_integrations.engine.executors import make_executor
+from rasd_integrations.engine.identity import model_identity
 from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.engine.prefix_files import PrefixFiles
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.errors import VocabularyMismatchError
+from rasd_integrations.errors import ConfigurationError, VocabularyMismatchError
+from rasd_integrations.gguf_cache import cache_folder
 from rasd_integrations.loading import load_model
 
 
@@ -39,13 +44,17 @@ class SharedModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        executor: Executor,
     ) -> None:
         """Wrap loaded objects; raise if the architecture cannot run speculative steps."""
-        self.target = TargetModel(model)
+        self.target = TargetModel(model, executor=executor)
         self.tokenizer = tokenizer
         self.name = name
-        self._caches: dict[int, PrefixCache] = {}
+        self._caches: dict[tuple[int, PrefixFolder | None], PrefixCache] = {}
         self._lock = threading.Lock()
 
     @cached_property
@@ -53,7 +62,9 @@ class SharedModel:
         """A cheap identity of the weights: names, shapes and the first values of each, read once."""
         digest = hashlib.blake2b(digest_size=8)
         for name, weight in self.target.model.named_parameters():
-            head = weight.detach().flatten()[:16].float().cpu().numpy().tobytes()
+            # Of a shard, what this process has; offloaded weights are not here.
+            here = getattr(weight, "to_local", weight.detach)()
+            head = b"" if here.is_meta else here.flatten()[:16].float().cpu().numpy().tobytes()
             digest.update(f"{name}{tuple(weight.shape)}".encode() + head)
         return digest.hexdigest()
 
@@ -66,49 +77,106 @@ class SharedModel:
         """
         return Vocabulary(self.tokenizer, self.name, self.target.vocab_size)
 
-    def prefix_cache(self, max_bytes: int) -> PrefixCache:
-        """Return the cache of this size, the same for all that ask for it."""
+    @cached_property
+    def kv_identity(self) -> str | None:
+        """What decides keys and values, or ``None`` where that cannot be told; see :func:`model_identity`."""
+        return model_identity(self.target.model)
+
+    def prefix_cache(self, max_bytes: int, folder: PrefixFolder | None = None) -> PrefixCache:
+        """Return the cache of this size and folder, the same for all that ask for it.
+
+        Raises:
+            ConfigurationError: A folder is asked for, but this model cannot be told from others.
+        """
         with self._lock:
-            return self._caches.setdefault(max_bytes, PrefixCache(max_bytes))
+            known = self._caches.get((max_bytes, folder))
+            if known is None:
+                known = PrefixCache(max_bytes, self.prefix_files(folder))
+                self._caches[max_bytes, folder] = known
+            return known
+
+    def prefix_files(self, folder: PrefixFolder | None) -> PrefixFiles | None:
+        """Return this model's files in ``folder``.
+
+        Raises:
+            ConfigurationError: This model cannot be told from others.
+        """
+        if folder is None:
+            return None
+        if self.kv_identity is None:
+            msg = (
+                f"prefix_cache_dir is {str(folder.path)!r}, but the weights of {self.name!r} are offloaded, "
+                f"sharded or of a type that cannot be read, so files could not be told from another model's. "
+                f"Load it whole on one device, or leave the option out."
+            )
+            raise ConfigurationError(msg)
+        return PrefixFiles(folder.path, self.kv_identity, folder.max_bytes, self.target.device)
 
 
-_loaded: weakref.WeakValueDictionary[tuple[str, str], SharedModel] = weakref.WeakValueDictionary()
-_wrapped: weakref.WeakValueDictionary[int, SharedModel] = weakref.WeakValueDictionary()
+_loaded: weakref.WeakValueDictionary[tuple[str, ...], SharedModel] = weakref.WeakValueDictionary()
+_wrapped: weakref.WeakValueDictionary[tuple[int, str], SharedModel] = weakref.WeakValueDictionary()
 _loading = threading.Lock()
 
 
-def shared_model(name: str | Path, model_kwargs: Mapping[str, Any]) -> SharedModel:
-    """Load a model, or return the one that is loaded already.
+def shared_model(
+    name: str | Path,
+    model_kwargs: Mapping[str, Any],
+    device: str | None = None,
+    executor: ExecutorName = "auto",
+) -> SharedModel:
+    """Load a model, onto ``device`` where one is given, or return the one that is loaded already.
 
     Raises:
         ModelLoadError: The model is missing or broken.
-        ConfigurationError: Its architecture cannot run speculative steps.
+        ConfigurationError: Its architecture cannot run speculative steps, or there is no such device.
     """
-    key = (str(name), repr(sorted(model_kwargs.items(), key=lambda item: item[0])))
+    options = repr(sorted(model_kwargs.items(), key=lambda item: item[0]))
+    key = (str(name), options, device or "", executor)
     with _loading:  # two first calls at once must not load twice
         known = _loaded.get(key)
         if known is None:
             # In a thread that ends: OpenMP keeps a team for each that lives, and once the teams outnumber the
             # cores, every step of the others takes twice as long (docs/explanation/experiments.md).
+            what = name, model_kwargs, device, executor
             with ThreadPoolExecutor(1) as own:
-                known = _loaded[key] = own.submit(_load, name, model_kwargs).result()
+                known = _loaded[key] = own.submit(_load, *what).result()
         return known
 
 
-def _load(name: str | Path, model_kwargs: Mapping[str, Any]) -> SharedModel:
-    loaded = load_model(name, model_kwargs)
-    pack_linears(loaded.model)
-    return SharedModel(loaded.model, loaded.tokenizer, loaded.name)
+def _load(
+    name: str | Path, model_kwargs: Mapping[str, Any], device: str | None, executor: ExecutorName
+) -> SharedModel:
+    loaded = load_model(name, model_kwargs, device)
+    identity = model_identity(loaded.model)  # here: packed weights cannot be read any more
+    folder = cache_folder() / "compiled"
+    run = make_executor(executor, loaded.model, owned=True, folder=folder, identity=identity)
+    shared = SharedModel(loaded.model, loaded.tokenizer, loaded.name, run)
+    shared.kv_identity = identity
+    return shared
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """Return what a loaded object was loaded from, else the name of its class."""
+    return getattr(model, "name_or_path", "") or type(model).__name__
 
 
 def wrapped_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    executor: ExecutorName = "auto",
 ) -> SharedModel:
-    """Return the shared model round a loaded object: one an object, so that its kept prompts are found again."""
+    """Return the shared model round a loaded object: one an object, so that its kept prompts are found again.
+
+    Raises:
+        ConfigurationError: Its architecture cannot run speculative steps, or not by this executor.
+    """
+    key = id(model), executor
     with _loading:
-        known = _wrapped.get(id(model))
+        known = _wrapped.get(key)
         if known is None or known.target.model is not model or known.tokenizer is not tokenizer:
-            known = _wrapped[id(model)] = SharedModel(model, tokenizer, name)
+            run = make_executor(executor, model)
+            known = _wrapped[key] = SharedModel(model, tokenizer, name, run)
         return known
 
 
@@ -120,6 +188,10 @@ def make_drafter(
     lossless: bool,
     model_kwargs: Mapping[str, Any],
     cache_bytes: int,
+    device: str | None = None,
+    executor: ExecutorName = "auto",
+    folder: PrefixFolder | None = None,
+    namespace: str = "",
 ) -> Drafter | None:
     """Make the drafter that ``spec`` names.
 
@@ -130,6 +202,10 @@ def make_drafter(
         lossless: Whether the output follows the target alone; a lossy law needs a drafter's law.
         model_kwargs: For loading a drafter model.
         cache_bytes: Most memory for the drafter model's kept keys and values.
+        device: Where a drafter model that is loaded here goes; ``None``: as ``model_kwargs`` says.
+        executor: What runs a drafter model that is loaded here.
+        folder: Where keys and values of warmed documents lie.
+        namespace: Whose files there are read.
 
     Raises:
         ModelLoadError: The drafter model is missing or broken.
@@ -138,11 +214,12 @@ def make_drafter(
     if spec is None or not isinstance(spec, str | Path):
         return spec
     if drafter_model is None and spec not in ("auto", "self"):
-        drafter_model = shared_model(spec, model_kwargs)
+        drafter_model = shared_model(spec, model_kwargs, device, executor)
         if (difference := vocabulary_difference(target, drafter_model)) is not None:
             if not lossless:
                 raise _needs_one_vocabulary(target, drafter_model, difference)
-            return _translated(target, drafter_model, PrefixCache(cache_bytes))
+            cache = PrefixCache(cache_bytes, drafter_model.prefix_files(folder))
+            return _translated(target, drafter_model, cache, namespace)
     if drafter_model is None and spec == "auto" and lossless:
         return FusedDrafter(_free_parts())
     own = drafter_model or target
@@ -150,7 +227,8 @@ def make_drafter(
         own.target,
         vocab_size=target.target.vocab_size,
         needs_own_prompt=own is target,
-        prefix_cache=PrefixCache(cache_bytes),
+        prefix_cache=PrefixCache(cache_bytes, own.prefix_files(folder)),
+        namespace=namespace,
     )
     cascade = CascadeDrafter(model, SuffixDrafter())
     return FusedDrafter(_free_parts(), cascade) if spec == "auto" and lossless else cascade
@@ -175,7 +253,9 @@ def vocabulary_difference(target: SharedModel, drafter: SharedModel) -> str | No
     )
 
 
-def _translated(target: SharedModel, drafter: SharedModel, cache: PrefixCache) -> TranslatedDrafter:
+def _translated(
+    target: SharedModel, drafter: SharedModel, cache: PrefixCache, namespace: str
+) -> TranslatedDrafter:
     translation = Translation(
         target.vocabulary,
         drafter.vocabulary,
@@ -184,8 +264,10 @@ def _translated(target: SharedModel, drafter: SharedModel, cache: PrefixCache) -
     )
     return TranslatedDrafter(
         translation,
-        ModelDrafter(drafter.target, prefix_cache=cache),
-        ModelDrafter(drafter.target, prefix_cache=cache, allowed=translation.allowed),
+        ModelDrafter(drafter.target, prefix_cache=cache, namespace=namespace),
+        ModelDrafter(
+            drafter.target, prefix_cache=cache, namespace=namespace, allowed=translation.allowed
+        ),
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rasd_integrations.assembly import draft_context, encode, note, template_tokens
+from rasd_integrations.assembly import draft_context, encode, head_ids, note, template_tokens
 from rasd_integrations.config import ContextMode, RetrievalConfig, SamplingParams, SpeculationConfig
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.outputs import ToolUse
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Gate = Callable[[int], AbstractContextManager[None]]
 """Lets an answer in that will hold so many bytes; see :class:`~rasd_integrations.engine.admission.Admission`."""
+
+Progress = Callable[[int, int], object]
+"""Called with what is done and what there is in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,23 @@ class Pipeline:
             blocks, detokenizer, params.stop, lambda: stats,
             parser=parser, most_calls=1 if single else None, count_tokens=self._count_tokens,
         )  # fmt: skip
+
+    def warm(self, documents: Sequence[Prompt], progress: Progress | None) -> None:
+        """Prefill the heads of prompts and keep their keys and values; all are checked before the first.
+
+        Raises:
+            ContextOverflowError: A document leaves no room in the window.
+        """
+        heads = [head_ids(self.template, document) for document in documents]
+        runs = [self.decoder.prefill(head, namespace=self.namespace) for head in heads]
+        before, total = 0, sum(map(len, heads))
+        for head, run in zip(heads, runs, strict=True):
+            for done in run:
+                if progress is not None:
+                    progress(before + done, total)
+            before += len(head)
+            if progress is not None:  # a known document has no pieces to run
+                progress(before, total)
 
     def _law(self, request: Request) -> SpeculationConfig:
         """Return the law of one answer: the call's, else the engine's; lossless where the form is bound."""

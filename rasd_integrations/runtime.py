@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self
 
 from rasd_integrations.aio import iterate_in_thread
-from rasd_integrations.assembly import encode, head_ids, identity, joined
+from rasd_integrations.assembly import encode, identity, joined
 from rasd_integrations.config import (
+    DEFAULT_PREFIX_CACHE_BYTES,
+    DEFAULT_PREFIX_CACHE_DIR_BYTES,
     ContextMode,
+    ExecutorName,
+    PrefixFolder,
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
@@ -29,7 +33,7 @@ from rasd_integrations.config import (
 from rasd_integrations.drafters.base import Drafter, check_drafter_spec
 from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.outputs import ToolUse
-from rasd_integrations.pipeline import Gate, Pipeline, Request
+from rasd_integrations.pipeline import Gate, Pipeline, Progress, Request
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
 from rasd_integrations.stats import DecodingStats
@@ -42,8 +46,6 @@ if TYPE_CHECKING:
     from rasd_integrations.engine.decoder import SpeculativeDecoder
     from rasd_integrations.models import SharedModel
 
-DEFAULT_PREFIX_CACHE_BYTES = 2 << 30
-
 
 class RASD:
     """A local causal language model behind speculative decoding fed from a vector store."""
@@ -53,7 +55,9 @@ class RASD:
         model: str | Path,
         *,
         drafter: str | Path | Drafter | None = "auto",
+        drafter_device: str | None = None,
         store: object = None,
+        executor: ExecutorName = "auto",
         context: ContextMode = "prompt",
         knowledge_transfer: float = 0.0,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -61,6 +65,8 @@ class RASD:
         retrieval: RetrievalConfig | None = None,
         speculation: SpeculationConfig | None = None,
         prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
+        prefix_cache_dir: str | Path | None = None,
+        prefix_cache_dir_bytes: int = DEFAULT_PREFIX_CACHE_DIR_BYTES,
         namespace: str = "",
         **unknown: Any,
     ) -> None:
@@ -70,7 +76,9 @@ class RASD:
             model: Hub id, local folder, or path of a ``.gguf`` file.
             drafter: ``"auto"``, ``None`` (plain decoding), ``"self"`` (the target on the retrieved
                 prompt), a smaller model's hub id or path, or a :class:`Drafter`.
+            drafter_device: Where a drafter model stands (``"cpu"``, ``"cuda:1"``); ``None``: as the target.
             store: Anything ``as_chunk_source`` takes, or ``None``.
+            executor: What runs the models' steps: ``"eager"`` torch, ``"openvino"``, ``"cuda-graphs"``.
             context: What the target reads: ``"prompt"`` as sent, or the ``"documents"`` of its chunks.
             knowledge_transfer: RAPID's eta; 0 is lossless.
             model_kwargs: Straight to ``from_pretrained``.
@@ -78,6 +86,8 @@ class RASD:
             retrieval: How chunks are found and how long the drafter's prompt may be.
             speculation: Draft lengths and laws.
             prefix_cache_bytes: Most memory for keys and values kept between answers.
+            prefix_cache_dir: Folder for those of warmed documents, found again by later processes.
+            prefix_cache_dir_bytes: Most that the folder may hold, of all models together.
             namespace: Keys and values are shared only within a namespace.
             **unknown: Refused, with the nearest valid name.
 
@@ -86,21 +96,20 @@ class RASD:
             RetrievalError: ``store`` cannot be used as a chunk source.
         """
         reject_unknown(unknown, signature(RASD.__init__).parameters, "RASD")
-        check_drafter_spec(drafter)
-        check_engine(context, prefix_cache_bytes)
+        check_engine(context, executor, prefix_cache_bytes)
         self._speculation = speculation or SpeculationConfig()
         if knowledge_transfer:
             self._speculation = replace(self._speculation, knowledge_transfer=knowledge_transfer)
-        if drafter is None and not self._speculation.lossless:
-            msg = "knowledge_transfer needs a drafter that reads the chunks. Use drafter='self' or a model."
-            raise ConfigurationError(msg)
+        check_drafter_spec(drafter, drafter_device, lossless=self._speculation.lossless)
         self.model_name = str(model)
-        self._drafter_spec = drafter
+        self._drafter_spec, self._drafter_device = drafter, drafter_device
         self._context: ContextMode = context
+        self._executor: ExecutorName = executor
         self._model_kwargs = dict(model_kwargs or {})
         self._template_kwargs = dict(chat_template_kwargs or {})
         self._retrieval = retrieval or RetrievalConfig()
         self._prefix_cache_bytes = prefix_cache_bytes
+        self._folder = PrefixFolder.of(prefix_cache_dir, prefix_cache_dir_bytes)
         self._namespace = namespace
         self._source: GuardedSource | None = None
         self._lock = threading.RLock()
@@ -136,9 +145,9 @@ class RASD:
         The model's attention implementation becomes ``"rasd"``, which outside this engine is sdpa.
         ``drafter_model`` must share the target's tokenizer.
         """
-        from rasd_integrations.models import wrapped_model
+        from rasd_integrations.models import name_of, wrapped_model
 
-        name = _name_of(model)
+        name = name_of(model)
         if drafter_model is not None and options.get("drafter", "auto") not in ("auto", "self"):
             msg = (
                 f"drafter is {options['drafter']!r} and a drafter_model is given too. Leave drafter at "
@@ -146,11 +155,11 @@ class RASD:
             )
             raise ConfigurationError(msg)
         rasd = cls(name, **options)
-        rasd._shared = wrapped_model(model, tokenizer, name)
+        rasd._shared = wrapped_model(model, tokenizer, name, rasd._executor)
+        rasd._window = rasd._shared.target.window
         rasd._weights = {"weights": rasd._shared.fingerprint}
         if drafter_model is not None:
-            drafter_name = _name_of(drafter_model)
-            rasd._drafter_model = wrapped_model(drafter_model, tokenizer, drafter_name)
+            rasd._drafter_model = wrapped_model(drafter_model, tokenizer, name_of(drafter_model))
             rasd._weights["drafter_weights"] = rasd._drafter_model.fingerprint
         return rasd
 
@@ -184,10 +193,14 @@ class RASD:
             if self._decoder is None:
                 # Here, not above: torch and transformers are imported when a model is.
                 from rasd_integrations.engine.decoder import SpeculativeDecoder
+                from rasd_integrations.loading import check_device
                 from rasd_integrations.models import make_drafter, shared_model
 
+                check_device(self._drafter_device)
                 if self._shared is None:
-                    self._shared = shared_model(self.model_name, self._model_kwargs)
+                    self._shared = shared_model(
+                        self.model_name, self._model_kwargs, executor=self._executor
+                    )
                 self._window = self._shared.target.window
                 self._decoder = SpeculativeDecoder(
                     self._shared.target,
@@ -197,10 +210,14 @@ class RASD:
                         self._drafter_model,
                         lossless=self._speculation.lossless,
                         model_kwargs=self._model_kwargs,
+                        device=self._drafter_device,
+                        executor="eager" if self._executor == "eager" else "auto",
                         cache_bytes=self._prefix_cache_bytes // 4,
+                        folder=self._folder,
+                        namespace=self._namespace,
                     ),
                     config=self._speculation,
-                    prefix_cache=self._shared.prefix_cache(self._prefix_cache_bytes),
+                    prefix_cache=self._shared.prefix_cache(self._prefix_cache_bytes, self._folder),
                 )
             return self._decoder
 
@@ -228,13 +245,10 @@ class RASD:
         """Longest sequence of prompt and answer, in tokens; reads the model's config only."""
         self._check_open()
         if self._window is None:
-            if self._shared is not None:
-                self.ensure_loaded()
-            else:
-                from rasd_integrations.loading import load_window
+            from rasd_integrations.loading import load_window
 
-                self._window = load_window(self.model_name, self._model_kwargs)
-        return int(self._window or 0)
+            self._window = load_window(self.model_name, self._model_kwargs)
+        return self._window
 
     @property
     def has_chat_template(self) -> bool:
@@ -251,21 +265,15 @@ class RASD:
         """What decides the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
         return identity(
             {"model": self.model_name, "context": self._context},
-            self._speculation,
-            self._template_kwargs,
-            self._weights,
-            drafter=self._drafter_spec,
-            source=self._source,
-        )
+            self._speculation, self._template_kwargs, self._weights,
+            drafter=self._drafter_spec, source=self._source,
+        )  # fmt: skip
 
     def _prompts(self) -> PromptPlanner:
         with self._lock:
             if self._planner is None:
                 self._planner = PromptPlanner(
-                    self._source,
-                    self._retrieval,
-                    self._context,
-                    lambda text: len(self.encode(text)),
+                    self._source, self._retrieval, self._context, lambda t: len(self.encode(t))
                 )
             return self._planner
 
@@ -348,28 +356,24 @@ class RASD:
         stream = self.astream(prompt, params, hints=hints, tools=tools)
         return joined([chunk async for chunk in stream])
 
-    def warm(self, documents: Sequence[Prompt]) -> None:
-        """Prefill documents and keep their keys and values ahead of questions.
+    def warm(self, documents: Sequence[Prompt], progress: Progress | None = None) -> None:
+        """Prefill documents and keep their keys and values ahead of questions, and in the folder if there is one.
 
         Each document is taken as the head of a prompt: a text as the head of the first user message,
         messages as the head of a conversation. A later prompt reuses as many tokens as it shares.
+        What is known is not prefilled again. ``progress`` is called with tokens done and tokens in all.
+
+        Raises:
+            ContextOverflowError: A document leaves no room in the window; none was prefilled.
         """
-        decoder = self._ready()
-        for document in documents:
-            head = head_ids(self._text(), document)
-            for _ in decoder.prefill(head, namespace=self._namespace):
-                pass
+        self._pipeline().warm(documents, progress)
 
     def _pipeline(self) -> Pipeline:
         return Pipeline(
-            planner=self._prompts(),
-            template=self._text(),
-            decoder=self._ready(),
-            speculation=self._speculation,
-            retrieval=self._retrieval,
-            context=self._context,
-            namespace=self._namespace,
-        )
+            planner=self._prompts(), template=self._text(), decoder=self._ready(),
+            speculation=self._speculation, retrieval=self._retrieval,
+            context=self._context, namespace=self._namespace,
+        )  # fmt: skip
 
     def _gated(
         self, request: Request, cancelled: threading.Event | None = None
@@ -394,7 +398,3 @@ class RASD:
         finally:
             with self._lock:
                 self.stats.add(stats)
-
-
-def _name_of(model: PreTrainedModel) -> str:
-    return getattr(model, "name_or_path", "") or type(model).__name__

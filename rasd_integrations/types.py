@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -70,6 +70,13 @@ class Draft:
     def is_chain(self) -> bool:
         """Whether every node is the only child of the one before it."""
         return self.parents is None or all(p == i - 1 for i, p in enumerate(self.parents))
+
+    def to(self, device: torch.device) -> Draft:
+        """Return the draft with its tensors on ``device``; a drafter may stand on another than the target."""
+        probs, logits = (t if t is None else t.to(device) for t in (self.probs, self.logits))
+        if probs is self.probs and logits is self.logits:
+            return self
+        return replace(self, probs=probs, logits=logits)
 
 
 @dataclass(frozen=True, slots=True)

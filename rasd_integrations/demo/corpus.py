@@ -48,8 +48,12 @@ def default_docs() -> Path | None:
     return docs if (docs / "index.md").is_file() else None
 
 
-def read_documents(path: str | Path | None) -> list[Document]:
+def read_documents(path: str | Path | None, option: str = "--docs") -> list[Document]:
     """Read a file, or every ``.md`` and ``.txt`` file below a folder, in the order of their names.
+
+    Args:
+        path: The file or folder; ``None``: our own docs.
+        option: What the command line calls it.
 
     Raises:
         ConfigurationError: The path is missing, or has no text to read.
@@ -59,7 +63,7 @@ def read_documents(path: str | Path | None) -> list[Document]:
         msg = "This installation has no docs folder. Name a folder or a file with --docs PATH."
         raise ConfigurationError(msg)
     if not root.exists():
-        msg = f"--docs is {str(root)!r}, but there is no such file or folder."
+        msg = f"{option} is {str(root)!r}, but there is no such file or folder."
         raise ConfigurationError(msg)
     files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
     base = root.parent if root.is_file() else root
@@ -70,7 +74,7 @@ def read_documents(path: str | Path | None) -> list[Document]:
         and (text := f.read_text(encoding="utf-8", errors="replace").strip())
     ]
     if not documents:
-        msg = f"--docs is {str(root)!r}, but no {' or '.join(SUFFIXES)} file with text is in it."
+        msg = f"{option} is {str(root)!r}, but no {' or '.join(SUFFIXES)} file with text is in it."
         raise ConfigurationError(msg)
     return documents
 

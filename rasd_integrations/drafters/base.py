@@ -92,17 +92,25 @@ class Helper(Protocol):
         ...
 
 
-def check_drafter_spec(drafter: object) -> None:
-    """See that ``drafter`` is something a drafter can be made of.
+def check_drafter_spec(
+    drafter: object, device: str | None = None, *, lossless: bool = True
+) -> None:
+    """See that ``drafter`` is something a drafter can be made of, for a lossy law and on a device where asked.
 
     Raises:
         ConfigurationError: It is not.
     """
-    if (
-        drafter is None
-        or isinstance(drafter, str | Path)
-        or callable(getattr(drafter, "start", None))
-    ):
+    is_name = isinstance(drafter, str | Path)
+    if device is not None and (not is_name or drafter in ("auto", "self")):
+        msg = (
+            f"drafter_device is {device!r}, but drafter {drafter!r} loads no model of its own. Give a drafter "
+            f"model's hub id or path; one that is loaded already stands where it stands."
+        )
+        raise ConfigurationError(msg)
+    if drafter is None and not lossless:
+        msg = "knowledge_transfer needs a drafter that reads the chunks. Use drafter='self' or a model."
+        raise ConfigurationError(msg)
+    if drafter is None or is_name or callable(getattr(drafter, "start", None)):
         return
     msg = (
         f"drafter is {drafter!r}, but must be 'auto', None, 'self', a model's hub id or path, or an object "

@@ -194,9 +194,12 @@ class FusedDrafter:
 
     Attributes:
         gives_logits: Whether there is a model, whose law knowledge transfer can lean towards.
+        keeps_time: Parts rest by what they cost, so two processes may draft differently.
         reads_hidden: Whether a part does.
         wants_prompt: Whether the model reads a short prompt of its own.
     """
+
+    keeps_time = True
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class ModelDrafter:
         needs_own_prompt: bool = False,
         confidence: float = 0.1,
         prefix_cache: PrefixCache | None = None,
+        namespace: str = "",
         allowed: Tensor | None = None,
     ) -> None:
         """Draft with ``model``.
@@ -45,12 +46,14 @@ class ModelDrafter:
             confidence: A drafted token less likely than this ends the draft; it stays in the draft,
                 which keeps the stop sound (algorithms.md 8.3).
             prefix_cache: Keeps the drafter's keys and values between answers.
+            namespace: Of the prefix cache.
             allowed: ``[vocab_size]`` bool, the tokens that may be drafted; ``None``: all.
         """
         self.model = model
         self.vocab_size = vocab_size or model.vocab_size
         self.confidence = confidence
         self.allowed = allowed
+        self.namespace = namespace
         self._needs_own_prompt = needs_own_prompt
         self._cache = PrefixCache(0) if prefix_cache is None else prefix_cache
 
@@ -79,7 +82,8 @@ class ModelSession(ChainSession):
         self._drafter = drafter
         self._model = drafter.model
         self._ids = list(prompt or ())  # prompt and committed answer
-        self._lease = cache.lease(self._ids, len(self._ids) + 512) if self._ids else None
+        room = len(self._ids) + 512
+        self._lease = cache.lease(self._ids, room, drafter.namespace) if self._ids else None
         self._prefilled = False
         self._guesses: tuple[int, ...] = ()  # drafted last, with rows in the buffer
 

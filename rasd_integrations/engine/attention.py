@@ -63,6 +63,17 @@ class Segment:
             self._blocked[window, device] = known
         return known
 
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor,
+        scale: float, window: int | None, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Lay the rows' keys and values into the buffer; attend to the prefix and themselves.
+
+        Returns:
+            ``[1, n, heads, head_dim]``.
+        """
+        return _attend(self, layer, query, key, value, scale, window, softcap)
+
     def _too_far(self, prefix: int, window: int, device: torch.device) -> Tensor:
         """Return which of the last ``prefix`` rows stand out of each row's window, ``[n, prefix]``."""
         length = self.buffer.length
@@ -133,12 +144,12 @@ def rasd_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     segments = rasd_step.segments
     if len(segments) == 1:
-        return _attend(segments[0], layer, query, key, value, scale, sliding_window, softcap), None
+        return segments[0].attend(layer, query, key, value, scale, sliding_window, softcap), None
     outs, start = [], 0
     for segment in segments:
         end = start + segment.rows
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        outs.append(_attend(segment, layer, q, k, v, scale, sliding_window, softcap))
+        outs.append(segment.attend(layer, q, k, v, scale, sliding_window, softcap))
         start = end
     return torch.cat(outs, 1), None
 
@@ -147,7 +158,7 @@ def _attend(
     segment: Segment, layer: int, query: Tensor, key: Tensor, value: Tensor,
     scale: float, window: int | None, softcap: float | None,
 ) -> Tensor:  # fmt: skip
-    """Attend one answer's rows to its prefix and themselves; ``[1, n, heads, head_dim]``."""
+    """Do what :meth:`Segment.attend` says."""
     _, heads, n, dim = query.shape
     buffer = segment.buffer
     prefix = buffer.length
@@ -244,17 +255,22 @@ def _flash(
         )
         tail, lse_tail = tail.reshape(packed.shape), lse_tail.reshape(kv_heads, rows)
     else:
-        tail, lse_tail = _masked_tail(packed, key_tail, value_tail, n, blocked, scale)
+        tail, lse_tail = tail_attention(packed, key_tail, value_tail, n, blocked, scale)
     if prefix == 0:
         return tail
     head, lse_head = _flash_op(
         packed[None], keys[None, :, :prefix], values[None, :, :prefix], scale, causal=False
     )
-    weight = torch.sigmoid(lse_head.view(kv_heads, rows) - lse_tail)[..., None]
-    return torch.lerp(tail.float(), head[0].float(), weight).to(packed.dtype)
+    return merged((head[0], lse_head.view(kv_heads, rows)), (tail, lse_tail), packed.dtype)
 
 
-def _masked_tail(
+def merged(head: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Join two outputs ``[kv_heads, rows, dim]`` by their log-sum-exps ``[kv_heads, rows]``."""
+    weight = torch.sigmoid(head[1] - tail[1])[..., None]
+    return torch.lerp(tail[0].float(), head[0].float(), weight).to(dtype)
+
+
+def tail_attention(
     packed: Tensor, keys: Tensor, values: Tensor, n: int, blocked: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention within the tail and its log-sum-exp, in float32."""

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rasd_integrations.engine.executor import input_device
+
 _COMMON = 2048
 _ROWS = 8
 
@@ -72,7 +74,7 @@ class Shortlist:
         self._k = k
         self._head = model.get_output_embeddings()
         weight = _weight(model, self._head)
-        device = model.device if weight is None else weight.device
+        device = input_device(model) if weight is None else weight.device
         common = range(min(_COMMON, int(config.vocab_size)))
         self._wanted = torch.tensor(sorted({*token_ids, *common}), device=device)
         self._some = None if weight is None else weight.detach()[self._wanted]
@@ -83,7 +85,7 @@ class Shortlist:
         """Return the candidates of final hidden states ``[rows, hidden]``."""
         if self._some is None:
             return self.of_logits(self._head(hidden))
-        logits = nn.functional.linear(hidden, self._some, self._offset)
+        logits = nn.functional.linear(hidden.to(self._some.device), self._some, self._offset)
         return likeliest(logits, self._k, self._wanted)
 
     def of_logits(self, logits: Tensor) -> Candidates:
@@ -91,9 +93,9 @@ class Shortlist:
 
         A few rows at a time: larger operations wake a CPU's other threads, which takes longer than they do.
         """
+        wanted = self._wanted.to(logits.device)  # of a model over several, it may be another
         parts = [
-            likeliest(rows.index_select(1, self._wanted), self._k, self._wanted)
-            for rows in logits.split(_ROWS)
+            likeliest(rows.index_select(1, wanted), self._k, wanted) for rows in logits.split(_ROWS)
         ]
         return Candidates(
             np.concatenate([part.token_ids for part in parts]),
@@ -106,6 +108,9 @@ def _weight(model: PreTrainedModel, head: nn.Module) -> Tensor | None:
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     for layer in (head, model.get_input_embeddings() if tied else None):
         weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        # Shards and quantised weights have types of their own; an offloaded layer's weight is not here.
+        if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+            continue
+        if weight.ndim == 2 and weight.is_floating_point() and not weight.is_meta:
             return weight
     return None

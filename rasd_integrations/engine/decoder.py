@@ -18,7 +18,7 @@ from rasd_integrations.engine.constraints import SOURCE, guide, mask_rows
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.sampling import Law, sampling_law
-from rasd_integrations.engine.schedule import PRIOR_SLOPE, Schedule
+from rasd_integrations.engine.schedule import PRIOR_SLOPE, Schedule, check_lockstep
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.transfer import mixture_verify, rapid_verify
 from rasd_integrations.engine.verification import Verdict, block_verify, sample_and_walk
@@ -90,6 +90,7 @@ class SpeculativeDecoder:
 
         Raises:
             PromptError: The prompt is empty or holds an id that the target does not know.
+            ConfigurationError: The target is split over processes, which would take different steps.
             ContextOverflowError: Prompt and answer exceed the target's window.
             DecodingError: Knowledge transfer is on and the drafter failed or gave no logits.
             DeviceMemoryError: The request does not fit; others go on.
@@ -105,12 +106,14 @@ class SpeculativeDecoder:
             raise ContextOverflowError(len(ids), params.max_tokens, self.target.window)
         stats = stats if stats is not None else DecodingStats()
         config = config or self.config
+        if self.target.is_sharded:
+            check_lockstep(self.drafter if params.drafting else None, config, params)
         stats.mode = "lossless" if config.lossless else "knowledge_transfer"
         context = replace(context or DraftContext(prompt_ids=()), grammar=grammar)
         return _Answer(self, ids, params, context, config, stats, namespace).blocks()
 
     def prefill(self, ids: Sequence[int], *, namespace: str = "") -> Iterator[int]:
-        """Prefill ``ids`` and keep their keys and values for later prompts.
+        """Prefill ``ids`` and keep their keys and values for later prompts, and where asked for later processes.
 
         Yields:
             Tokens done after each piece.
@@ -127,6 +130,7 @@ class SpeculativeDecoder:
         try:
             for done in self.target.prefill(ids[lease.reused :], lease.buffer):
                 yield lease.reused + done
+            lease.save(ids)
         finally:
             lease.release(ids)
 
@@ -224,7 +228,7 @@ class _Answer:
         return block
 
     def _verify(self, logits: Tensor, draft: Draft) -> Verdict:
-        p, config = self.params, self.config
+        p, config, draft = self.params, self.config, draft.to(logits.device)
         if config.lossless:
             if self.law is not None and draft.probs is not None:
                 return block_verify(logits, draft, self.law, self.generator)

@@ -41,18 +41,21 @@ class Executor(Protocol):
         ...
 
 
-class _NoCache(Cache):
+class NoCache(Cache):
     """A cache that passes a step's keys and values on to the attention, which knows the prefix."""
 
     def __init__(self) -> None:
+        """Hold no layer."""
         super().__init__(layers=[])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Return what came."""
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: positions are always given."""
         return 0
 
 
@@ -75,8 +78,8 @@ class EagerExecutor:
             raise ConfigurationError(msg) from err
         self._model = model
         self._body = model.base_model
-        self._cache = _NoCache()
-        device = model.device
+        self._cache = NoCache()
+        device = input_device(model)
         # Masks that are already four-dimensional pass through transformers untouched; ours is unread.
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self._vocab_size = int(model.config.get_text_config().vocab_size)
@@ -84,7 +87,7 @@ class EagerExecutor:
     def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
         """Run one forward of the stock module."""
         module: nn.Module = self._model if want_logits else self._body
-        with _outputs(self._body) as seen:
+        with outputs_of(self._body) as seen:
             out = module(
                 input_ids=ids[None],
                 position_ids=context.positions[None],
@@ -99,8 +102,17 @@ class EagerExecutor:
         return StepOutput(out.logits[0], hidden)
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where a step's ids belong, and where its logits come back to.
+
+    Hooks of a model over several devices move what each layer reads; offloaded weights stand nowhere.
+    """
+    places = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(places, torch.device("cpu"))
+
+
 @contextmanager
-def _outputs(module: nn.Module) -> Iterator[list[Any]]:
+def outputs_of(module: nn.Module) -> Iterator[list[Any]]:
     """Collect what ``module`` returns inside the block."""
     seen: list[Any] = []
     hook = module.register_forward_hook(lambda _module, _args, output: seen.append(output))

@@ -9,11 +9,26 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 GRANULE = 256
+
+
+class Layout(NamedTuple):
+    """How keys and values lie in memory: what pays depends on who reads them.
+
+    Attributes:
+        transposed_keys: Keys lie ``[kv_heads, head_dim, capacity]``, else row by row.
+        transposed_values: The same of values.
+        tight: Memory is taken as rows come, not ahead: for who reads all of it, rows or not.
+    """
+
+    transposed_keys: bool
+    transposed_values: bool = False
+    tight: bool = False
 
 
 class KVBuffer:
@@ -30,6 +45,7 @@ class KVBuffer:
         self.length = 0
         self.keeps_hidden = keeps_hidden
         self.shift = 0
+        self._layout: Layout | None = None
         self._places: tuple[int, ...] = ()  # positions of the gathered rows, ascending
         self._capacity = _rounded(capacity)
         self._keys: dict[int, Tensor] = {}
@@ -57,17 +73,62 @@ class KVBuffer:
         """Layers that have written."""
         return len(self._keys)
 
+    @property
+    def capacity(self) -> int:
+        """Rows that the memory has."""
+        return self._capacity
+
+    def stores(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's whole memory, ``[kv_heads, capacity, head_dim]`` of keys and of values."""
+        return self._keys[layer], self._values[layer]
+
+    @property
+    def memory(self) -> Tensor | None:
+        """Where the first layer's keys lie: another tensor once the buffer grew, ``None`` before the first write."""
+        return self._keys.get(0)
+
+    def pinned(self, rows: int) -> KVBuffer:
+        """Return a buffer over the first ``rows`` of this memory, which it keeps alive when this one lets go of it."""
+        new = KVBuffer(0)
+        new._capacity = rows
+        for mine, theirs in ((self._keys, new._keys), (self._values, new._values)):
+            for layer, store in mine.items():
+                theirs[layer] = store[:, :rows]
+        return new
+
+    @torch.inference_mode()
+    def arrange(self, layout: Layout, num_rows: int) -> None:
+        """Lay keys and values out as ``layout`` says, with room for ``num_rows`` tokens more; once."""
+        if layout != self._layout:
+            self._layout = layout
+            self._move(_rounded(self.length + num_rows) if layout.tight else self._capacity)
+
     @torch.inference_mode()
     def reserve(self, num_rows: int) -> None:
         """Make room for ``num_rows`` tokens behind the committed ones."""
         needed = self.length + num_rows
         if needed <= self._capacity:
             return
-        self._capacity = _rounded(max(needed, self._capacity * 3 // 2))
+        tight = self._layout is not None and self._layout.tight
+        self._move(_rounded(max(needed, self._capacity * (5 if tight else 6) // 4)))
+
+    def _move(self, capacity: int) -> None:
+        """Take other memory, layer by layer: only one is held twice at a time."""
         for store in (self._keys, self._values, self._hidden):
-            for layer, old in store.items():  # layer by layer: only one is held twice at a time
-                store[layer] = _allocate(old, self._capacity, is_key=store is self._keys)
-                store[layer][:, : self.length] = old[:, : self.length]
+            for layer, old in store.items():
+                kinds = {"is_key": store is self._keys, "is_value": store is self._values}
+                new = self._place(old, capacity, **kinds)
+                new[:, : self.length] = old[:, : self.length]
+                store[layer] = new
+        self._capacity = capacity  # last: where memory ran out on the way, the buffer is as it was
+
+    def _place(
+        self, like: Tensor, capacity: int, *, is_key: bool = False, is_value: bool = False
+    ) -> Tensor:
+        """Return memory for rows such as those of ``like``."""
+        layout = self._layout or _layout_for(like.device)
+        transposed = (is_key and layout.transposed_keys) or (is_value and layout.transposed_values)
+        return _allocate(like, capacity, transposed=transposed)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Lay a step's rows behind the committed ones and return both together.
@@ -81,8 +142,8 @@ class KVBuffer:
             Views ``[kv_heads, length + n, head_dim]`` of keys and values.
         """
         if layer not in self._keys:
-            self._keys[layer] = _allocate(key, self._capacity, is_key=True)
-            self._values[layer] = _allocate(value, self._capacity, is_key=False)
+            self._keys[layer] = self._place(key, self._capacity, is_key=True)
+            self._values[layer] = self._place(value, self._capacity, is_value=True)
         end = self.length + key.shape[1]
         keys, values = self._keys[layer], self._values[layer]
         keys[:, self.length : end] = key
@@ -92,7 +153,7 @@ class KVBuffer:
     def write_hidden(self, hidden: Tensor) -> None:
         """Lay a step's final hidden states ``[n, hidden]`` behind the committed ones."""
         if not self._hidden:
-            self._hidden[0] = _allocate(hidden[None], self._capacity, is_key=False)
+            self._hidden[0] = self._place(hidden[None], self._capacity)
             self._hidden_from = self.length
         self._hidden[0][0, self.length : self.length + len(hidden)] = hidden
 
@@ -111,9 +172,10 @@ class KVBuffer:
         """Append the rows of the last step that ``rows`` names, ascending, and forget the others."""
         n, start = len(rows), self.length
         if list(rows) != list(range(n)):
+            places = torch.tensor(rows) + start
+            index = {device: sent(places, device) for device in {s.device for s in self._stores()}}
             for store in self._stores():
-                index = torch.tensor(rows, device=store.device) + start
-                store[:, start : start + n] = store.index_select(1, index)
+                store[:, start : start + n] = store.index_select(1, index[store.device])
         self.length = start + n
 
     def rows(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
@@ -144,16 +206,18 @@ class KVBuffer:
     @torch.inference_mode()
     def copy(self, length: int, capacity: int) -> KVBuffer:
         """Return a buffer of its own that holds the first ``length`` tokens."""
-        new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
+        tight = self._layout is not None and self._layout.tight
+        new = KVBuffer(length if tight else max(capacity, length), keeps_hidden=self.keeps_hidden)
+        new._layout = self._layout
         new.length, new.shift, new._places = self.length, self.shift, self._places
         new.truncate(length)
         if self._hidden and length > self._hidden_from:
             new._hidden_from = self._hidden_from
-            new._hidden[0] = _allocate(self._hidden[0], new._capacity, is_key=False)
+            new._hidden[0] = new._place(self._hidden[0], new._capacity)
             new._hidden[0][:, :length] = self._hidden[0][:, :length]
         for layer, key in self._keys.items():
-            new._keys[layer] = _allocate(key, new._capacity, is_key=True)
-            new._values[layer] = _allocate(self._values[layer], new._capacity, is_key=False)
+            new._keys[layer] = new._place(key, new._capacity, is_key=True)
+            new._values[layer] = new._place(self._values[layer], new._capacity, is_value=True)
             new._keys[layer][:, :length] = key[:, :length]
             new._values[layer][:, :length] = self._values[layer][:, :length]
         return new
@@ -169,13 +233,14 @@ class KVBuffer:
             capacity: Rows to plan for.
         """
         new = KVBuffer(max(capacity, len(rows)))
-        new.length = len(rows)
+        new._layout, new.length = self._layout, len(rows)
         new.shift = self.length + self.shift - len(rows)
         index = torch.tensor(rows, dtype=torch.long)
         new._places = tuple(self.positions(0, self.length)[index].tolist())
         for mine, theirs in ((self._keys, new._keys), (self._values, new._values)):
             for layer, old in mine.items():
-                store = _allocate(old, new._capacity, is_key=mine is self._keys)
+                is_key = mine is self._keys
+                store = new._place(old, new._capacity, is_key=is_key, is_value=not is_key)
                 store[:, : len(rows)] = old.index_select(1, index.to(old.device))
                 theirs[layer] = store
         return new
@@ -211,17 +276,30 @@ class KVBuffer:
         return (*self._keys.values(), *self._values.values(), *self._hidden.values())
 
 
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return ``numbers`` of the host on ``device``, without waiting for what the device is at."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
+
+
 def _rounded(capacity: int) -> int:
     return -(-max(capacity, 1) // GRANULE) * GRANULE
 
 
-def _allocate(like: Tensor, capacity: int, *, is_key: bool) -> Tensor:
-    """Return an uninitialised ``[kv_heads, capacity, head_dim]``.
+def _layout_for(device: torch.device) -> Layout:
+    """Return how eager steps read best.
 
     On a CPU the keys lie transposed in memory: scores of a few queries against thousands of keys then
     run twice as fast (docs/explanation/experiments.md). GPU kernels want both row by row.
     """
+    return Layout(transposed_keys=device.type == "cpu")
+
+
+def _allocate(like: Tensor, capacity: int, *, transposed: bool) -> Tensor:
+    """Return an uninitialised ``[kv_heads, capacity, head_dim]``."""
     heads, _, dim = like.shape
-    if is_key and like.device.type == "cpu":
-        return torch.empty(heads, dim, capacity, dtype=like.dtype).transpose(1, 2)
+    if transposed:
+        memory = torch.empty(heads, dim, capacity, dtype=like.dtype, device=like.device)
+        return memory.transpose(1, 2)
     return torch.empty(heads, capacity, dim, dtype=like.dtype, device=like.device)

@@ -38,8 +38,9 @@ def pack_linears(model: PreTrainedModel) -> int:
     Only for models that this package loaded itself: the plain weights are gone afterwards (an embedding
     tied to the output layer stays). Where torch lacks the private operators, nothing changes.
     """
-    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return 0
+    places = {parameter.device.type for parameter in model.parameters()}
+    if places != {"cpu"} or not torch.backends.mkldnn.is_available():
+        return 0  # of a model over several devices, nothing: its hooks move plain weights
     count = 0
     try:
         for parent in list(model.modules()):

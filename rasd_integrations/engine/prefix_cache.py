@@ -2,6 +2,7 @@
 
 A second question on the same documents reuses their keys and values instead of prefilling them. Entries
 are buffers: a stream takes an idle one over in place, and copies from one that another stream works on.
+What files hold of earlier processes is read where it is longer than what memory holds.
 """
 
 from __future__ import annotations
@@ -11,19 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from rasd_integrations.engine.kv import KVBuffer
-
-_Ids = npt.NDArray[np.int64]
-# A shorter match (a system prompt) is cheaper to prefill than an entry is to give up or copy.
-_LEAST_REUSE = 16
+from rasd_integrations.engine.prefix_files import LEAST_REUSE, PrefixFiles, common_prefix
+from rasd_integrations.engine.prefix_format import Ids
 
 
 @dataclass(eq=False, slots=True)
 class _Entry:
     namespace: str
-    ids: _Ids
+    ids: Ids
     buffer: KVBuffer
     in_use: bool
 
@@ -47,6 +45,10 @@ class Lease:
         """Tell the cache what the buffer holds by now, so that other streams may copy it."""
         self._entry.ids = np.asarray(ids[: self.buffer.length], dtype=np.int64)
 
+    def save(self, ids: Sequence[int]) -> None:
+        """Write the rows of ``ids`` to the cache's folder, if it has one; returns once they are there."""
+        self._cache._save(self._entry, np.asarray(ids[: self.buffer.length], dtype=np.int64))
+
     def release(self, ids: Sequence[int]) -> None:
         """Give the buffer back with the ids of its rows; the stream must not use it any more."""
         self.record(ids)
@@ -56,9 +58,10 @@ class Lease:
 class PrefixCache:
     """Buffers by token prefix, least recently used first out; safe under threads."""
 
-    def __init__(self, max_bytes: int) -> None:
-        """Keep at most ``max_bytes`` of idle buffers; 0 keeps none."""
+    def __init__(self, max_bytes: int, files: PrefixFiles | None = None) -> None:
+        """Keep at most ``max_bytes`` of idle buffers; 0 keeps none. ``files`` are looked through too."""
         self._max_bytes = max_bytes
+        self._files = files
         self._entries: list[_Entry] = []  # least recently used first
         self._lock = threading.Lock()
 
@@ -91,16 +94,10 @@ class PrefixCache:
             keeps_hidden: Keep the final hidden states of what is run from now on.
         """
         wanted = np.asarray(ids, dtype=np.int64)
+        buffer = self._from_files(wanted[:-1], namespace, capacity, keeps_hidden=keeps_hidden)
         with self._lock:
-            entry, common = self._nearest(wanted[:-1], namespace)
-            if entry is None:
-                buffer = KVBuffer(capacity)
-            elif entry.in_use or 2 * common < len(entry.ids):
-                buffer = entry.buffer.copy(common, capacity)
-            else:
-                self._entries.remove(entry)
-                buffer = entry.buffer
-                buffer.truncate(common)
+            if buffer is None:
+                buffer = self._from_memory(wanted[:-1], namespace, capacity)
             buffer.keeps_hidden |= keeps_hidden
             mine = _Entry(namespace, wanted[: buffer.length], buffer, in_use=True)
             self._entries.append(mine)
@@ -111,13 +108,38 @@ class PrefixCache:
         with self._lock:
             self._entries = [e for e in self._entries if e.in_use]
 
-    def _nearest(self, ids: _Ids, namespace: str) -> tuple[_Entry | None, int]:
+    def _from_files(
+        self, ids: Ids, namespace: str, capacity: int, *, keeps_hidden: bool
+    ) -> KVBuffer | None:
+        """Return what a file holds beyond memory; others lease and release meanwhile."""
+        if self._files is None:
+            return None
+        with self._lock:
+            entry, common = self._nearest(ids, namespace)
+        here = 0 if entry is None else common
+        return self._files.load(ids, namespace, capacity, beyond=here, keeps_hidden=keeps_hidden)
+
+    def _from_memory(self, ids: Ids, namespace: str, capacity: int) -> KVBuffer:
+        entry, common = self._nearest(ids, namespace)
+        if entry is None:
+            return KVBuffer(capacity)
+        if entry.in_use or 2 * common < len(entry.ids):
+            return entry.buffer.copy(common, capacity)
+        self._entries.remove(entry)
+        entry.buffer.truncate(common)
+        return entry.buffer
+
+    def _save(self, entry: _Entry, ids: Ids) -> None:
+        if self._files is not None:
+            self._files.save(ids, entry.namespace, entry.buffer)
+
+    def _nearest(self, ids: Ids, namespace: str) -> tuple[_Entry | None, int]:
         best: _Entry | None = None
-        length = _LEAST_REUSE - 1
+        length = LEAST_REUSE - 1
         for entry in self._entries:
             if entry.namespace != namespace:
                 continue
-            common = _common_prefix(entry.ids, ids)
+            common = common_prefix(entry.ids, ids)
             # Of equal matches an idle entry is better: it needs no copy.
             if common > length or (common == length and best is not None and best.in_use):
                 best, length = entry, common
@@ -130,7 +152,7 @@ class PrefixCache:
             entry.in_use = False
             self._entries.remove(entry)
             self._entries = [e for e in self._entries if e.in_use or not _covers(entry, e)]
-            if len(entry.ids) >= _LEAST_REUSE:
+            if len(entry.ids) >= LEAST_REUSE:
                 self._entries.append(entry)
             idle = [e for e in self._entries if not e.in_use]
             size = sum(e.buffer.nbytes for e in idle)
@@ -141,14 +163,8 @@ class PrefixCache:
                 size -= old.buffer.nbytes
 
 
-def _common_prefix(a: _Ids, b: _Ids) -> int:
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    return int(differs.argmax()) if differs.any() else n
-
-
 def _covers(entry: _Entry, other: _Entry) -> bool:
     """Whether ``entry`` holds all that ``other`` holds."""
-    return entry.namespace == other.namespace and _common_prefix(entry.ids, other.ids) == len(
+    return entry.namespace == other.namespace and common_prefix(entry.ids, other.ids) == len(
         other.ids
     )

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.errors import ConfigurationError
+
 _DECAY = 0.9
 PRIOR_SLOPE = 0.04  # cost of one more token in a step, as a share of a step of one
 _PRIOR_WEIGHT = 16.0  # that of four steps in which the width varied by two tokens
@@ -22,6 +25,29 @@ _FIRST_PROBE, _LAST_PROBE = 4, 64
 _CHEAP = 0.5  # of a plain step
 _LEAST_STEPS = 5.0  # with a draft, before drafting can be found to lose
 _OUTLIER = 2.0  # a step that took so many times what was expected was held up by something else
+
+
+def check_lockstep(drafter: object, config: SpeculationConfig, params: SamplingParams) -> None:
+    """See that processes that run one model together would take the same steps: each has a clock of its own.
+
+    Args:
+        drafter: ``None`` decodes plainly.
+        config: Of the answer.
+        params: Of the answer.
+
+    Raises:
+        ConfigurationError: Steps could differ from process to process, which would leave all of them waiting.
+    """
+    faults = []
+    if drafter is not None and config.num_draft_tokens is None:
+        faults.append("num_draft_tokens is None, so that the clock chooses it; set it")
+    if getattr(drafter, "keeps_time", False):
+        faults.append("the drafter chooses its parts by the clock; give a model or None")
+    if params.temperature > 0 and params.seed is None:
+        faults.append("seed is None, so that each process would draw its own; set it")
+    if faults:
+        msg = f"A model split by tp_plan needs the same steps in every process, but {'; '.join(faults)}."
+        raise ConfigurationError(msg)
 
 
 class Schedule:

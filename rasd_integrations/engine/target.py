@@ -13,8 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.executor import EagerExecutor, Executor, check_attention
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.executor import (
+    EagerExecutor,
+    Executor,
+    check_attention,
+    input_device,
+)
+from rasd_integrations.engine.kv import KVBuffer, sent
 from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.errors import DeviceMemoryError
 
@@ -54,7 +59,7 @@ class TargetModel:
         """
         config = model.config.get_text_config()
         self.model = model
-        self.device = model.device
+        self.device = input_device(model)
         self.window = int(config.max_position_embeddings)
         self.vocab_size = int(config.vocab_size)
         self.eos_ids = _eos_ids(model)
@@ -70,6 +75,11 @@ class TargetModel:
             self.kv_bytes_per_token = check_attention(
                 self._executor, int(config.num_hidden_layers), self.device
             )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether several processes run it together, step by step (transformers' ``tp_plan``)."""
+        return (getattr(self.model, "tp_size", None) or 1) > 1
 
     @property
     def max_batch_rows(self) -> int:
@@ -129,7 +139,7 @@ class TargetModel:
         with _memory_errors(len(ids), buffer, self.device):
             buffer.reserve(len(ids))
             positions, mask = self._layout(len(ids), parents, buffer.length + buffer.shift)
-            tokens = torch.tensor(ids, dtype=torch.long, device=self.device)
+            tokens = sent(torch.tensor(ids, dtype=torch.long), self.device)
             return _Work(tokens, Segment(buffer, positions, mask), want_logits)
 
     def _layout(
@@ -143,8 +153,7 @@ class TargetModel:
         for node, parent in enumerate(parents, start=1):
             depth.append(depth[parent + 1] + 1)
             mask[node] |= mask[parent + 1]
-        positions = torch.tensor(depth, device=self.device) + length
-        return positions, mask.to(self.device)
+        return sent(torch.tensor(depth) + length, self.device), sent(mask, self.device)
 
 
 @torch.inference_mode()

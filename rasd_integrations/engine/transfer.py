@@ -121,7 +121,7 @@ def _greedy(
     plain = argmax_rows(logits)
     best = plain
     if known and draft.logits is not None:
-        q = _allowed(draft.logits.to(z.device).float().softmax(-1), z, p)
+        q = _allowed(draft.logits.float().softmax(-1), z, p)
         best = argmax_rows(score(z, p, q)) + plain[known:]
     verdict = walk(draft, lambda row: checked(best[row]))
     rows = range(len(verdict.accepted) + 1)
@@ -141,7 +141,7 @@ def _sampled(
             return int(draw(p, generator))
         sampled = draft.probs is not None and row < len(draft)
         source = draft.probs[row] if draft.probs is not None and sampled else law(draft.logits[row])
-        q = source.to(p.device).nan_to_num(0.0)  # a broken drafter has no say
+        q = source.nan_to_num(0.0)  # a broken drafter has no say
         held, recovery = laws(p, _allowed(q, logits[row], p))
         out, left = one_step_law(q, held, recovery)
         moved.append((out - p).clamp(min=0).sum())

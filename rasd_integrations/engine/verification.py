@@ -92,7 +92,7 @@ def block_verify(
     """
     if draft.probs is None:
         return sample_and_walk(logits, draft, law, generator)
-    p, q = law(logits), draft.probs.to(logits.device)
+    p, q = law(logits), draft.probs
     reach = reach_probabilities(p, q, draft.token_ids)
     holds = accept_probabilities(p, q, reach)
     # Not the first failure but the last success counts: a late token can carry those before it.

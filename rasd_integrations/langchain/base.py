@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 from rasd_integrations._version import __version__
 from rasd_integrations.config import (
     ContextMode,
+    ExecutorName,
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
@@ -27,6 +28,7 @@ from rasd_integrations.langchain.capture import CAPTURE
 from rasd_integrations.langchain.hints import prompt_hints
 from rasd_integrations.langchain.messages import template_messages
 from rasd_integrations.langchain.tools import answer_grammar, take_tool_use
+from rasd_integrations.pipeline import Progress
 from rasd_integrations.runtime import RASD
 
 if TYPE_CHECKING:
@@ -71,6 +73,10 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     """Hub id, local folder, or path of a .gguf file. Loaded at the first call, or by `load()`."""
     drafter: Any = Field(default="auto", frozen=True, repr=False)
     """"auto", None (plain decoding), "self", hub id or path of a small LM, or a Drafter object."""
+    drafter_device: str | None = Field(default=None, frozen=True, repr=False)
+    """Where a drafter model stands: "cpu", "cuda:1", ...; None: where the target would."""
+    executor: ExecutorName = Field(default="auto", frozen=True, repr=False)
+    """What runs the models' steps: "auto", "eager" (torch), "openvino" or "cuda-graphs"."""
     store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
     """The vector store, retriever or other chunk source to draft from. See also `attach()`."""
     temperature: float = 0.0
@@ -101,6 +107,10 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     """How drafts are made and judged; a dict of its names is taken too."""
     prefix_cache_bytes: int | None = Field(default=None, frozen=True, repr=False)
     """Memory for the KV of prompts seen before; None takes the engine's default."""
+    prefix_cache_dir: str | Path | None = Field(default=None, frozen=True, repr=False)
+    """Folder for the KV of what `warm()` read, found again by later processes."""
+    prefix_cache_dir_bytes: int | None = Field(default=None, frozen=True, repr=False)
+    """Most that the folder may hold; None takes the engine's default."""
     namespace: str = Field(default="", frozen=True, repr=False)
     """Prompts of one namespace never reuse the KV of another's."""
     loaded_model: Any = Field(default=None, frozen=True, exclude=True, repr=False)
@@ -158,6 +168,8 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     def _new_engine(self) -> RASD:
         options: dict[str, Any] = {
             "drafter": self.drafter,
+            "drafter_device": self.drafter_device,
+            "executor": self.executor,
             "store": self.store,
             "context": self.context,
             "knowledge_transfer": self.knowledge_transfer,
@@ -166,8 +178,9 @@ class RASDModel(BaseLanguageModel[Any], ABC):
             "speculation": self._speculation(),
             "namespace": self.namespace,
         }
-        if self.prefix_cache_bytes is not None:
-            options["prefix_cache_bytes"] = self.prefix_cache_bytes
+        for name in ("prefix_cache_bytes", "prefix_cache_dir", "prefix_cache_dir_bytes"):
+            if (value := getattr(self, name)) is not None:
+                options[name] = value
         if self.loaded_model is None:
             return RASD(self.model, model_kwargs=self.model_kwargs, **options)
         if self.model_kwargs:
@@ -214,9 +227,13 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         self._rasd.ensure_loaded()
         return self
 
-    def warm(self, documents: Sequence[str | Document]) -> None:
-        """Read a document set ahead of the questions on it, and keep its KV."""
-        self._rasd.warm([d.page_content if isinstance(d, Document) else d for d in documents])
+    def warm(self, documents: Sequence[str | Document], progress: Progress | None = None) -> None:
+        """Read a document set ahead of the questions on it, and keep its KV; in `prefix_cache_dir` for good.
+
+        `progress` is called with tokens done and tokens in all.
+        """
+        texts = [d.page_content if isinstance(d, Document) else d for d in documents]
+        self._rasd.warm(texts, progress)
 
     @property
     def stats(self) -> DecodingStats:

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from rasd_integrations.config import (
     ContextMode,
+    ExecutorName,
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
@@ -22,6 +23,7 @@ from rasd_integrations.config import (
 )
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.outputs import Grammar
+from rasd_integrations.pipeline import Progress
 from rasd_integrations.runtime import RASD
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.schema import without_unique_items
@@ -30,6 +32,8 @@ _ALIAS = "max_new_tokens"
 _SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed")
 _ENGINE_OPTIONS = (
     "drafter",
+    "drafter_device",
+    "executor",
     "store",
     "context",
     "knowledge_transfer",
@@ -53,6 +57,10 @@ class RASDOptions(FunctionCallingLLM):
     """Hub id, local folder, or path of a ``.gguf`` file."""
     drafter: Any = Field(default="auto", frozen=True)
     """``"auto"``, ``None`` (plain decoding), ``"self"``, hub id or path of a small LM, or a ``Drafter``."""
+    drafter_device: str | None = Field(default=None, frozen=True)
+    """Where a drafter model stands: ``"cpu"``, ``"cuda:1"``, ...; ``None``: where the target would."""
+    executor: ExecutorName = Field(default="auto", frozen=True)
+    """What runs the models' steps: ``"auto"``, ``"eager"`` (torch), ``"openvino"`` or ``"cuda-graphs"``."""
     store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
     """Where chunks are searched; ``None`` takes the index that the pipeline's own retriever reads."""
     temperature: float = 0.0
@@ -77,6 +85,10 @@ class RASDOptions(FunctionCallingLLM):
     speculation: SpeculationConfig = Field(default=SpeculationConfig(), frozen=True)
     prefix_cache_bytes: int | None = Field(default=None, frozen=True)
     """Memory that kept prompts may take; ``None`` leaves it to the engine."""
+    prefix_cache_dir: str | Path | None = Field(default=None, frozen=True)
+    """Folder for what ``warm()`` computed, found again by later processes."""
+    prefix_cache_dir_bytes: int | None = Field(default=None, frozen=True)
+    """Most that the folder may hold; ``None`` leaves it to the engine."""
     namespace: str = Field(default="", frozen=True)
     """Kept prompts are shared only within a namespace."""
 
@@ -182,9 +194,12 @@ class RASDOptions(FunctionCallingLLM):
         self._store_given = True
         return self
 
-    def warm(self, documents: Sequence[str | BaseNode]) -> Self:
-        """Read a set of documents ahead of the questions, and keep what that computed; returns itself."""
-        self._rasd.warm([_text(document) for document in documents])
+    def warm(self, documents: Sequence[str | BaseNode], progress: Progress | None = None) -> Self:
+        """Read a set of documents ahead of the questions, and keep what that computed; returns itself.
+
+        In ``prefix_cache_dir`` it is kept for good. ``progress`` is called with tokens done and tokens in all.
+        """
+        self._rasd.warm([_text(document) for document in documents], progress)
         return self
 
     def close(self) -> None:
@@ -204,8 +219,9 @@ class RASDOptions(FunctionCallingLLM):
     def _make_engine(self, loaded: Sequence[Any] | None) -> RASD:
         options = {name: getattr(self, name) for name in _ENGINE_OPTIONS}
         options["speculation"] = self._speculation()
-        if self.prefix_cache_bytes is not None:
-            options["prefix_cache_bytes"] = self.prefix_cache_bytes
+        for name in ("prefix_cache_bytes", "prefix_cache_dir", "prefix_cache_dir_bytes"):
+            if (value := getattr(self, name)) is not None:
+                options[name] = value
         if loaded is None:
             return RASD(self.model, **options)
         if self.model_kwargs:

@@ -48,7 +48,9 @@ def test_constructor_hands_every_engine_option_on():
     store = [Document("x")]
     llm = ChatRASD(
         model="org/one",
-        drafter="self",
+        drafter="org/small",
+        drafter_device="cuda:1",
+        executor="eager",
         store=store,
         context="documents",
         knowledge_transfer=10.0,
@@ -57,10 +59,14 @@ def test_constructor_hands_every_engine_option_on():
         num_draft_tokens=7,
         retrieval={"k": 32},
         prefix_cache_bytes=1024,
+        prefix_cache_dir="kept",
+        prefix_cache_dir_bytes=2048,
         namespace="tenant",
     )
     expected = {
-        "drafter": "self",
+        "drafter": "org/small",
+        "drafter_device": "cuda:1",
+        "executor": "eager",
         "store": store,
         "context": "documents",
         "knowledge_transfer": 10.0,
@@ -69,6 +75,8 @@ def test_constructor_hands_every_engine_option_on():
         "retrieval": RetrievalConfig(k=32),
         "speculation": SpeculationConfig(num_draft_tokens=7),
         "prefix_cache_bytes": 1024,
+        "prefix_cache_dir": "kept",
+        "prefix_cache_dir_bytes": 2048,
         "namespace": "tenant",
     }
     assert expected == llm._rasd.options
@@ -267,8 +275,10 @@ def test_a_copy_shares_the_engine_unless_it_asks_for_another(llm):
 
 def test_warm_takes_documents_and_texts(llm):
     """Documents are warmed by their text."""
-    llm.warm([Document("one"), "two"])
+    told = []
+    llm.warm([Document("one"), "two"], lambda *figures: told.append(figures))
     assert ["one", "two"] == llm._rasd.warmed
+    assert [(2, 2)] == told
 
 
 def test_load_loads_and_completes_the_profile(llm):

@@ -162,7 +162,9 @@ def test_engine_options_reach_the_engine():
     retrieval = RetrievalConfig(k=3)
     llm = RASDLLM(
         Path("models") / "m.gguf",
-        drafter=None,
+        drafter="org/small",
+        drafter_device="cuda:1",
+        executor="eager",
         store=["text"],
         context="documents",
         knowledge_transfer=2.0,
@@ -171,12 +173,16 @@ def test_engine_options_reach_the_engine():
         retrieval=retrieval,
         num_draft_tokens=4,
         prefix_cache_bytes=5,
+        prefix_cache_dir="kept",
+        prefix_cache_dir_bytes=6,
         namespace="tenant",
     )
 
     assert llm._rasd.model_name == str(Path("models") / "m.gguf")
     expected = {
-        "drafter": None,
+        "drafter": "org/small",
+        "drafter_device": "cuda:1",
+        "executor": "eager",
         "store": ["text"],
         "context": "documents",
         "knowledge_transfer": 2.0,
@@ -185,6 +191,8 @@ def test_engine_options_reach_the_engine():
         "retrieval": retrieval,
         "speculation": SpeculationConfig(num_draft_tokens=4),
         "prefix_cache_bytes": 5,
+        "prefix_cache_dir": "kept",
+        "prefix_cache_dir_bytes": 6,
         "namespace": "tenant",
     }
     assert expected == llm._rasd.options
@@ -219,9 +227,12 @@ def test_from_model_takes_loaded_objects():
 
 def test_warm_takes_texts_and_nodes(llm):
     """Documents are read as prompts show them: with the metadata that LLMs see."""
-    llm.warm(["plain", TextNode(text="body", metadata={"file_name": "a.txt"})])
+    told = []
+    node = TextNode(text="body", metadata={"file_name": "a.txt"})
+    assert llm.warm(["plain", node], lambda *figures: told.append(figures)) is llm
 
     assert ["plain", "file_name: a.txt\n\nbody"] == llm._rasd.warmed
+    assert [(2, 2)] == told
 
 
 def test_leaving_the_context_closes(llm):

@@ -1,0 +1,221 @@
+"""A result of ``run.py`` as Markdown tables, and the pages of the docs filled with them.
+
+A page holds ``<!-- table NAME from FILE -->`` and ``<!-- end -->``, each on a line of its own; what stands between
+is made from the committed JSON ``FILE`` (a path from the root of the repository), so no figure of a page is typed.
+``NAME`` is one of :data:`TABLES`; where it is of one length, ``NAME@7200`` chooses it, else the longest counts.
+
+Example::
+
+    python examples/benchmarks/report.py README.md docs/explanation/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from catalog import BASELINE, ENGINES
+
+ROOT = Path(__file__).parents[2]
+MARKED = re.compile(
+    r"^<!-- table (?P<name>\S+) from (?P<file>\S+) -->\n(?P<body>.*?)^<!-- end -->$",
+    re.MULTILINE | re.DOTALL,
+)
+NONE = "-"
+Row = list[str]
+Column = tuple[str, str, str]
+
+ENGINE_COLUMNS: tuple[Column, ...] = (
+    ("first token, cold, s", "first_token_cold_s", ".2f"),
+    ("first token, cached, s", "first_token_cached_s", ".3f"),
+    ("decode, median, ms a token", "decode_ms_per_token", ".1f"),
+    ("decode, all tokens, ms a token", "decode_ms_per_token_mean", ".1f"),
+    ("tokens a step", "tokens_per_step", ".2f"),
+    ("times transformers", f"times_{BASELINE}", ".2f"),
+    ("peak memory, MiB", "peak_memory_mib", ".0f"),
+)
+FLOOR_COLUMNS: tuple[Column, ...] = (
+    ("floor of a plain step, ms", "floor_ms", ".1f"),
+    ("a step, ms", "step_ms", ".1f"),
+    ("efficiency of a step", "engine_efficiency", ".2f"),
+    ("multiple of the floor", "multiple_of_floor", ".2f"),
+    ("wait for the next piece, median, ms", "gap_p50_ms", ".1f"),
+    ("95th of 100, ms", "gap_p95_ms", ".1f"),
+)
+
+
+def table(document: dict[str, Any], name: str) -> str:
+    """Return one table of a result as Markdown.
+
+    Raises:
+        ValueError: There is no table of that name, or no cell of that length.
+    """
+    kind, _, context = name.partition("@")
+    if kind not in TABLES:
+        msg = f"There is no table {kind!r}; choose from {', '.join(TABLES)}."
+        raise ValueError(msg)
+    lengths = sorted({cell["context"] for cell in document["cells"]})
+    if context and int(context) not in lengths:
+        msg = f"The result has no cell of {context} tokens; it has {lengths}."
+        raise ValueError(msg)
+    chosen = int(context) if context else max(lengths, default=0)
+    rows = TABLES[kind](document, chosen)
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def label(document: dict[str, Any], name: str) -> str:
+    """Return the name of an engine; a variant carries that of its family."""
+    engine = ENGINES[name]
+    first = next(e for e in ENGINES.values() if e.library == engine.library)
+    own = str(document["engines"][name]["label"])
+    return own.replace("its ", f"{first.label.removesuffix(' generate')}, ", 1)
+
+
+def _cells(document: dict[str, Any], **wanted: object) -> list[dict[str, Any]]:
+    return [
+        cell
+        for cell in document["cells"]
+        if all(cell[key] == value for key, value in wanted.items())
+    ]
+
+
+def total(document: dict[str, Any], engine: str, context: int) -> dict[str, Any] | None:
+    """Return the row over all tasks, which is the task's own where there is one task."""
+    cells = {cell["task"]: cell for cell in _cells(document, engine=engine, context=context)}
+    return cells.get("all") or next(iter(cells.values()), None)
+
+
+def _figure(cell: dict[str, Any] | None, key: str, form: str) -> str:
+    value = None if cell is None else cell.get(key)
+    return NONE if value is None else format(value, form)
+
+
+def _by_engine(
+    document: dict[str, Any], context: int, columns: Sequence[Column], *, same: bool
+) -> list[Row]:
+    rows = [["", *(title for title, _, _ in columns), *(["same tokens"] if same else [])]]
+    for name, about in document["engines"].items():
+        cell = total(document, name, context)
+        row = [label(document, name), *(_figure(cell, key, form) for _, key, form in columns)]
+        if cell is None:
+            row[1] = f"skipped: {about.get('skipped', 'not run at this length')}".replace("|", "/")
+        if same:
+            found = cell and cell.get(f"same_as_{BASELINE}")
+            row.append(f"{found['identical']} of {found['of']}" if found else NONE)
+        rows.append(row)
+    return rows
+
+
+def _engines(document: dict[str, Any], context: int) -> list[Row]:
+    return _by_engine(document, context, ENGINE_COLUMNS, same=True)
+
+
+def _floor(document: dict[str, Any], context: int) -> list[Row]:
+    return _by_engine(document, context, FLOOR_COLUMNS, same=False)
+
+
+def _matrix(
+    document: dict[str, Any], heads: Sequence[Any], found: Callable[[str, Any], Any]
+) -> list[Row]:
+    """Return engines against ``heads``: milliseconds a token over all tokens, tokens a step."""
+    rows = [["ms a token, tokens a step", *(str(head) for head in heads)]]
+    for name in document["engines"]:
+        cells = [found(name, head) for head in heads]
+        if any(cells):
+            figures = (
+                f"{_figure(c, 'decode_ms_per_token_mean', '.1f')}, {_figure(c, 'tokens_per_step', '.2f')}"
+                if c
+                else NONE
+                for c in cells
+            )
+            rows.append([label(document, name), *figures])
+    return rows
+
+
+def _tasks(document: dict[str, Any], context: int) -> list[Row]:
+    cells = _cells(document, context=context)
+    by = {(cell["engine"], cell["task"]): cell for cell in cells}
+    heads = list(dict.fromkeys(cell["task"] for cell in cells))
+    return _matrix(document, heads, lambda name, task: by.get((name, task)))
+
+
+def _contexts(document: dict[str, Any], _context: int) -> list[Row]:
+    heads = sorted({cell["context"] for cell in document["cells"]})
+    return _matrix(document, heads, lambda name, context: total(document, name, context))
+
+
+def _breakdown(document: dict[str, Any], context: int) -> list[Row]:
+    parts = ("draft", "verify", "rest")
+    rows = [["ms a step", *parts]]
+    for name in document["engines"]:
+        cell = total(document, name, context)
+        if cell and "breakdown_ms" in cell:
+            spent = cell["breakdown_ms"]
+            rows.append([label(document, name), *(f"{spent[part]:.2f}" for part in parts)])
+    return rows
+
+
+def _steps(document: dict[str, Any], context: int) -> list[Row]:
+    """Return the cost of a forward by its width, the fastest of the repetitions."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in document["steps"]:
+        if entry["context"] == context:
+            best = found.setdefault(entry["engine"], {})
+            for width, ms in entry["step_ms"].items():
+                best[width] = min(ms, best.get(width, ms))
+    widths = list(dict.fromkeys(width for best in found.values() for width in best))
+    rows = [["tokens in a forward, ms", *widths]]
+    for name, best in found.items():
+        rows.append([label(document, name), *(f"{best[width]:.1f}" for width in widths)])
+    return rows
+
+
+def _versions(document: dict[str, Any], _context: int) -> list[Row]:
+    rows = [["", "weights", "keys and values", "versions"]]
+    aside = ("label", "load_s", "stolen", "skipped", "weights", "kv", "kv_bits", "weight_bytes")
+    for name, about in document["engines"].items():
+        versions = ", ".join(f"{k} {v}" for k, v in about.items() if k not in aside)
+        weights = str(about.get("weights", NONE))
+        kv = str(about.get("kv", weights))
+        rows.append([label(document, name), weights, kv, versions or NONE])
+    return rows
+
+
+TABLES: dict[str, Callable[[dict[str, Any], int], list[Row]]] = {
+    "engines": _engines,
+    "floor": _floor,
+    "tasks": _tasks,
+    "contexts": _contexts,
+    "breakdown": _breakdown,
+    "steps": _steps,
+    "versions": _versions,
+}
+
+
+def filled(text: str, root: Path = ROOT) -> str:
+    """Return a page with every marked table made anew from its file."""
+
+    def fresh(match: re.Match[str]) -> str:
+        document = json.loads((root / match["file"]).read_text(encoding="utf-8"))
+        made = table(document, match["name"])
+        return f"<!-- table {match['name']} from {match['file']} -->\n\n{made}\n\n<!-- end -->"
+
+    return MARKED.sub(fresh, text)
+
+
+def main() -> None:
+    """Fill the pages that the command line names."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("pages", nargs="+", type=Path, help="Markdown files, changed in place")
+    for page in parser.parse_args().pages:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(filled(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

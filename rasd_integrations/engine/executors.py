@@ -1,0 +1,62 @@
+"""Which executor runs a model's steps, by name. Its names are the values of the option ``executor``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from rasd_integrations.config import ExecutorName
+from rasd_integrations.engine import compiled, graphs
+from rasd_integrations.engine.compiled import CompiledExecutor
+from rasd_integrations.engine.executor import EagerExecutor, Executor
+from rasd_integrations.engine.graphs import GraphExecutor
+from rasd_integrations.engine.packing import pack_linears
+from rasd_integrations.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+
+def make_executor(
+    name: ExecutorName,
+    model: PreTrainedModel,
+    *,
+    owned: bool = False,
+    folder: Path | None = None,
+    identity: str | None = None,
+) -> Executor:
+    """Make the executor that ``name`` names.
+
+    ``"auto"`` compiles a model that is ``owned`` and stands on a CPU, where OpenVINO is installed and agrees
+    with eager torch; everything else runs eagerly.
+
+    Args:
+        name: ``"auto"``, ``"eager"``, ``"openvino"`` or ``"cuda-graphs"``.
+        model: Its weights as transformers laid them.
+        owned: Loaded by this package, which may lay its weights out anew or hold a second copy of them.
+        folder: Where compiled graphs are kept; ``None`` keeps none.
+        identity: Tells the weights from others'; ``None`` keeps no graph.
+
+    Raises:
+        MissingDependencyError: ``"openvino"`` without the extra of that name.
+        ConfigurationError: The architecture cannot run speculative steps, or not as asked.
+    """
+    if name == "cuda-graphs":
+        if not graphs.is_available(model.device):
+            msg = (
+                f"executor 'cuda-graphs' needs a CUDA device, but {type(model).__name__} is on {model.device}. "
+                f"Use executor='auto'."
+            )
+            raise ConfigurationError(msg)
+        return GraphExecutor(model)
+    if name == "openvino":
+        return CompiledExecutor(model, folder=folder, identity=identity)
+    if name == "auto" and owned and model.device.type == "cpu" and compiled.is_available():
+        try:
+            return CompiledExecutor(model, folder=folder, identity=identity)
+        except ConfigurationError as err:
+            logger.warning("%s It runs so now.", err)
+    if owned:
+        pack_linears(model)
+    return EagerExecutor(model)

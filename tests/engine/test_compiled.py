@@ -1,0 +1,251 @@
+"""Steps of a compiled graph say what eager steps say, leave the buffer as those do, and come back from disk."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+
+import fakes
+import pytest
+import torch
+from fakes import ScriptedDrafter
+from tiny import FAMILIES, VOCAB, tiny_llama
+
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.engine import compiled, executors
+from rasd_integrations.engine.attention import Segment, StepContext
+from rasd_integrations.engine.compiled import CompiledExecutor
+from rasd_integrations.engine.decoder import SpeculativeDecoder
+from rasd_integrations.engine.executor import EagerExecutor
+from rasd_integrations.engine.executors import make_executor
+from rasd_integrations.engine.kv import GRANULE, KVBuffer
+from rasd_integrations.engine.packing import PackedLinear
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import ConfigurationError, MissingDependencyError
+
+pytest.importorskip("openvino")
+
+TREE = [-1, 0, 0, 2, 1, -1, 5]
+
+
+def random_ids(n: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
+
+
+def prefilled(target: TargetModel, ids: list[int], capacity: int = 0) -> KVBuffer:
+    buffer = KVBuffer(capacity or len(ids), keeps_hidden=True)
+    for _ in target.prefill(ids, buffer):
+        pass
+    return buffer
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Assert equality within 1e-4 of the spread, which is about 5 here."""
+    torch.testing.assert_close(got, wanted, atol=1e-4 * max(1.0, float(wanted.std())), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def targets():
+    """Return a compiled and an eager target of a family, each made once."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            model = FAMILIES[family]()
+            ours = TargetModel(model, executor=CompiledExecutor(model))
+            made[family] = ours, TargetModel(FAMILIES[family]())
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("prefix", [1, 15, 16, 40, GRANULE - 3])
+def test_logits_hidden_states_and_rows_equal_eager(targets, family, prefix):
+    """Chains and a tree, below, at and above a window, and where the buffer has to grow."""
+    ours, eager = targets(family)
+    ids = random_ids(prefix)
+    mine, theirs = prefilled(ours, ids), prefilled(eager, ids)
+    for n in (1, 2, 9):
+        draft = random_ids(n, seed=n)
+        close(ours.step(draft, mine), eager.step(draft, theirs))
+    draft = random_ids(1 + len(TREE), seed=7)
+    close(ours.step(draft, mine, TREE), eager.step(draft, theirs, TREE))
+    mine.commit([0, 1, 3])
+    theirs.commit([0, 1, 3])
+    for layer in range(mine.num_layers):
+        for got, wanted in zip(
+            mine.rows(layer, 0, prefix + 3), theirs.rows(layer, 0, prefix + 3), strict=True
+        ):
+            close(got, wanted)
+    close(mine.hidden()[1], theirs.hidden()[1])
+
+
+SCRIPTS = {
+    "oracle": fakes.oracle,
+    "wrong": lambda truth: fakes.always_wrong(truth, VOCAB),
+    "too_long": fakes.too_long,
+    "random": lambda truth: fakes.random_tokens(VOCAB),
+    "partly_right": lambda truth: fakes.partly_right(truth, VOCAB),
+}
+
+
+def decoded(target, drafter=None, ids=None):
+    config = SpeculationConfig(num_draft_tokens=5, max_draft_tokens=64)
+    decoder = SpeculativeDecoder(target, drafter, config=config)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    return [t for block in decoder.generate(ids or random_ids(24), params) for t in block.token_ids]
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_greedy_ids_equal_eager_plain_decoding(targets, family, script, shape):
+    """Whatever is drafted, the ids are those of eager torch without drafts."""
+    ours, eager = targets(family)
+    truth = decoded(eager)
+    propose = SCRIPTS[script](truth)
+    if shape == "tree":
+        propose = fakes.as_tree(propose, VOCAB)
+    assert truth == decoded(ours, ScriptedDrafter(propose))
+
+
+def test_a_gathered_buffer_keeps_its_places(targets):
+    """Rows picked out of a longer text, with windows, are seen where they stood."""
+    ours, eager = targets("gemma3")
+    ids = random_ids(50)
+    rows = [0, 1, 2, 20, 21, 33, 45, 46, 47, 48, 49]
+    mine, theirs = (prefilled(t, ids).gather(rows, 64) for t in (ours, eager))
+    close(ours.step([5, 6, 7], mine), eager.step([5, 6, 7], theirs))
+
+
+def test_two_buffers_take_turns(targets):
+    """The graph reads the memory of the answer whose turn it is, also after it grew."""
+    ours, eager = targets("llama")
+    mine = [prefilled(ours, random_ids(30, seed)) for seed in (1, 2)]
+    theirs = [prefilled(eager, random_ids(30, seed)) for seed in (1, 2)]
+    for turn in range(6):
+        which = turn % 2
+        draft = random_ids(80, seed=turn)
+        close(ours.step(draft, mine[which]), eager.step(draft, theirs[which]))
+        for buffer in (mine[which], theirs[which]):
+            buffer.commit(range(80))
+
+
+def test_spare_memory_that_is_no_number_stays_out(targets):
+    """What was never written may hold anything."""
+    ours, eager = targets("llama")
+    ids = random_ids(10)
+    mine, theirs = prefilled(ours, ids), prefilled(eager, ids)
+    copied = mine.copy(10, 40)
+    with torch.inference_mode():
+        for layer in range(copied.num_layers):
+            for store in copied.stores(layer):
+                store[:, 10:] = float("nan")
+    close(ours.step([1, 2], copied), eager.step([1, 2], theirs))
+
+
+def test_steps_of_several_answers_run_together(targets):
+    """They run eagerly, over the same buffers."""
+    ours, eager = targets("llama")
+    prompts = [random_ids(12, 1), random_ids(20, 2)]
+    buffers = [(prefilled(ours, ids), prefilled(eager, ids)) for ids in prompts]
+    logits = []
+    for which, target in ((0, ours), (1, eager)):
+        segments = tuple(
+            Segment(pair[which], torch.arange(3) + pair[which].length, None) for pair in buffers
+        )
+        context = StepContext(torch.cat([s.positions for s in segments]), segments)
+        with torch.inference_mode():
+            logits.append(target._executor.step(torch.arange(6), context, want_logits=True).logits)
+    close(*logits)
+
+
+def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatch, caplog):
+    """The second time nothing is traced; a broken file costs time only; other weights have another file."""
+    model = tiny_llama()
+    CompiledExecutor(model, folder=tmp_path, identity="a")
+    (kept,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_traced", None)
+        loaded = TargetModel(model, executor=CompiledExecutor(model, folder=tmp_path, identity="a"))
+    ids = random_ids(20)
+    eager = TargetModel(tiny_llama())
+    close(loaded.step([1], prefilled(loaded, ids)), eager.step([1], prefilled(eager, ids)))
+
+    kept.write_bytes(kept.read_bytes()[:1000])
+    with caplog.at_level(logging.WARNING):
+        CompiledExecutor(model, folder=tmp_path, identity="a")
+    assert "made anew" in caplog.text
+    assert kept.stat().st_size > 1000
+    CompiledExecutor(tiny_llama(1), folder=tmp_path, identity="b")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_costs_time_only(tmp_path, caplog):
+    """A file where the folder should be."""
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        CompiledExecutor(tiny_llama(), folder=tmp_path / "file" / "x", identity="a")
+    assert "cannot keep" in caplog.text
+
+
+def test_a_graph_that_says_something_else_is_refused(monkeypatch, caplog):
+    """By name it is an error; "auto" runs eagerly and says why."""
+    monkeypatch.setattr(compiled, "_HIDDEN", 0.0)  # rows see what they may not
+    with pytest.raises(ConfigurationError, match="off eager ones"):
+        CompiledExecutor(tiny_llama())
+    with caplog.at_level(logging.WARNING):
+        executor = make_executor("auto", tiny_llama(), owned=True)
+    assert isinstance(executor, EagerExecutor)
+    assert "off eager ones" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "owned", "kind", "packed"),
+    [
+        ("auto", True, CompiledExecutor, False),
+        ("auto", False, EagerExecutor, False),
+        ("eager", True, EagerExecutor, True),
+        ("openvino", False, CompiledExecutor, False),
+    ],
+)
+def test_names_make_executors(name, owned, kind, packed):
+    """Weights of others are neither laid out anew nor doubled unless asked."""
+    model = tiny_llama()
+    executor = make_executor(name, model, owned=owned)
+    assert type(executor) is kind
+    assert packed == any(isinstance(m, PackedLinear) for m in model.modules())
+
+
+def test_without_the_extra(monkeypatch):
+    """By name it is asked for; "auto" does without."""
+    monkeypatch.setattr(compiled, "is_available", lambda: False)
+    with pytest.raises(MissingDependencyError, match="openvino"):
+        make_executor("openvino", tiny_llama())
+    assert isinstance(make_executor("auto", tiny_llama(), owned=True), EagerExecutor)
+    assert executors.compiled is compiled
+
+
+def test_graphs_of_a_gpu_need_one():
+    """On a CPU they are refused by name."""
+    with pytest.raises(ConfigurationError, match="CUDA"):
+        make_executor("cuda-graphs", tiny_llama())
+
+
+def test_other_dtypes_are_refused():
+    """float16 has no graph here."""
+    with pytest.raises(ConfigurationError, match="float16"):
+        CompiledExecutor(tiny_llama().half())
+
+
+def test_a_model_is_let_go_with_its_executor():
+    """No hook, patch or graph keeps the weights alive."""
+    model = tiny_llama()
+    executor = CompiledExecutor(model)
+    gone = weakref.ref(model)
+    del model, executor
+    gc.collect()
+    assert gone() is None
