@@ -23,6 +23,7 @@ from rasd_integrations.drafters.recycling import RecyclingDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.drafters.translated import TranslatedDrafter, Translation
 from rasd_integrations.drafters.vocabulary import Vocabulary
+from rasd_integrations.engine.compiled import CompiledExecutor
 from rasd_integrations.engine.executor import Executor
 from rasd_integrations.engine.executors import make_executor
 from rasd_integrations.engine.identity import model_identity
@@ -48,10 +49,17 @@ class SharedModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         name: str,
-        executor: Executor,
+        executor: Executor | None = None,
     ) -> None:
-        """Wrap loaded objects; raise if the architecture cannot run speculative steps."""
+        """Wrap loaded objects, run eagerly where no executor is given.
+
+        Raises:
+            ConfigurationError: The architecture cannot run speculative steps.
+        """
         self.target = TargetModel(model, executor=executor)
+        if isinstance(executor, CompiledExecutor):
+            # Its graph knows one prefix; run one after the other it is ahead of eager steps together.
+            self.target.max_batch_rows = 1
         self.tokenizer = tokenizer
         self.name = name
         self._caches: dict[tuple[int, PrefixFolder | None], PrefixCache] = {}

@@ -1,6 +1,6 @@
 """Steps on a CPU as one compiled graph, run by OpenVINO (extra ``openvino``).
 
-Eager torch spends half of a short step between operations; a graph of the same module does not. It reads the
+Eager torch spends a good part of a step between operations; a graph of the same module does not. It reads the
 keys and values where they lie, in :class:`.kv.KVBuffer`'s own memory, with what is behind the prefix masked.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import itertools
 import logging
 import tempfile
 from pathlib import Path
@@ -31,16 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FORMAT = 2  # of kept graphs: raise it when a step's inputs, outputs or operations change
-_HIDDEN = (
-    torch.finfo(torch.bfloat16).min / 4
-)  # of a score: finite, so that no difference of two is undefined
+# Added to the score of a key that a row may not see: finite, so that no difference of two is undefined.
+_HIDDEN = torch.finfo(torch.bfloat16).min / 4
 # What lies so is read as it lies by OpenVINO's products (docs/explanation/experiments.md).
 _LAYOUT = Layout(transposed_keys=False, transposed_values=True, tight=True)
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_FAR = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.2,
-}  # of logits from eager ones, relative; wrong ones are about 1 off
+# Most that logits may be off eager ones, relative; those of a wrong graph are about 1 off.
+_FAR = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 def is_available() -> bool:
@@ -49,13 +45,11 @@ def is_available() -> bool:
 
 
 class CompiledExecutor:
-    """OpenVINO's graph of a stock module, for steps of one answer; steps of several run eagerly.
+    """OpenVINO's graph of a stock module, for steps of one answer; a step of several runs eagerly.
 
     The graph has weights of its own, laid out for the processor. It is made once a model (traced and compiled
     in seconds) and then loaded from ``folder``.
     """
-
-    reads_spare = True
 
     def __init__(
         self, model: PreTrainedModel, *, folder: Path | None = None, identity: str | None = None
@@ -154,9 +148,7 @@ class CompiledExecutor:
         tensors = [keys for keys, _ in stores] + [values.mT for _, values in stores]
         if not all(tensor.is_contiguous() for tensor in tensors):
             return False
-        for store in itertools.chain.from_iterable(stores):
-            # What was never written may not be a number, and 0 times that is not 0.
-            store[:, buffer.length :] = 0
+        self._bound = None
         for index, tensor in enumerate(tensors, self._first_key):
             self._request.set_input_tensor(index, _shared(tensor))
         self._bound, self._held = buffer.memory, tensors

@@ -23,7 +23,8 @@ class Layout(NamedTuple):
     Attributes:
         transposed_keys: Keys lie ``[kv_heads, head_dim, capacity]``, else row by row.
         transposed_values: The same of values.
-        tight: Memory is taken as rows come, not ahead: for who reads all of it, rows or not.
+        tight: Memory is taken as rows come, not ahead, and holds zeros until then: for who reads all of
+            it and multiplies what it may not see by 0.
     """
 
     transposed_keys: bool
@@ -128,7 +129,10 @@ class KVBuffer:
         """Return memory for rows such as those of ``like``."""
         layout = self._layout or _layout_for(like.device)
         transposed = (is_key and layout.transposed_keys) or (is_value and layout.transposed_values)
-        return _allocate(like, capacity, transposed=transposed)
+        store = _allocate(like, capacity, transposed=transposed)
+        if layout.tight:
+            store[:, self.length :] = 0
+        return store
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Lay a step's rows behind the committed ones and return both together.
@@ -267,6 +271,7 @@ class KVBuffer:
         """
         self.reserve(room)
         new = KVBuffer(self._capacity)
+        new._layout = self._layout
         new.length, new.shift, new._places = self.length, self.shift, self._places
         new._keys = {layer: self._keys[layer] for layer in range(num_layers)}
         new._values = {layer: self._values[layer] for layer in range(num_layers)}

@@ -13,7 +13,7 @@ from fakes import ScriptedDrafter
 from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.engine import compiled, executors
+from rasd_integrations.engine import compiled, executors, kv
 from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.compiled import CompiledExecutor
 from rasd_integrations.engine.decoder import SpeculativeDecoder
@@ -134,17 +134,19 @@ def test_two_buffers_take_turns(targets):
             buffer.commit(range(80))
 
 
-def test_spare_memory_that_is_no_number_stays_out(targets):
-    """What was never written may hold anything."""
+def test_memory_that_is_no_number_stays_out(targets, monkeypatch):
+    """Fresh memory may hold anything: at first, after growth, in a copy and in gathered rows."""
     ours, eager = targets("llama")
-    ids = random_ids(10)
-    mine, theirs = prefilled(ours, ids), prefilled(eager, ids)
-    copied = mine.copy(10, 40)
-    with torch.inference_mode():
-        for layer in range(copied.num_layers):
-            for store in copied.stores(layer):
-                store[:, 10:] = float("nan")
-    close(ours.step([1, 2], copied), eager.step([1, 2], theirs))
+    allocate = kv._allocate
+    monkeypatch.setattr(
+        kv, "_allocate", lambda *args, **how: allocate(*args, **how).fill_(float("nan"))
+    )
+    ids = random_ids(GRANULE + 10)
+    mine, theirs = prefilled(ours, ids, 8), prefilled(eager, ids, 8)
+    for rows in (lambda b: b, lambda b: b.copy(20, 40), lambda b: b.gather([0, 3, 9, 100], 40)):
+        got, wanted = ours.step([1, 2], rows(mine)), eager.step([1, 2], rows(theirs))
+        assert bool(got.isfinite().all())
+        close(got, wanted)
 
 
 def test_steps_of_several_answers_run_together(targets):
