@@ -39,6 +39,32 @@ _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FAR = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
+# A step of another width than the last takes as long as this many rows more (docs/explanation/experiments.md).
+_CHANGE_ROWS = 12
+_PERIOD = 8  # steps
+_WIDEST = 64  # of a decoding step; prefill runs as it comes
+
+
+class Widths:
+    """As how many rows decoding steps are run: seldom another number than the last time."""
+
+    def __init__(self) -> None:
+        """Start with no width."""
+        self.now = 0
+        self._most = self._steps = 0
+
+    def fit(self, n: int) -> int:
+        """Return the rows to run a step of ``n`` as: ``4 k + 1``, and smaller than before once that pays."""
+        self._most, self._steps = max(self._most, n), self._steps + 1
+        needed = 1 + 4 * -(-(self._most - 1) // 4)
+        if needed > self.now or self._steps * (self.now - needed) >= _CHANGE_ROWS:
+            self.now = needed
+        elif self._steps < _PERIOD:
+            return self.now
+        self._most = self._steps = 0
+        return self.now
+
+
 def is_available() -> bool:
     """Whether the extra ``openvino`` is installed."""
     return importlib.util.find_spec("openvino") is not None
@@ -85,6 +111,8 @@ class CompiledExecutor:
         self._request: Any = _compiled(model, self._plan, path).create_infer_request()
         layers = len(self._plan.layers)
         self._first_key = len(self._request.model_inputs) - 2 * layers
+        self._widths = Widths()
+        self.width = 0
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
         self._check(model)
@@ -95,10 +123,16 @@ class CompiledExecutor:
         if len(context.segments) > 1 or not self._bind(segment):
             return self._eager.step(ids, context, want_logits=want_logits)
         n, layers = len(ids), len(self._plan.layers)
-        positions = context.positions[None]
-        rows = torch.arange(0 if want_logits else n - 1, n)
-        tables = [table for call in self._plan.angles for table in call.at(positions)]
-        inputs = [ids[None], positions, rows, *tables, *self._masks(segment)]
+        decodes = want_logits and n <= _WIDEST
+        width = self._widths.fit(n) if decodes else n
+        self.width = width if decodes else 0
+        # Rows that are added repeat the last one; nobody sees them, and they go nowhere.
+        ids, positions = (
+            torch.cat([x, x[-1:].expand(width - n)]) for x in (ids, context.positions)
+        )
+        rows = torch.arange(0 if want_logits else n - 1, width)
+        tables = [table for call in self._plan.angles for table in call.at(positions[None])]
+        inputs = [ids[None], positions[None], rows, *tables, *self._masks(segment, width)]
         for index, tensor in enumerate(inputs):
             self._request.set_input_tensor(index, _shared(tensor))
         self._request.infer()
@@ -106,14 +140,14 @@ class CompiledExecutor:
             _tensor(self._request.get_output_tensor(2 + index).data) for index in range(2 * layers)
         ]
         for layer in range(layers):
-            segment.buffer.write(layer, new[layer], new[layers + layer])
+            segment.buffer.write(layer, new[layer][:, :n], new[layers + layer][:, :n])
         # Copied by numpy: torch's threads would spin where the graph's next ones want to run.
         logits, hidden = (
-            _tensor(self._request.get_output_tensor(index).data.copy()) for index in range(2)
+            _tensor(self._request.get_output_tensor(index).data[:n].copy()) for index in range(2)
         )
         return StepOutput(logits if want_logits else logits[:0], hidden)
 
-    def _masks(self, segment: Segment) -> list[Tensor]:
+    def _masks(self, segment: Segment, width: int) -> list[Tensor]:
         """Return what is added to the scores of prefix and tail, for each kind of layer."""
         masks = []
         buffer, n = segment.buffer, segment.rows
@@ -122,16 +156,17 @@ class CompiledExecutor:
             if window is not None and prefix + buffer.shift + 1 > window:
                 start = buffer.first_from(prefix + buffer.shift + 1 - window)
             tail, head = segment.blocked(prefix - start, window, segment.positions.device)
-            rows = 1 if head is None else n
+            rows = 1 if head is None else width
             head_mask = torch.zeros(rows, buffer.capacity, dtype=self._dtype)
             head_mask[:, :start] = _HIDDEN
             head_mask[:, prefix:] = _HIDDEN
             if head is not None:
-                head_mask[:, start : start + head.shape[1]].masked_fill_(head, _HIDDEN)
+                head_mask[:n, start : start + head.shape[1]].masked_fill_(head, _HIDDEN)
                 head_mask = head_mask.repeat(group, 1)
-            tail_mask = torch.zeros(n, n, dtype=self._dtype)
+            tail_mask = torch.zeros(width, width, dtype=self._dtype)
+            tail_mask[:n, n:] = _HIDDEN
             if tail is not None:
-                tail_mask.masked_fill_(tail, _HIDDEN)
+                tail_mask[:n, :n].masked_fill_(tail, _HIDDEN)
             masks += [head_mask[None], tail_mask.repeat(group, 1)[None]]
         return masks
 

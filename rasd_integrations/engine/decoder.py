@@ -150,9 +150,9 @@ class _Answer:
         self.generator = torch.Generator().manual_seed(seed)
         self.law: Law | None = sampling_law(params.temperature, params.top_p, params.top_k)
         self.decoder = decoder
-        self.schedule = Schedule(
-            self.config.max_draft_tokens, self.config.num_draft_tokens, slope=decoder.slope
-        )
+        most, fixed = self.config.max_draft_tokens, self.config.num_draft_tokens
+        self.schedule = Schedule(most, fixed, slope=decoder.slope)
+        self.rows_run = self.target.rows_run(0)
         self.context = replace(
             context,
             prompt_ids=tuple(ids),
@@ -292,8 +292,10 @@ class _Answer:
         forced = [source == SOURCE for source in draft.sources or ()] or [False] * len(draft)
         drafted = len(draft) - sum(forced)
         stood = sum(not forced[i] for i in accepted)
+        width, empty = self.target.rows_run(1 + len(draft)), self.target.rows_run(0)
+        steady, self.rows_run = empty == self.rows_run, empty
         self.schedule.record(
-            drafted, stood, draft_s, verify_s, width=1 + len(draft), promised=promised
+            drafted, stood, draft_s, verify_s, width=width, promised=promised, steady=steady
         )
 
     def _count(self, draft: Draft, accepted: Sequence[int]) -> None:
@@ -338,7 +340,11 @@ class _Answer:
             return Draft()
         if draft.likely is None:
             return draft
-        return _trimmed(draft, self.schedule.head(draft.likely), self.target.vocab_size)
+        if head := self.schedule.head(
+            draft.likely
+        ):  # and what would be run as empty rows otherwise
+            head = self.target.rows_run(1 + head) - 1
+        return _trimmed(draft, head, self.target.vocab_size)
 
     def _observe(self, draft: Draft, logits: Tensor, block: TokenBlock, *, asked: bool) -> float:
         """Tell the session what became of its draft; return the seconds that it took."""

@@ -34,7 +34,13 @@ class StepOutput:
 
 
 class Executor(Protocol):
-    """Runs steps of one model."""
+    """Runs steps of one model.
+
+    Attributes:
+        width: Rows that the last decoding step was run as, where it was made wider; else 0.
+    """
+
+    width: int
 
     def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
         """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it."""
@@ -61,6 +67,8 @@ class NoCache(Cache):
 
 class EagerExecutor:
     """Eager torch on any device: the reference that every other executor is tested against."""
+
+    width = 0
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take ``model`` as it is and route its attention through ours.

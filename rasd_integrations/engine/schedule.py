@@ -127,6 +127,7 @@ class Schedule:
         *,
         width: int | None = None,
         promised: float | None = None,
+        steady: bool = True,
     ) -> None:
         """Learn from one step.
 
@@ -137,8 +138,11 @@ class Schedule:
             step_s: Seconds of the step.
             width: Rows of the step, where others than the drafted ones were in it.
             promised: Sum of the drafted tokens' likelihoods, where they carry any.
+            steady: Whether the step took what steps of its width take; one that a graph had to be fitted for
+                says nothing of the next.
         """
-        self._widths.add(1 + drafted if width is None else width, step_s)
+        if steady:
+            self._widths.add(1 + drafted if width is None else width, step_s)
         self._draft_s = _DECAY * self._draft_s + draft_s
         self._draft_tokens = _DECAY * self._draft_tokens + drafted
         if promised is not None:

@@ -90,6 +90,10 @@ class TargetModel:
     def max_batch_rows(self, rows: int) -> None:
         self._turns.max_rows = rows
 
+    def rows_run(self, n: int) -> int:
+        """Return as how many rows the last step, of ``n``, was run: what its time is the time of."""
+        return max(n, self._executor.width)
+
     def prefill(self, ids: Sequence[int], buffer: KVBuffer) -> Iterator[int]:
         """Append the keys and values of ``ids`` to ``buffer``, piece by piece.
 

@@ -266,6 +266,8 @@ def test_two_streams_take_turns():
 class Faulty:
     """An executor that fails at a given decoding step."""
 
+    width = 0
+
     def __init__(self, executor: object, at: int) -> None:
         self.executor, self.left = executor, at
 

@@ -333,6 +333,8 @@ def test_two_streams_take_turns(target):
 class Faulty:
     """An executor that fails once, at a given decoding step."""
 
+    width = 0
+
     def __init__(self, executor: object, at: int) -> None:
         self.executor, self.left = executor, at
 

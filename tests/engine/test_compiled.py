@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from itertools import pairwise
 
 import fakes
 import pytest
@@ -15,7 +16,7 @@ from tiny import FAMILIES, VOCAB, tiny_llama
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.engine import compiled, executors, kv
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.compiled import CompiledExecutor
+from rasd_integrations.engine.compiled import CompiledExecutor, Widths
 from rasd_integrations.engine.decoder import SpeculativeDecoder
 from rasd_integrations.engine.executor import EagerExecutor
 from rasd_integrations.engine.executors import make_executor
@@ -119,6 +120,19 @@ def test_a_gathered_buffer_keeps_its_places(targets):
     rows = [0, 1, 2, 20, 21, 33, 45, 46, 47, 48, 49]
     mine, theirs = (prefilled(t, ids).gather(rows, 64) for t in (ours, eager))
     close(ours.step([5, 6, 7], mine), eager.step([5, 6, 7], theirs))
+
+
+def test_widths_change_seldom():
+    """Up at once, down once the rows too many outweigh a change, never for a single short draft."""
+    widths = Widths()
+    seen = [widths.fit(n) for n in [1, 1, 4, 9, 3, 8, 2, 9, *[1] * 10]]
+    assert [1, 1, 5, 9, 9, 9, 9, 9] == seen[:8]
+    assert seen[-1] == 1
+    assert all(
+        width >= n for n, width in zip([1, 1, 4, 9, 3, 8, 2, 9, *[1] * 10], seen, strict=True)
+    )
+    changes = sum(a != b for a, b in pairwise(widths.fit(n) for n in [6, 2, 9, 4, 7, 3, 8] * 20))
+    assert changes == 0
 
 
 def test_two_buffers_take_turns(targets):
