@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from rasd_integrations.config import ExecutorName
-from rasd_integrations.engine import compiled, graphs
-from rasd_integrations.engine.compiled import CompiledExecutor
+from rasd_integrations.engine import graphs
 from rasd_integrations.engine.executor import EagerExecutor, Executor
 from rasd_integrations.engine.graphs import GraphExecutor
 from rasd_integrations.engine.packing import pack_linears
-from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +51,26 @@ def make_executor(
             raise ConfigurationError(msg)
         return GraphExecutor(model)
     if name == "openvino":
-        return CompiledExecutor(model, folder=folder, identity=identity)
-    if name == "auto" and owned and model.device.type == "cpu" and compiled.is_available():
+        return _compiled(model, folder, identity)
+    if name == "auto" and owned and model.device.type == "cpu" and has_openvino():
         try:
-            return CompiledExecutor(model, folder=folder, identity=identity)
+            return _compiled(model, folder, identity)
         except ConfigurationError as err:
             logger.warning("%s It runs so now.", err)
     if owned:
         pack_linears(model)
     return EagerExecutor(model)
+
+
+def has_openvino() -> bool:
+    """Whether the extra ``openvino`` is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _compiled(model: PreTrainedModel, folder: Path | None, identity: str | None) -> Executor:
+    if not has_openvino():
+        package = "openvino"
+        raise MissingDependencyError(package, package)
+    from rasd_integrations.engine.compiled import CompiledExecutor  # an extra
+
+    return CompiledExecutor(model, folder=folder, identity=identity)

@@ -9,27 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 GRANULE = 256
-
-
-class Layout(NamedTuple):
-    """How keys and values lie in memory: what pays depends on who reads them.
-
-    Attributes:
-        transposed_keys: Keys lie ``[kv_heads, head_dim, capacity]``, else row by row.
-        transposed_values: The same of values.
-        tight: Memory is taken as rows come, not ahead, and holds zeros until then: for who reads all of
-            it and multiplies what it may not see by 0.
-    """
-
-    transposed_keys: bool
-    transposed_values: bool = False
-    tight: bool = False
 
 
 class KVBuffer:
@@ -46,7 +30,7 @@ class KVBuffer:
         self.length = 0
         self.keeps_hidden = keeps_hidden
         self.shift = 0
-        self._layout: Layout | None = None
+        self._by_rows = False
         self._places: tuple[int, ...] = ()  # positions of the gathered rows, ascending
         self._capacity = _rounded(capacity)
         self._keys: dict[int, Tensor] = {}
@@ -98,41 +82,36 @@ class KVBuffer:
         return new
 
     @torch.inference_mode()
-    def arrange(self, layout: Layout, num_rows: int) -> None:
-        """Lay keys and values out as ``layout`` says, with room for ``num_rows`` tokens more; once."""
-        if layout != self._layout:
-            self._layout = layout
-            self._move(_rounded(self.length + num_rows) if layout.tight else self._capacity)
+    def lay_by_rows(self) -> None:
+        """Lay keys out row by row from now on, for who reads this memory as it lies."""
+        if not self._by_rows:
+            self._by_rows = True
+            self._move(self._capacity)
 
     @torch.inference_mode()
     def reserve(self, num_rows: int) -> None:
         """Make room for ``num_rows`` tokens behind the committed ones."""
         needed = self.length + num_rows
-        if needed <= self._capacity:
-            return
-        tight = self._layout is not None and self._layout.tight
-        self._move(_rounded(max(needed, self._capacity * (5 if tight else 6) // 4)))
+        if needed > self._capacity:
+            self._move(_rounded(max(needed, self._capacity * 3 // 2)))
 
     def _move(self, capacity: int) -> None:
         """Take other memory, layer by layer: only one is held twice at a time."""
         for store in (self._keys, self._values, self._hidden):
             for layer, old in store.items():
-                kinds = {"is_key": store is self._keys, "is_value": store is self._values}
-                new = self._place(old, capacity, **kinds)
+                new = self._place(old, capacity, is_key=store is self._keys)
                 new[:, : self.length] = old[:, : self.length]
                 store[layer] = new
         self._capacity = capacity  # last: where memory ran out on the way, the buffer is as it was
 
-    def _place(
-        self, like: Tensor, capacity: int, *, is_key: bool = False, is_value: bool = False
-    ) -> Tensor:
-        """Return memory for rows such as those of ``like``."""
-        layout = self._layout or _layout_for(like.device)
-        transposed = (is_key and layout.transposed_keys) or (is_value and layout.transposed_values)
-        store = _allocate(like, capacity, transposed=transposed)
-        if layout.tight:
-            store[:, self.length :] = 0
-        return store
+    def _place(self, like: Tensor, capacity: int, *, is_key: bool = False) -> Tensor:
+        """Return memory for rows such as those of ``like``, with keys as eager steps read them best.
+
+        On a CPU they lie transposed: scores of a few queries against thousands of keys then run twice as fast
+        (docs/explanation/experiments.md). GPU kernels want them row by row.
+        """
+        transposed = is_key and not self._by_rows and like.device.type == "cpu"
+        return _allocate(like, capacity, transposed=transposed)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Lay a step's rows behind the committed ones and return both together.
@@ -147,7 +126,7 @@ class KVBuffer:
         """
         if layer not in self._keys:
             self._keys[layer] = self._place(key, self._capacity, is_key=True)
-            self._values[layer] = self._place(value, self._capacity, is_value=True)
+            self._values[layer] = self._place(value, self._capacity)
         end = self.length + key.shape[1]
         keys, values = self._keys[layer], self._values[layer]
         keys[:, self.length : end] = key
@@ -210,9 +189,8 @@ class KVBuffer:
     @torch.inference_mode()
     def copy(self, length: int, capacity: int) -> KVBuffer:
         """Return a buffer of its own that holds the first ``length`` tokens."""
-        tight = self._layout is not None and self._layout.tight
-        new = KVBuffer(length if tight else max(capacity, length), keeps_hidden=self.keeps_hidden)
-        new._layout = self._layout
+        new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
+        new._by_rows = self._by_rows
         new.length, new.shift, new._places = self.length, self.shift, self._places
         new.truncate(length)
         if self._hidden and length > self._hidden_from:
@@ -221,7 +199,7 @@ class KVBuffer:
             new._hidden[0][:, :length] = self._hidden[0][:, :length]
         for layer, key in self._keys.items():
             new._keys[layer] = new._place(key, new._capacity, is_key=True)
-            new._values[layer] = new._place(self._values[layer], new._capacity, is_value=True)
+            new._values[layer] = new._place(self._values[layer], new._capacity)
             new._keys[layer][:, :length] = key[:, :length]
             new._values[layer][:, :length] = self._values[layer][:, :length]
         return new
@@ -237,14 +215,13 @@ class KVBuffer:
             capacity: Rows to plan for.
         """
         new = KVBuffer(max(capacity, len(rows)))
-        new._layout, new.length = self._layout, len(rows)
+        new._by_rows, new.length = self._by_rows, len(rows)
         new.shift = self.length + self.shift - len(rows)
         index = torch.tensor(rows, dtype=torch.long)
         new._places = tuple(self.positions(0, self.length)[index].tolist())
         for mine, theirs in ((self._keys, new._keys), (self._values, new._values)):
             for layer, old in mine.items():
-                is_key = mine is self._keys
-                store = new._place(old, new._capacity, is_key=is_key, is_value=not is_key)
+                store = new._place(old, new._capacity, is_key=mine is self._keys)
                 store[:, : len(rows)] = old.index_select(1, index.to(old.device))
                 theirs[layer] = store
         return new
@@ -271,7 +248,7 @@ class KVBuffer:
         """
         self.reserve(room)
         new = KVBuffer(self._capacity)
-        new._layout = self._layout
+        new._by_rows = self._by_rows
         new.length, new.shift, new._places = self.length, self.shift, self._places
         new._keys = {layer: self._keys[layer] for layer in range(num_layers)}
         new._values = {layer: self._values[layer] for layer in range(num_layers)}
@@ -290,15 +267,6 @@ def sent(numbers: Tensor, device: torch.device) -> Tensor:
 
 def _rounded(capacity: int) -> int:
     return -(-max(capacity, 1) // GRANULE) * GRANULE
-
-
-def _layout_for(device: torch.device) -> Layout:
-    """Return how eager steps read best.
-
-    On a CPU the keys lie transposed in memory: scores of a few queries against thousands of keys then
-    run twice as fast (docs/explanation/experiments.md). GPU kernels want both row by row.
-    """
-    return Layout(transposed_keys=device.type == "cpu")
 
 
 def _allocate(like: Tensor, capacity: int, *, transposed: bool) -> Tensor:

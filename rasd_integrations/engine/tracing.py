@@ -1,8 +1,8 @@
 """One step of a stock transformers module as a pure function of tensors, which torch can trace.
 
-``(ids, positions, rows, angles, masks, keys, values) -> (logits, hidden, new keys, new values)``. Nothing is
-written: the new rows come out, and a cache only ever appends them. What a trace cannot hold stands outside:
-rotary angles, which compilers would round to bfloat16 at positions that it cannot tell apart, and masks.
+``(ids, positions, rows, angles, attended) -> (logits, hidden, queries, keys, values)``. Two things stand outside.
+Attention, because only who compiles the trace knows how to read a cache; it is put between the two ends later.
+And rotary angles, which compilers would round to bfloat16, where positions are the same.
 """
 
 from __future__ import annotations
@@ -49,13 +49,15 @@ def _at(value: Any, positions: Tensor) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Shapes of one layer's attention, and the window of its keys."""
+    """Shapes of one layer's attention and what it does to scores."""
 
     kv_heads: int
     group: int
     key_dim: int
     value_dim: int
+    scale: float
     window: int | None
+    softcap: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,9 @@ class Plan:
     layers: tuple[Layer, ...]
 
     @property
-    def kinds(self) -> tuple[tuple[int | None, int], ...]:
-        """``(window, group)`` of the masks that layers read, each once."""
-        return tuple(dict.fromkeys((layer.window, layer.group) for layer in self.layers))
+    def head_counts(self) -> tuple[int, ...]:
+        """Numbers of key heads that layers have, each once."""
+        return tuple(dict.fromkeys(layer.kv_heads for layer in self.layers))
 
 
 class _Recorder(Segment):
@@ -91,7 +93,13 @@ class _Recorder(Segment):
     ) -> Tensor:  # fmt: skip
         kv_heads = key.shape[1]
         self.layers[layer] = Layer(
-            kv_heads, query.shape[1] // kv_heads, key.shape[-1], value.shape[-1], window
+            kv_heads,
+            query.shape[1] // kv_heads,
+            key.shape[-1],
+            value.shape[-1],
+            scale,
+            window,
+            softcap,
         )
         return super().attend(layer, query, key, value, scale, window, softcap)
 
@@ -125,37 +133,34 @@ def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 class _TracedSegment:
-    """The rows of a step that is traced: attention of plain operations over tensors that are handed in."""
+    """The rows of a step that is traced: what attention reads goes out, what it makes comes in."""
 
-    def __init__(
-        self, plan: Plan, masks: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor]
-    ) -> None:
-        self._masks = dict(zip(plan.kinds, zip(masks[::2], masks[1::2], strict=True), strict=True))
-        self._plan, self._keys, self._values = plan, keys, values
-        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, plan: Plan, attended: Sequence[Tensor]) -> None:
+        self._plan, self._attended = plan, attended
+        self.read: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor,
         scale: float, window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         shape = self._plan.layers[layer]
-        keys, values = self._keys[layer], self._values[layer]
-        own_key, own_value = key[0].to(keys.dtype), value[0].to(values.dtype)
-        self.new[layer] = own_key, own_value
-        packed = (query * scale).to(keys.dtype).reshape(shape.kv_heads, -1, shape.key_dim)
-        head, tail = packed @ keys.transpose(1, 2), packed @ own_key.transpose(1, 2)
-        if softcap is not None:
-            head, tail = (torch.tanh(part / softcap) * softcap for part in (head, tail))
-        head_mask, tail_mask = self._masks[window, shape.group]
-        scores = torch.cat([head + head_mask, tail + tail_mask], -1).softmax(-1)
-        capacity = head.shape[-1]
-        out = scores[..., :capacity] @ values.transpose(1, 2) + scores[..., capacity:] @ own_value
-        heads = shape.kv_heads * shape.group
-        return out.reshape(1, heads, -1, shape.value_dim).transpose(1, 2)
+        heads, group = shape.kv_heads, shape.group
+        grouped = query.reshape(heads, group, -1, shape.key_dim).transpose(1, 2)
+        self.read[layer] = (
+            grouped.reshape(-1, group * shape.key_dim),
+            key.reshape(-1, shape.key_dim),
+            value.reshape(-1, shape.value_dim),
+        )
+        rows = self._attended[layer].reshape(heads, -1, group * shape.value_dim).transpose(0, 1)
+        return rows.reshape(1, -1, heads * group, shape.value_dim)
 
 
 class TracedStep(nn.Module):
-    """The pure step of a model; inputs and outputs in the order of :meth:`examples`."""
+    """The pure step of a model; inputs in the order of :meth:`examples`.
+
+    A layer's attention reads ``[kv_heads * n, group * key_dim]`` of queries, ``[kv_heads * n, key_dim]`` of new
+    keys and ``[kv_heads * n, value_dim]`` of new values, and makes ``[kv_heads * n, group * value_dim]``.
+    """
 
     def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
         """Wrap ``model``, whose attention is routed through ours."""
@@ -167,14 +172,14 @@ class TracedStep(nn.Module):
     def forward(
         self, ids: Tensor, positions: Tensor, rows: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return logits ``[rows, vocab]``, hidden states ``[n, hidden]`` and each layer's new rows."""
+        """Return logits ``[rows, vocab]``, hidden states ``[n, hidden]`` and what each layer's attention reads."""
         layers = len(self._plan.layers)
-        kinds = len(self._plan.kinds)
-        tables = rest[: len(rest) - 2 * kinds - 2 * layers]
-        masks = rest[len(tables) : len(tables) + 2 * kinds]
-        segment = _TracedSegment(self._plan, masks, rest[-2 * layers : -layers], rest[-layers:])
+        segment = _TracedSegment(self._plan, rest[-layers:])
         context: Any = StepContext(positions[0], (segment,))  # type: ignore[arg-type]
-        with _angles_given(self._plan.angles, tables), outputs_of(self._model.base_model) as seen:
+        with (
+            _angles_given(self._plan.angles, rest[:-layers]),
+            outputs_of(self._model.base_model) as seen,
+        ):
             out = self._model(
                 input_ids=ids,
                 position_ids=positions,
@@ -184,28 +189,20 @@ class TracedStep(nn.Module):
                 logits_to_keep=rows,
                 rasd_step=context,
             )
-        new = [segment.new[layer] for layer in range(layers)]
         hidden = seen[0].last_hidden_state[0]
-        return (out.logits[0], hidden, *(k for k, _ in new), *(v for _, v in new))
+        return out.logits[0], hidden, *(x for layer in range(layers) for x in segment.read[layer])
 
     @torch.inference_mode()
-    def examples(self, n: int, capacity: int) -> tuple[Tensor, ...]:
-        """Return inputs of ``n`` tokens over memory of ``capacity`` rows; what differs with the two is open."""
-        positions = torch.arange(capacity, capacity + n)[None]
-        dtype = self._model.dtype
+    def examples(self, n: int) -> tuple[Tensor, ...]:
+        """Return inputs of ``n`` tokens; what differs with it is open."""
+        positions = torch.arange(n)[None]
         tables = [table for call in self._plan.angles for table in call.at(positions)]
-        masks = []
-        for window, group in self._plan.kinds:
-            rows = 1 if window is None else group * n  # windows differ from row to row
-            masks += [
-                torch.zeros(1, rows, capacity, dtype=dtype),
-                torch.zeros(1, group * n, n, dtype=dtype),
-            ]
-        layers = self._plan.layers
-        keys = [torch.zeros(x.kv_heads, capacity, x.key_dim, dtype=dtype) for x in layers]
-        values = [torch.zeros(x.kv_heads, x.value_dim, capacity, dtype=dtype) for x in layers]
-        ids, rows_wanted = torch.zeros(1, n, dtype=torch.long), torch.arange(n - 1)
-        return ids, positions, rows_wanted, *tables, *masks, *keys, *values
+        attended = [
+            torch.zeros(layer.kv_heads * n, layer.group * layer.value_dim)
+            for layer in self._plan.layers
+        ]
+        ids, rows = torch.zeros(1, n, dtype=torch.long), torch.arange(n - 1)
+        return ids, positions, rows, *tables, *attended
 
 
 @contextmanager
