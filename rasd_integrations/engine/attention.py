@@ -88,10 +88,12 @@ class StepContext:
     Attributes:
         positions: ``[rows]`` of all segments, one after the other.
         segments: The answers in this step, in the order of their rows.
+        rows: As how many rows to run a decoding step at least, where an executor pays for changes of their number.
     """
 
     positions: Tensor
     segments: tuple[Segment, ...]
+    rows: int = 0
 
 
 def rasd_attention(

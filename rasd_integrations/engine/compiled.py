@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from rasd_integrations.engine import paged
 from rasd_integrations.engine.attention import Segment, StepContext
+from rasd_integrations.engine.costs import rows_at
 from rasd_integrations.engine.executor import EagerExecutor, Executor, StepOutput
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.tracing import Plan, plan_of
@@ -34,31 +35,6 @@ _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Most that logits may be off eager ones, relative; those of a wrong graph are about 1 off.
 _FAR = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
-# A step of another width than the last takes as long as this many rows more (docs/explanation/experiments.md).
-_CHANGE_ROWS = 12
-_PERIOD = 8  # steps
-_WIDEST = 64  # of a decoding step; prefill runs as it comes
-
-
-class Widths:
-    """As how many rows decoding steps are run: seldom another number than the last time."""
-
-    def __init__(self) -> None:
-        """Start with no width."""
-        self.now = 0
-        self._most = self._steps = 0
-
-    def fit(self, n: int) -> int:
-        """Return the rows to run a step of ``n`` as: ``4 k + 1``, and smaller than before once that pays."""
-        self._most, self._steps = max(self._most, n), self._steps + 1
-        needed = 1 + 4 * -(-(self._most - 1) // 4)
-        if needed > self.now or self._steps * (self.now - needed) >= _CHANGE_ROWS:
-            self.now = needed
-        elif self._steps < _PERIOD:
-            return self.now
-        self._most = self._steps = 0
-        return self.now
-
 
 class CompiledExecutor:
     """OpenVINO's graph of a stock module, for steps of one answer; a step of several runs eagerly.
@@ -66,6 +42,8 @@ class CompiledExecutor:
     The graph has weights of its own, laid out for the processor. It is traced once a model, and then loaded
     from ``folder``.
     """
+
+    grain = 4  # fitting the graph to other rows takes a third of a plain step (docs/explanation/experiments.md)
 
     def __init__(
         self, model: PreTrainedModel, *, folder: Path | None = None, identity: str | None = None
@@ -100,8 +78,6 @@ class CompiledExecutor:
         self._request: Any = _compiled(model, self._plan, path).create_infer_request()
         layers = len(self._plan.layers)
         self._first_key = len(self._request.model_inputs) - 2 * layers
-        self._widths = Widths()
-        self.width = 0
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
         self._check(model)
@@ -112,9 +88,8 @@ class CompiledExecutor:
         if len(context.segments) > 1 or not self._can_run(segment):
             return self._eager.step(ids, context, want_logits=want_logits)
         n = len(ids)
-        decodes = want_logits and n <= _WIDEST
-        width = self._widths.fit(n) if decodes else n
-        self.width = width if decodes else 0
+        # A piece of a prefill runs as it comes.
+        width = max(rows_at(n, self.grain), context.rows) if want_logits else n
         self._bind(segment.buffer, width)
         # Rows that are added repeat the last one; nobody sees them, and no one commits them.
         ids, positions = (

@@ -18,7 +18,7 @@ from rasd_integrations.engine.constraints import SOURCE, guide, mask_rows
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.sampling import Law, sampling_law
-from rasd_integrations.engine.schedule import PRIOR_SLOPE, Schedule, check_lockstep
+from rasd_integrations.engine.schedule import Experience, Schedule, check_lockstep
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.transfer import mixture_verify, rapid_verify
 from rasd_integrations.engine.verification import Verdict, block_verify, sample_and_walk
@@ -50,7 +50,7 @@ class SpeculativeDecoder:
         self.config = config or SpeculationConfig()
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
         self.keeps_hidden = bool(getattr(drafter, "reads_hidden", False))
-        self.slope = PRIOR_SLOPE  # what the last answer has measured of this machine
+        self.experience = Experience()  # what the last answer has measured
 
     @property
     def bytes_per_token(self) -> int:
@@ -151,8 +151,9 @@ class _Answer:
         self.law: Law | None = sampling_law(params.temperature, params.top_p, params.top_k)
         self.decoder = decoder
         most, fixed = self.config.max_draft_tokens, self.config.num_draft_tokens
-        self.schedule = Schedule(most, fixed, slope=decoder.slope)
-        self.rows_run = self.target.rows_run(0)
+        self.schedule = Schedule(
+            most, fixed, grain=self.target.grain, experience=decoder.experience
+        )
         self.context = replace(
             context,
             prompt_ids=tuple(ids),
@@ -185,7 +186,7 @@ class _Answer:
                 reason = block.finish_reason
                 yield block
         finally:
-            self.decoder.slope = self.schedule.slope
+            self.decoder.experience = self.schedule.experience
             self._close_session()
             lease.release(self.ids)
 
@@ -193,7 +194,7 @@ class _Answer:
     def _step(self, lease: Lease, room: int) -> TokenBlock:
         """Draft, verify and commit one block; ``room`` is what the answer may still hold."""
         started = time.perf_counter()
-        budget = self.schedule.next_budget()
+        budget = self.schedule.next_budget() if self.session is not None else 0
         draft = self._propose(min(budget, room - 1))
         promised = None if draft.likely is None else sum(draft.likely)
         if self.session is not None:
@@ -208,7 +209,9 @@ class _Answer:
             most = room - 1 if self.config.lossless else 0
             draft, bits = guide(self.grammar, draft, most, self.target.eos_ids)
         parents = None if draft.is_chain else draft.parents
-        logits = self.target.step([self.ids[-1], *draft.token_ids], lease.buffer, parents)
+        logits = self.target.step(
+            [self.ids[-1], *draft.token_ids], lease.buffer, parents, rows=self.schedule.rows
+        )
         if bits is not None:
             logits = mask_rows(logits, bits)
         verdict = self._verify(logits, draft)
@@ -292,10 +295,8 @@ class _Answer:
         forced = [source == SOURCE for source in draft.sources or ()] or [False] * len(draft)
         drafted = len(draft) - sum(forced)
         stood = sum(not forced[i] for i in accepted)
-        width, empty = self.target.rows_run(1 + len(draft)), self.target.rows_run(0)
-        steady, self.rows_run = empty == self.rows_run, empty
         self.schedule.record(
-            drafted, stood, draft_s, verify_s, width=width, promised=promised, steady=steady
+            drafted, stood, draft_s, verify_s, rows=1 + len(draft), promised=promised
         )
 
     def _count(self, draft: Draft, accepted: Sequence[int]) -> None:
@@ -338,13 +339,9 @@ class _Answer:
         except Exception as err:  # noqa: BLE001
             self._drafter_failed(err)
             return Draft()
-        if draft.likely is None:
+        if draft.likely is None and len(draft):
             return draft
-        if head := self.schedule.head(
-            draft.likely
-        ):  # and what would be run as empty rows otherwise
-            head = self.target.rows_run(1 + head) - 1
-        return _trimmed(draft, head, self.target.vocab_size)
+        return _trimmed(draft, self.schedule.head(draft.likely or ()), self.target.vocab_size)
 
     def _observe(self, draft: Draft, logits: Tensor, block: TokenBlock, *, asked: bool) -> float:
         """Tell the session what became of its draft; return the seconds that it took."""

@@ -37,10 +37,11 @@ class Executor(Protocol):
     """Runs steps of one model.
 
     Attributes:
-        width: Rows that the last decoding step was run as, where it was made wider; else 0.
+        grain: Decoding steps are run as ``1 + k * grain`` rows, and another number of them than the last time
+            costs time of its own; 1 runs them as they come, at no such cost.
     """
 
-    width: int
+    grain: int
 
     def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
         """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it."""
@@ -68,7 +69,7 @@ class NoCache(Cache):
 class EagerExecutor:
     """Eager torch on any device: the reference that every other executor is tested against."""
 
-    width = 0
+    grain = 1
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take ``model`` as it is and route its attention through ours.

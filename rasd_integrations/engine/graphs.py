@@ -108,7 +108,7 @@ class GraphExecutor:
     cannot be recorded or give other logits; one warning says so.
     """
 
-    width = 0
+    grain = 1
 
     def __init__(self, model: PreTrainedModel, *, recorder: Recorder | None = None) -> None:
         """Wrap ``model`` and compare graphs with eager on two small steps.

@@ -1,30 +1,33 @@
 """How long the next draft should be, from what this answer has measured so far.
 
-Expected tokens per second are ``E(n) / (t(1 + n) + d(n))`` (algorithms.md 8.1, 8.2): step time ``t`` is a
-running line over the width. For a chain of which nothing is said, ``E(n) = (1 - a^(n+1)) / (1 - a)`` with the
-running acceptance ``a`` and a drafting time for each token. For a draft whose nodes carry their likelihood,
-chain or tree, ``E(n) = 1 + c * sum(likely[:n])`` with ``c`` the running share of what was promised, and the
-draft is there already: only the verify step is to be paid. Drafting that would lose time is switched off and
-tried again now and then. Only time depends on it.
+Expected tokens per second are ``E(n) / (t(1 + n) + d(n))`` (algorithms.md 8.1, 8.2), with the step time ``t`` of
+:mod:`.costs`. For a chain of which nothing is said, ``E(n) = (1 - a^(n+1)) / (1 - a)`` with the running acceptance
+``a`` and a drafting time for each token. For a draft whose nodes carry their likelihood, chain or tree,
+``E(n) = 1 + c * sum(likely[:n])`` with ``c`` the running share of what was promised, and the draft is there already:
+only the verify step is to be paid. Drafting that would lose time is switched off and tried again now and then.
+Only time depends on it.
+
+Where another number of rows than the last step's costs time of its own, a step is run as that many rows, and the
+number is changed once what another one would have saved of late outweighs the change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.engine.costs import CostShape, StepCosts, rows_at
 from rasd_integrations.errors import ConfigurationError
 
 _DECAY = 0.9
-PRIOR_SLOPE = 0.04  # cost of one more token in a step, as a share of a step of one
-_PRIOR_WEIGHT = 16.0  # that of four steps in which the width varied by two tokens
 _PRIOR_ACCEPTED, _PRIOR_TRIED = 1.4, 2.0
 _PRIOR_KEPT = 6.0  # promised tokens that are taken for kept besides those that were seen
 _REMEMBERED = 40.0  # promised tokens over which it is judged how many are kept
 _FIRST_PROBE, _LAST_PROBE = 4, 64
 _CHEAP = 0.5  # of a plain step
 _LEAST_STEPS = 5.0  # with a draft, before drafting can be found to lose
-_OUTLIER = 2.0  # a step that took so many times what was expected was held up by something else
 
 
 def check_lockstep(drafter: object, config: SpeculationConfig, params: SamplingParams) -> None:
@@ -50,36 +53,82 @@ def check_lockstep(drafter: object, config: SpeculationConfig, params: SamplingP
         raise ConfigurationError(msg)
 
 
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """What one answer leaves to the next.
+
+    Attributes:
+        costs: Of steps.
+        promised: Tokens that drafts promised of late, by their likelihoods.
+        kept: Of these.
+        steps: Recent ones for which drafts were made.
+        won: Tokens accepted in them.
+        spent: Their time with drafting, in plain steps.
+    """
+
+    costs: CostShape | None = None
+    promised: float = 0.0
+    kept: float = 0.0
+    steps: float = 0.0
+    won: float = 0.0
+    spent: float = 0.0
+
+
+class _Option(NamedTuple):
+    """A draft of ``tokens``: what it is expected to yield, and seconds besides the step."""
+
+    tokens: int
+    expected: float
+    seconds: float = 0.0
+
+
 class Schedule:
-    """Chooses the draft length of one answer."""
+    """Chooses the draft length of one answer.
+
+    Attributes:
+        rows: As how many rows the coming step should be run at least.
+    """
 
     def __init__(
-        self, max_draft_tokens: int, fixed: int | None = None, *, slope: float = PRIOR_SLOPE
+        self,
+        max_draft_tokens: int,
+        fixed: int | None = None,
+        *,
+        grain: int = 1,
+        experience: Experience | None = None,
     ) -> None:
         """Choose up to ``max_draft_tokens``, or always ``fixed`` where given.
 
         Args:
             max_draft_tokens: Longest draft.
             fixed: Length of every draft.
-            slope: Cost of one more token in a step, as a share of a step of one, before any is measured.
+            grain: Steps are run as ``1 + k * grain`` rows, and changes of their number cost time if above 1.
+            experience: Of earlier answers.
         """
+        self.rows = 0
         self._max = max_draft_tokens
         self._fixed = fixed
+        self._grain = grain
         self._accepted, self._tried = _PRIOR_ACCEPTED, _PRIOR_TRIED
-        self._promised, self._kept = 0.0, 0.0
-        self._widths = _Line(slope)
+        experience = experience or Experience()
+        self._promised, self._kept = experience.promised, experience.kept
+        self._costs = StepCosts(experience.costs or CostShape(), changes=grain > 1)
+        self._is_new = experience.costs is None
+        self._saved: dict[int, float] = {}  # seconds that other rows would have saved of late
         self._draft_s, self._draft_tokens = 0.0, 0.0
         self._asked = 0
         self._last_s = 0.0  # of the last draft
         self._full_s: float | None = None  # of a draft of full length, running average
-        # Steps with a draft of known likelihoods: their number, the tokens won, the seconds with drafting.
-        self._steps, self._won, self._spent = 0.0, 0.0, 0.0
+        # Steps with a draft of known likelihoods: their number, the tokens won, the plain steps with drafting.
+        self._steps, self._won, self._spent = experience.steps, experience.won, experience.spent
         self._wait, self._probe_every = 0, _FIRST_PROBE
 
     @property
-    def slope(self) -> float:
-        """Estimated cost of one more token in a step, as a share of a step of one."""
-        return min(self._widths.at(2) / self._widths.at(1) - 1, 1.0)
+    def experience(self) -> Experience:
+        """What the next answer should know."""
+        return Experience(
+            self._costs.shape, self._promised, self._kept, self._steps, self._won, self._spent
+        )
 
     @property
     def acceptance(self) -> float:
@@ -88,10 +137,15 @@ class Schedule:
 
     def next_budget(self) -> int:
         """Return how many tokens to draft now; 0 says that drafting does not pay at present."""
-        self._asked = self._next() if self._fixed is None else self._fixed
+        fixed = self._fixed
+        # A length that is fixed is seldom changed: what the last step ran as will do for a shorter draft.
+        self.rows = 0 if fixed is None else min(self._costs.rows, rows_at(1 + fixed, self._grain))
+        self._asked = self._next() if fixed is None else fixed
         return self._asked
 
     def _next(self) -> int:
+        if self._is_new and not self._costs.knows_plain:
+            return 0  # what drafting is to be measured by
         best = self._max if self._steps and self._drafts_cheaply() else self._best_chain()
         if best and not self._loses():
             self._probe_every, self._wait = _FIRST_PROBE, 0
@@ -111,12 +165,46 @@ class Schedule:
         if self._fixed is not None:
             return len(likely)
         trust = min((self._kept + _PRIOR_KEPT) / (self._promised + _PRIOR_KEPT), 1.5)
-        best, expected, rate = 0, 1.0, 1.0 / self._widths.at(1)
+        options, expected = [_Option(0, 1.0)], 1.0
         for n, share in enumerate(likely, start=1):
             expected += min(trust * share, 1.0)
-            if expected / self._widths.at(1 + n) > rate:
-                best, rate = n, expected / self._widths.at(1 + n)
-        return best
+            options.append(_Option(n, expected))
+        return self._chosen(options)
+
+    def _chosen(self, options: Sequence[_Option]) -> int:
+        """Return the tokens of the best option; where changes cost time, of the best at rows that pay for longer."""
+        if self._grain == 1:
+            return self._best(options, None).tokens
+        now = self._costs.rows
+        widths = {rows_at(1 + option.tokens, self._grain) for option in options} | {now or 1}
+        best = {rows: self._best(options, rows) for rows in widths}
+        stay = best.get(now)
+        if stay is None:
+            self.rows = max(best, key=lambda rows: self._rate(best[rows], rows))
+            return best[self.rows].tokens
+        for rows in widths - {now}:
+            # Seconds that this step would have taken less for as many tokens.
+            saved = self._seconds(stay, now) - stay.expected / self._rate(best[rows], rows)
+            self._saved[rows] = _DECAY * self._saved.get(rows, 0.0) + saved
+        self.rows = now
+        move = max(self._saved, key=self._saved.__getitem__, default=now)
+        if move in best and self._saved.get(move, 0.0) > self._costs.change:
+            self._saved.clear()
+            self.rows = move
+        return best[self.rows].tokens
+
+    def _best(self, options: Iterable[_Option], rows: int | None) -> _Option:
+        """Return the best of what fits ``rows``; of all, each run as its own, where ``None``."""
+        return max(
+            (option for option in options if rows is None or option.tokens < rows),
+            key=lambda option: self._rate(option, rows or 1 + option.tokens),
+        )
+
+    def _rate(self, option: _Option, rows: int) -> float:
+        return option.expected / self._seconds(option, rows)
+
+    def _seconds(self, option: _Option, rows: int) -> float:
+        return self._costs.at(rows) + option.seconds
 
     def record(
         self,
@@ -125,9 +213,8 @@ class Schedule:
         draft_s: float,
         step_s: float,
         *,
-        width: int | None = None,
+        rows: int | None = None,
         promised: float | None = None,
-        steady: bool = True,
     ) -> None:
         """Learn from one step.
 
@@ -136,13 +223,11 @@ class Schedule:
             accepted: Of these.
             draft_s: Seconds of drafting.
             step_s: Seconds of the step.
-            width: Rows of the step, where others than the drafted ones were in it.
+            rows: Of the step, where others than the drafted tokens and the last one were in it.
             promised: Sum of the drafted tokens' likelihoods, where they carry any.
-            steady: Whether the step took what steps of its width take; one that a graph had to be fitted for
-                says nothing of the next.
         """
-        if steady:
-            self._widths.add(1 + drafted if width is None else width, step_s)
+        rows = 1 + drafted if rows is None else rows
+        self._costs.add(max(rows_at(rows, self._grain), self.rows), step_s)
         self._draft_s = _DECAY * self._draft_s + draft_s
         self._draft_tokens = _DECAY * self._draft_tokens + drafted
         if promised is not None:
@@ -152,7 +237,7 @@ class Schedule:
                 self._full_s = _DECAY * known + (1 - _DECAY) * draft_s
             self._steps = _DECAY * self._steps + 1
             self._won = _DECAY * self._won + accepted
-            self._spent = _DECAY * self._spent + draft_s + step_s
+            self._spent = _DECAY * self._spent + (draft_s + step_s) / self._costs.at(1)
             left = max(1 - promised / _REMEMBERED, 0.5)
             self._promised = left * self._promised + promised
             self._kept = left * self._kept + accepted
@@ -167,58 +252,15 @@ class Schedule:
         It is tried once, where shorter ones cost little.
         """
         seconds = self._last_s if self._full_s is None else self._full_s
-        return seconds < _CHEAP * self._widths.at(1)
+        return seconds < _CHEAP * self._costs.at(1)
 
     def _best_chain(self) -> int:
-        best, rate = 0, 1.0 / self._widths.at(1)
-        for n in range(1, self._max + 1):
-            seconds = self._widths.at(1 + n) + n * self._seconds_per_draft_token()
-            if self._expected(n) / seconds > rate:
-                best, rate = n, self._expected(n) / seconds
-        return best
+        a = self.acceptance
+        each = self._draft_s / self._draft_tokens if self._draft_tokens else 0.0
+        lengths = range(self._max + 1)
+        return self._chosen([_Option(n, (1 - a ** (n + 1)) / (1 - a), n * each) for n in lengths])
 
     def _loses(self) -> bool:
         """Whether the last steps, drafting included, were slower than plain ones."""
         enough = self._steps > _LEAST_STEPS
-        return enough and self._spent > (self._steps + self._won) * self._widths.at(1)
-
-    def _expected(self, n: int) -> float:
-        a = self.acceptance
-        return float((1 - a ** (n + 1)) / (1 - a))
-
-    def _seconds_per_draft_token(self) -> float:
-        return self._draft_s / self._draft_tokens if self._draft_tokens else 0.0
-
-
-class _Line:
-    """A decaying least-squares line of step time over width, with a prior for its slope."""
-
-    def __init__(self, prior_slope: float) -> None:
-        self._prior = prior_slope
-        self._w = self._n = self._t = self._nn = self._nt = 0.0
-
-    def add(self, n: float, t: float) -> None:
-        if self._w:
-            t = min(t, _OUTLIER * self.at(n))
-        self._w, self._n, self._t, self._nn, self._nt = (
-            _DECAY * old + new
-            for old, new in zip(
-                (self._w, self._n, self._t, self._nn, self._nt),
-                (1, n, t, n * n, n * t),
-                strict=True,
-            )
-        )
-
-    def at(self, n: float) -> float:
-        if not self._w:
-            return 1 + self._prior * (n - 1)
-        mean_n, mean_t = self._n / self._w, self._t / self._w
-        variance = self._nn / self._w - mean_n**2
-        covariance = self._nt / self._w - mean_n * mean_t
-        base = mean_t / (1 + self._prior * (mean_n - 1))
-        prior = self._prior * base
-        slope = (covariance * self._w + prior * _PRIOR_WEIGHT) / (
-            variance * self._w + _PRIOR_WEIGHT
-        )
-        slope = min(max(slope, 0.0), base)
-        return max(mean_t + slope * (n - mean_n), 1e-6)
+        return enough and self._spent > self._steps + self._won

@@ -35,6 +35,7 @@ class _Work:
     tokens: Tensor
     segment: Segment
     want_logits: bool
+    rows: int = 0
 
 
 class TargetModel:
@@ -90,9 +91,10 @@ class TargetModel:
     def max_batch_rows(self, rows: int) -> None:
         self._turns.max_rows = rows
 
-    def rows_run(self, n: int) -> int:
-        """Return as how many rows the last step, of ``n``, was run: what its time is the time of."""
-        return max(n, self._executor.width)
+    @property
+    def grain(self) -> int:
+        """Steps are run as ``1 + k * grain`` rows; more than 1 where changes of their number cost time."""
+        return self._executor.grain
 
     def prefill(self, ids: Sequence[int], buffer: KVBuffer) -> Iterator[int]:
         """Append the keys and values of ``ids`` to ``buffer``, piece by piece.
@@ -105,7 +107,10 @@ class TargetModel:
         """
         done = 0
         while done < len(ids):
-            piece = ids[done : done + self._pieces[self._turns.is_contended]]
+            size = self._pieces[self._turns.is_contended]
+            if len(ids) - done < 2 * size:  # a short rest is not worth a forward of its own
+                size = len(ids) - done
+            piece = ids[done : done + size]
             work = self._prepared(piece, None, buffer, want_logits=False)
             self._turns.submit(work, len(piece), alone=True)
             buffer.commit(range(len(piece)))
@@ -113,7 +118,12 @@ class TargetModel:
             yield done
 
     def step(
-        self, ids: Sequence[int], buffer: KVBuffer, parents: Sequence[int] | None = None
+        self,
+        ids: Sequence[int],
+        buffer: KVBuffer,
+        parents: Sequence[int] | None = None,
+        *,
+        rows: int = 0,
     ) -> Tensor:
         """Run ``ids`` behind the committed tokens; commit nothing.
 
@@ -121,6 +131,7 @@ class TargetModel:
             ids: The last token, whose row is not in the buffer yet, and the draft behind it.
             buffer: The prefix; afterwards its spare room holds the rows for :meth:`KVBuffer.commit`.
             parents: Parent of each drafted token, -1 the last token; ``None`` is a chain.
+            rows: As how many rows to run the step at least, where changes of their number cost time.
 
         Returns:
             Logits ``[len(ids), vocab]``.
@@ -128,7 +139,8 @@ class TargetModel:
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
         """
-        return self._turns.submit(self._prepared(ids, parents, buffer, want_logits=True), len(ids))
+        work = self._prepared(ids, parents, buffer, want_logits=True, rows=rows)
+        return self._turns.submit(work, len(ids))
 
     @torch.inference_mode()
     def _prepared(
@@ -138,13 +150,14 @@ class TargetModel:
         buffer: KVBuffer,
         *,
         want_logits: bool,
+        rows: int = 0,
     ) -> _Work:
         """Do all that may fail for one answer alone, in its own thread."""
         with _memory_errors(len(ids), buffer, self.device):
             buffer.reserve(len(ids))
             positions, mask = self._layout(len(ids), parents, buffer.length + buffer.shift)
             tokens = sent(torch.tensor(ids, dtype=torch.long), self.device)
-            return _Work(tokens, Segment(buffer, positions, mask), want_logits)
+            return _Work(tokens, Segment(buffer, positions, mask), want_logits, rows)
 
     def _layout(
         self, n: int, parents: Sequence[int] | None, length: int
@@ -167,7 +180,7 @@ def _forward(executor: Executor, works: Sequence[_Work]) -> Sequence[Tensor]:
     if len(works) == 1:
         work, segment = works[0], segments[0]
         with _memory_errors(segment.rows, segment.buffer, work.tokens.device):
-            context = StepContext(segment.positions, segments)
+            context = StepContext(segment.positions, segments, work.rows)
             out = executor.step(work.tokens, context, want_logits=work.want_logits)
             _keep_hidden(segments, out.hidden)
             return [out.logits]

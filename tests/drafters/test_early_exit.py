@@ -266,7 +266,7 @@ def test_two_streams_take_turns():
 class Faulty:
     """An executor that fails at a given decoding step."""
 
-    width = 0
+    grain = 1
 
     def __init__(self, executor: object, at: int) -> None:
         self.executor, self.left = executor, at

@@ -281,7 +281,7 @@ def test_eos_is_part_of_the_token_ids(target):
 class FullMemory:
     """An executor that runs out of memory at its third step."""
 
-    width = 0
+    grain = 1
 
     def __init__(self, executor):
         self.executor, self.steps = executor, 0

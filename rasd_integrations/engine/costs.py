@@ -1,0 +1,122 @@
+"""What steps of one answer take, by the rows that they run as.
+
+Everything but the plain step's own time is kept as a share of it, which holds from one answer to the next. The
+line that wide steps lie on need not begin at the plain step: attention often takes another way through more than
+one row. And where a graph is fitted to a number of rows, the first step of another number takes longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+_DECAY = 0.9
+_SLOPE = 0.04  # of one row more, before any is measured
+_SLOPE_WEIGHT = 16.0  # of it: that of four steps that differ by two rows
+_LEVEL_WEIGHT = 0.5  # in steps, of wide ones that cost only the slope
+_OUTLIER = 2.0  # a step that took so many times what was expected was held up by something else
+
+
+def rows_at(n: int, grain: int) -> int:
+    """Return as how many rows a step of ``n`` tokens is run: the next ``1 + k * grain``."""
+    return 1 + grain * -(-(n - 1) // grain)
+
+
+@dataclass(frozen=True, slots=True)
+class CostShape:
+    """Costs of steps as shares of the plain one, and of a change of the number of rows.
+
+    Attributes:
+        weight: Of the wide steps that were seen; the others are decaying sums over them.
+        rows: Of their rows.
+        cost: Of their costs.
+        rows_rows: Of their rows squared.
+        rows_cost: Of the products of both.
+        change: Of another number of rows than the last step's, ``None`` before any was seen.
+    """
+
+    weight: float = 0.0
+    rows: float = 0.0
+    cost: float = 0.0
+    rows_rows: float = 0.0
+    rows_cost: float = 0.0
+    change: float | None = None
+
+    def at(self, rows: int) -> float:
+        """Return what a step of ``rows`` costs."""
+        if rows == 1 or not self.weight:
+            return 1.0 + _SLOPE * (rows - 1)
+        mean, cost = self.rows / self.weight, self.cost / self.weight
+        level = cost * self.weight + (1.0 + _SLOPE * (mean - 1)) * _LEVEL_WEIGHT
+        variance = self.rows_rows / self.weight - mean**2
+        covariance = self.rows_cost / self.weight - mean * cost
+        slope = (covariance * self.weight + _SLOPE * _SLOPE_WEIGHT) / (
+            variance * self.weight + _SLOPE_WEIGHT
+        )
+        slope = min(max(slope, 0.0), 1.0)
+        return max(level / (self.weight + _LEVEL_WEIGHT) + slope * (rows - mean), 1.0)
+
+    def seen(self, rows: int, cost: float) -> CostShape:
+        """Return the shape after one more wide step."""
+        return CostShape(
+            weight=_DECAY * self.weight + 1,
+            rows=_DECAY * self.rows + rows,
+            cost=_DECAY * self.cost + cost,
+            rows_rows=_DECAY * self.rows_rows + rows * rows,
+            rows_cost=_DECAY * self.rows_cost + rows * cost,
+            change=self.change,
+        )
+
+
+class StepCosts:
+    """Running averages of the time of steps.
+
+    Attributes:
+        shape: What the next answer should know.
+        rows: Of the last step, 0 before the first.
+    """
+
+    def __init__(self, shape: CostShape, *, changes: bool = False) -> None:
+        """Begin with what earlier answers found; ``changes`` of the number of rows cost time, or do not."""
+        self.shape = shape
+        self.rows = 0
+        self._changes = changes
+        self._plain: float | None = None  # seconds; from wide steps until a plain one is seen
+        self._plain_steps = 0
+
+    @property
+    def knows_plain(self) -> bool:
+        """Whether a plain step was seen."""
+        return self._plain_steps > 0
+
+    @property
+    def change(self) -> float:
+        """Seconds that another number of rows than the last costs."""
+        return (self.shape.change or 0.0) * self.at(1)
+
+    def at(self, rows: int) -> float:
+        """Return the seconds of a step of ``rows``; in plain steps before the first."""
+        return (1.0 if self._plain is None else self._plain) * self.shape.at(rows)
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Learn from a step."""
+        changed, self.rows = self._changes and rows != self.rows, rows
+        expected = self.shape.at(rows) + (self.shape.change or 0.0) * changed
+        if rows == 1 and not changed:
+            self._plain_steps += 1
+            if self._plain_steps == 1 or self._plain is None:
+                self._plain = seconds
+            else:
+                share = max(1 / self._plain_steps, 1 - _DECAY)
+                self._plain += share * (min(seconds, _OUTLIER * self._plain) - self._plain)
+            return
+        if self._plain is None or not self._plain_steps:
+            guess = seconds / expected
+            self._plain = guess if self._plain is None else (self._plain + guess) / 2
+            return
+        cost = min(seconds / self._plain, _OUTLIER * expected)
+        if not changed:
+            self.shape = self.shape.seen(rows, cost)
+        elif rows == 1 or self.shape.weight:
+            extra = min(max(cost - self.shape.at(rows), 0.0), 1.0)
+            known = extra if self.shape.change is None else self.shape.change
+            self.shape = replace(self.shape, change=_DECAY * known + (1 - _DECAY) * extra)
