@@ -75,12 +75,22 @@ class CompiledExecutor:
         path = None
         if folder is not None and identity is not None:
             path = folder / _graph_name(model, identity)
-        self._request: Any = _compiled(model, self._plan, path).create_infer_request()
-        layers = len(self._plan.layers)
-        self._first_key = len(self._request.model_inputs) - 2 * layers
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
-        self._check(model)
+        try:
+            self._request: Any = _compiled(model, self._plan, path).create_infer_request()
+            self._first_key = len(self._request.model_inputs) - 2 * len(self._plan.layers)
+            self._check(model)
+        except ConfigurationError:
+            raise
+        except (
+            Exception
+        ) as err:  # tracing runs the model's own code, and OpenVINO knows not all of torch
+            msg = (
+                f"{type(model).__name__} cannot be compiled by OpenVINO {ov.__version__}: "
+                f"{str(err).strip().splitlines()[0]} Use executor='eager'."
+            )
+            raise ConfigurationError(msg) from err
 
     def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
         """Run ``ids`` ``[n]`` behind the prefix; the new rows are laid behind it."""
@@ -116,11 +126,13 @@ class CompiledExecutor:
     def _indices(self, segment: Segment, width: int) -> list[Tensor]:
         """Return where the rows and pages of the segment lie."""
         prefix, n = segment.buffer.length, segment.rows
-        hidden, _ = segment.blocked(0, None, torch.device("cpu"))
         sees = None
-        if not segment.is_chain and hidden is not None:
+        if not segment.is_chain:
+            hidden, _ = segment.blocked(0, None, torch.device("cpu"))
             sees = torch.ones(width, width, dtype=torch.bool)
-            sees[:n, :n], sees[:n, n:] = ~hidden, False
+            sees[:n, n:] = False
+            if hidden is not None:
+                sees[:n, :n] = ~hidden
         pages = segment.buffer.capacity // paged.PAGE
         made = [torch.tensor(prefix + width, dtype=torch.int32)]
         for heads in self._plan.head_counts:
@@ -183,7 +195,7 @@ def _compiled(model: PreTrainedModel, plan: Plan, path: Path | None) -> ov.Compi
     """Return the graph of ``model``, which is kept at ``path`` without its attention."""
     graph = _kept(path)
     if graph is None:
-        graph = _traced(model, plan)
+        graph = paged.traced(model, plan)
         if path is not None:
             _keep(graph, path)
     kind = _DTYPES[model.dtype]
@@ -196,19 +208,6 @@ def _compiled(model: PreTrainedModel, plan: Plan, path: Path | None) -> ov.Compi
     }
     whole = paged.with_attention(graph, plan, getattr(ov.Type, kind))
     return ov.Core().compile_model(whole, "CPU", options)
-
-
-def _traced(model: PreTrainedModel, plan: Plan) -> ov.Model:
-    try:
-        return paged.traced(model, plan)
-    except (
-        Exception
-    ) as err:  # tracing runs the model's own code, and the converter knows not all of torch
-        msg = (
-            f"{type(model).__name__} cannot be compiled by OpenVINO: {str(err).strip().splitlines()[0]} "
-            f"Use executor='eager'."
-        )
-        raise ConfigurationError(msg) from err
 
 
 def _shared(tensor: Tensor) -> ov.Tensor:

@@ -31,7 +31,7 @@ class CostShape:
         cost: Of their costs.
         rows_rows: Of their rows squared.
         rows_cost: Of the products of both.
-        change: Of another number of rows than the last step's, ``None`` before any was seen.
+        change: Of another number of rows than the last step's, where that costs at all.
     """
 
     weight: float = 0.0
@@ -39,7 +39,7 @@ class CostShape:
     cost: float = 0.0
     rows_rows: float = 0.0
     rows_cost: float = 0.0
-    change: float | None = None
+    change: float = 0.4
 
     def at(self, rows: int) -> float:
         """Return what a step of ``rows`` costs."""
@@ -91,7 +91,7 @@ class StepCosts:
     @property
     def change(self) -> float:
         """Seconds that another number of rows than the last costs."""
-        return (self.shape.change or 0.0) * self.at(1)
+        return self.shape.change * self.at(1) if self._changes else 0.0
 
     def at(self, rows: int) -> float:
         """Return the seconds of a step of ``rows``; in plain steps before the first."""
@@ -100,7 +100,7 @@ class StepCosts:
     def add(self, rows: int, seconds: float) -> None:
         """Learn from a step."""
         changed, self.rows = self._changes and rows != self.rows, rows
-        expected = self.shape.at(rows) + (self.shape.change or 0.0) * changed
+        expected = self.shape.at(rows) + self.shape.change * changed
         if rows == 1 and not changed:
             self._plain_steps += 1
             if self._plain_steps == 1 or self._plain is None:
@@ -118,5 +118,5 @@ class StepCosts:
             self.shape = self.shape.seen(rows, cost)
         elif rows == 1 or self.shape.weight:
             extra = min(max(cost - self.shape.at(rows), 0.0), 1.0)
-            known = extra if self.shape.change is None else self.shape.change
-            self.shape = replace(self.shape, change=_DECAY * known + (1 - _DECAY) * extra)
+            change = _DECAY * self.shape.change + (1 - _DECAY) * extra
+            self.shape = replace(self.shape, change=change)

@@ -196,7 +196,7 @@ class _Answer:
         started = time.perf_counter()
         budget = self.schedule.next_budget() if self.session is not None else 0
         draft = self._propose(min(budget, room - 1))
-        promised = None if draft.likely is None else sum(draft.likely)
+        promised = draft.likely
         if self.session is not None:
             pays = budget > 0 or self.config.num_draft_tokens is not None
             silent = self.planned_reason if not self.stats.drafted else None
@@ -289,15 +289,16 @@ class _Answer:
         accepted: Sequence[int],
         draft_s: float,
         verify_s: float,
-        promised: float | None,
+        promised: Sequence[float] | None,
     ) -> None:
         """Tell the schedule; what a grammar forced says nothing of the drafter."""
         forced = [source == SOURCE for source in draft.sources or ()] or [False] * len(draft)
         drafted = len(draft) - sum(forced)
         stood = sum(not forced[i] for i in accepted)
         self.schedule.record(
-            drafted, stood, draft_s, verify_s, rows=1 + len(draft), promised=promised
-        )
+            drafted, stood, draft_s, verify_s, rows=1 + len(draft), promised=promised,
+            kept=accepted if self.grammar is None else None,
+        )  # fmt: skip
 
     def _count(self, draft: Draft, accepted: Sequence[int]) -> None:
         stats = self.stats

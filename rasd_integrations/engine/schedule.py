@@ -3,9 +3,9 @@
 Expected tokens per second are ``E(n) / (t(1 + n) + d(n))`` (algorithms.md 8.1, 8.2), with the step time ``t`` of
 :mod:`.costs`. For a chain of which nothing is said, ``E(n) = (1 - a^(n+1)) / (1 - a)`` with the running acceptance
 ``a`` and a drafting time for each token. For a draft whose nodes carry their likelihood, chain or tree,
-``E(n) = 1 + c * sum(likely[:n])`` with ``c`` the running share of what was promised, and the draft is there already:
-only the verify step is to be paid. Drafting that would lose time is switched off and tried again now and then.
-Only time depends on it.
+``E(n) = 1 + sum(c * likely[:n])`` with ``c`` the running share of what likelihoods of that size promised, and the draft
+is there already: only the verify step is to be paid. Drafting that would lose time is switched off and tried again
+now and then. Only time depends on it.
 
 Where another number of rows than the last step's costs time of its own, a step is run as that many rows, and the
 number is changed once what another one would have saved of late outweighs the change.
@@ -13,7 +13,7 @@ number is changed once what another one would have saved of late outweighs the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,9 +23,16 @@ from rasd_integrations.errors import ConfigurationError
 
 _DECAY = 0.9
 _PRIOR_ACCEPTED, _PRIOR_TRIED = 1.4, 2.0
-_PRIOR_KEPT = 6.0  # promised tokens that are taken for kept besides those that were seen
+_SIZES = (
+    0.5,
+    0.2,
+)  # of likelihoods that are judged apart: drafters err most in their unlikely nodes
+_PRIOR_KEPT = (
+    3.0  # promised tokens of each size that are taken for kept besides those that were seen
+)
 _REMEMBERED = 40.0  # promised tokens over which it is judged how many are kept
-_FIRST_PROBE, _LAST_PROBE = 4, 64
+_FIRST_PROBE, _LAST_PROBE = 4, 64  # steps from one trial to the next while drafting is off
+_PROBING = 0.01  # of the time may go into trials, but for the first ones
 _CHEAP = 0.5  # of a plain step
 _LEAST_STEPS = 5.0  # with a draft, before drafting can be found to lose
 
@@ -59,7 +66,7 @@ class Experience:
 
     Attributes:
         costs: Of steps.
-        promised: Tokens that drafts promised of late, by their likelihoods.
+        promised: Tokens that drafts promised of late, for each size of likelihood.
         kept: Of these.
         steps: Recent ones for which drafts were made.
         won: Tokens accepted in them.
@@ -67,8 +74,8 @@ class Experience:
     """
 
     costs: CostShape | None = None
-    promised: float = 0.0
-    kept: float = 0.0
+    promised: tuple[float, ...] = (0.0,) * (1 + len(_SIZES))
+    kept: tuple[float, ...] = (0.0,) * (1 + len(_SIZES))
     steps: float = 0.0
     won: float = 0.0
     spent: float = 0.0
@@ -80,6 +87,10 @@ class _Option(NamedTuple):
     tokens: int
     expected: float
     seconds: float = 0.0
+
+
+def _size(share: float) -> int:
+    return sum(share < bound for bound in _SIZES)
 
 
 class Schedule:
@@ -111,13 +122,13 @@ class Schedule:
         self._grain = grain
         self._accepted, self._tried = _PRIOR_ACCEPTED, _PRIOR_TRIED
         experience = experience or Experience()
-        self._promised, self._kept = experience.promised, experience.kept
+        self._promised, self._kept = list(experience.promised), list(experience.kept)
         self._costs = StepCosts(experience.costs or CostShape(), changes=grain > 1)
         self._is_new = experience.costs is None
         self._saved: dict[int, float] = {}  # seconds that other rows would have saved of late
         self._draft_s, self._draft_tokens = 0.0, 0.0
         self._asked = 0
-        self._last_s = 0.0  # of the last draft
+        self._last_s: float | None = None  # of the last draft whose nodes carried their likelihood
         self._full_s: float | None = None  # of a draft of full length, running average
         # Steps with a draft of known likelihoods: their number, the tokens won, the plain steps with drafting.
         self._steps, self._won, self._spent = experience.steps, experience.won, experience.spent
@@ -126,9 +137,8 @@ class Schedule:
     @property
     def experience(self) -> Experience:
         """What the next answer should know."""
-        return Experience(
-            self._costs.shape, self._promised, self._kept, self._steps, self._won, self._spent
-        )
+        promises = tuple(self._promised), tuple(self._kept)
+        return Experience(self._costs.shape, *promises, self._steps, self._won, self._spent)
 
     @property
     def acceptance(self) -> float:
@@ -139,8 +149,11 @@ class Schedule:
         """Return how many tokens to draft now; 0 says that drafting does not pay at present."""
         fixed = self._fixed
         # A length that is fixed is seldom changed: what the last step ran as will do for a shorter draft.
-        self.rows = 0 if fixed is None else min(self._costs.rows, rows_at(1 + fixed, self._grain))
         self._asked = self._next() if fixed is None else fixed
+        if fixed is not None:
+            self.rows = min(self._costs.rows, rows_at(1 + fixed, self._grain))
+        elif not self._asked:
+            self.rows = 0
         return self._asked
 
     def _next(self) -> int:
@@ -153,7 +166,11 @@ class Schedule:
         self._wait += 1
         if self._wait < self._probe_every:
             return 0
-        self._wait, self._probe_every = 0, min(2 * self._probe_every, _LAST_PROBE)
+        rarest = min(self._draft_share() / _PROBING, _LAST_PROBE)
+        self._wait, self._probe_every = (
+            0,
+            int(max(min(2 * self._probe_every, rarest), _FIRST_PROBE)),
+        )
         return best or 1
 
     def head(self, likely: Sequence[float]) -> int:
@@ -164,10 +181,13 @@ class Schedule:
         """
         if self._fixed is not None:
             return len(likely)
-        trust = min((self._kept + _PRIOR_KEPT) / (self._promised + _PRIOR_KEPT), 1.5)
+        trust = [
+            min((kept + _PRIOR_KEPT) / (promised + _PRIOR_KEPT), 1.5)
+            for kept, promised in zip(self._kept, self._promised, strict=True)
+        ]
         options, expected = [_Option(0, 1.0)], 1.0
         for n, share in enumerate(likely, start=1):
-            expected += min(trust * share, 1.0)
+            expected += min(trust[_size(share)] * share, 1.0)
             options.append(_Option(n, expected))
         return self._chosen(options)
 
@@ -214,7 +234,8 @@ class Schedule:
         step_s: float,
         *,
         rows: int | None = None,
-        promised: float | None = None,
+        promised: Sequence[float] | None = None,
+        kept: Iterable[int] | None = None,
     ) -> None:
         """Learn from one step.
 
@@ -224,7 +245,8 @@ class Schedule:
             draft_s: Seconds of drafting.
             step_s: Seconds of the step.
             rows: Of the step, where others than the drafted tokens and the last one were in it.
-            promised: Sum of the drafted tokens' likelihoods, where they carry any.
+            promised: The drafted tokens' likelihoods, where they carry any.
+            kept: Which of these tokens were accepted; ``None`` judges no promise.
         """
         rows = 1 + drafted if rows is None else rows
         self._costs.add(max(rows_at(rows, self._grain), self.rows), step_s)
@@ -238,26 +260,41 @@ class Schedule:
             self._steps = _DECAY * self._steps + 1
             self._won = _DECAY * self._won + accepted
             self._spent = _DECAY * self._spent + (draft_s + step_s) / self._costs.at(1)
-            left = max(1 - promised / _REMEMBERED, 0.5)
-            self._promised = left * self._promised + promised
-            self._kept = left * self._kept + accepted
+            if kept is not None:
+                self._judge(promised, set(kept))
         if drafted:
             tried = accepted + (accepted < drafted)
             self._accepted = _DECAY * self._accepted + accepted
             self._tried = _DECAY * self._tried + tried
+
+    def _judge(self, promised: Sequence[float], kept: Container[int]) -> None:
+        """Learn how far likelihoods of each size are to be trusted."""
+        for size in range(len(self._promised)):
+            nodes = [node for node, share in enumerate(promised) if _size(share) == size]
+            total = sum(promised[node] for node in nodes)
+            left = max(1 - total / _REMEMBERED, 0.5)
+            self._promised[size] = left * self._promised[size] + total
+            self._kept[size] = left * self._kept[size] + sum(node in kept for node in nodes)
 
     def _drafts_cheaply(self) -> bool:
         """Whether a draft of full length costs so little that its head can be chosen afterwards.
 
         It is tried once, where shorter ones cost little.
         """
+        return self._draft_share() < _CHEAP
+
+    def _draft_share(self) -> float:
+        """Return what a draft costs, or a token of it where they come one by one, in plain steps."""
         seconds = self._last_s if self._full_s is None else self._full_s
-        return seconds < _CHEAP * self._costs.at(1)
+        return (self._each() if seconds is None else seconds) / self._costs.at(1)
+
+    def _each(self) -> float:
+        """Return the seconds of a drafted token."""
+        return self._draft_s / self._draft_tokens if self._draft_tokens else 0.0
 
     def _best_chain(self) -> int:
         a = self.acceptance
-        each = self._draft_s / self._draft_tokens if self._draft_tokens else 0.0
-        lengths = range(self._max + 1)
+        each, lengths = self._each(), range(self._max + 1)
         return self._chosen([_Option(n, (1 - a ** (n + 1)) / (1 - a), n * each) for n in lengths])
 
     def _loses(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from dataclasses import replace
 
 import fakes
 import pytest
@@ -171,7 +172,7 @@ def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatc
     CompiledExecutor(model, folder=tmp_path, identity="a")
     (kept,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(compiled, "_traced", None)
+        patch.setattr(paged, "traced", None)
         loaded = TargetModel(model, executor=CompiledExecutor(model, folder=tmp_path, identity="a"))
     ids = random_ids(20)
     eager = TargetModel(tiny_llama())
@@ -238,6 +239,48 @@ def test_graphs_of_a_gpu_need_one():
     """On a CPU they are refused by name."""
     with pytest.raises(ConfigurationError, match="CUDA"):
         make_executor("cuda-graphs", tiny_llama())
+
+
+def test_what_openvino_cannot_do_is_refused(monkeypatch):
+    """Another OpenVINO, whose attention takes other inputs, is an error of the configuration, by its name."""
+
+    def other(*_):
+        msg = "PagedAttention expects 99 inputs"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(paged, "with_attention", other)
+    with pytest.raises(ConfigurationError, match=r"OpenVINO 20.*99 inputs.*eager"):
+        CompiledExecutor(tiny_llama())
+    assert isinstance(make_executor("auto", tiny_llama(), owned=True), EagerExecutor)
+
+
+def test_capped_scores_are_refused(monkeypatch):
+    """Attention over pages has no such term."""
+    plan_of = compiled.plan_of
+
+    def capped(*args):
+        plan = plan_of(*args)
+        return replace(plan, layers=tuple(replace(layer, softcap=50.0) for layer in plan.layers))
+
+    monkeypatch.setattr(compiled, "plan_of", capped)
+    with pytest.raises(ConfigurationError, match="caps its scores"):
+        CompiledExecutor(tiny_llama())
+
+
+@pytest.mark.parametrize("rows", [5, 9, 33])
+@pytest.mark.parametrize("parents", [None, [-1, 0, 0]])
+def test_a_step_may_be_run_as_more_rows(targets, rows, parents):
+    """The rows too many change nothing of what comes out or of what is committed, also where memory grows."""
+    ours, eager = targets("llama")
+    ids = random_ids(GRANULE - 4)
+    mine, theirs = prefilled(ours, ids), prefilled(eager, ids)
+    for turn in range(3):
+        draft = random_ids(4, seed=turn)
+        got = ours.step(draft, mine, parents, rows=rows)
+        close(got, eager.step(draft, theirs, parents))
+        for buffer in (mine, theirs):
+            buffer.commit([0, 1])
+    assert mine.length == theirs.length == GRANULE + 2
 
 
 def test_other_dtypes_are_refused():

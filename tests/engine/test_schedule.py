@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from rasd_integrations.engine.schedule import Schedule
@@ -49,13 +51,14 @@ def test_fixed_length_is_kept():
 
 def judged(schedule: Schedule, steps: int, likely: list[float], *, kept: float, slope: float):
     """Run steps whose drafts promise ``likely``, of which the target keeps the share ``kept``."""
-    heads = []
+    heads, chance = [], random.Random(0)
     for step in range(steps):
         most = schedule.next_budget() if step % 4 else 1  # drafts of several widths show the slope
         n = schedule.head(likely[:most])
-        promised = sum(likely[:n])
         heads.append(n)
-        schedule.record(n, round(kept * promised), 0.001, 1.0 + slope * n, promised=promised)
+        stood = [node for node in range(n) if chance.random() < kept * likely[node]]
+        how = {"promised": likely[:n], "kept": stood}
+        schedule.record(n, len(stood), 0.001, 1.0 + slope * n, **how)
     return heads
 
 
@@ -85,5 +88,5 @@ def test_dear_drafts_are_not_asked_in_full():
     schedule = Schedule(16)
     for _ in range(20):
         n = schedule.next_budget()
-        schedule.record(n, int(0.6 * n), 1.0 * n, 1.0 + 0.02 * n, promised=0.6 * n)
+        schedule.record(n, int(0.6 * n), 1.0 * n, 1.0 + 0.02 * n, promised=[0.6] * n)
     assert schedule.next_budget() <= 4

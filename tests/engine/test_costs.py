@@ -1,0 +1,103 @@
+"""Costs of steps are found from their times, and hold for the next answer."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from rasd_integrations.engine.costs import CostShape, StepCosts, rows_at
+from rasd_integrations.engine.schedule import Experience, Schedule
+
+
+def measured(costs: StepCosts, rows: list[int], *, plain: float, change: float = 0.0) -> StepCosts:
+    """Show steps of a machine on which a wide one takes half a plain step more, and a tenth of one for each row."""
+    last = 0
+    for n in rows:
+        seconds = plain * (1 + (0.5 + 0.1 * (n - 1)) * (n > 1)) + plain * change * (n != last)
+        costs.add(n, seconds)
+        last = n
+    return costs
+
+
+def test_rows_are_filled_up():
+    """A step of one row stays one; others are the next of ``1 + k * grain``."""
+    assert [rows_at(n, 4) for n in (1, 2, 5, 6, 17)] == [1, 5, 5, 9, 17]
+    assert [rows_at(n, 1) for n in (1, 2, 17)] == [1, 2, 17]
+
+
+def test_a_jump_and_a_slope_are_found():
+    """One line through all widths would miss both ends."""
+    costs = measured(StepCosts(CostShape()), [1, 1, 3, 9, 5, 1, 17, 3] * 5, plain=0.02)
+    assert costs.at(1) == pytest.approx(0.02)
+    for rows in (3, 9, 17):
+        assert costs.at(rows) == pytest.approx(0.02 * (1.5 + 0.1 * (rows - 1)), rel=0.1)
+
+
+def test_a_change_of_rows_is_told_from_the_rows():
+    """Where graphs are fitted to rows, the first step of a number is not what its steps cost."""
+    rows = [n for n in (1, 5, 1, 9, 5) for _ in range(4)] * 4
+    costs = measured(StepCosts(CostShape(), changes=True), rows, plain=0.02, change=0.4)
+    assert costs.change == pytest.approx(0.4 * 0.02, rel=0.15)
+    assert costs.at(5) == pytest.approx(0.02 * 1.9, rel=0.1)
+
+
+def test_the_shape_holds_for_an_answer_over_another_length():
+    """Shares of a plain step are known before the next answer has seen one, from whatever it saw first."""
+    first = measured(StepCosts(CostShape()), [1, 1, 3, 9, 5] * 8, plain=0.02)
+    second = StepCosts(first.shape)
+    assert second.at(9) / second.at(1) == pytest.approx(2.3, rel=0.1)
+    second.add(9, 0.1)
+    assert second.at(1) == pytest.approx(0.1 / 2.3, rel=0.1)
+
+
+def test_a_step_that_was_held_up_says_little():
+    """A hundredfold step moves nothing far."""
+    costs = measured(StepCosts(CostShape()), [1] * 10, plain=0.02)
+    costs.add(1, 2.0)
+    assert costs.at(1) < 0.025
+
+
+def settled(schedule: Schedule, steps: int, yields: list[float]) -> list[int]:
+    """Run steps of which every ``len(yields)`` ones promise so many tokens by four nodes; return their rows."""
+    seen, last = [], 0
+    for step in range(steps):
+        promise = yields[step % len(yields)]
+        schedule.next_budget()
+        n = schedule.head([promise / 4] * 4)
+        rows = max(rows_at(1 + n, 4), schedule.rows)
+        seconds = {1: 1.0}.get(rows, 1.2 + 0.05 * rows) + 0.5 * (rows != last)
+        stood = round(promise) if n else 0
+        how = {"promised": [promise / 4] * n, "kept": range(stood)}
+        schedule.record(n, stood, 0.001, seconds, **how)
+        seen.append(rows)
+        last = rows
+    return seen
+
+
+def test_rows_follow_what_pays_in_the_mean():
+    """Single good drafts among bad ones do not make the rows change to and fro."""
+    rows = settled(Schedule(8, grain=4), 120, [3.2, 0.4, 0.4])
+    changes = sum(a != b for a, b in pairwise(rows[60:]))
+    assert changes <= 2
+    assert rows[-1] == 5
+    assert settled(Schedule(8, grain=4), 120, [0.05] * 3)[-1] == 1
+
+
+def test_rows_are_not_wider_than_without_drafts():
+    """Nothing drafted, nothing added."""
+    schedule = Schedule(8, grain=4)
+    assert schedule.head([]) == 0
+    assert schedule.rows == 1
+
+
+def test_a_drafter_that_lost_is_asked_seldom_by_the_next_answer():
+    """What an answer found out, the next one need not pay for again."""
+    lost = Experience(CostShape(), (20.0,) * 3, (1.0,) * 3, steps=9.0, won=0.5, spent=18.0)
+    asked = Schedule(8, experience=lost)
+    budgets = []
+    for _ in range(8):
+        budgets.append(asked.next_budget())
+        asked.record(0, 0, 0.5, 1.0, promised=())
+    assert sum(n > 0 for n in budgets) <= 2
+    assert Schedule(8, experience=Experience(CostShape())).next_budget() > 0
