@@ -23,7 +23,6 @@ from rasd_integrations.drafters.recycling import RecyclingDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.drafters.translated import TranslatedDrafter, Translation
 from rasd_integrations.drafters.vocabulary import Vocabulary
-from rasd_integrations.engine.compiled import CompiledExecutor
 from rasd_integrations.engine.executor import Executor
 from rasd_integrations.engine.executors import make_executor
 from rasd_integrations.engine.identity import model_identity
@@ -57,8 +56,8 @@ class SharedModel:
             ConfigurationError: The architecture cannot run speculative steps.
         """
         self.target = TargetModel(model, executor=executor)
-        if isinstance(executor, CompiledExecutor):
-            # Its graph knows one prefix; run one after the other it is ahead of eager steps together.
+        if self.target.grain > 1:
+            # A compiled graph knows one prefix; run one after the other it is ahead of eager steps together.
             self.target.max_batch_rows = 1
         self.tokenizer = tokenizer
         self.name = name

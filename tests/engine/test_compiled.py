@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 
@@ -233,6 +235,23 @@ def test_without_the_extra(monkeypatch):
     with pytest.raises(MissingDependencyError, match="openvino"):
         make_executor("openvino", tiny_llama())
     assert isinstance(make_executor("auto", tiny_llama(), owned=True), EagerExecutor)
+
+
+def test_without_the_extra_everything_else_works(tmp_path):
+    """Nothing but a compiled model imports OpenVINO: who has not installed it runs eagerly."""
+    tiny_llama().save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['openvino'] = None\n"
+        "import rasd_integrations.models, rasd_integrations.runtime\n"
+        "from rasd_integrations.engine.executors import make_executor\n"
+        "from transformers import AutoModelForCausalLM as Auto\n"
+        "model = Auto.from_pretrained(sys.argv[1])\n"
+        "print(type(make_executor('auto', model, owned=True)).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "EagerExecutor", done.stderr
 
 
 def test_graphs_of_a_gpu_need_one():
