@@ -56,9 +56,6 @@ class SharedModel:
             ConfigurationError: The architecture cannot run speculative steps.
         """
         self.target = TargetModel(model, executor=executor)
-        if self.target.grain > 1:
-            # A compiled graph knows one prefix; run one after the other it is ahead of eager steps together.
-            self.target.max_batch_rows = 1
         self.tokenizer = tokenizer
         self.name = name
         self._caches: dict[tuple[int, PrefixFolder | None], PrefixCache] = {}

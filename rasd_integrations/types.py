@@ -71,6 +71,20 @@ class Draft:
         """Whether every node is the only child of the one before it."""
         return self.parents is None or all(p == i - 1 for i, p in enumerate(self.parents))
 
+    def head(self, n: int) -> Draft:
+        """Return the first ``n`` nodes; parents stand before their children, so they are a draft of their own."""
+        if n >= len(self):
+            return self
+        return replace(
+            self,
+            token_ids=self.token_ids[:n],
+            parents=None if self.parents is None else self.parents[:n],
+            probs=None if self.probs is None else self.probs[:n],
+            logits=None if self.logits is None else self.logits[: n + 1],
+            sources=None if self.sources is None else self.sources[:n],
+            likely=None if self.likely is None else self.likely[:n],
+        )
+
     def to(self, device: torch.device) -> Draft:
         """Return the draft with its tensors on ``device``; a drafter may stand on another than the target."""
         probs, logits = (t if t is None else t.to(device) for t in (self.probs, self.logits))

@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from rasd_integrations.engine import paged
 from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.costs import rows_at
 from rasd_integrations.engine.executor import EagerExecutor, Executor, StepOutput
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.kv import GRANULE, KVArena, KVBuffer
 from rasd_integrations.engine.tracing import Plan, plan_of
 from rasd_integrations.errors import ConfigurationError
 
@@ -31,13 +34,14 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 3  # of kept graphs: raise it when a step's inputs, outputs or operations change
 _FILE = "graph.xml"
+_JOINT = 8  # steps of several answers after which fewer rows are believed to be enough
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Most that logits may be off eager ones, relative; those of a wrong graph are about 1 off.
 _FAR = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
 class CompiledExecutor:
-    """OpenVINO's graph of a stock module, for steps of one answer; a step of several runs eagerly.
+    """OpenVINO's graph of a stock module, for steps of one answer or of several together.
 
     The graph has weights of its own, laid out for the processor. It is traced once a model, and then loaded
     from ``folder``.
@@ -75,6 +79,8 @@ class CompiledExecutor:
         path = None
         if folder is not None and identity is not None:
             path = folder / _graph_name(model, identity)
+        self._arena: Callable[[], KVArena | None] = lambda: None
+        self._joint: deque[int] = deque(maxlen=_JOINT)  # rows that steps of several answers needed
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
         try:
@@ -93,21 +99,26 @@ class CompiledExecutor:
             raise ConfigurationError(msg) from err
 
     def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
-        """Run ``ids`` ``[n]`` behind the prefix; the new rows are laid behind it."""
-        segment = context.segments[0]
-        if len(context.segments) > 1 or not self._can_run(segment):
+        """Run ``ids`` ``[n]`` behind the prefixes; the new rows are laid behind them."""
+        segments = context.segments
+        if not all(map(self._can_run, segments)):
             return self._eager.step(ids, context, want_logits=want_logits)
         n = len(ids)
         # A piece of a prefill runs as it comes.
-        width = max(rows_at(n, self.grain), context.rows) if want_logits else n
-        self._bind(segment.buffer, width)
+        width = self._width(n, context) if want_logits else n
+        spare = width - n
+        pages = self._bind([segment.buffer for segment in segments], segments[0].rows + spare)
+        spans = _spans(segments, spare)
         # Rows that are added repeat the last one; nobody sees them, and no one commits them.
         ids, positions = (
-            torch.cat([x, x[-1:].expand(width - n)])[None] for x in (ids, context.positions)
+            torch.cat([x, x[-1:].expand(spare)])[None] for x in (ids, context.positions)
         )
         rows = torch.arange(0 if want_logits else n - 1, width)
         tables = [table for call in self._plan.angles for table in call.at(positions)]
-        inputs = [ids, positions, rows, *tables, *self._indices(segment, width)]
+        most = torch.tensor(max(span.end for span in spans), dtype=torch.int32)
+        inputs = [ids, positions, rows, *tables, most]
+        for heads in self._plan.head_counts:
+            inputs += paged.indices(heads, spans, pages)
         for index, tensor in enumerate(inputs):
             self._request.set_input_tensor(index, _shared(tensor))
         self._request.infer()
@@ -123,38 +134,49 @@ class CompiledExecutor:
         inside = all(layer.window is None or end <= layer.window for layer in self._plan.layers)
         return inside or (segment.is_chain and not segment.buffer.is_gathered)
 
-    def _indices(self, segment: Segment, width: int) -> list[Tensor]:
-        """Return where the rows and pages of the segment lie."""
-        prefix, n = segment.buffer.length, segment.rows
-        sees = None
-        if not segment.is_chain:
-            hidden, _ = segment.blocked(0, None, torch.device("cpu"))
-            sees = torch.ones(width, width, dtype=torch.bool)
-            sees[:n, n:] = False
-            if hidden is not None:
-                sees[:n, :n] = ~hidden
-        pages = segment.buffer.capacity // paged.PAGE
-        made = [torch.tensor(prefix + width, dtype=torch.int32)]
-        for heads in self._plan.head_counts:
-            made += paged.indices(heads, prefix, width, pages, sees)
-        return made
+    def _width(self, n: int, context: StepContext) -> int:
+        """Return as how many rows to run a decoding step of ``n`` tokens."""
+        width = rows_at(n, self.grain)
+        if len(context.segments) == 1:
+            return max(width, context.rows)
+        # What several answers draft together is another number each time; one row more costs less than a change.
+        self._joint.append(width)
+        return min(max(self._joint), n + GRANULE)
 
-    def _bind(self, buffer: KVBuffer, rows: int) -> None:
-        """Hand the memory of ``buffer`` to the graph, with room for ``rows`` more."""
-        buffer.lay_by_rows()
-        buffer.reserve(rows)
-        for index, shape in enumerate(self._plan.layers[buffer.num_layers :], buffer.num_layers):
-            key = torch.empty(shape.kv_heads, 0, shape.key_dim, dtype=self._dtype)
-            buffer.write(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim))
-        if self._bound is not None and self._bound is buffer.memory:
+    def _bind(self, buffers: Sequence[KVBuffer], rows: int) -> int:
+        """Hand the memory of ``buffers`` to the graph, the first with room for ``rows`` more; return a head's pages."""
+        buffers[0].reserve(rows)
+        for buffer in buffers:
+            buffer.lay_by_rows()
+            shapes = self._plan.layers
+            for index, shape in enumerate(shapes[buffer.num_layers :], buffer.num_layers):
+                key = torch.empty(shape.kv_heads, 0, shape.key_dim, dtype=self._dtype)
+                buffer.write(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim))
+        if len(buffers) > 1:
+            self._put_together(buffers)
+        else:
+            buffers[0].settle()
+        stores = [buffers[0].stores(layer) for layer in range(len(self._plan.layers))]
+        memory = stores[0][0]
+        if self._bound is not memory:
+            tensors = [keys for keys, _ in stores] + [values for _, values in stores]
+            tensors = [tensor.view(-1, 1, paged.PAGE, tensor.shape[-1]) for tensor in tensors]
+            self._bound = None
+            for index, tensor in enumerate(tensors, self._first_key):
+                self._request.set_input_tensor(index, _shared(tensor))
+            self._bound, self._held = memory, tensors
+        return memory.shape[1] // paged.PAGE
+
+    def _put_together(self, buffers: Sequence[KVBuffer]) -> None:
+        """Let all ``buffers`` lie in one arena; those in the last one stay while there is room for the others."""
+        arena = self._arena()
+        if arena is not None and all(arena.holds(b) or arena.admit(b) for b in buffers):
             return
-        stores = [buffer.stores(layer) for layer in range(len(self._plan.layers))]
-        tensors = [keys for keys, _ in stores] + [values for _, values in stores]
-        tensors = [tensor.view(-1, 1, paged.PAGE, tensor.shape[-1]) for tensor in tensors]
-        self._bound = None
-        for index, tensor in enumerate(tensors, self._first_key):
-            self._request.set_input_tensor(index, _shared(tensor))
-        self._bound, self._held = buffer.memory, tensors
+        # Room for as many again, so that not every newcomer moves all.
+        arena = KVArena(buffers[0], 2 * sum(buffer.capacity for buffer in buffers))
+        self._arena = weakref.ref(arena)
+        for buffer in buffers:
+            arena.admit(buffer)
 
     @torch.inference_mode()
     def _check(self, model: PreTrainedModel) -> None:
@@ -189,6 +211,36 @@ class CompiledExecutor:
                 f"(relative; at most {_FAR[model.dtype]:.2g}). Use executor='eager'."
             )
             raise ConfigurationError(msg)
+
+
+def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:
+    """Return where the segments' rows lie, and ``spare`` more rows that nobody sees."""
+    alone = len(segments) == 1
+    spans = [
+        paged.Span(
+            segment.buffer.length,
+            segment.rows + spare * alone,
+            segment.buffer.origin // paged.PAGE,
+            segment.buffer.capacity // paged.PAGE,
+            None if segment.is_chain else _sees(segment, segment.rows + spare * alone),
+        )
+        for segment in segments
+    ]
+    if (
+        spare and not alone
+    ):  # behind none of the answers: in an arena's first rows, which are nobody's
+        spans.append(paged.Span(0, spare, 0, GRANULE // paged.PAGE))
+    return spans
+
+
+def _sees(segment: Segment, width: int) -> Tensor:
+    """Return which of a tree's rows see which, ``[width, width]``."""
+    hidden, _ = segment.blocked(0, None, torch.device("cpu"))
+    sees = torch.ones(width, width, dtype=torch.bool)
+    sees[: segment.rows, segment.rows :] = False
+    if hidden is not None:
+        sees[: segment.rows, : segment.rows] = ~hidden
+    return sees
 
 
 def _compiled(model: PreTrainedModel, plan: Plan, path: Path | None) -> ov.CompiledModel:

@@ -28,6 +28,8 @@ from rasd_integrations.types import Draft, DraftContext, FinishReason, GrammarSt
 
 logger = logging.getLogger(__name__)
 
+_ASIDE = "several answers decode together"
+
 
 class SpeculativeDecoder:
     """Decodes prompts with one target and, where given, one drafter.
@@ -194,13 +196,15 @@ class _Answer:
     def _step(self, lease: Lease, room: int) -> TokenBlock:
         """Draft, verify and commit one block; ``room`` is what the answer may still hold."""
         started = time.perf_counter()
-        budget = self.schedule.next_budget() if self.session is not None else 0
+        aside = self._stands_aside()
+        budget = 0 if aside or self.session is None else self.schedule.next_budget()
         draft = self._propose(min(budget, room - 1))
         promised = draft.likely
         if self.session is not None:
             pays = budget > 0 or self.config.num_draft_tokens is not None
             silent = self.planned_reason if not self.stats.drafted else None
-            self.stats.off_reason = silent if pays else "drafting does not pay on this text"
+            unpaid = _ASIDE if aside else "drafting does not pay on this text"
+            self.stats.off_reason = silent if pays else unpaid
         draft_s = self._tick("draft_s", started)
         started = time.perf_counter()
         bits = None
@@ -210,7 +214,10 @@ class _Answer:
             draft, bits = guide(self.grammar, draft, most, self.target.eos_ids)
         parents = None if draft.is_chain else draft.parents
         logits = self.target.step(
-            [self.ids[-1], *draft.token_ids], lease.buffer, parents, rows=self.schedule.rows
+            [self.ids[-1], *draft.token_ids],
+            lease.buffer,
+            parents,
+            rows=0 if aside else self.schedule.rows,
         )
         if bits is not None:
             logits = mask_rows(logits, bits)
@@ -227,8 +234,14 @@ class _Answer:
         self._count(draft, accepted)
         block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
         draft_s += self._observe(draft, logits, block, asked=budget > 0)
-        self._schedule(draft, accepted, draft_s, verify_s, promised)
+        if not aside:  # else the time of the step is that of all answers in it
+            self._schedule(draft, accepted, draft_s, verify_s, promised)
         return block
+
+    def _stands_aside(self) -> bool:
+        """Whether to leave the step to the other answers in it: where widths cost, all of them pay for a draft."""
+        chosen = self.config.num_draft_tokens is None and self.config.lossless
+        return chosen and self.target.grain > 1 and self.target.is_contended
 
     def _verify(self, logits: Tensor, draft: Draft) -> Verdict:
         p, config, draft = self.params, self.config, draft.to(logits.device)
@@ -379,20 +392,6 @@ class _Answer:
 
 
 def _trimmed(draft: Draft, budget: int, vocab_size: int) -> Draft:
-    """Cut a draft to the budget and before the first id that the target does not know.
-
-    A parent stands before its children, so every head of a tree is a tree.
-    """
+    """Cut a draft to the budget and before the first id that the target does not know."""
     n = min(len(draft), max(budget, 0))
-    n = next((i for i in range(n) if not 0 <= draft.token_ids[i] < vocab_size), n)
-    if n == len(draft):
-        return draft
-    return replace(
-        draft,
-        token_ids=draft.token_ids[:n],
-        parents=None if draft.parents is None else draft.parents[:n],
-        probs=None if draft.probs is None else draft.probs[:n],
-        logits=None if draft.logits is None else draft.logits[: n + 1],
-        sources=None if draft.sources is None else draft.sources[:n],
-        likely=None if draft.likely is None else draft.likely[:n],
-    )
+    return draft.head(next((i for i in range(n) if not 0 <= draft.token_ids[i] < vocab_size), n))

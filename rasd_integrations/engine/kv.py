@@ -7,6 +7,7 @@ path. Until it does, the buffer holds what it held.
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ class KVBuffer:
         length: Committed tokens.
         keeps_hidden: Whether steps leave their final hidden states here too.
         shift: Position of the next row less ``length``: above 0 where rows of a longer text were gathered.
+        origin: Where its rows begin in the memory of :meth:`stores`: above 0 in a :class:`KVArena`.
     """
 
     def __init__(self, capacity: int, *, keeps_hidden: bool = False) -> None:
@@ -30,6 +32,8 @@ class KVBuffer:
         self.length = 0
         self.keeps_hidden = keeps_hidden
         self.shift = 0
+        self.origin = 0
+        self._arena: KVArena | None = None
         self._by_rows = False
         self._places: tuple[int, ...] = ()  # positions of the gathered rows, ascending
         self._capacity = _rounded(capacity)
@@ -64,13 +68,18 @@ class KVBuffer:
         return self._capacity
 
     def stores(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's whole memory, ``[kv_heads, capacity, head_dim]`` of keys and of values."""
+        """Return a layer's whole memory, ``[kv_heads, rows, head_dim]`` of keys and of values.
+
+        All rows are the buffer's own, unless it lies in an arena.
+        """
+        if self._arena is not None:
+            return self._arena.stores[layer]
         return self._keys[layer], self._values[layer]
 
     @property
     def memory(self) -> Tensor | None:
-        """Where the first layer's keys lie: another tensor once the buffer grew, ``None`` before the first write."""
-        return self._keys.get(0)
+        """Where the first layer's keys lie: another tensor once the buffer moved, ``None`` before the first write."""
+        return self.stores(0)[0] if self._keys else None
 
     def pinned(self, rows: int) -> KVBuffer:
         """Return a buffer over the first ``rows`` of this memory, which it keeps alive when this one lets go of it."""
@@ -95,14 +104,36 @@ class KVBuffer:
         if needed > self._capacity:
             self._move(_rounded(max(needed, self._capacity * 3 // 2)))
 
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Take memory of its own where it is the last one in an arena."""
+        if self._arena is not None and len(self._arena) == 1:
+            self._move(self._capacity)
+
     def _move(self, capacity: int) -> None:
         """Take other memory, layer by layer: only one is held twice at a time."""
-        for store in (self._keys, self._values, self._hidden):
+        if self._arena is not None:  # whose memory stays: there is nothing to be won by halves
+            stores = dict(self._keys), dict(self._values), dict(self._hidden)
+        else:
+            stores = self._keys, self._values, self._hidden
+        for store in stores:
             for layer, old in store.items():
-                new = self._place(old, capacity, is_key=store is self._keys)
+                new = self._place(old, capacity, is_key=store is stores[0])
                 new[:, : self.length] = old[:, : self.length]
                 store[layer] = new
-        self._capacity = capacity  # last: where memory ran out on the way, the buffer is as it was
+        # Last: where memory ran out on the way, the buffer is as it was.
+        self._keys, self._values, self._hidden = stores
+        self._capacity, self._arena, self.origin = capacity, None, 0
+
+    def _lie_in(self, arena: KVArena, origin: int) -> None:
+        """Move keys and values into an arena's rows from ``origin`` on."""
+        end = origin + self._capacity
+        for layer, wholes in enumerate(arena.stores):
+            for store, whole in zip((self._keys, self._values), wholes, strict=True):
+                new = whole[:, origin:end]
+                new[:, : self.length] = store[layer][:, : self.length]
+                store[layer] = new
+        self._arena, self.origin = arena, origin
 
     def _place(self, like: Tensor, capacity: int, *, is_key: bool = False) -> Tensor:
         """Return memory for rows such as those of ``like``, with keys as eager steps read them best.
@@ -248,7 +279,7 @@ class KVBuffer:
         """
         self.reserve(room)
         new = KVBuffer(self._capacity)
-        new._by_rows = self._by_rows
+        new._by_rows, new._arena, new.origin = self._by_rows, self._arena, self.origin
         new.length, new.shift, new._places = self.length, self.shift, self._places
         new._keys = {layer: self._keys[layer] for layer in range(num_layers)}
         new._values = {layer: self._values[layer] for layer in range(num_layers)}
@@ -256,6 +287,55 @@ class KVBuffer:
 
     def _stores(self) -> tuple[Tensor, ...]:
         return (*self._keys.values(), *self._values.values(), *self._hidden.values())
+
+
+class KVArena:
+    """Memory in which buffers lie side by side, so that one graph reads several of them in one step.
+
+    It lives as long as one of them lies in it; the place of one that is gone is given to others.
+
+    Attributes:
+        rows: Of each layer. The first :data:`GRANULE` are nobody's.
+        stores: Keys and values ``[kv_heads, rows, head_dim]`` of each layer.
+    """
+
+    def __init__(self, like: KVBuffer, rows: int) -> None:
+        """Reserve ``rows`` for layers such as those of ``like``; a CPU's memory is taken as it is written."""
+        self.rows = GRANULE + _rounded(rows)
+        self.stores: list[tuple[Tensor, Tensor]] = []
+        for layer in range(like.num_layers):
+            keys, values = (
+                _allocate(store, self.rows, transposed=False) for store in like.stores(layer)
+            )
+            self.stores.append((keys, values))
+        # Whoever moved out keeps the place while it lives: somebody may be copying what lay there.
+        self._places: list[tuple[int, int, weakref.ref[KVBuffer]]] = []
+
+    def __len__(self) -> int:
+        """Return how many buffers have a place here."""
+        return sum(buffer() is not None for *_, buffer in self._places)
+
+    def holds(self, buffer: KVBuffer) -> bool:
+        """Whether ``buffer`` lies here."""
+        return buffer.memory is self.stores[0][0]
+
+    @torch.inference_mode()
+    def admit(self, buffer: KVBuffer) -> bool:
+        """Move ``buffer`` here; ``False`` where there is no room for its capacity."""
+        self._places = sorted(
+            (place for place in self._places if place[2]() is not None), key=lambda place: place[0]
+        )
+        origin = GRANULE
+        for first, end, _ in self._places:
+            if first - origin >= buffer.capacity:
+                break
+            origin = end
+        end = origin + buffer.capacity
+        if end > self.rows:
+            return False
+        self._places.append((origin, end, weakref.ref(buffer)))
+        buffer._lie_in(self, origin)
+        return True
 
 
 def sent(numbers: Tensor, device: torch.device) -> Tensor:

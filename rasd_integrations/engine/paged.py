@@ -7,8 +7,8 @@ memory: rows are read where they lie, and new ones are laid behind them, without
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 import openvino as ov
@@ -92,26 +92,57 @@ def with_attention(graph: ov.Model, plan: Plan, kind: ov.Type) -> ov.Model:
     return edges.build()
 
 
-def indices(heads: int, prefix: int, n: int, pages: int, sees: torch.Tensor | None) -> list[Any]:
-    """Return where each of ``heads`` key heads begins, as the graph wants it.
+class Span(NamedTuple):
+    """The rows of one answer in a step.
+
+    Attributes:
+        prefix: Its rows before the step.
+        rows: Of the step, ``n``.
+        first_page: Where it begins in the memory of a head.
+        pages: That are its own there.
+        sees: ``[n, n]``, whether a row sees a column; ``None`` for a chain.
+    """
+
+    prefix: int
+    rows: int
+    first_page: int
+    pages: int
+    sees: torch.Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        """Rows with the step's."""
+        return self.prefix + self.rows
+
+
+def indices(heads: int, spans: Sequence[Span], pages: int) -> list[torch.Tensor]:
+    """Return where each answer's ``heads`` key heads begin, as the graph wants it: all answers of a head together.
 
     Args:
         heads: Key heads.
-        prefix: Rows before the step.
-        n: Rows of the step.
+        spans: Of the step, in the order of its rows.
         pages: Of each head.
-        sees: ``[n, n]``, whether a row sees a column; ``None`` for a chain.
     """
-    counts = torch.arange(heads + 1, dtype=torch.int32)
-    nothing = torch.empty(0, dtype=torch.int32)
-    return [
-        torch.full((heads,), prefix, dtype=torch.int32),
-        counts * n,
-        torch.arange(heads * pages, dtype=torch.int32),
-        counts * pages,
-        nothing.to(torch.uint8) if sees is None else sees.to(torch.uint8).repeat(heads, 1).view(-1),
-        nothing if sees is None else counts * (n * n),
-    ]
+    pasts = _i32([span.prefix for span in spans])
+    begins = _ends([span.rows for span in spans], heads)
+    mine = [page for s in spans for page in range(s.first_page, s.first_page + s.pages)]
+    blocks = pages * torch.arange(heads, dtype=torch.int32)[:, None] + _i32(mine)
+    block_begins = _ends([span.pages for span in spans], heads)
+    sees, sees_begins = torch.empty(0, dtype=torch.uint8), _i32([])
+    if any(span.sees is not None for span in spans):
+        masks = [torch.ones(s.rows, s.rows).tril() if s.sees is None else s.sees for s in spans]
+        sees = torch.cat([mask.reshape(-1).to(torch.uint8) for mask in masks]).repeat(heads)
+        sees_begins = _ends([span.rows**2 for span in spans], heads)
+    return [pasts.repeat(heads), begins, blocks.view(-1), block_begins, sees, sees_begins]
+
+
+def _i32(numbers: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def _ends(counts: Sequence[int], heads: int) -> torch.Tensor:
+    """Return where each of ``counts`` begins that follow each other, once for each head, and where the last ends."""
+    return _i32([0, *accumulate([*counts] * heads)])
 
 
 def _attention(

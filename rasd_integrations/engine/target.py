@@ -92,6 +92,11 @@ class TargetModel:
         self._turns.max_rows = rows
 
     @property
+    def is_contended(self) -> bool:
+        """Whether another thread decodes at present."""
+        return self._turns.is_contended
+
+    @property
     def grain(self) -> int:
         """Steps are run as ``1 + k * grain`` rows; more than 1 where changes of their number cost time."""
         return self._executor.grain
@@ -107,7 +112,7 @@ class TargetModel:
         """
         done = 0
         while done < len(ids):
-            size = self._pieces[self._turns.is_contended]
+            size = self._pieces[self.is_contended]
             if len(ids) - done < 2 * size:  # a short rest is not worth a forward of its own
                 size = len(ids) - done
             piece = ids[done : done + size]

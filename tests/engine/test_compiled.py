@@ -17,14 +17,13 @@ from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.engine import compiled, executors, kv, paged
-from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.compiled import CompiledExecutor
 from rasd_integrations.engine.decoder import SpeculativeDecoder
 from rasd_integrations.engine.executor import EagerExecutor
 from rasd_integrations.engine.executors import make_executor
 from rasd_integrations.engine.kv import GRANULE, KVBuffer
 from rasd_integrations.engine.packing import PackedLinear
-from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.engine.target import TargetModel, _forward
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 
 pytest.importorskip("openvino")
@@ -152,20 +151,98 @@ def test_memory_that_is_no_number_stays_out(targets, monkeypatch):
         close(got, wanted)
 
 
-def test_steps_of_several_answers_run_together(targets):
-    """They run eagerly, over the same buffers."""
-    ours, eager = targets("llama")
-    prompts = [random_ids(12, 1), random_ids(20, 2)]
-    buffers = [(prefilled(ours, ids), prefilled(eager, ids)) for ids in prompts]
-    logits = []
-    for which, target in ((0, ours), (1, eager)):
-        segments = tuple(
-            Segment(pair[which], torch.arange(3) + pair[which].length, None) for pair in buffers
+def joint(target, drafts, buffers):
+    """Return the logits of one forward for ``(ids, parents)`` behind each buffer."""
+    works = [
+        target._prepared(ids, parents, buffer, want_logits=True)
+        for (ids, parents), buffer in zip(drafts, buffers, strict=True)
+    ]
+    return _forward(target._executor, works)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_steps_of_several_answers_run_together(targets, family, monkeypatch):
+    """Chains and trees, as more rows than there are, over memory of any content; answers come, grow and leave."""
+    ours, eager = targets(family)
+    allocate = kv._allocate
+    monkeypatch.setattr(
+        kv, "_allocate", lambda *args, **how: allocate(*args, **how).fill_(float("nan"))
+    )
+    compiled_steps = []
+    run = ours._executor._bind
+    monkeypatch.setattr(
+        ours._executor,
+        "_bind",
+        lambda buffers, rows: (compiled_steps.append(len(buffers)), run(buffers, rows))[1],
+    )
+    prompts = [random_ids(n, seed=n) for n in (12, GRANULE - 5, 40, 3)]
+    mine = [prefilled(ours, ids) for ids in prompts]
+    theirs = [prefilled(eager, ids) for ids in prompts]
+    compiled_steps.clear()
+    shapes = [None, [-1, 0, 0], [], None]  # a chain, a tree, no draft
+    for turn, answers in enumerate([(0, 1), (0, 1, 2), (0, 1, 2, 3), (2, 1), (3,), (1, 3, 0)]):
+        drafts = []
+        for answer in answers:
+            parents = shapes[(answer + turn) % len(shapes)]
+            n = 4 if parents is None else len(parents)
+            drafts.append((random_ids(1 + n, seed=10 * turn + answer), parents))
+        got, wanted = (
+            joint(target, drafts, [buffers[answer] for answer in answers])
+            for target, buffers in ((ours, mine), (eager, theirs))
         )
-        context = StepContext(torch.cat([s.positions for s in segments]), segments)
-        with torch.inference_mode():
-            logits.append(target._executor.step(torch.arange(6), context, want_logits=True).logits)
-    close(*logits)
+        for answer, (ids, _), one, other in zip(answers, drafts, got, wanted, strict=True):
+            close(one, other)
+            kept = [0] if len(ids) < 3 else [0, 1]
+            for buffer in (mine[answer], theirs[answer]):
+                buffer.commit(kept)
+    assert mine[1].capacity > GRANULE  # it grew among the others
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.length == other.length
+        for layer in range(one.num_layers):
+            for row, wanted in zip(
+                one.rows(layer, 0, one.length), other.rows(layer, 0, one.length), strict=True
+            ):
+                close(row, wanted)
+    assert compiled_steps
+    if family in ("llama", "gpt2"):  # no windows, beyond which trees run eagerly
+        assert compiled_steps == [2, 3, 4, 2, 1, 3]
+
+
+def test_answers_that_ran_together_are_let_go(targets):
+    """A place that is free is given away; the last one in an arena takes memory of its own."""
+    ours, eager = targets("llama")
+    stays, goes, comes = (prefilled(ours, random_ids(20, seed)) for seed in (1, 2, 3))
+    joint(ours, [([1], None), ([2], None)], [stays, goes])
+    arena, place = weakref.ref(stays._arena), goes.origin
+    assert place > stays.origin > 0
+    view = goes.view(1, 4)
+    assert view.stores(0)[0] is goes.stores(0)[0]
+    ours.step([5], stays)
+    assert stays.origin > 0  # it is not the last one
+    del goes, view
+    joint(ours, [([1], None), ([2], None)], [stays, comes])
+    assert comes.origin == place
+    del comes
+    close(ours.step([5], stays), eager.step([5], prefilled(eager, random_ids(20, 1))))
+    assert stays.origin == 0
+    assert stays.stores(0)[0].shape[1] == stays.capacity
+    assert arena() is None
+
+
+def test_who_moved_out_of_an_arena_keeps_its_place_there(targets):
+    """Somebody may be copying the rows that lie there."""
+    ours, _ = targets("llama")
+    first, second = (prefilled(ours, random_ids(20, seed)) for seed in (1, 2))
+    joint(ours, [([1], None), ([2], None)], [first, second])
+    arena, copied = first._arena, first.rows(0, 0, 20)
+    before = [rows.clone() for rows in copied]
+    first.reserve(first.capacity + 1)
+    assert first.origin == 0
+    third = prefilled(ours, random_ids(20, 3))
+    joint(ours, [([1], None), ([2], None)], [second, third])
+    assert third._arena is arena
+    for rows, old in zip(copied, before, strict=True):
+        assert torch.equal(rows, old)
 
 
 def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatch, caplog):
@@ -202,7 +279,11 @@ def test_a_graph_that_says_something_else_is_refused(monkeypatch, caplog):
     """By name it is an error; "auto" runs eagerly and says why."""
     indices = paged.indices
     monkeypatch.setattr(  # half of the prefix is lost
-        paged, "indices", lambda heads, prefix, *rest: indices(heads, prefix // 2, *rest)
+        paged,
+        "indices",
+        lambda heads, spans, pages: indices(
+            heads, [s._replace(prefix=s.prefix // 2) for s in spans], pages
+        ),
     )
     with pytest.raises(ConfigurationError, match="off eager ones"):
         CompiledExecutor(tiny_llama())
