@@ -189,6 +189,7 @@ class _Answer:
                 yield block
         finally:
             self.decoder.experience = self.schedule.experience
+            self.target.leave()
             self._close_session()
             lease.release(self.ids)
 

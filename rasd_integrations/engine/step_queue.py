@@ -113,6 +113,14 @@ class StepQueue(Generic[_W, _R]):
                 del turn, work
         return turn.result  # type: ignore[return-value]
 
+    def leave(self) -> None:
+        """Say that this thread steps no more, so that nobody waits for it or takes it for one that decodes."""
+        with self._state:
+            self._stepped.pop(threading.get_ident(), None)
+            self._expected.discard(threading.get_ident())
+            if self._all_back():
+                self._state.notify()
+
     @property
     def is_contended(self) -> bool:
         """Whether another thread decodes: it waits for a step, has one, or had one a moment ago."""

@@ -96,6 +96,10 @@ class TargetModel:
         """Whether another thread decodes at present."""
         return self._turns.is_contended
 
+    def leave(self) -> None:
+        """Say that this thread's answer is done; other answers need not reckon with it."""
+        self._turns.leave()
+
     @property
     def grain(self) -> int:
         """Steps are run as ``1 + k * grain`` rows; more than 1 where changes of their number cost time."""

@@ -6,7 +6,9 @@ import gc
 import logging
 import subprocess
 import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import fakes
@@ -18,13 +20,14 @@ from tiny import FAMILIES, VOCAB, tiny_llama
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.engine import compiled, executors, kv, paged
 from rasd_integrations.engine.compiled import CompiledExecutor
-from rasd_integrations.engine.decoder import SpeculativeDecoder
+from rasd_integrations.engine.decoder import _ASIDE, SpeculativeDecoder
 from rasd_integrations.engine.executor import EagerExecutor
 from rasd_integrations.engine.executors import make_executor
 from rasd_integrations.engine.kv import GRANULE, KVBuffer
 from rasd_integrations.engine.packing import PackedLinear
 from rasd_integrations.engine.target import TargetModel, _forward
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
+from rasd_integrations.stats import DecodingStats
 
 pytest.importorskip("openvino")
 
@@ -227,6 +230,44 @@ def test_answers_that_ran_together_are_let_go(targets):
     assert stays.origin == 0
     assert stays.stores(0)[0].shape[1] == stays.capacity
     assert arena() is None
+
+
+def test_answers_that_decode_together_stand_aside(targets):
+    """Each has the ids of plain decoding; nobody drafts while others pay for it, but who is alone and who asks."""
+    ours, eager = targets("llama")
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    prompts = [random_ids(30, seed=i) for i in range(3)]
+    truths = [
+        [t for block in SpeculativeDecoder(eager).generate(ids, params) for t in block.token_ids]
+        for ids in prompts
+    ]
+    drafters = [ScriptedDrafter(SCRIPTS["oracle"](truth)) for truth in truths]
+    gate = threading.Barrier(len(prompts))
+
+    def answer(i, config):
+        decoder = SpeculativeDecoder(ours, drafters[i], config=config)
+        stats = DecodingStats()
+        ids, reasons = [], set()
+        for n, block in enumerate(decoder.generate(prompts[i], params, stats=stats)):
+            ids += block.token_ids
+            reasons.add(stats.off_reason)
+            if n in (1, 2):  # nobody is done before all have taken a step beside the others
+                gate.wait(30)
+        return ids, stats, reasons
+
+    for config, asides in (
+        (SpeculationConfig(), True),
+        (SpeculationConfig(num_draft_tokens=2), False),
+    ):
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            together = [*pool.map(answer, range(len(prompts)), [config] * len(prompts))]
+        assert [ids for ids, *_ in together] == truths
+        assert all((_ASIDE in reasons) == asides for *_, reasons in together)
+    gate = threading.Barrier(1)
+    ids, stats, reasons = answer(0, SpeculationConfig())
+    assert ids == truths[0]
+    assert stats.drafted > 0
+    assert _ASIDE not in reasons
 
 
 def test_who_moved_out_of_an_arena_keeps_its_place_there(targets):

@@ -348,3 +348,21 @@ def test_only_other_threads_that_decode_count_as_contention(monkeypatch):
         "own step": False,
         "piece": False,
     } == seen
+
+
+def test_who_leaves_is_neither_waited_for_nor_reckoned_with():
+    """An answer that is done costs the next one nothing, whichever thread that runs in."""
+    scripted = Scripted(patience=1e6)
+    waits: list[float | None] = []
+    scripted.queue._state.wait = waits.append  # type: ignore[assignment, method-assign]
+
+    def answer() -> None:
+        scripted.queue.submit("a", 1)
+        scripted.queue.leave()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    thread.join(SOON_S)
+    assert not scripted.queue.is_contended
+    assert scripted.queue.submit("b", 1) == "B"
+    assert waits == []
