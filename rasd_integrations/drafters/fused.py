@@ -33,7 +33,8 @@ _UNSAID = 0.5  # assumed of each token of a draft without an opinion
 _DECAY = 0.9
 _TRIAL = 6  # drafts of a part before it is judged
 _CHEAP = 0.02  # a part that takes less than this share of a step is always asked
-_REST = 16  # steps that a part which does not pay is left alone
+_REST = 16  # steps that a part which does not pay is left alone at least
+_TRYING = 0.01  # of the time may go into trying it again
 
 
 _NOTHING = (0.0,) * (len(_BINS) + 1)
@@ -120,7 +121,7 @@ class _Part:
         self._average("seconds", self.spent)
         dear = self.seconds > _CHEAP * step_s
         if dear and self.asked >= _TRIAL and self.gained * seconds_per_token < self.seconds:
-            self.rest = _REST
+            self.rest = max(_REST, int(self.seconds / (_TRYING * step_s)))
 
     def _average(self, name: str, value: float) -> None:
         weight = max(1 - _DECAY, 1 / self.asked)

@@ -13,6 +13,8 @@ _DECAY = 0.9
 _SLOPE = 0.04  # of one row more, before any is measured
 _SLOPE_WEIGHT = 16.0  # of it: that of four steps that differ by two rows
 _LEVEL_WEIGHT = 0.5  # in steps, of wide ones that cost only the slope
+_FIRST = 3  # plain steps that are timed before anything else is tried
+_STALE = 128  # steps after which the plain one is timed again
 _OUTLIER = 2.0  # a step that took so many times what was expected was held up by something else
 
 
@@ -32,6 +34,7 @@ class CostShape:
         rows_rows: Of their rows squared.
         rows_cost: Of the products of both.
         change: Of another number of rows than the last step's, where that costs at all.
+        age: Steps since a plain one was timed.
     """
 
     weight: float = 0.0
@@ -40,6 +43,7 @@ class CostShape:
     rows_rows: float = 0.0
     rows_cost: float = 0.0
     change: float = 0.4
+    age: int = 0
 
     def at(self, rows: int) -> float:
         """Return what a step of ``rows`` costs."""
@@ -49,7 +53,9 @@ class CostShape:
         level = cost * self.weight + (1.0 + _SLOPE * (mean - 1)) * _LEVEL_WEIGHT
         variance = self.rows_rows / self.weight - mean**2
         covariance = self.rows_cost / self.weight - mean * cost
-        slope = (covariance * self.weight + _SLOPE * _SLOPE_WEIGHT) / (
+        # Where one width is all that was seen, half of what it costs is taken for the first row's.
+        guess = 0.5 * (cost - 1.0) / (mean - 1.0)
+        slope = (covariance * self.weight + guess * _SLOPE_WEIGHT) / (
             variance * self.weight + _SLOPE_WEIGHT
         )
         slope = min(max(slope, 0.0), 1.0)
@@ -57,13 +63,13 @@ class CostShape:
 
     def seen(self, rows: int, cost: float) -> CostShape:
         """Return the shape after one more wide step."""
-        return CostShape(
+        return replace(
+            self,
             weight=_DECAY * self.weight + 1,
             rows=_DECAY * self.rows + rows,
             cost=_DECAY * self.cost + cost,
             rows_rows=_DECAY * self.rows_rows + rows * rows,
             rows_cost=_DECAY * self.rows_cost + rows * cost,
-            change=self.change,
         )
 
 
@@ -75,18 +81,19 @@ class StepCosts:
         rows: Of the last step, 0 before the first.
     """
 
-    def __init__(self, shape: CostShape, *, changes: bool = False) -> None:
+    def __init__(self, shape: CostShape | None, *, changes: bool = False) -> None:
         """Begin with what earlier answers found; ``changes`` of the number of rows cost time, or do not."""
-        self.shape = shape
+        self.shape = shape or CostShape()
+        self._wanted = _FIRST if shape is None else 0
         self.rows = 0
         self._changes = changes
         self._plain: float | None = None  # seconds; from wide steps until a plain one is seen
         self._plain_steps = 0
 
     @property
-    def knows_plain(self) -> bool:
-        """Whether a plain step was seen."""
-        return self._plain_steps > 0
+    def wants_plain(self) -> bool:
+        """Whether the plain step should be timed, which all others are measured by."""
+        return self._plain_steps < self._wanted or self.shape.age > _STALE
 
     @property
     def change(self) -> float:
@@ -100,8 +107,10 @@ class StepCosts:
     def add(self, rows: int, seconds: float) -> None:
         """Learn from a step."""
         changed, self.rows = self._changes and rows != self.rows, rows
+        timed = rows == 1 and not changed
+        self.shape = replace(self.shape, age=0 if timed else self.shape.age + 1)
         expected = self.shape.at(rows) + self.shape.change * changed
-        if rows == 1 and not changed:
+        if timed:
             self._plain_steps += 1
             if self._plain_steps == 1 or self._plain is None:
                 self._plain = seconds

@@ -199,8 +199,8 @@ class _Answer:
         started = time.perf_counter()
         aside = self._stands_aside()
         budget = 0 if aside or self.session is None else self.schedule.next_budget()
-        draft = self._propose(min(budget, room - 1))
-        promised = draft.likely
+        proposed = self._propose(min(budget, room - 1))
+        draft = proposed.head(self.schedule.head(proposed)) if budget > 0 else proposed
         if self.session is not None:
             pays = budget > 0 or self.config.num_draft_tokens is not None
             silent = self.planned_reason if not self.stats.drafted else None
@@ -236,7 +236,7 @@ class _Answer:
         block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
         draft_s += self._observe(draft, logits, block, asked=budget > 0)
         if not aside:  # else the time of the step is that of all answers in it
-            self._schedule(draft, accepted, draft_s, verify_s, promised)
+            self._schedule(draft, accepted, draft_s, verify_s, proposed, tokens)
         return block
 
     def _stands_aside(self) -> bool:
@@ -303,15 +303,16 @@ class _Answer:
         accepted: Sequence[int],
         draft_s: float,
         verify_s: float,
-        promised: Sequence[float] | None,
+        proposed: Draft,
+        tokens: Sequence[int],
     ) -> None:
         """Tell the schedule; what a grammar forced says nothing of the drafter."""
         forced = [source == SOURCE for source in draft.sources or ()] or [False] * len(draft)
         drafted = len(draft) - sum(forced)
         stood = sum(not forced[i] for i in accepted)
         self.schedule.record(
-            drafted, stood, draft_s, verify_s, rows=1 + len(draft), promised=promised,
-            kept=accepted if self.grammar is None else None,
+            drafted, stood, draft_s, verify_s, rows=1 + len(draft), proposed=proposed,
+            committed=tokens if self.grammar is None else (),
         )  # fmt: skip
 
     def _count(self, draft: Draft, accepted: Sequence[int]) -> None:
@@ -350,13 +351,10 @@ class _Answer:
         if self.session is None or (budget <= 0 and self.config.lossless):
             return Draft()
         try:
-            draft = _trimmed(self.session.propose(max(budget, 0)), budget, self.target.vocab_size)
+            return _trimmed(self.session.propose(max(budget, 0)), budget, self.target.vocab_size)
         except Exception as err:  # noqa: BLE001
             self._drafter_failed(err)
             return Draft()
-        if draft.likely is None and len(draft):
-            return draft
-        return _trimmed(draft, self.schedule.head(draft.likely or ()), self.target.vocab_size)
 
     def _observe(self, draft: Draft, logits: Tensor, block: TokenBlock, *, asked: bool) -> float:
         """Tell the session what became of its draft; return the seconds that it took."""

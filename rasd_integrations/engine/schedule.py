@@ -1,40 +1,37 @@
-"""How long the next draft should be, from what this answer has measured so far.
+"""How long the next draft should be, from what this answer and those before it have measured.
 
 Expected tokens per second are ``E(n) / (t(1 + n) + d(n))`` (algorithms.md 8.1, 8.2), with the step time ``t`` of
 :mod:`.costs`. For a chain of which nothing is said, ``E(n) = (1 - a^(n+1)) / (1 - a)`` with the running acceptance
 ``a`` and a drafting time for each token. For a draft whose nodes carry their likelihood, chain or tree,
-``E(n) = 1 + sum(c * likely[:n])`` with ``c`` the running share of what likelihoods of that size promised, and the draft
-is there already: only the verify step is to be paid. Drafting that would lose time is switched off and tried again
-now and then. Only time depends on it.
+``E(n) = 1 + sum(likely[:n])`` with likelihoods set right by :mod:`.calibration`, and the draft is there already:
+only the verify step is to be paid. Such a draft is asked for in each step, and nothing of it verified where that
+does not pay. Drafting that would lose time nonetheless is switched off and tried again now and then. Only time
+depends on it.
 
-Where another number of rows than the last step's costs time of its own, a step is run as that many rows, and the
-number is changed once what another one would have saved of late outweighs the change.
+Where another number of rows than the last step's costs time of its own, that time is part of the step's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.engine.calibration import Calibration, Judgements
 from rasd_integrations.engine.costs import CostShape, StepCosts, rows_at
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.types import Draft
 
 _DECAY = 0.9
 _PRIOR_ACCEPTED, _PRIOR_TRIED = 1.4, 2.0
-_SIZES = (
-    0.5,
-    0.2,
-)  # of likelihoods that are judged apart: drafters err most in their unlikely nodes
-_PRIOR_KEPT = (
-    3.0  # promised tokens of each size that are taken for kept besides those that were seen
-)
-_REMEMBERED = 40.0  # promised tokens over which it is judged how many are kept
 _FIRST_PROBE, _LAST_PROBE = 4, 64  # steps from one trial to the next while drafting is off
 _PROBING = 0.01  # of the time may go into trials, but for the first ones
 _CHEAP = 0.5  # of a plain step
-_LEAST_STEPS = 5.0  # with a draft, before drafting can be found to lose
+# Drafting is judged over some fifty steps, since text is copied in bursts, and found to lose when it has cost so
+# many plain steps: soon where it is dear, late where it is cheap.
+_MEMORY = 0.98
+_LOST = 2.0
 
 
 def check_lockstep(drafter: object, config: SpeculationConfig, params: SamplingParams) -> None:
@@ -66,19 +63,13 @@ class Experience:
 
     Attributes:
         costs: Of steps.
-        promised: Tokens that drafts promised of late, for each size of likelihood.
-        kept: Of these.
-        steps: Recent ones for which drafts were made.
-        won: Tokens accepted in them.
-        spent: Their time with drafting, in plain steps.
+        opinions: How far those of drafts held.
+        lost: Plain steps that drafting cost of late, less what it won.
     """
 
     costs: CostShape | None = None
-    promised: tuple[float, ...] = (0.0,) * (1 + len(_SIZES))
-    kept: tuple[float, ...] = (0.0,) * (1 + len(_SIZES))
-    steps: float = 0.0
-    won: float = 0.0
-    spent: float = 0.0
+    opinions: Judgements | None = None
+    lost: float = 0.0
 
 
 class _Option(NamedTuple):
@@ -87,10 +78,6 @@ class _Option(NamedTuple):
     tokens: int
     expected: float
     seconds: float = 0.0
-
-
-def _size(share: float) -> int:
-    return sum(share < bound for bound in _SIZES)
 
 
 class Schedule:
@@ -122,23 +109,19 @@ class Schedule:
         self._grain = grain
         self._accepted, self._tried = _PRIOR_ACCEPTED, _PRIOR_TRIED
         experience = experience or Experience()
-        self._promised, self._kept = list(experience.promised), list(experience.kept)
-        self._costs = StepCosts(experience.costs or CostShape(), changes=grain > 1)
-        self._is_new = experience.costs is None
-        self._saved: dict[int, float] = {}  # seconds that other rows would have saved of late
+        self._opinions = Calibration(experience.opinions)
+        self._costs = StepCosts(experience.costs, changes=grain > 1)
         self._draft_s, self._draft_tokens = 0.0, 0.0
         self._asked = 0
         self._last_s: float | None = None  # of the last draft whose nodes carried their likelihood
         self._full_s: float | None = None  # of a draft of full length, running average
-        # Steps with a draft of known likelihoods: their number, the tokens won, the plain steps with drafting.
-        self._steps, self._won, self._spent = experience.steps, experience.won, experience.spent
+        self._lost = experience.lost
         self._wait, self._probe_every = 0, _FIRST_PROBE
 
     @property
     def experience(self) -> Experience:
         """What the next answer should know."""
-        promises = tuple(self._promised), tuple(self._kept)
-        return Experience(self._costs.shape, *promises, self._steps, self._won, self._spent)
+        return Experience(self._costs.shape, self._opinions.known, self._lost)
 
     @property
     def acceptance(self) -> float:
@@ -157,74 +140,49 @@ class Schedule:
         return self._asked
 
     def _next(self) -> int:
-        if self._is_new and not self._costs.knows_plain:
-            return 0  # what drafting is to be measured by
-        best = self._max if self._steps and self._drafts_cheaply() else self._best_chain()
-        if best and not self._loses():
+        if self._costs.wants_plain:
+            return 0
+        says = self._last_s is not None and self._drafts_cheaply()
+        best = self._max if says else self._best_chain()
+        if best and self._lost <= _LOST:
             self._probe_every, self._wait = _FIRST_PROBE, 0
             return best
         self._wait += 1
         if self._wait < self._probe_every:
             return 0
         rarest = min(self._draft_share() / _PROBING, _LAST_PROBE)
-        self._wait, self._probe_every = (
-            0,
-            int(max(min(2 * self._probe_every, rarest), _FIRST_PROBE)),
-        )
+        self._wait = 0
+        self._probe_every = int(max(min(2 * self._probe_every, rarest), _FIRST_PROBE))
         return best or 1
 
-    def head(self, likely: Sequence[float]) -> int:
-        """Return how many of a draft's nodes are worth verifying, the first ones.
-
-        Args:
-            likely: How likely each node is reached and accepted, in the drafter's opinion.
-        """
-        if self._fixed is not None:
-            return len(likely)
-        trust = [
-            min((kept + _PRIOR_KEPT) / (promised + _PRIOR_KEPT), 1.5)
-            for kept, promised in zip(self._kept, self._promised, strict=True)
-        ]
+    def head(self, draft: Draft) -> int:
+        """Return how many of a draft's nodes are worth verifying, the first ones."""
+        if self._fixed is not None or (draft.likely is None and len(draft)):
+            return len(draft)
         options, expected = [_Option(0, 1.0)], 1.0
-        for n, share in enumerate(likely, start=1):
-            expected += min(trust[_size(share)] * share, 1.0)
+        for n, share in enumerate(self._opinions.likely(draft), start=1):
+            expected += share
             options.append(_Option(n, expected))
         return self._chosen(options)
 
     def _chosen(self, options: Sequence[_Option]) -> int:
-        """Return the tokens of the best option; where changes cost time, of the best at rows that pay for longer."""
-        if self._grain == 1:
-            return self._best(options, None).tokens
+        """Return the tokens of the best option, and set the rows that it is run as."""
         now = self._costs.rows
         widths = {rows_at(1 + option.tokens, self._grain) for option in options} | {now or 1}
         best = {rows: self._best(options, rows) for rows in widths}
-        stay = best.get(now)
-        if stay is None:
-            self.rows = max(best, key=lambda rows: self._rate(best[rows], rows))
-            return best[self.rows].tokens
-        for rows in widths - {now}:
-            # Seconds that this step would have taken less for as many tokens.
-            saved = self._seconds(stay, now) - stay.expected / self._rate(best[rows], rows)
-            self._saved[rows] = _DECAY * self._saved.get(rows, 0.0) + saved
-        self.rows = now
-        move = max(self._saved, key=self._saved.__getitem__, default=now)
-        if move in best and self._saved.get(move, 0.0) > self._costs.change:
-            self._saved.clear()
-            self.rows = move
-        return best[self.rows].tokens
+        rows = max(best, key=lambda rows: self._rate(best[rows], rows))
+        if self._grain > 1:
+            self.rows = rows
+        return best[rows].tokens
 
-    def _best(self, options: Iterable[_Option], rows: int | None) -> _Option:
-        """Return the best of what fits ``rows``; of all, each run as its own, where ``None``."""
-        return max(
-            (option for option in options if rows is None or option.tokens < rows),
-            key=lambda option: self._rate(option, rows or 1 + option.tokens),
-        )
+    def _best(self, options: Iterable[_Option], rows: int) -> _Option:
+        """Return the best of what fits ``rows``."""
+        fitting = (option for option in options if option.tokens < rows)
+        return max(fitting, key=lambda option: self._rate(option, rows))
 
     def _rate(self, option: _Option, rows: int) -> float:
-        return option.expected / self._seconds(option, rows)
-
-    def _seconds(self, option: _Option, rows: int) -> float:
-        return self._costs.at(rows) + option.seconds
+        change = self._costs.change if self._costs.rows not in (0, rows) else 0.0
+        return option.expected / (self._costs.at(rows) + change + option.seconds)
 
     def record(
         self,
@@ -234,47 +192,36 @@ class Schedule:
         step_s: float,
         *,
         rows: int | None = None,
-        promised: Sequence[float] | None = None,
-        kept: Iterable[int] | None = None,
+        proposed: Draft | None = None,
+        committed: Sequence[int] = (),
     ) -> None:
         """Learn from one step.
 
         Args:
-            drafted: Tokens that the drafter proposed.
+            drafted: Tokens of the drafter that were verified.
             accepted: Of these.
             draft_s: Seconds of drafting.
             step_s: Seconds of the step.
             rows: Of the step, where others than the drafted tokens and the last one were in it.
-            promised: The drafted tokens' likelihoods, where they carry any.
-            kept: Which of these tokens were accepted; ``None`` judges no promise.
+            proposed: What the drafter proposed before its head was chosen.
+            committed: The step's tokens, where they tell whether it was right.
         """
         rows = 1 + drafted if rows is None else rows
         self._costs.add(max(rows_at(rows, self._grain), self.rows), step_s)
         self._draft_s = _DECAY * self._draft_s + draft_s
         self._draft_tokens = _DECAY * self._draft_tokens + drafted
-        if promised is not None:
+        if proposed is not None and proposed.likely is not None:
             self._last_s = draft_s
             if self._asked >= self._max:
                 known = draft_s if self._full_s is None else self._full_s
                 self._full_s = _DECAY * known + (1 - _DECAY) * draft_s
-            self._steps = _DECAY * self._steps + 1
-            self._won = _DECAY * self._won + accepted
-            self._spent = _DECAY * self._spent + (draft_s + step_s) / self._costs.at(1)
-            if kept is not None:
-                self._judge(promised, set(kept))
+            lost = (draft_s + step_s) / self._costs.at(1) - 1 - accepted
+            self._lost = _MEMORY * self._lost + lost
+            self._opinions.judge(proposed, committed)
         if drafted:
             tried = accepted + (accepted < drafted)
             self._accepted = _DECAY * self._accepted + accepted
             self._tried = _DECAY * self._tried + tried
-
-    def _judge(self, promised: Sequence[float], kept: Container[int]) -> None:
-        """Learn how far likelihoods of each size are to be trusted."""
-        for size in range(len(self._promised)):
-            nodes = [node for node, share in enumerate(promised) if _size(share) == size]
-            total = sum(promised[node] for node in nodes)
-            left = max(1 - total / _REMEMBERED, 0.5)
-            self._promised[size] = left * self._promised[size] + total
-            self._kept[size] = left * self._kept[size] + sum(node in kept for node in nodes)
 
     def _drafts_cheaply(self) -> bool:
         """Whether a draft of full length costs so little that its head can be chosen afterwards.
@@ -296,8 +243,3 @@ class Schedule:
         a = self.acceptance
         each, lengths = self._each(), range(self._max + 1)
         return self._chosen([_Option(n, (1 - a ** (n + 1)) / (1 - a), n * each) for n in lengths])
-
-    def _loses(self) -> bool:
-        """Whether the last steps, drafting included, were slower than plain ones."""
-        enough = self._steps > _LEAST_STEPS
-        return enough and self._spent > self._steps + self._won

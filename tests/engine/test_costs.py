@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
 
 from rasd_integrations.engine.costs import CostShape, StepCosts, rows_at
 from rasd_integrations.engine.schedule import Experience, Schedule
+from rasd_integrations.types import Draft
 
 
 def measured(costs: StepCosts, rows: list[int], *, plain: float, change: float = 0.0) -> StepCosts:
@@ -58,46 +60,57 @@ def test_a_step_that_was_held_up_says_little():
     assert costs.at(1) < 0.025
 
 
-def settled(schedule: Schedule, steps: int, yields: list[float]) -> list[int]:
-    """Run steps of which every ``len(yields)`` ones promise so many tokens by four nodes; return their rows."""
+def settled(schedule: Schedule, steps: int, yields: list[float], change: float) -> list[int]:
+    """Run steps of which every ``len(yields)`` ones have so likely a token of four; return their rows."""
     seen, last = [], 0
+    chance = random.Random(0)
     for step in range(steps):
-        promise = yields[step % len(yields)]
-        schedule.next_budget()
-        n = schedule.head([promise / 4] * 4)
+        share = yields[step % len(yields)]
+        likely = tuple(share ** (1 + depth) for depth in range(4))
+        budget = schedule.next_budget()
+        proposed = Draft((0, 1, 2, 3)[:budget], likely=likely[:budget])
+        n = schedule.head(proposed) if budget else 0
         rows = max(rows_at(1 + n, 4), schedule.rows)
-        seconds = {1: 1.0}.get(rows, 1.2 + 0.05 * rows) + 0.5 * (rows != last)
-        stood = round(promise) if n else 0
-        how = {"promised": [promise / 4] * n, "kept": range(stood)}
+        seconds = {1: 1.0}.get(rows, 1.2 + 0.05 * rows) + change * (rows != last)
+        draw = chance.random()
+        right = sum(draw < share for share in likely)
+        stood = min(n, right)
+        how = {"proposed": proposed, "committed": [*range(stood), stood if right > stood else -1]}
         schedule.record(n, stood, 0.001, seconds, **how)
         seen.append(rows)
         last = rows
     return seen
 
 
-def test_rows_follow_what_pays_in_the_mean():
-    """Single good drafts among bad ones do not make the rows change to and fro."""
-    rows = settled(Schedule(8, grain=4), 120, [3.2, 0.4, 0.4])
-    changes = sum(a != b for a, b in pairwise(rows[60:]))
-    assert changes <= 2
-    assert rows[-1] == 5
-    assert settled(Schedule(8, grain=4), 120, [0.05] * 3)[-1] == 1
+def changes(rows: list[int]) -> int:
+    return sum(a != b for a, b in pairwise(rows))
+
+
+def test_rows_change_where_the_step_pays_for_it():
+    """A dear change is made for what lasts, a cheap one for a single good draft; hopeless drafts are run as one row."""
+    cheap = settled(Schedule(8, grain=4), 200, [0.9, 0.1, 0.1], change=0.0)[100:]
+    dear = settled(Schedule(8, grain=4), 200, [0.9, 0.1, 0.1], change=0.9)[100:]
+    assert changes(cheap) > 40
+    assert changes(dear) < 10
+    good = settled(Schedule(8, grain=4), 200, [0.9] * 3, change=0.5)[100:]
+    assert set(good) == {1, 5}
+    assert good.count(1) == 2  # the plain step is timed again: the second of these two
+    assert set(settled(Schedule(8, grain=4), 200, [0.05] * 3, change=0.5)[100:]) == {1}
 
 
 def test_rows_are_not_wider_than_without_drafts():
     """Nothing drafted, nothing added."""
     schedule = Schedule(8, grain=4)
-    assert schedule.head([]) == 0
+    assert schedule.head(Draft()) == 0
     assert schedule.rows == 1
 
 
 def test_a_drafter_that_lost_is_asked_seldom_by_the_next_answer():
     """What an answer found out, the next one need not pay for again."""
-    lost = Experience(CostShape(), (20.0,) * 3, (1.0,) * 3, steps=9.0, won=0.5, spent=18.0)
-    asked = Schedule(8, experience=lost)
+    asked = Schedule(8, experience=Experience(CostShape(), lost=9.0))
     budgets = []
     for _ in range(8):
         budgets.append(asked.next_budget())
-        asked.record(0, 0, 0.5, 1.0, promised=())
+        asked.record(0, 0, 0.5, 1.0, proposed=Draft(likely=()))
     assert sum(n > 0 for n in budgets) <= 2
     assert Schedule(8, experience=Experience(CostShape())).next_budget() > 0
