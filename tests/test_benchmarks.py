@@ -16,6 +16,7 @@ import metrics
 import pytest
 import report
 import run
+import streams
 import tasks
 import torch
 import worker
@@ -278,6 +279,44 @@ def test_every_table_is_even() -> None:
     for name in report.TABLES:
         widths = {line.count("|") for line in report.table(document, name).splitlines()}
         assert len(widths) == 1
+
+
+def test_drafters_are_summed_over_steps_and_tokens() -> None:
+    """A mean over cells weighs what each of them did."""
+    cell = {"task": "a", "drafter": "suffix", "draft_ms_per_step": 1.0, "verify_ms_per_step": 9.0}
+    few = cell | {
+        "tokens": 10, "answer_tokens": 10, "tokens_per_step": 1.0, "drafted_per_step": 0.0,
+        "acceptance": None, "decode_ms_per_token": 20.0,
+    }  # fmt: skip
+    many = cell | {
+        "tokens": 20, "answer_tokens": 40, "tokens_per_step": 2.0, "drafted_per_step": 4.0,
+        "acceptance": 0.25, "decode_ms_per_token": 10.0, "draft_ms_per_step": 4.0,
+    }  # fmt: skip
+    lines = report.table({"cells": [few, many]}, "drafters").splitlines()
+    # 50 tokens in 30 steps; 20 of 80 drafted tokens; 10 + 80 ms of drafting
+    assert lines[2] == "| suffix | 1.00, 20.0 | 2.00, 10.0 | 1.67, 12.0 | 0.25 | 3.0 |"
+    by_task = report.table({"cells": [few, many]}, "drafters_by_task").splitlines()
+    assert by_task[2] == "| suffix | 1.67, 12.0 | 1.67, 12.0 |"
+
+
+@pytest.mark.usefixtures("threads")
+def test_answers_at_once_are_timed_and_compared(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways give the same tokens in float32; the table has a row for each number of streams."""
+    monkeypatch.setattr(streams, "data_folder", lambda: tmp_path)
+    monkeypatch.setattr(streams, "load_rows", lambda *_: rows())
+    out = tmp_path / "streams.json"
+    streams.main(
+        ["--model", str(model), "--tokens", "200", "--streams", "2", "3", "--rounds", "1",
+         "--max-tokens", "8", "--dtype", "float32", "--executor", "eager", "--out", str(out)]
+    )  # fmt: skip
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert [(c["drafter"], c["streams"], c["equal_answers"]) for c in document["cells"]] == [
+        ("plain", 2, 2), ("drafting", 2, 2), ("plain", 3, 3), ("drafting", 3, 3),
+    ]  # fmt: skip
+    assert {c["answer_tokens"] for c in document["cells"]} == {16, 24}
+    assert len(report.table(document, "streams").splitlines()) == 2 + 4
 
 
 def test_a_table_that_is_not_there_is_named() -> None:

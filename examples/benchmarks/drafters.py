@@ -15,13 +15,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from metrics import machine
-from tasks import FILES, Example, Row, build_examples, data_folder, load_rows
+from tasks import FILES, Example, Row, build_examples, data_folder, load_rows, shortened
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from rasd_integrations import RASD, Draft, DraftContext, Generation, SamplingParams, TokenBlock
@@ -41,7 +41,6 @@ from rasd_integrations.models import SharedModel, shared_model
 
 CACHE_BYTES = 4 << 30
 LOOKUP_TOKENS = 10
-QUESTION_TOKENS = 250  # room for the question and the template where a document is cut
 
 
 class LookupDrafter:
@@ -177,7 +176,7 @@ def measure(
     params = SamplingParams(max_tokens=args.max_tokens, ignore_eos=args.ignore_eos)
     for tokens in args.tokens:
         examples = build_examples(
-            _shortened(rows, shared.tokenizer, tokens),
+            shortened(rows, shared.tokenizer, tokens),
             shared.tokenizer,
             tokens,
             args.questions,
@@ -194,17 +193,6 @@ def measure(
         for name, answers in found.items():
             if answers:
                 yield Cell(task, tokens, name, tuple(answers))
-
-
-def _shortened(rows: Sequence[Row], tokenizer: Any, tokens: int) -> list[Row]:
-    """Cut documents that are too long for a short prompt: what is asked may be gone, how it is told is not."""
-    most = tokens - QUESTION_TOKENS
-    kept = []
-    for row in rows:
-        ids = tokenizer(row.document, add_special_tokens=False)["input_ids"]
-        cut = tokenizer.decode(ids[:most]) if len(ids) > most else row.document
-        kept.append(replace(row, document=cut))
-    return kept
 
 
 def _answer(rasd: RASD, example: Example, params: SamplingParams) -> Generation:

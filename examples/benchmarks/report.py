@@ -3,6 +3,7 @@
 A page holds ``<!-- table NAME from FILE -->`` and ``<!-- end -->``, each on a line of its own; what stands between
 is made from the committed JSON ``FILE`` (a path from the root of the repository), so no figure of a page is typed.
 ``NAME`` is one of :data:`TABLES`; where it is of one length, ``NAME@7200`` chooses it, else the longest counts.
+Results of ``drafters.py`` and ``streams.py`` have the tables of :data:`OTHERS`.
 
 Example::
 
@@ -55,17 +56,22 @@ def table(document: dict[str, Any], name: str) -> str:
         ValueError: There is no table of that name, or no cell of that length.
     """
     kind, _, context = name.partition("@")
-    if kind not in TABLES:
-        msg = f"There is no table {kind!r}; choose from {', '.join(TABLES)}."
+    if kind not in TABLES | OTHERS:
+        msg = f"There is no table {kind!r}; choose from {', '.join(TABLES | OTHERS)}."
         raise ValueError(msg)
+    if kind in OTHERS:
+        return _markdown(OTHERS[kind](document))
     lengths = sorted({cell["context"] for cell in document["cells"]})
     if context and int(context) not in lengths:
         msg = f"The result has no cell of {context} tokens; it has {lengths}."
         raise ValueError(msg)
     chosen = int(context) if context else max(lengths, default=0)
-    rows = TABLES[kind](document, chosen)
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(TABLES[kind](document, chosen))
+
+
+def _markdown(rows: list[Row]) -> str:
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rest])
 
 
 def label(document: dict[str, Any], name: str) -> str:
@@ -186,6 +192,74 @@ def _versions(document: dict[str, Any], _context: int) -> list[Row]:
     return rows
 
 
+def _streams(document: dict[str, Any]) -> list[Row]:
+    """Return several answers at once against the same ones one by one."""
+    rows = [
+        ["prompt", "", "at once", "one by one, tokens/s", "together, tokens/s", "times", "equal"]
+    ]
+    rows += [
+        [
+            str(c["tokens"]), c["drafter"], str(c["streams"]), f"{c['one_by_one_tokens_per_s']:.0f}",
+            f"{c['together_tokens_per_s']:.0f}", f"{c['gain']:.2f}", f"{c['equal_answers']} of {c['streams']}",
+        ]
+        for c in document["cells"]
+    ]  # fmt: skip
+    return rows
+
+
+def _drafters(document: dict[str, Any]) -> list[Row]:
+    """Return drafters against lengths, with what was accepted and what drafting took."""
+    rows = _drafters_by(document, "tokens")
+    for row in rows[1:]:
+        cells = [c for c in document["cells"] if c["drafter"] == row[0]]
+        steps = sum(c["answer_tokens"] / c["tokens_per_step"] for c in cells)
+        drafted = _summed(cells, "drafted_per_step")
+        accepted = sum(
+            (c["acceptance"] or 0)
+            * c["drafted_per_step"]
+            * c["answer_tokens"]
+            / c["tokens_per_step"]
+            for c in cells
+        )
+        row += [
+            f"{accepted / drafted:.2f}" if drafted else NONE,
+            f"{_summed(cells, 'draft_ms_per_step') / steps:.1f}",
+        ]
+    rows[0] += ["accepted of drafted", "draft ms a step"]
+    return rows
+
+
+def _drafters_by_task(document: dict[str, Any]) -> list[Row]:
+    return _drafters_by(document, "task")
+
+
+def _drafters_by(document: dict[str, Any], key: str) -> list[Row]:
+    """Return drafters against what ``key`` tells cells apart by: tokens a step, milliseconds a token."""
+    heads = list(dict.fromkeys(cell[key] for cell in document["cells"]))
+    rows = [["tokens a step, ms a token", *map(str, heads), "all"]]
+    for name in dict.fromkeys(cell["drafter"] for cell in document["cells"]):
+        mine = [cell for cell in document["cells"] if cell["drafter"] == name]
+        groups = [[cell for cell in mine if cell[key] == head] for head in heads]
+        figures = []
+        for cells in (*groups, mine):
+            tokens = sum(cell["answer_tokens"] for cell in cells)
+            steps = sum(cell["answer_tokens"] / cell["tokens_per_step"] for cell in cells)
+            ms = sum(cell["decode_ms_per_token"] * cell["answer_tokens"] for cell in cells)
+            figures.append(f"{tokens / steps:.2f}, {ms / tokens:.1f}" if tokens else NONE)
+        rows.append([name, *figures])
+    return rows
+
+
+def _summed(cells: Sequence[dict[str, Any]], key: str) -> float:
+    """Return over all steps what ``key`` says of one."""
+    return float(sum(c[key] * c["answer_tokens"] / c["tokens_per_step"] for c in cells))
+
+
+OTHERS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
+    "streams": _streams,
+    "drafters": _drafters,
+    "drafters_by_task": _drafters_by_task,
+}
 TABLES: dict[str, Callable[[dict[str, Any], int], list[Row]]] = {
     "engines": _engines,
     "floor": _floor,

@@ -24,6 +24,7 @@ from threading import Barrier
 from typing import Any
 
 from metrics import machine
+from report import table
 from tasks import FILES, Example, build_examples, data_folder, load_rows, shortened
 
 from rasd_integrations import RASD, Generation, SamplingParams
@@ -100,20 +101,6 @@ def measure(
     )
 
 
-def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Return the cells as Markdown."""
-    rows = [
-        "| prompt | | streams | one by one, tokens/s | together, tokens/s | gain | equal answers |"
-    ]
-    rows.append("|---|---|---|---|---|---|---|")
-    rows += [
-        f"| {c['tokens']} | {c['drafter']} | {c['streams']} | {c['one_by_one_tokens_per_s']:.1f} | "
-        f"{c['together_tokens_per_s']:.1f} | {c['gain']:.2f} | {c['equal_answers']} of {c['streams']} |"
-        for c in cells
-    ]
-    return "\n".join(rows)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -138,18 +125,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     engines = {name: RASD(model, drafter=drafter, **options) for name, drafter in DRAFTERS.items()}
     tokenizer = shared_model(model, options["model_kwargs"], executor=args.executor).tokenizer
-    cells: list[dict[str, Any]] = []
+    document: dict[str, Any] = {
+        "machine": machine(),
+        "options": {k: v for k, v in vars(args).items() if k not in ("out", "model")},
+        "cells": [],
+    }
     for tokens in args.tokens:
         rows = shortened(load_rows(args.task, folder), tokenizer, tokens)
         examples = build_examples(rows, tokenizer, tokens, max(args.streams), per_document=1)
         for streams in args.streams:
             for name, rasd in engines.items():
-                cells.append(asdict(measure(rasd, name, examples[:streams], tokens, args)))
+                cell = measure(rasd, name, examples[:streams], tokens, args)
+                document["cells"].append(asdict(cell))
                 if args.out is not None:
-                    asked = {k: v for k, v in vars(args).items() if k not in ("out", "model")}
-                    document = {"machine": machine(), "options": asked, "cells": cells}
                     args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(table(cells))
+    print(table(document, "streams"))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ _DECAY = 0.9
 _TRIAL = 6  # drafts of a part before it is judged
 _CHEAP = 0.02  # a part that takes less than this share of a step is always asked
 _REST = 16  # steps that a part which does not pay is left alone at least
+_LONGEST_REST = 256
 _TRYING = 0.01  # of the time may go into trying it again
 
 
@@ -121,7 +122,7 @@ class _Part:
         self._average("seconds", self.spent)
         dear = self.seconds > _CHEAP * step_s
         if dear and self.asked >= _TRIAL and self.gained * seconds_per_token < self.seconds:
-            self.rest = max(_REST, int(self.seconds / (_TRYING * step_s)))
+            self.rest = int(min(max(self.seconds / (_TRYING * step_s), _REST), _LONGEST_REST))
 
     def _average(self, name: str, value: float) -> None:
         weight = max(1 - _DECAY, 1 / self.asked)

@@ -33,22 +33,23 @@ class Segment:
         buffer: Keys and values of the prefix, with room for the rows.
         positions: ``[n]`` position of each row (depth in the tree, not its index).
         rows: ``n``.
+        tail_mask: ``[n, n]``, True where a row may see another one; ``None`` in a chain, where it sees all before.
     """
 
-    __slots__ = ("_blocked", "_tail_mask", "buffer", "positions", "rows")
+    __slots__ = ("_blocked", "buffer", "positions", "rows", "tail_mask")
 
     def __init__(self, buffer: KVBuffer, positions: Tensor, tail_mask: Tensor | None) -> None:
-        """Describe ``n`` rows; ``tail_mask`` ``[n, n]`` is True where a row may see a column, ``None`` causal."""
+        """Describe ``n`` rows."""
         self.buffer = buffer
         self.positions = positions
         self.rows = len(positions)
-        self._tail_mask = tail_mask
+        self.tail_mask = tail_mask
         self._blocked: dict[tuple[int | None, torch.device], _Blocked] = {}
 
     @property
     def is_chain(self) -> bool:
         """Whether each row sees all rows before it."""
-        return self._tail_mask is None
+        return self.tail_mask is None
 
     def blocked(self, prefix: int, window: int | None, device: torch.device) -> _Blocked:
         """Return what rows may not see: ``[n, n]`` of the tail and ``[n, m]`` of the first ``m`` keys.
@@ -57,7 +58,7 @@ class Segment:
         """
         known = self._blocked.get((window, device))
         if known is None:
-            known = _blocked(self.positions, self._tail_mask, prefix, window, device)
+            known = _blocked(self.positions, self.tail_mask, prefix, window, device)
             if window is not None and self.buffer.is_gathered:
                 known = known[0], self._too_far(prefix, window, device)
             self._blocked[window, device] = known

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import openvino as ov
 import torch
 from torch import Tensor
@@ -115,8 +116,8 @@ class CompiledExecutor:
         )
         rows = torch.arange(0 if want_logits else n - 1, width)
         tables = [table for call in self._plan.angles for table in call.at(positions)]
-        most = torch.tensor(max(span.end for span in spans), dtype=torch.int32)
-        inputs = [ids, positions, rows, *tables, most]
+        inputs: list[Tensor | npt.NDArray[Any]] = [ids, positions, rows, *tables]
+        inputs.append(np.asarray(max(span.end for span in spans), np.int32))
         for heads in self._plan.head_counts:
             inputs += paged.indices(heads, spans, pages)
         for index, tensor in enumerate(inputs):
@@ -233,13 +234,12 @@ def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:
     return spans
 
 
-def _sees(segment: Segment, width: int) -> Tensor:
-    """Return which of a tree's rows see which, ``[width, width]``."""
-    hidden, _ = segment.blocked(0, None, torch.device("cpu"))
-    sees = torch.ones(width, width, dtype=torch.bool)
+def _sees(segment: Segment, width: int) -> npt.NDArray[np.bool_]:
+    """Return which of a tree's rows see which, ``[width, width]``; rows too many see all."""
+    sees = np.ones((width, width), dtype=np.bool_)
     sees[: segment.rows, segment.rows :] = False
-    if hidden is not None:
-        sees[: segment.rows, : segment.rows] = ~hidden
+    if segment.tail_mask is not None:
+        sees[: segment.rows, : segment.rows] = segment.tail_mask.numpy()
     return sees
 
 
@@ -262,8 +262,10 @@ def _compiled(model: PreTrainedModel, plan: Plan, path: Path | None) -> ov.Compi
     return ov.Core().compile_model(whole, "CPU", options)
 
 
-def _shared(tensor: Tensor) -> ov.Tensor:
+def _shared(tensor: Tensor | npt.NDArray[Any]) -> ov.Tensor:
     """Return an OpenVINO tensor over the memory of ``tensor``, which must outlive it."""
+    if isinstance(tensor, np.ndarray):
+        return ov.Tensor(tensor, shared_memory=True)
     tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:  # numpy has no such type
         return ov.Tensor(tensor.view(torch.int16).numpy(), list(tensor.shape), ov.Type.bf16)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import openvino as ov
 import torch
 from openvino import opset13 as opset
@@ -107,7 +108,7 @@ class Span(NamedTuple):
     rows: int
     first_page: int
     pages: int
-    sees: torch.Tensor | None = None
+    sees: npt.NDArray[np.bool_] | None = None
 
     @property
     def end(self) -> int:
@@ -115,7 +116,7 @@ class Span(NamedTuple):
         return self.prefix + self.rows
 
 
-def indices(heads: int, spans: Sequence[Span], pages: int) -> list[torch.Tensor]:
+def indices(heads: int, spans: Sequence[Span], pages: int) -> list[npt.NDArray[Any]]:
     """Return where each answer's ``heads`` key heads begin, as the graph wants it: all answers of a head together.
 
     Args:
@@ -123,26 +124,27 @@ def indices(heads: int, spans: Sequence[Span], pages: int) -> list[torch.Tensor]
         spans: Of the step, in the order of its rows.
         pages: Of each head.
     """
-    pasts = _i32([span.prefix for span in spans])
-    begins = _ends([span.rows for span in spans], heads)
-    mine = [page for s in spans for page in range(s.first_page, s.first_page + s.pages)]
-    blocks = pages * torch.arange(heads, dtype=torch.int32)[:, None] + _i32(mine)
-    block_begins = _ends([span.pages for span in spans], heads)
-    sees, sees_begins = torch.empty(0, dtype=torch.uint8), _i32([])
+    mine = np.concatenate([np.arange(s.first_page, s.first_page + s.pages) for s in spans])
+    blocks = pages * np.arange(heads)[:, None] + mine
+    sees, sees_begins = np.empty(0, np.uint8), np.empty(0, np.int32)
     if any(span.sees is not None for span in spans):
-        masks = [torch.ones(s.rows, s.rows).tril() if s.sees is None else s.sees for s in spans]
-        sees = torch.cat([mask.reshape(-1).to(torch.uint8) for mask in masks]).repeat(heads)
-        sees_begins = _ends([span.rows**2 for span in spans], heads)
-    return [pasts.repeat(heads), begins, blocks.view(-1), block_begins, sees, sees_begins]
+        masks = [np.tri(s.rows, dtype=np.bool_) if s.sees is None else s.sees for s in spans]
+        joined = np.concatenate([mask.ravel() for mask in masks])
+        sees = np.tile(joined.view(np.uint8), heads)
+        sees_begins = _begins([span.rows**2 for span in spans], heads)
+    return [
+        np.tile(np.asarray([span.prefix for span in spans], np.int32), heads),
+        _begins([span.rows for span in spans], heads),
+        blocks.ravel().astype(np.int32),
+        _begins([span.pages for span in spans], heads),
+        sees,
+        sees_begins,
+    ]
 
 
-def _i32(numbers: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
-
-
-def _ends(counts: Sequence[int], heads: int) -> torch.Tensor:
+def _begins(counts: Sequence[int], heads: int) -> npt.NDArray[np.int32]:
     """Return where each of ``counts`` begins that follow each other, once for each head, and where the last ends."""
-    return _i32([0, *accumulate([*counts] * heads)])
+    return np.asarray([0, *accumulate([*counts] * heads)], np.int32)
 
 
 def _attention(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -174,12 +175,12 @@ class TargetModel:
         """Return positions ``[n]`` and the ancestor mask ``[n, n]`` (``None`` for a chain)."""
         if parents is None:
             return torch.arange(length, length + n, device=self.device), None
-        depth, mask = [0], torch.eye(n, dtype=torch.bool)
-        mask[:, 0] = True
+        depth, mask = [0], np.eye(n, dtype=np.bool_)
         for node, parent in enumerate(parents, start=1):
             depth.append(depth[parent + 1] + 1)
-            mask[node] |= mask[parent + 1]
-        return sent(torch.tensor(depth) + length, self.device), sent(mask, self.device)
+            mask[node, : parent + 2] = mask[parent + 1, : parent + 2]
+        positions = torch.tensor(depth) + length
+        return sent(positions, self.device), sent(torch.from_numpy(mask), self.device)
 
 
 @torch.inference_mode()

@@ -85,6 +85,7 @@ def test_the_next_answer_knows_what_was_found_out():
     session = drafter.start(CONTEXT)
     for step in range(20):
         session.propose(1)
+        time.sleep(0.002)  # the target's step, beside which both parts cost nothing
         session.observe(TokenBlock((step + 10,)))
     session.close()
     assert drafter.start(CONTEXT).propose(1).sources == ("modest",)
