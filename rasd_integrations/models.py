@@ -114,7 +114,13 @@ class SharedModel:
                 f"Load it whole on one device, or leave the option out."
             )
             raise ConfigurationError(msg)
-        return PrefixFiles(folder.path, self.kv_identity, folder.max_bytes, self.target.device)
+        return PrefixFiles(
+            folder.path,
+            self.kv_identity,
+            folder.max_bytes,
+            self.target.device,
+            by_rows=self.target.by_rows,
+        )
 
 
 _loaded: weakref.WeakValueDictionary[tuple[str, ...], SharedModel] = weakref.WeakValueDictionary()

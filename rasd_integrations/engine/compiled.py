@@ -48,6 +48,7 @@ class CompiledExecutor:
     from ``folder``.
     """
 
+    by_rows = True
     grain = 4  # fitting the graph to other rows takes a third of a plain step (docs/explanation/experiments.md)
 
     def __init__(
@@ -280,9 +281,8 @@ def _tensor(array: Any) -> Tensor:
 
 
 def _graph_name(model: PreTrainedModel, identity: str) -> str:
-    """Return what tells a kept graph from others: weights, versions and the processor it was laid out for."""
-    processor = ov.Core().get_property("CPU", "FULL_DEVICE_NAME")
-    said = (_FORMAT, identity, str(model.dtype), ov.__version__, torch.__version__, processor)
+    """Return what tells a kept graph from others: weights and versions; it is laid out for the processor later."""
+    said = (_FORMAT, identity, str(model.dtype), ov.__version__, torch.__version__)
     return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
 
 

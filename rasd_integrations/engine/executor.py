@@ -39,9 +39,11 @@ class Executor(Protocol):
     Attributes:
         grain: Decoding steps are run as ``1 + k * grain`` rows, and another number of them than the last time
             costs time of its own; 1 runs them as they come, at no such cost.
+        by_rows: Whether it reads keys as they lie, row by row, wherever they are.
     """
 
     grain: int
+    by_rows: bool
 
     def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
         """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it."""
@@ -70,6 +72,7 @@ class EagerExecutor:
     """Eager torch on any device: the reference that every other executor is tested against."""
 
     grain = 1
+    by_rows = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take ``model`` as it is and route its attention through ours.

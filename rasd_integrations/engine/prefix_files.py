@@ -59,7 +59,15 @@ class PrefixFiles:
     Nothing that is wrong with a file or the disk raises: it is logged, once a file, and the prefix is as unknown.
     """
 
-    def __init__(self, folder: Path, identity: str, max_bytes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: str,
+        max_bytes: int,
+        device: torch.device,
+        *,
+        by_rows: bool = False,
+    ) -> None:
         """Use ``folder``, and read none of it yet.
 
         Args:
@@ -67,11 +75,13 @@ class PrefixFiles:
             identity: Of the model; see :func:`~rasd_integrations.engine.identity.model_identity`.
             max_bytes: Most that all files in the folder may hold; the longest unused go first.
             device: Where keys and values are wanted.
+            by_rows: Lay keys out row by row.
         """
         self._folder = folder
         self._identity = identity
         self._max_bytes = max_bytes
         self._device = device
+        self._by_rows = by_rows
         self._shelves: dict[str, _Shelf] = {}
         self._lock = threading.Lock()
 
@@ -99,7 +109,7 @@ class PrefixFiles:
             try:
                 buffer = prefix_format.read(
                     shelf.folder / name, shelf.key, ids[:length], capacity, self._device,
-                    keeps_hidden=keeps_hidden,
+                    keeps_hidden=keeps_hidden, by_rows=self._by_rows,
                 )  # fmt: skip
             except _DAMAGE as err:
                 self._forget(shelf, name, err)

@@ -50,8 +50,9 @@ def read_ids(path: Path, key: str) -> Ids:
 
 @torch.inference_mode()
 def read(
-    path: Path, key: str, ids: Ids, capacity: int, device: torch.device, *, keeps_hidden: bool
-) -> KVBuffer:
+    path: Path, key: str, ids: Ids, capacity: int, device: torch.device,
+    *, keeps_hidden: bool, by_rows: bool = False,
+) -> KVBuffer:  # fmt: skip
     """Return a buffer with the rows of ``ids``, which a file begins with; all of it is checked.
 
     Args:
@@ -61,6 +62,7 @@ def read(
         capacity: Tokens to plan for.
         device: Where keys and values are wanted.
         keeps_hidden: Read hidden states, too, if the file has them.
+        by_rows: Lay keys out row by row.
 
     Raises:
         OSError: The file cannot be read.
@@ -68,6 +70,8 @@ def read(
     """
     length = len(ids)
     buffer = KVBuffer(max(capacity, length))
+    if by_rows:
+        buffer.lay_by_rows()
     with path.open("rb", buffering=0) as file:
         header = _Header(file, key)
         if not np.array_equal(header.ids(file)[:length], ids):

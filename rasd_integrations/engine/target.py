@@ -106,6 +106,11 @@ class TargetModel:
         """Steps are run as ``1 + k * grain`` rows; more than 1 where changes of their number cost time."""
         return self._executor.grain
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether keys had best be laid row by row, also where they lie otherwise by default."""
+        return self._executor.by_rows
+
     def prefill(self, ids: Sequence[int], buffer: KVBuffer) -> Iterator[int]:
         """Append the keys and values of ``ids`` to ``buffer``, piece by piece.
 

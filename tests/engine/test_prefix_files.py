@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fakes import ScriptedDrafter
@@ -110,6 +111,23 @@ def test_rows_come_back_bit_for_bit(target, tmp_path):
         for a, b in zip(mine.rows(layer, 0, 120), theirs.rows(layer, 0, 120), strict=True):
             assert torch.equal(a, b)
     assert (theirs.length, theirs.num_layers, theirs.shift) == (120, 2, 0)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_keys_are_laid_as_they_will_be_read(by_rows, target, tmp_path):
+    """Rows from disk need not be laid anew by who reads them row by row."""
+    warm(target, cache_of(tmp_path, target), DOCUMENT)
+    identity = model_identity(target.model)
+    files = PrefixFiles(tmp_path, identity, PLENTY, target.device, by_rows=by_rows)
+    buffer = files.load(np.asarray(DOCUMENT), "", 200)
+    memory = buffer.memory
+    assert memory.is_contiguous() == by_rows
+    buffer.lay_by_rows()
+    assert (buffer.memory is memory) == by_rows
+    fresh = cache_of(tmp_path, target).lease([*DOCUMENT, 1], 200).buffer
+    for layer in range(buffer.num_layers):
+        for rows, wanted in zip(buffer.rows(layer, 0, 120), fresh.rows(layer, 0, 120), strict=True):
+            assert torch.equal(rows, wanted)
 
 
 @pytest.mark.gpu
