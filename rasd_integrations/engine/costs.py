@@ -1,6 +1,7 @@
 """What steps of one answer take, by the rows that they run as.
 
-Everything but the plain step's own time is kept as a share of it, which holds from one answer to the next. The
+Everything but the plain step's own time is kept as a share of it, which holds from one answer to the next over a
+prompt of about the same length. The
 line that wide steps lie on need not begin at the plain step: attention often takes another way through more than
 one row. And where a graph is fitted to a number of rows, the first step of another number takes longer.
 """
@@ -14,6 +15,8 @@ _SLOPE = 0.04  # of one row more, before any is measured
 _SLOPE_WEIGHT = 16.0  # of it: that of four steps that differ by two rows
 _LEVEL_WEIGHT = 0.5  # in steps, of wide ones that cost only the slope
 _FIRST = 3  # plain steps that are timed before anything else is tried
+_AGAIN = 1  # and where only their length is new
+_FADED = 0.1
 _STALE = 128  # steps after which the plain one is timed again
 _OUTLIER = 2.0  # a step that took so many times what was expected was held up by something else
 
@@ -61,6 +64,12 @@ class CostShape:
         slope = min(max(slope, 0.0), 1.0)
         return max(level / (self.weight + _LEVEL_WEIGHT) + slope * (rows - mean), 1.0)
 
+    def faded(self) -> CostShape:
+        """Return the shape as a first guess elsewhere, which a few steps outweigh."""
+        sums = (self.weight, self.rows, self.cost, self.rows_rows, self.rows_cost)
+        weight, rows, cost, rows_rows, rows_cost = (_FADED * part for part in sums)
+        return CostShape(weight, rows, cost, rows_rows, rows_cost, self.change)
+
     def seen(self, rows: int, cost: float) -> CostShape:
         """Return the shape after one more wide step."""
         return replace(
@@ -81,10 +90,20 @@ class StepCosts:
         rows: Of the last step, 0 before the first.
     """
 
-    def __init__(self, shape: CostShape | None, *, changes: bool = False) -> None:
-        """Begin with what earlier answers found; ``changes`` of the number of rows cost time, or do not."""
+    def __init__(
+        self, shape: CostShape | None, *, changes: bool = False, elsewhere: bool = False
+    ) -> None:
+        """Begin with what earlier answers found.
+
+        Args:
+            shape: Of their costs.
+            changes: Of the number of rows cost time.
+            elsewhere: It was found over prompts of another length.
+        """
         self.shape = shape or CostShape()
         self._wanted = _FIRST if shape is None else 0
+        if shape is not None and elsewhere:
+            self.shape, self._wanted = shape.faded(), _AGAIN
         self.rows = 0
         self._changes = changes
         self._plain: float | None = None  # seconds; from wide steps until a plain one is seen

@@ -154,7 +154,7 @@ class _Answer:
         self.decoder = decoder
         most, fixed = self.config.max_draft_tokens, self.config.num_draft_tokens
         self.schedule = Schedule(
-            most, fixed, grain=self.target.grain, experience=decoder.experience
+            most, fixed, grain=self.target.grain, prefix=len(ids), experience=decoder.experience
         )
         self.context = replace(
             context,

@@ -30,6 +30,7 @@ _PROBING = 0.01  # of the time may go into trials, but for the first ones
 _CHEAP = 0.5  # of a plain step
 # Drafting is judged over some fifty steps, since text is copied in bursts, and found to lose when it has cost so
 # many plain steps: soon where it is dear, late where it is cheap.
+_NEAR = 0.25  # prompts whose lengths differ by less have steps of the same shape
 _MEMORY = 0.98
 _LOST = 2.0
 
@@ -63,11 +64,13 @@ class Experience:
 
     Attributes:
         costs: Of steps.
+        prefix: Tokens of the prompt that they were found over.
         opinions: How far those of drafts held.
         lost: Plain steps that drafting cost of late, less what it won.
     """
 
     costs: CostShape | None = None
+    prefix: int = 0
     opinions: Judgements | None = None
     lost: float = 0.0
 
@@ -93,6 +96,7 @@ class Schedule:
         fixed: int | None = None,
         *,
         grain: int = 1,
+        prefix: int = 0,
         experience: Experience | None = None,
     ) -> None:
         """Choose up to ``max_draft_tokens``, or always ``fixed`` where given.
@@ -101,6 +105,7 @@ class Schedule:
             max_draft_tokens: Longest draft.
             fixed: Length of every draft.
             grain: Steps are run as ``1 + k * grain`` rows, and changes of their number cost time if above 1.
+            prefix: Tokens of the prompt.
             experience: Of earlier answers.
         """
         self.rows = 0
@@ -110,7 +115,9 @@ class Schedule:
         self._accepted, self._tried = _PRIOR_ACCEPTED, _PRIOR_TRIED
         experience = experience or Experience()
         self._opinions = Calibration(experience.opinions)
-        self._costs = StepCosts(experience.costs, changes=grain > 1)
+        self._prefix = prefix
+        elsewhere = abs(prefix - experience.prefix) > _NEAR * max(prefix, experience.prefix)
+        self._costs = StepCosts(experience.costs, changes=grain > 1, elsewhere=elsewhere)
         self._draft_s, self._draft_tokens = 0.0, 0.0
         self._asked = 0
         self._last_s: float | None = None  # of the last draft whose nodes carried their likelihood
@@ -121,7 +128,7 @@ class Schedule:
     @property
     def experience(self) -> Experience:
         """What the next answer should know."""
-        return Experience(self._costs.shape, self._opinions.known, self._lost)
+        return Experience(self._costs.shape, self._prefix, self._opinions.known, self._lost)
 
     @property
     def acceptance(self) -> float:

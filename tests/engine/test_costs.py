@@ -53,6 +53,22 @@ def test_the_shape_holds_for_an_answer_over_another_length():
     assert second.at(1) == pytest.approx(0.1 / 2.3, rel=0.1)
 
 
+def test_prompts_of_another_length_are_measured_anew():
+    """What wide steps cost over a short prompt is forgotten after a few over a long one, by a plain step of its own."""
+    short = Schedule(8, grain=4, prefix=900)
+    settled(short, 60, [0.9], change=0.0)
+    found = short.experience
+    same = Schedule(8, grain=4, prefix=1000, experience=found)
+    assert same.next_budget() > 0
+    long = Schedule(8, grain=4, prefix=7200, experience=found)
+    assert long.next_budget() == 0  # the plain step is timed first
+    costs = StepCosts(found.costs, elsewhere=True)
+    assert costs.at(5) / costs.at(1) == pytest.approx(1.45, rel=0.15)
+    measured(costs, [1, 1, 9, 5, 9], plain=0.02)
+    assert costs.at(9) / costs.at(1) == pytest.approx(2.3, rel=0.15)
+    assert not costs.wants_plain
+
+
 def test_a_step_that_was_held_up_says_little():
     """A hundredfold step moves nothing far."""
     costs = measured(StepCosts(CostShape()), [1] * 10, plain=0.02)
