@@ -176,7 +176,8 @@ def test_bfloat16_steps_stay_near_float32():
 def test_a_step_context_knows_answers_and_nothing_of_drafts():
     """A step carries positions, segments and a wish; a segment its buffer, its rows and who sees whom."""
     assert set(StepContext.__dataclass_fields__) == {"positions", "segments", "rows"}
-    assert {s for s in Segment.__slots__ if s[0] != "_"} == {"buffer", "positions", "rows"}
+    slots = {s for s in Segment.__slots__ if s[0] != "_"}
+    assert slots == {"buffer", "positions", "rows", "tail_mask"}
 
 
 def test_masks_are_made_once_a_step(monkeypatch):
