@@ -67,6 +67,11 @@ class Draft:
         return len(self.token_ids)
 
     @property
+    def parent_of(self) -> Sequence[int]:
+        """Parent of each node, also of a chain's."""
+        return range(-1, len(self) - 1) if self.parents is None else self.parents
+
+    @property
     def is_chain(self) -> bool:
         """Whether every node is the only child of the one before it."""
         return self.parents is None or all(p == i - 1 for i, p in enumerate(self.parents))

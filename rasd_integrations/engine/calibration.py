@@ -14,11 +14,13 @@ from dataclasses import dataclass
 
 from rasd_integrations.types import Draft
 
-_BINS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)  # of opinions that are judged together
+_BOUNDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
+SIZES = len(_BOUNDS) + 1
+"""Of opinions; those of one size are judged together."""
 _FAITH = 4.0  # judged nodes that an opinion weighs as much as
-_REMEMBERED = 512  # nodes of a bin after which one counts for little
+_REMEMBERED = 512  # nodes of a size after which one counts for little
 
-_NONE = (0.0,) * (len(_BINS) + 1)
+_NONE = (0.0,) * SIZES
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,11 @@ class Judgements:
 
     judged: tuple[float, ...] = _NONE
     right: tuple[float, ...] = _NONE
+
+
+def size_of(opinion: float) -> int:
+    """Return which of the :data:`SIZES` an opinion has."""
+    return bisect_right(_BOUNDS, opinion)
 
 
 class Calibration:
@@ -46,7 +53,7 @@ class Calibration:
         """Return how likely each node of ``draft``, which says so itself, is reached and accepted."""
         likely: list[float] = []
         for parent, step in _steps(draft):
-            size = bisect_right(_BINS, step)
+            size = size_of(step)
             share = (self._right[size] + _FAITH * step) / (self._judged[size] + _FAITH)
             likely.append(share * (likely[parent] if parent >= 0 else 1.0))
         return likely
@@ -58,7 +65,7 @@ class Calibration:
             depth = depths.get(parent)
             if depth is None or depth >= len(committed):
                 continue
-            size = bisect_right(_BINS, step)
+            size = size_of(step)
             is_right = draft.token_ids[node] == committed[depth]
             if is_right:
                 depths[node] = depth + 1
@@ -69,8 +76,7 @@ class Calibration:
 def _steps(draft: Draft) -> list[tuple[int, float]]:
     """Return each node's parent, and how likely the draft says it is where that was accepted."""
     likely = draft.likely or ()
-    parents = range(-1, len(likely) - 1) if draft.parents is None else draft.parents
     return [
         (parent, min(share / likely[parent], 1.0) if parent >= 0 and likely[parent] > 0 else share)
-        for parent, share in zip(parents, likely, strict=True)
+        for parent, share in zip(draft.parent_of, likely, strict=True)
     ]

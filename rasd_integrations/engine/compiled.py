@@ -91,9 +91,8 @@ class CompiledExecutor:
             self._check(model)
         except ConfigurationError:
             raise
-        except (
-            Exception
-        ) as err:  # tracing runs the model's own code, and OpenVINO knows not all of torch
+        except Exception as err:
+            # Tracing runs the model's own code, and OpenVINO knows not all of torch.
             msg = (
                 f"{type(model).__name__} cannot be compiled by OpenVINO {ov.__version__}: "
                 f"{str(err).strip().splitlines()[0]} Use executor='eager'."
@@ -109,7 +108,7 @@ class CompiledExecutor:
         # A piece of a prefill runs as it comes.
         width = self._width(n, context) if want_logits else n
         spare = width - n
-        pages = self._bind([segment.buffer for segment in segments], segments[0].rows + spare)
+        pages = self._bind([segment.buffer for segment in segments], width)
         spans = _spans(segments, spare)
         # Rows that are added repeat the last one; nobody sees them, and no one commits them.
         ids, positions = (
@@ -146,8 +145,10 @@ class CompiledExecutor:
         return min(max(self._joint), n + GRANULE)
 
     def _bind(self, buffers: Sequence[KVBuffer], rows: int) -> int:
-        """Hand the memory of ``buffers`` to the graph, the first with room for ``rows`` more; return a head's pages."""
-        buffers[0].reserve(rows)
+        """Hand the memory of ``buffers`` to the graph, one alone with room for ``rows`` more; return a head's pages."""
+        if len(buffers) == 1:
+            buffers[0].reserve(rows)
+            buffers[0].settle()
         for buffer in buffers:
             buffer.lay_by_rows()
             shapes = self._plan.layers
@@ -156,8 +157,6 @@ class CompiledExecutor:
                 buffer.write(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim))
         if len(buffers) > 1:
             self._put_together(buffers)
-        else:
-            buffers[0].settle()
         stores = [buffers[0].stores(layer) for layer in range(len(self._plan.layers))]
         memory = stores[0][0]
         if self._bound is not memory:
@@ -228,9 +227,8 @@ def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:
         )
         for segment in segments
     ]
-    if (
-        spare and not alone
-    ):  # behind none of the answers: in an arena's first rows, which are nobody's
+    if spare and not alone:
+        # Behind none of the answers: in an arena's first rows, which are nobody's.
         spans.append(paged.Span(0, spare, 0, GRANULE // paged.PAGE))
     return spans
 

@@ -118,9 +118,8 @@ def _cut(walker: _Walker, draft: Draft, room: int, eos_ids: Collection[int]) -> 
     kept: dict[int, int] = {-1: -1}  # old index to new
     ended: set[int] = set()
     nodes: list[tuple[int, int, str]] = []  # token, parent, source
-    parents = draft.parents if draft.parents is not None else range(-1, len(draft) - 1)
     sources = draft.sources or (draft.source,) * len(draft)
-    for old, (parent, token) in enumerate(zip(parents, draft.token_ids, strict=True)):
+    for old, (parent, token) in enumerate(zip(draft.parent_of, draft.token_ids, strict=True)):
         up = kept.get(parent)
         if up is None or up in ended or not _allows(masks[up + 1], token):
             continue

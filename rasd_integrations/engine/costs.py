@@ -1,9 +1,9 @@
 """What steps of one answer take, by the rows that they run as.
 
 Everything but the plain step's own time is kept as a share of it, which holds from one answer to the next over a
-prompt of about the same length. The
-line that wide steps lie on need not begin at the plain step: attention often takes another way through more than
-one row. And where a graph is fitted to a number of rows, the first step of another number takes longer.
+prompt of about the same length. The line that wide steps lie on need not begin at the plain step: attention often
+takes another way through more than one row. And where a graph is fitted to a number of rows, the first step of
+another number takes longer.
 """
 
 from __future__ import annotations

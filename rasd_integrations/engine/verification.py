@@ -37,10 +37,9 @@ def walk(draft: Draft, choose: Callable[[int], int]) -> Verdict:
         choose: Takes a row of the logits (0 is the root, ``1 + i`` is node ``i``) and returns the
             token that follows it. Called once for each visited row, in order.
     """
-    parents = draft.parents if draft.parents is not None else range(-1, len(draft) - 1)
     children: dict[tuple[int, int], int] = {}
     same = {-1: -1}
-    for node, (parent, token) in enumerate(zip(parents, draft.token_ids, strict=True)):
+    for node, (parent, token) in enumerate(zip(draft.parent_of, draft.token_ids, strict=True)):
         same[node] = children.setdefault((same[parent], token), node)
     path: list[int] = []
     node = -1

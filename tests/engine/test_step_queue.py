@@ -350,11 +350,16 @@ def test_only_other_threads_that_decode_count_as_contention(monkeypatch):
     } == seen
 
 
-def test_who_leaves_is_neither_waited_for_nor_reckoned_with():
+def test_who_leaves_is_neither_waited_for_nor_reckoned_with(monkeypatch):
     """An answer that is done costs the next one nothing, whichever thread that runs in."""
     scripted = Scripted(patience=1e6)
     waits: list[float | None] = []
-    scripted.queue._state.wait = waits.append  # type: ignore[assignment, method-assign]
+
+    def wait(timeout: float | None = None) -> bool:
+        waits.append(timeout)
+        raise AssertionError  # else a queue that waits would ask for ever
+
+    monkeypatch.setattr(scripted.queue._state, "wait", wait)
 
     def answer() -> None:
         scripted.queue.submit("a", 1)
