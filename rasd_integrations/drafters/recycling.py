@@ -7,7 +7,7 @@ A draft mixes the rows found under all of its last tokens as an interpolated n-g
 tree best first. Mixing and the row before the last token are ours: docs/explanation/experiments.md.
 
 Of the prompt's places the final hidden states are at hand, kept beside keys and values. Their candidates are
-worked out when a draft first passes them, few places of thousands.
+worked out when a draft first passes near them, few places of thousands.
 """
 
 from __future__ import annotations
@@ -35,13 +35,18 @@ _KEY = len(_TRUST)
 _COPIED = 0.4
 # A law of one place is surer of its first token than a guess at another place may be.
 _FLATTENING = 0.7
-# Nodes whose rows are worked out together: a call costs more than a row.
+# A call costs more than a row: the rows around one are worked out with it, since texts are copied on from there,
+# and those that its node's rivals will ask for.
+_BLOCK = 32
 _AHEAD = 6
 # Rows worked out at once where each call has to wait for a device.
 _BATCH = 1024
 
 Tail = tuple[int, ...]
 """The last tokens of a place, the latest last; fewer near the start of a text."""
+# A tail is known by its sum of tokens times these, modulo 2^64: of a whole prompt at once, and no two meet.
+_MIXERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
+_WORD = (1 << 64) - 1
 Fetch = Callable[[NDArray[np.int64]], Candidates]
 """Works out the candidates of rows that were announced before."""
 
@@ -53,16 +58,25 @@ class CandidateIndex:
         """Keep the last ``max_rows`` rows of ``width`` candidates."""
         self._max_rows = max_rows
         self._newest = 0  # rows ever added; row i lies in slot i % max_rows
-        self._keys: dict[Tail, int] = {}
+        self._keys: dict[int, int] = {}
         self._token_ids = np.empty((max_rows, width), np.int32)  # memory is taken row by row
         self._weights = np.empty((max_rows, width), np.float32)
         self._known = np.zeros(max_rows, bool)
         self._fetch: Fetch | None = None
+        self._announced = 0
 
-    def announce(self, tails: Sequence[Tail], fetch: Fetch) -> None:
-        """Make rows known by their tails; ``fetch`` works out those that are asked for. The first rows only."""
+    def announce(self, token_ids: Sequence[int], fetch: Fetch) -> None:
+        """Make one row known behind each of a text's tokens; ``fetch`` works out those that are asked for.
+
+        The first rows only, and at most ``max_rows``.
+        """
         self._fetch = fetch
-        self._number(tails)
+        self._announced = self._newest = len(token_ids)
+        ids = np.asarray(token_ids, np.uint64) + np.uint64(1)
+        key = np.zeros(len(ids), np.uint64)
+        for n, mixer in enumerate(_MIXERS[: len(ids)]):
+            key[n:] += ids[: len(ids) - n] * np.uint64(mixer)
+            self._keys.update(zip(key[n:].tolist(), range(n, len(ids)), strict=True))
 
     def add(self, tails: Sequence[Tail], candidates: Candidates) -> None:
         """Keep ``candidates``; row ``i`` follows the tokens ``tails[i]``."""
@@ -101,9 +115,9 @@ class CandidateIndex:
 
     def _rows(self, tail: Tail) -> list[tuple[int, int]]:
         """Return the slots found under the last 4, 3, 2 and 1 tokens, and as 0 that of the row before."""
-        under = [(n, self._find(tail[-n:])) for n in range(min(len(tail), _KEY), 0, -1)]
-        under.append((0, self._find(tail[:-1][-_KEY:])))
-        return [(n, slot) for n, slot in under if slot is not None]
+        under = [(n, self._find(key)) for n, key in enumerate(_keys(tail), start=1)]
+        before = [(0, self._find(key)) for key in _keys(tail[:-1])[-1:]]
+        return [(n, slot) for n, slot in (*reversed(under), *before) if slot is not None]
 
     def _missing(self, rows: Iterable[tuple[int, int]]) -> set[int]:
         return {slot for _, slot in rows if not self._known[slot]}
@@ -111,9 +125,9 @@ class CandidateIndex:
     def _row(self, slot: int) -> zip[tuple[int, float]]:
         return zip(self._token_ids[slot].tolist(), self._weights[slot].tolist(), strict=True)
 
-    def _find(self, tail: Tail) -> int | None:
-        """Return the slot of the latest row under exactly ``tail``."""
-        number = self._keys.get(tail, -1)
+    def _find(self, key: int) -> int | None:
+        """Return the slot of the latest row under exactly the tail of ``key``."""
+        number = self._keys.get(key, -1)
         return None if number < max(0, self._newest - self._max_rows) else number % self._max_rows
 
     def _number(self, tails: Sequence[Tail]) -> range:
@@ -122,18 +136,21 @@ class CandidateIndex:
         numbers = range(first, self._newest)
         keys = self._keys
         for number, tail in zip(numbers, tails, strict=True):
-            for n in range(1, min(len(tail), _KEY) + 1):
-                keys[tail[-n:]] = number
+            for key in _keys(tail):
+                keys[key] = number
         self._known[np.asarray(numbers[-self._max_rows :], np.int64) % self._max_rows] = False
         oldest, every = self._newest - self._max_rows, -(-self._max_rows // 4)
         if oldest > 0 and self._newest // every > first // every:
-            self._keys = {tail: number for tail, number in keys.items() if number >= oldest}
+            self._keys = {key: number for key, number in keys.items() if number >= oldest}
         return numbers
 
     def _work_out(self, slots: NDArray[np.int64]) -> None:
         # Announced rows came first and no more than there are slots: number and slot are the same.
         if self._fetch is not None:
-            self._put(slots, self._fetch(slots))
+            near = np.unique(slots // _BLOCK)[:, None] * _BLOCK + np.arange(_BLOCK)
+            near = near[near < self._announced]
+            near = near[~self._known[near]]
+            self._put(near, self._fetch(near))
 
     def _put(self, numbers: NDArray[np.int64], candidates: Candidates) -> None:
         slots = numbers % self._max_rows
@@ -158,6 +175,7 @@ class RecyclingSession:
         ids, k = self._prompt, self._drafter.num_candidates
         first = max(len(ids) - 1 - self._drafter.max_rows, 0)
         self._shortlist = shortlist = Shortlist(target.model, ids, k)
+        following = np.asarray(ids[1:], np.int32)
 
         @torch.inference_mode()
         def fetch(numbers: NDArray[np.int64]) -> Candidates:
@@ -169,9 +187,9 @@ class RecyclingSession:
                 wanted = torch.from_numpy(places[known] - start).to(hidden.device)
                 ranked = shortlist.of_hidden(hidden[wanted])
                 rows.token_ids[known], rows.probs[known] = ranked.token_ids, ranked.probs
-            return _with_copied(rows, np.asarray([ids[place + 1] for place in places], np.int32))
+            return _with_copied(rows, following[places])
 
-        self._index.announce([ids[max(i - _KEY, 0) : i] for i in range(first + 1, len(ids))], fetch)
+        self._index.announce(ids[first:-1], fetch)
         if target.device.type != "cpu":
             self._index.fill()
 
@@ -290,6 +308,15 @@ def _with_copied(rows: Candidates, following: NDArray[np.int32]) -> Candidates:
     probs[row, column] = np.where(same.any(1), probs[row, column], 0) + _COPIED
     token_ids[row, column] = following
     return Candidates(token_ids, probs)
+
+
+def _keys(tail: Tail) -> list[int]:
+    """Return what the last 1, 2, 3 and 4 tokens of ``tail`` are known by, as far as it goes."""
+    keys, key = [], 0
+    for token, mixer in zip(reversed(tail), _MIXERS, strict=False):
+        key = (key + (token + 1) * mixer) & _WORD
+        keys.append(key)
+    return keys
 
 
 def _after(tail: Tail, token: int) -> Tail:

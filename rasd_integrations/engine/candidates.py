@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rasd_integrations.engine.executor import input_device
 
 _COMMON = 2048
-_ROWS = 8
+_SCORES = 32_768  # torch shares larger operations among threads, and waking those takes longer than the operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Candidates:
         return Candidates(np.full((rows, k), -1, np.int32), np.zeros((rows, k), np.float32))
 
 
-def likeliest(logits: Tensor, k: int, token_ids: Tensor | None = None) -> Candidates:
+def likeliest(logits: Tensor, k: int, token_ids: NDArray[np.int32] | None = None) -> Candidates:
     """Return the ``k`` likeliest tokens of each row.
 
     Args:
@@ -53,10 +53,11 @@ def likeliest(logits: Tensor, k: int, token_ids: Tensor | None = None) -> Candid
     """
     found = Candidates.unknown(logits.shape[0], k)
     best = logits.topk(min(k, logits.shape[1]))
-    columns = best.indices if token_ids is None else token_ids[best.indices]
+    columns, scores = best.indices.cpu().numpy(), best.values.float().cpu().numpy()
     n = columns.shape[1]
-    found.token_ids[:, :n] = columns.cpu().numpy()
-    found.probs[:, :n] = best.values.float().softmax(-1).cpu().numpy()
+    found.token_ids[:, :n] = columns if token_ids is None else token_ids[columns]
+    weights = np.exp(scores - scores[:, :1])
+    found.probs[:, :n] = weights / weights.sum(axis=1, keepdims=True)
     return found
 
 
@@ -75,27 +76,28 @@ class Shortlist:
         self._head = model.get_output_embeddings()
         weight = _weight(model, self._head)
         device = input_device(model) if weight is None else weight.device
-        common = range(min(_COMMON, int(config.vocab_size)))
-        self._wanted = torch.tensor(sorted({*token_ids, *common}), device=device)
-        self._some = None if weight is None else weight.detach()[self._wanted]
+        wanted = np.zeros(int(config.vocab_size), np.bool_)
+        wanted[:_COMMON] = True
+        wanted[np.fromiter(token_ids, np.int64)] = True
+        self._token_ids = np.flatnonzero(wanted).astype(np.int32)
+        self._wanted = torch.from_numpy(self._token_ids).to(device)
+        self._some = None if weight is None else weight.detach().index_select(0, self._wanted)
         bias = getattr(self._head, "bias", None)
-        self._offset = None if bias is None else bias.detach()[self._wanted]
+        self._offset = None if bias is None else bias.detach().index_select(0, self._wanted)
 
     def of_hidden(self, hidden: Tensor) -> Candidates:
         """Return the candidates of final hidden states ``[rows, hidden]``."""
         if self._some is None:
             return self.of_logits(self._head(hidden))
         logits = nn.functional.linear(hidden.to(self._some.device), self._some, self._offset)
-        return likeliest(logits, self._k, self._wanted)
+        return likeliest(logits, self._k, self._token_ids)
 
     def of_logits(self, logits: Tensor) -> Candidates:
-        """Return the candidates of logits ``[rows, vocab]``.
-
-        A few rows at a time: larger operations wake a CPU's other threads, which takes longer than they do.
-        """
+        """Return the candidates of logits ``[rows, vocab]``."""
         wanted = self._wanted.to(logits.device)  # of a model over several, it may be another
         parts = [
-            likeliest(rows.index_select(1, wanted), self._k, wanted) for rows in logits.split(_ROWS)
+            likeliest(rows.index_select(1, wanted), self._k, self._token_ids)
+            for rows in logits.split(max(_SCORES // len(wanted), 1))
         ]
         return Candidates(
             np.concatenate([part.token_ids for part in parts]),

@@ -84,12 +84,27 @@ def test_rows_of_a_reused_prefix_that_nobody_kept_are_only_copied_from():
 
 
 def test_nothing_is_worked_out_that_no_draft_passes():
-    """Of a long prompt only the places after the same tokens are run through the output layer."""
+    """Of a long prompt only the places around the same tokens are run through the output layer."""
     target = TargetModel(tiny_llama())
     prompt = [t % 200 for t in range(150)] + [3, 4]
     session, _ = attached(RecyclingDrafter(), target, prompt)
     session.propose(1)
-    assert 0 < session._index._known[: len(prompt)].sum() <= 3
+    known = np.flatnonzero(session._index._known[: len(prompt)])
+    assert known.tolist() == [*range(32), *range(128, 151)]
+
+
+def test_rows_of_a_prompt_are_found_as_learned_ones_are():
+    """A text announced at once has the keys of its places, the latest occurrence counting, and no others."""
+    text = [5, 6, 7, 5, 6, 8, 5]
+    whole, one_by_one = CandidateIndex(16, 1), CandidateIndex(16, 1)
+    rows = Candidates(np.arange(7, dtype=np.int32)[:, None], np.ones((7, 1), np.float32))
+    whole.announce(text, lambda slots: Candidates(rows.token_ids[slots], rows.probs[slots]))
+    one_by_one.add([tuple(text[: i + 1]) for i in range(7)], rows)
+    tails = [(5,), (6,), (5, 6), (7, 5, 6), (5, 6, 7, 5), (6, 5), (8, 5), (9,), (0, 5)]
+    for tail in tails:
+        assert whole.law(tail) == one_by_one.law(tail)
+    assert whole.law((5, 6))
+    assert not whole.law((9,))
 
 
 def test_all_rows_can_be_worked_out_at_once():
