@@ -29,8 +29,10 @@ from rasd_integrations.types import Draft, DraftContext, TokenBlock
 _CARRIED = 0.5  # share of the judged nodes that counts in the next answer
 _FAITH = 4.0  # a part's own opinion weighs as much as so many judged nodes
 _UNSAID = 0.5  # assumed of each token of a draft without an opinion
-_DECAY = 0.9
-_TRIAL = 6  # drafts of a part before it is judged
+_MEMORY = (
+    0.97  # text is copied in bursts: a part that has nothing for ten steps may have the next ten
+)
+_TRIAL = 16  # drafts of a part before it is judged
 _CHEAP = 0.02  # a part that takes less than this share of a step is always asked
 _REST = 16  # steps that a part which does not pay is left alone at least
 _LONGEST_REST = 256
@@ -77,7 +79,6 @@ class _Part:
     def ask(self, budget: int) -> None:
         """Take the next draft, or none while the part rests."""
         if self.rest:
-            self.rest -= 1
             return
         started = time.perf_counter()
         self.draft = self.session.propose(budget)
@@ -124,7 +125,7 @@ class _Part:
             self.rest = int(min(max(self.seconds / (_TRYING * step_s), _REST), _LONGEST_REST))
 
     def _average(self, name: str, value: float) -> None:
-        weight = max(1 - _DECAY, 1 / self.asked)
+        weight = max(1 - _MEMORY, 1 / self.asked)
         setattr(self, name, getattr(self, name) + weight * (value - getattr(self, name)))
 
 
@@ -172,7 +173,10 @@ class FusedSession:
         """Judge the last drafts and step on."""
         step_s = time.perf_counter() - self._step_began
         per_token = (step_s + self._draft_s) / max(len(block.token_ids), 1)
-        right = [part.judge(block.token_ids) for part in self._parts]
+        right = []
+        for part in self._parts:
+            right.append(part.judge(block.token_ids))
+            part.rest = max(part.rest - 1, 0)
         known = 0  # what the cheaper parts had right: of two that say the same, the dearer gains nothing
         for n, part in sorted(zip(right, self._parts, strict=True), key=lambda p: p[1].spent):
             if part.answered:

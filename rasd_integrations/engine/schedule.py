@@ -33,6 +33,8 @@ _CHEAP = 0.5  # of a plain step
 _NEAR = 0.25  # prompts whose lengths differ by less have steps of the same shape
 _MEMORY = 0.98
 _LOST = 2.0
+_LOST_AT_ONCE = 1.0  # at most: a first draft is dear, and so is a step that was held up
+_CREDIT = 8.0  # that it won in earlier answers, at most
 
 
 def check_lockstep(drafter: object, config: SpeculationConfig, params: SamplingParams) -> None:
@@ -122,7 +124,7 @@ class Schedule:
         self._asked = 0
         self._last_s: float | None = None  # of the last draft whose nodes carried their likelihood
         self._full_s: float | None = None  # of a draft of full length, running average
-        self._lost = experience.lost
+        self._lost = max(experience.lost, -_CREDIT)
         self._wait, self._probe_every = 0, _FIRST_PROBE
 
     @property
@@ -223,7 +225,7 @@ class Schedule:
                 known = draft_s if self._full_s is None else self._full_s
                 self._full_s = _DECAY * known + (1 - _DECAY) * draft_s
             lost = (draft_s + step_s) / self._costs.at(1) - 1 - accepted
-            self._lost = _MEMORY * self._lost + lost
+            self._lost = _MEMORY * self._lost + min(lost, _LOST_AT_ONCE)
             self._opinions.judge(proposed, committed)
         if drafted:
             tried = accepted + (accepted < drafted)

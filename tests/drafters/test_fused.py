@@ -133,12 +133,17 @@ def test_a_part_that_does_not_pay_rests():
         return Draft((51,), source="quick")
 
     session = FusedDrafter([ScriptedDrafter(slow), ScriptedDrafter(quick)]).start(CONTEXT)
-    for token in range(40):
+    for token in range(60):
         session.propose(4)
         time.sleep(0.008)  # the target's step
         session.observe(TokenBlock((token,)))
-    assert calls["quick"] == 40
-    assert 6 <= calls["slow"] <= 9
+    assert calls["quick"] == 60
+    assert 16 <= calls["slow"] <= 19
+    for token in range(60):  # drafting is off, yet the rest goes by
+        session.observe(TokenBlock((token,)))
+    rested = calls["slow"]
+    session.propose(4)
+    assert calls["slow"] == rested + 1
 
 
 class Modelled:

@@ -129,3 +129,31 @@ def test_dear_drafts_are_not_asked_in_full():
         n = schedule.next_budget()
         schedule.record(n, int(0.6 * n), 1.0 * n, 1.0 + 0.02 * n, proposed=chain([0.6] * n))
     assert schedule.next_budget() <= 4
+
+
+def test_one_dear_draft_switches_nothing_off():
+    """A first draft that builds what later ones read, or a step that was held up, says little of the rest."""
+    schedule = Schedule(8)
+    judged(schedule, 20, [0.5, 0.3], kept=1.0, slope=0.2)
+    proposed = chain([0.5, 0.3])
+    schedule.record(2, 0, 0.9, 2.4, proposed=proposed, committed=[-1])
+    assert schedule.next_budget() > 0
+
+
+def losing(schedule: Schedule) -> int:
+    """Return the steps that are drafted in of 100 whose drafts never come true."""
+    asked = 0
+    for _ in range(100):
+        budget = schedule.next_budget()
+        proposed = chain([0.02] * 4) if budget else Draft()
+        schedule.head(proposed)
+        asked += budget > 0
+        schedule.record(0, 0, 0.1 * (budget > 0), 1.0, proposed=proposed, committed=[-1])
+    return asked
+
+
+def test_what_was_won_in_an_answer_is_no_licence_to_lose_in_the_next():
+    """After an answer that was copied whole, drafts that never pay are found out nearly as soon as after none."""
+    copied = Schedule(8)
+    judged(copied, 40, [0.99] * 8, kept=1.0, slope=0.05)
+    assert losing(Schedule(8)) < losing(Schedule(8, experience=copied.experience)) <= 90
