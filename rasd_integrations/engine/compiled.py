@@ -27,6 +27,7 @@ from rasd_integrations.engine import paged
 from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.costs import rows_at
 from rasd_integrations.engine.executor import EagerExecutor, Executor, StepOutput
+from rasd_integrations.engine.frame import Frame
 from rasd_integrations.engine.kv import GRANULE, KVArena, KVBuffer
 from rasd_integrations.engine.tracing import Plan, plan_of
 from rasd_integrations.errors import ConfigurationError
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 3  # of kept graphs: raise it when a step's inputs, outputs or operations change
 _FILE = "graph.xml"
+_FRAMES = 8
+_USUAL_ROWS = 17  # steps of so many are run once at first: kernels are made for each number of rows
 _JOINT = 8  # steps of several answers after which fewer rows are believed to be enough
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Most that logits may be off eager ones, relative; those of a wrong graph are about 1 off.
@@ -83,6 +86,8 @@ class CompiledExecutor:
             path = folder / _graph_name(model, identity)
         self._arena: Callable[[], KVArena | None] = lambda: None
         self._joint: deque[int] = deque(maxlen=_JOINT)  # rows that steps of several answers needed
+        self._frames: dict[tuple[Any, ...], Frame] = {}  # the latest last
+        self._framed: Frame | None = None
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
         try:
@@ -107,27 +112,30 @@ class CompiledExecutor:
         n = len(ids)
         # A piece of a prefill runs as it comes.
         width = self._width(n, context) if want_logits else n
-        spare = width - n
         pages = self._bind([segment.buffer for segment in segments], width)
-        spans = _spans(segments, spare)
-        # Rows that are added repeat the last one; nobody sees them, and no one commits them.
-        ids, positions = (
-            torch.cat([x, x[-1:].expand(spare)])[None] for x in (ids, context.positions)
-        )
-        rows = torch.arange(0 if want_logits else n - 1, width)
-        tables = [table for call in self._plan.angles for table in call.at(positions)]
-        inputs: list[Tensor | npt.NDArray[Any]] = [ids, positions, rows, *tables]
-        inputs.append(np.asarray(max(span.end for span in spans), np.int32))
-        for heads in self._plan.head_counts:
-            inputs += paged.indices(heads, spans, pages)
-        for index, tensor in enumerate(inputs):
-            self._request.set_input_tensor(index, _shared(tensor))
+        spans = _spans(segments, width - n)
+        frame = self._frame(spans, pages, 0 if want_logits else n - 1)
+        frame.fill(ids, context.positions, spans)
         self._request.infer()
         # Copied by numpy: torch's threads would spin where the graph's next ones want to run.
         logits, hidden = (
             _tensor(self._request.get_output_tensor(index).data[:n].copy()) for index in range(2)
         )
         return StepOutput(logits if want_logits else logits[:0], hidden)
+
+    def _frame(self, spans: Sequence[paged.Span], pages: int, first_row: int) -> Frame:
+        """Return what the request reads, laid out for ``spans``; the frames of the last few shapes are kept."""
+        key = Frame.key(spans, pages, first_row)
+        frame = self._frames.pop(key, None) or Frame(self._plan, spans, pages, first_row=first_row)
+        if len(self._frames) == _FRAMES:
+            del self._frames[next(iter(self._frames))]
+        self._frames[key] = frame
+        if self._framed is not frame:
+            self._framed = None
+            for index, tensor in enumerate(frame.tensors):
+                self._request.set_input_tensor(index, tensor)
+            self._framed = frame
+        return frame
 
     def _can_run(self, segment: Segment) -> bool:
         """Whether the graph's windows, which count rows, see what the step's see, which look at positions."""
@@ -206,6 +214,9 @@ class CompiledExecutor:
             for buffer in buffers:
                 buffer.commit(range(last - first))
             off.append(float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median()))
+        for rows in range(1, _USUAL_ROWS + 1, self.grain):
+            segment = Segment(buffers[0], len(ids) + torch.arange(rows), None)
+            self.step(ids[:rows], StepContext(segment.positions, (segment,)), want_logits=True)
         if not max(off) <= _FAR[model.dtype]:
             msg = (
                 f"{type(model).__name__} compiled by OpenVINO gives logits that are {max(off):.2g} off eager ones "
@@ -261,11 +272,8 @@ def _compiled(model: PreTrainedModel, plan: Plan, path: Path | None) -> ov.Compi
     return ov.Core().compile_model(whole, "CPU", options)
 
 
-def _shared(tensor: Tensor | npt.NDArray[Any]) -> ov.Tensor:
+def _shared(tensor: Tensor) -> ov.Tensor:
     """Return an OpenVINO tensor over the memory of ``tensor``, which must outlive it."""
-    if isinstance(tensor, np.ndarray):
-        return ov.Tensor(tensor, shared_memory=True)
-    tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:  # numpy has no such type
         return ov.Tensor(tensor.view(torch.int16).numpy(), list(tensor.shape), ov.Type.bf16)
     return ov.Tensor(tensor.numpy(), shared_memory=True)

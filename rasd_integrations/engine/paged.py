@@ -126,20 +126,31 @@ def indices(heads: int, spans: Sequence[Span], pages: int) -> list[npt.NDArray[A
     """
     mine = np.concatenate([np.arange(s.first_page, s.first_page + s.pages) for s in spans])
     blocks = pages * np.arange(heads)[:, None] + mine
-    sees, sees_begins = np.empty(0, np.uint8), np.empty(0, np.int32)
-    if any(span.sees is not None for span in spans):
-        masks = [np.tri(s.rows, dtype=np.bool_) if s.sees is None else s.sees for s in spans]
-        joined = np.concatenate([mask.ravel() for mask in masks])
-        sees = np.tile(joined.view(np.uint8), heads)
-        sees_begins = _begins([span.rows**2 for span in spans], heads)
-    return [
-        np.tile(np.asarray([span.prefix for span in spans], np.int32), heads),
+    squares = [span.rows**2 for span in spans if _masks(spans)]
+    made = [
+        np.empty(heads * len(spans), np.int32),
         _begins([span.rows for span in spans], heads),
         blocks.ravel().astype(np.int32),
         _begins([span.pages for span in spans], heads),
-        sees,
-        sees_begins,
+        np.empty(heads * sum(squares), np.uint8),
+        _begins(squares, heads) if squares else np.empty(0, np.int32),
     ]
+    refresh(heads, spans, made)
+    return made
+
+
+def refresh(heads: int, spans: Sequence[Span], made: Sequence[npt.NDArray[Any]]) -> None:
+    """Write into what :func:`indices` has made how far ``spans`` reach and who sees whom: no more changes by steps."""
+    made[0].reshape(heads, -1)[:] = [span.prefix for span in spans]
+    if masks := _masks(spans):
+        made[4].reshape(heads, -1)[:] = np.concatenate([mask.ravel() for mask in masks])
+
+
+def _masks(spans: Sequence[Span]) -> list[npt.NDArray[np.bool_]]:
+    """Return who sees whom in each answer, where any is a tree."""
+    if all(span.sees is None for span in spans):
+        return []
+    return [np.tri(s.rows, dtype=np.bool_) if s.sees is None else s.sees for s in spans]
 
 
 def _begins(counts: Sequence[int], heads: int) -> npt.NDArray[np.int32]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rasd_integrations.engine.sampling import Law, draw, flip, no_token_error
 from rasd_integrations.types import Draft
+
+_INF, _NEG_INF = 0x7F80, 0xFF80  # as bits of bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,14 @@ def residual(wanted: Tensor, covered: Tensor, otherwise: Tensor) -> Tensor:
 
 def argmax_rows(scores: Tensor) -> list[int]:
     """Return each row's first arg max; -1 where all is masked or a score is not a number."""
+    if scores.dtype == torch.bfloat16 and scores.device.type == "cpu":
+        # Of numbers above zero the bits are in their order, and numpy compares integers ten times as fast as
+        # torch bfloat16. What is not a number lies beyond the infinities.
+        bits = scores.view(torch.int16).numpy()
+        places = bits.argmax(axis=-1)
+        highest = np.take_along_axis(bits, places[:, None], axis=-1)
+        if highest.min() > 0 and highest.max() <= _INF and bits.view(np.uint16).max() <= _NEG_INF:
+            return list(map(int, places))
     best = scores.max(dim=-1)  # on bfloat16 this is five times faster than argmax
     found: list[int] = torch.where(best.values > float("-inf"), best.indices, -1).tolist()
     return found

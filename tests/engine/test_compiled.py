@@ -318,12 +318,12 @@ def test_a_folder_that_cannot_be_written_to_costs_time_only(tmp_path, caplog):
 
 def test_a_graph_that_says_something_else_is_refused(monkeypatch, caplog):
     """By name it is an error; "auto" runs eagerly and says why."""
-    indices = paged.indices
+    refresh = paged.refresh
     monkeypatch.setattr(  # half of the prefix is lost
         paged,
-        "indices",
-        lambda heads, spans, pages: indices(
-            heads, [s._replace(prefix=s.prefix // 2) for s in spans], pages
+        "refresh",
+        lambda heads, spans, made: refresh(
+            heads, [s._replace(prefix=s.prefix // 2) for s in spans], made
         ),
     )
     with pytest.raises(ConfigurationError, match="off eager ones"):

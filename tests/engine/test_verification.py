@@ -16,6 +16,7 @@ from rasd_integrations.engine.sampling import sampling_law
 from rasd_integrations.engine.verification import (
     Verdict,
     accept_probabilities,
+    argmax_rows,
     block_verify,
     reach_probabilities,
     residual,
@@ -247,3 +248,35 @@ def test_residual_of_equal_laws_falls_back():
     p = torch.tensor([0.25, 0.75])
     assert residual(p, p, otherwise=p).tolist() == [0.25, 0.75]
     assert residual(p, torch.tensor([0.75, 0.25]), otherwise=p).tolist() == [0.0, 0.5]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("row", "best"),
+    [
+        ([-2.0, 3.0, 3.0, 1.0], 1),
+        ([-2.0, -3.0, -0.5, -1.0], 2),
+        ([-0.0, 0.0, -1.0, -INF], 0),
+        ([1.0, INF, 2.0, -INF], 1),
+        ([-INF, -INF, -INF, -INF], -1),
+        ([1.0, NAN, 2.0, 0.0], -1),
+        ([1.0, -NAN, 2.0, 0.0], -1),
+        ([-1.0, -NAN, -2.0, -4.0], -1),
+    ],
+)
+def test_the_best_of_each_row(dtype, row, best):
+    """Whatever its sign: the first highest score, and none where all is masked or one is no number."""
+    scores = torch.tensor([[5.0, 6.0, 7.0, 7.0], row], dtype=dtype)
+    if math.copysign(1, row[1]) < 0 and math.isnan(row[1]):  # conversions drop its sign
+        bits = scores.view({2: torch.int16, 4: torch.int32}[scores.element_size()])
+        bits[1, 1] |= torch.iinfo(bits.dtype).min
+        assert scores[1, 1].isnan()
+        assert scores[1, 1].signbit()
+    assert argmax_rows(scores) == [2, best]
+    assert argmax_rows(scores[1:]) == [best]
+    many = torch.randn(9, 4099, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for scores in (many, many - 9, many[:, ::3]):
+        assert argmax_rows(scores) == [int((row == row.max()).nonzero()[0]) for row in scores]
