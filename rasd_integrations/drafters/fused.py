@@ -29,9 +29,8 @@ from rasd_integrations.types import Draft, DraftContext, TokenBlock
 _CARRIED = 0.5  # share of the judged nodes that counts in the next answer
 _FAITH = 4.0  # a part's own opinion weighs as much as so many judged nodes
 _UNSAID = 0.5  # assumed of each token of a draft without an opinion
-_MEMORY = (
-    0.97  # text is copied in bursts: a part that has nothing for ten steps may have the next ten
-)
+# Text is copied in bursts: a part that has nothing for ten steps may have all of the next ten.
+_MEMORY = 0.97
 _TRIAL = 16  # drafts of a part before it is judged
 _CHEAP = 0.02  # a part that takes less than this share of a step is always asked
 _REST = 16  # steps that a part which does not pay is left alone at least

@@ -44,7 +44,8 @@ _BATCH = 1024
 
 Tail = tuple[int, ...]
 """The last tokens of a place, the latest last; fewer near the start of a text."""
-# A tail is known by its sum of tokens times these, modulo 2^64: of a whole prompt at once, and no two meet.
+# A tail is known by the sum of its tokens times these, modulo 2^64, which is made of all places of a prompt at once.
+# Where two tails met, drafts would be the worse for it and nothing else.
 _MIXERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
 _WORD = (1 << 64) - 1
 Fetch = Callable[[NDArray[np.int64]], Candidates]

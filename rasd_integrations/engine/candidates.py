@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from rasd_integrations.engine.executor import input_device
 
 _COMMON = 2048
-_SCORES = 32_768  # torch shares larger operations among threads, and waking those takes longer than the operation
+_SCORES = (
+    32_768  # torch shares larger operations among a CPU's threads, and waking those takes longer
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +97,10 @@ class Shortlist:
     def of_logits(self, logits: Tensor) -> Candidates:
         """Return the candidates of logits ``[rows, vocab]``."""
         wanted = self._wanted.to(logits.device)  # of a model over several, it may be another
+        few = _SCORES // len(wanted) if logits.device.type == "cpu" else len(logits)
         parts = [
             likeliest(rows.index_select(1, wanted), self._k, self._token_ids)
-            for rows in logits.split(max(_SCORES // len(wanted), 1))
+            for rows in logits.split(max(few, 1))
         ]
         return Candidates(
             np.concatenate([part.token_ids for part in parts]),

@@ -31,7 +31,7 @@ class Frame:
         width = sum(span.rows for span in spans)
         self._plan = plan
         self._ids, self._positions = np.zeros((2, 1, width), np.int64)
-        self._angles = [np.array(table) for table in self._tables()]
+        self._angles = [np.array(table, order="C") for table in self._tables()]
         self._end = np.zeros((), np.int32)
         self._indices = [paged.indices(heads, spans, pages) for heads in plan.head_counts]
         arrays = [self._ids, self._positions, np.arange(first_row, width), *self._angles, self._end]

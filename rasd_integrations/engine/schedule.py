@@ -33,8 +33,12 @@ _CHEAP = 0.5  # of a plain step
 _NEAR = 0.25  # prompts whose lengths differ by less have steps of the same shape
 _MEMORY = 0.98
 _LOST = 2.0
-_LOST_AT_ONCE = 1.0  # at most: a first draft is dear, and so is a step that was held up
-_CREDIT = 8.0  # that it won in earlier answers, at most
+_LOST_AT_ONCE = (
+    0.5  # at most: first drafts and other rows than the last step's are dear, and soon made good
+)
+# Another text may copy what the last did not, and answers begin with words of their own: each one begins with what
+# drafting won in earlier ones, within these limits.
+_GRACE, _CREDIT = 2.0, 8.0
 
 
 def check_lockstep(drafter: object, config: SpeculationConfig, params: SamplingParams) -> None:
@@ -69,12 +73,14 @@ class Experience:
         prefix: Tokens of the prompt that they were found over.
         opinions: How far those of drafts held.
         lost: Plain steps that drafting cost of late, less what it won.
+        draft_s: Seconds of a draft of full length whose nodes carry their likelihood, once known.
     """
 
     costs: CostShape | None = None
     prefix: int = 0
     opinions: Judgements | None = None
     lost: float = 0.0
+    draft_s: float | None = None
 
 
 class _Option(NamedTuple):
@@ -122,15 +128,16 @@ class Schedule:
         self._costs = StepCosts(experience.costs, changes=grain > 1, elsewhere=elsewhere)
         self._draft_s, self._draft_tokens = 0.0, 0.0
         self._asked = 0
-        self._last_s: float | None = None  # of the last draft whose nodes carried their likelihood
-        self._full_s: float | None = None  # of a draft of full length, running average
-        self._lost = max(experience.lost, -_CREDIT)
+        # Of the last draft whose nodes carried their likelihood, and running average of those of full length.
+        self._last_s = self._full_s = experience.draft_s
+        self._lost = max(min(experience.lost, -_GRACE), -_CREDIT)
         self._wait, self._probe_every = 0, _FIRST_PROBE
 
     @property
     def experience(self) -> Experience:
         """What the next answer should know."""
-        return Experience(self._costs.shape, self._prefix, self._opinions.known, self._lost)
+        known = self._opinions.known
+        return Experience(self._costs.shape, self._prefix, known, self._lost, self._full_s)
 
     @property
     def acceptance(self) -> float:
@@ -190,8 +197,11 @@ class Schedule:
         return max(fitting, key=lambda option: self._rate(option, rows))
 
     def _rate(self, option: _Option, rows: int) -> float:
-        change = self._costs.change if self._costs.rows not in (0, rows) else 0.0
-        return option.expected / (self._costs.at(rows) + change + option.seconds)
+        return option.expected / (self._costs.at(rows) + self._change_to(rows) + option.seconds)
+
+    def _change_to(self, rows: int) -> float:
+        """Return the seconds that a step of ``rows`` takes longer where the last one had other rows."""
+        return self._costs.change if self._costs.rows not in (0, rows) else 0.0
 
     def record(
         self,
@@ -215,8 +225,9 @@ class Schedule:
             proposed: What the drafter proposed before its head was chosen.
             committed: The step's tokens, where they tell whether it was right.
         """
-        rows = 1 + drafted if rows is None else rows
-        self._costs.add(max(rows_at(rows, self._grain), self.rows), step_s)
+        rows = max(rows_at(1 + drafted if rows is None else rows, self._grain), self.rows)
+        change_s = self._change_to(rows)
+        self._costs.add(rows, step_s)
         self._draft_s = _DECAY * self._draft_s + draft_s
         self._draft_tokens = _DECAY * self._draft_tokens + drafted
         if proposed is not None and proposed.likely is not None:
@@ -224,7 +235,11 @@ class Schedule:
             if self._asked >= self._max:
                 known = draft_s if self._full_s is None else self._full_s
                 self._full_s = _DECAY * known + (1 - _DECAY) * draft_s
-            lost = (draft_s + step_s) / self._costs.at(1) - 1 - accepted
+            # What both should take: what holds up a step holds up plain ones too, and first drafts build what later
+            # ones read.
+            usual_s = draft_s if self._full_s is None else min(draft_s, self._full_s)
+            expected_s = self._costs.at(rows) + change_s
+            lost = (usual_s + expected_s) / self._costs.at(1) - 1 - accepted
             self._lost = _MEMORY * self._lost + min(lost, _LOST_AT_ONCE)
             self._opinions.judge(proposed, committed)
         if drafted:

@@ -121,12 +121,16 @@ def test_rows_are_not_wider_than_without_drafts():
     assert schedule.rows == 1
 
 
-def test_a_drafter_that_lost_is_asked_seldom_by_the_next_answer():
-    """What an answer found out, the next one need not pay for again."""
-    asked = Schedule(8, experience=Experience(CostShape(), lost=9.0))
-    budgets = []
-    for _ in range(8):
-        budgets.append(asked.next_budget())
-        asked.record(0, 0, 0.5, 1.0, proposed=Draft(likely=()))
-    assert sum(n > 0 for n in budgets) <= 2
-    assert Schedule(8, experience=Experience(CostShape())).next_budget() > 0
+def asked_of(lost: float) -> int:
+    """Return the steps that are drafted in of 60 whose dear drafts are empty, after an answer that lost so much."""
+    schedule, asked = Schedule(8, experience=Experience(CostShape(), lost=lost)), 0
+    for _ in range(60):
+        asked += (budget := schedule.next_budget()) > 0
+        schedule.record(0, 0, 0.5 * (budget > 0), 1.0, proposed=Draft(likely=()))
+    return asked
+
+
+def test_each_answer_tries_a_drafter_for_a_while():
+    """Longer where it won in the last answer, and as long where it lost as where nothing is known."""
+    assert asked_of(9.0) == asked_of(0.0) <= 16
+    assert asked_of(0.0) < asked_of(-80.0) <= 32

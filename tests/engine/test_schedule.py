@@ -157,3 +157,11 @@ def test_what_was_won_in_an_answer_is_no_licence_to_lose_in_the_next():
     copied = Schedule(8)
     judged(copied, 40, [0.99] * 8, kept=1.0, slope=0.05)
     assert losing(Schedule(8)) < losing(Schedule(8, experience=copied.experience)) <= 90
+
+
+def test_an_answer_is_not_charged_with_what_earlier_ones_lost():
+    """Where drafting was off in the last answer, it is tried at the start of the next."""
+    last = Schedule(8)
+    losing(last)
+    assert last.experience.lost > 2
+    assert Schedule(8, experience=last.experience).next_budget() > 0
