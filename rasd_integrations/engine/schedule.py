@@ -28,6 +28,7 @@ _PRIOR_ACCEPTED, _PRIOR_TRIED = 1.4, 2.0
 _FIRST_PROBE, _LAST_PROBE = 4, 64  # steps from one trial to the next while drafting is off
 _PROBING = 0.01  # of the time may go into trials, but for the first ones
 _CHEAP = 0.5  # of a plain step
+_OUTLIER = 4.0  # a draft that took so many times the usual was held up by something else
 # Drafting is judged over some fifty steps, since text is copied in bursts, and found to lose when it has cost so
 # many plain steps: soon where it is dear, late where it is cheap.
 _NEAR = 0.25  # prompts whose lengths differ by less have steps of the same shape
@@ -130,14 +131,17 @@ class Schedule:
         self._asked = 0
         # Of the last draft whose nodes carried their likelihood, and running average of those of full length.
         self._last_s = self._full_s = experience.draft_s
+        self._proposals = 0
         self._lost = max(min(experience.lost, -_GRACE), -_CREDIT)
         self._wait, self._probe_every = 0, _FIRST_PROBE
 
     @property
     def experience(self) -> Experience:
         """What the next answer should know."""
+        # One that seemed dear is tried anew by the next answer.
+        draft_s = self._full_s if self._drafts_cheaply() else None
         known = self._opinions.known
-        return Experience(self._costs.shape, self._prefix, known, self._lost, self._full_s)
+        return Experience(self._costs.shape, self._prefix, known, self._lost, draft_s)
 
     @property
     def acceptance(self) -> float:
@@ -228,24 +232,32 @@ class Schedule:
         rows = max(rows_at(1 + drafted if rows is None else rows, self._grain), self.rows)
         change_s = self._change_to(rows)
         self._costs.add(rows, step_s)
-        self._draft_s = _DECAY * self._draft_s + draft_s
-        self._draft_tokens = _DECAY * self._draft_tokens + drafted
-        if proposed is not None and proposed.likely is not None:
-            self._last_s = draft_s
-            if self._asked >= self._max:
-                known = draft_s if self._full_s is None else self._full_s
-                self._full_s = _DECAY * known + (1 - _DECAY) * draft_s
-            # What both should take: what holds up a step holds up plain ones too, and first drafts build what later
-            # ones read.
-            usual_s = draft_s if self._full_s is None else min(draft_s, self._full_s)
+        if proposed is None or proposed.likely is None:
+            self._note_draft(drafted, draft_s)
+        else:
+            if self._asked and self._proposals:  # the first one builds what later ones read
+                self._note_draft(drafted, draft_s)
+                self._note_proposal(draft_s)
+            self._proposals += self._asked > 0
+            # What the step should take: what holds it up holds up plain ones too.
             expected_s = self._costs.at(rows) + change_s
-            lost = (usual_s + expected_s) / self._costs.at(1) - 1 - accepted
+            lost = (draft_s + expected_s) / self._costs.at(1) - 1 - accepted
             self._lost = _MEMORY * self._lost + min(lost, _LOST_AT_ONCE)
             self._opinions.judge(proposed, committed)
         if drafted:
             tried = accepted + (accepted < drafted)
             self._accepted = _DECAY * self._accepted + accepted
             self._tried = _DECAY * self._tried + tried
+
+    def _note_draft(self, drafted: int, draft_s: float) -> None:
+        self._draft_s = _DECAY * self._draft_s + draft_s
+        self._draft_tokens = _DECAY * self._draft_tokens + drafted
+
+    def _note_proposal(self, draft_s: float) -> None:
+        self._last_s = draft_s
+        if self._asked >= self._max:
+            known = draft_s if self._full_s is None else self._full_s
+            self._full_s = _DECAY * known + (1 - _DECAY) * min(draft_s, _OUTLIER * known)
 
     def _drafts_cheaply(self) -> bool:
         """Whether a draft of full length costs so little that its head can be chosen afterwards.
