@@ -29,14 +29,13 @@ _FIRST_PROBE, _LAST_PROBE = 4, 64  # steps from one trial to the next while draf
 _PROBING = 0.01  # of the time may go into trials, but for the first ones
 _CHEAP = 0.5  # of a plain step
 _OUTLIER = 4.0  # a draft that took so many times the usual was held up by something else
-# Drafting is judged over some fifty steps, since text is copied in bursts, and found to lose when it has cost so
-# many plain steps: soon where it is dear, late where it is cheap.
 _NEAR = 0.25  # prompts whose lengths differ by less have steps of the same shape
+# Drafting is judged over some fifty steps, since text is copied in bursts, and found to lose when it has cost so
+# many plain steps: soon where it is dear, late where it is cheap. One step counts for little: a first draft is dear,
+# and so are other rows than the last step's, and both are soon made good.
 _MEMORY = 0.98
 _LOST = 2.0
-_LOST_AT_ONCE = (
-    0.5  # at most: first drafts and other rows than the last step's are dear, and soon made good
-)
+_LOST_AT_ONCE = 0.5
 # Another text may copy what the last did not, and answers begin with words of their own: each one begins with what
 # drafting won in earlier ones, within these limits.
 _GRACE, _CREDIT = 2.0, 8.0
