@@ -123,14 +123,16 @@ def _cut(walker: _Walker, draft: Draft, room: int, eos_ids: Collection[int]) -> 
         up = kept.get(parent)
         if up is None or up in ended or not _allows(masks[up + 1], token):
             continue
-        new = kept[old] = len(nodes)
+        new = len(nodes)
         if token in eos_ids:
             ended.add(new)
             masks.append(_everything(masks[0]))
         else:
             walker.move_to(up)
-            walker.push(token, new)
+            if not walker.push(token, new):  # the grammar has ended, where a mask allows everything
+                continue
             masks.append(_mask(state))
+        kept[old] = new
         nodes.append((token, up, sources[old]))
     leaf = _first_leaf([parent for _, parent, _ in nodes])
     if leaf not in ended:

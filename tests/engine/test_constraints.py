@@ -270,6 +270,19 @@ def test_guide_cuts_a_tree_and_follows_its_first_path_with_forced_tokens():
     assert state.path == []
 
 
+@pytest.mark.parametrize("parents", [None, (-1, 0, 1, 1), (-1, 0, 0, 2)])
+def test_nothing_is_drafted_behind_the_end_of_a_grammar(parents):
+    """There a mask allows everything, and no token may follow."""
+    state = TableGrammar(lambda path: {(): [1, 2], (1,): [3]}.get(path, []), 32)
+    cut, bits = guide(
+        state, Draft((1, 3, 7, 8), parents=parents, source="s"), room=16, eos_ids=(9,)
+    )
+    assert cut.token_ids == (1, 3)
+    assert cut.parents == (-1, 0)
+    assert len(bits) == 3
+    assert state.path == []
+
+
 def test_guide_keeps_within_the_room():
     """Forced tokens fill the room and no more."""
     state = TableGrammar(lambda path: [len(path)], 64)
