@@ -172,10 +172,9 @@ class FusedSession:
         """Judge the last drafts and step on."""
         step_s = time.perf_counter() - self._step_began
         per_token = (step_s + self._draft_s) / max(len(block.token_ids), 1)
-        right = []
         for part in self._parts:
-            right.append(part.judge(block.token_ids))
             part.rest = max(part.rest - 1, 0)
+        right = [part.judge(block.token_ids) for part in self._parts]
         known = 0  # what the cheaper parts had right: of two that say the same, the dearer gains nothing
         for n, part in sorted(zip(right, self._parts, strict=True), key=lambda p: p[1].spent):
             if part.answered:

@@ -13,6 +13,7 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 3  # of kept graphs: raise it when a step's inputs, outputs or operations change
 _FILE = "graph.xml"
-_FRAMES = 8
+_FRAMES = 8  # kept, of the last shapes of steps
 _USUAL_ROWS = 17  # steps of so many are run once at first: kernels are made for each number of rows
 _JOINT = 8  # steps of several answers after which fewer rows are believed to be enough
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -86,7 +87,7 @@ class CompiledExecutor:
             path = folder / _graph_name(model, identity)
         self._arena: Callable[[], KVArena | None] = lambda: None
         self._joint: deque[int] = deque(maxlen=_JOINT)  # rows that steps of several answers needed
-        self._frames: dict[tuple[Any, ...], Frame] = {}  # the latest last
+        self._frame_of = lru_cache(_FRAMES)(partial(Frame, self._plan))
         self._framed: Frame | None = None
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
@@ -114,7 +115,7 @@ class CompiledExecutor:
         width = self._width(n, context) if want_logits else n
         pages = self._bind([segment.buffer for segment in segments], width)
         spans = _spans(segments, width - n)
-        frame = self._frame(spans, pages, 0 if want_logits else n - 1)
+        frame = self._frame(tuple(span.place for span in spans), pages, 0 if want_logits else n - 1)
         frame.fill(ids, context.positions, spans)
         self._request.infer()
         # Copied by numpy: torch's threads would spin where the graph's next ones want to run.
@@ -123,13 +124,9 @@ class CompiledExecutor:
         )
         return StepOutput(logits if want_logits else logits[:0], hidden)
 
-    def _frame(self, spans: Sequence[paged.Span], pages: int, first_row: int) -> Frame:
-        """Return what the request reads, laid out for ``spans``; the frames of the last few shapes are kept."""
-        key = Frame.key(spans, pages, first_row)
-        frame = self._frames.pop(key, None) or Frame(self._plan, spans, pages, first_row=first_row)
-        if len(self._frames) == _FRAMES:
-            del self._frames[next(iter(self._frames))]
-        self._frames[key] = frame
+    def _frame(self, places: tuple[paged.Place, ...], pages: int, first_row: int) -> Frame:
+        """Return what the request reads, laid out for answers at ``places``."""
+        frame = self._frame_of(places, pages, first_row)
         if self._framed is not frame:
             self._framed = None
             for index, tensor in enumerate(frame.tensors):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,24 +24,18 @@ class Frame:
     """
 
     def __init__(
-        self, plan: Plan, spans: Sequence[paged.Span], pages: int, *, first_row: int
+        self, plan: Plan, places: Sequence[paged.Place], pages: int, first_row: int
     ) -> None:
-        """Lay out inputs for ``spans``; logits are wanted from ``first_row`` on."""
-        width = sum(span.rows for span in spans)
+        """Lay out inputs for answers at ``places``; logits are wanted from ``first_row`` on."""
+        width = sum(place.rows for place in places)
         self._plan = plan
         self._ids, self._positions = np.zeros((2, 1, width), np.int64)
         self._angles = [np.array(table, order="C") for table in self._tables()]
         self._end = np.zeros((), np.int32)
-        self._indices = [paged.indices(heads, spans, pages) for heads in plan.head_counts]
+        self._indices = [paged.indices(heads, places, pages) for heads in plan.head_counts]
         arrays = [self._ids, self._positions, np.arange(first_row, width), *self._angles, self._end]
         arrays += [array for indices in self._indices for array in indices]
         self.tensors = [ov.Tensor(array, shared_memory=True) for array in arrays]
-
-    @staticmethod
-    def key(spans: Sequence[paged.Span], pages: int, first_row: int) -> tuple[Any, ...]:
-        """Return what steps must have in common to share a frame."""
-        shapes = ((s.rows, s.first_page, s.pages, s.sees is None) for s in spans)
-        return (pages, first_row, *shapes)
 
     def fill(self, ids: Tensor, positions: Tensor, spans: Sequence[paged.Span]) -> None:
         """Write a step of ``ids`` ``[n]`` at ``positions`` ``[n]``; rows too many repeat the last one."""

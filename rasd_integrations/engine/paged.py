@@ -115,42 +115,50 @@ class Span(NamedTuple):
         """Rows with the step's."""
         return self.prefix + self.rows
 
+    @property
+    def place(self) -> Place:
+        """What stays the same in steps of so many rows."""
+        return Place(self.rows, self.first_page, self.pages, self.sees is not None)
 
-def indices(heads: int, spans: Sequence[Span], pages: int) -> list[npt.NDArray[Any]]:
+
+class Place(NamedTuple):
+    """What does not change from step to step of a :class:`Span`."""
+
+    rows: int
+    first_page: int
+    pages: int
+    is_tree: bool
+
+
+def indices(heads: int, places: Sequence[Place], pages: int) -> list[npt.NDArray[Any]]:
     """Return where each answer's ``heads`` key heads begin, as the graph wants it: all answers of a head together.
+
+    How far they reach and who sees whom, :func:`refresh` writes for each step.
 
     Args:
         heads: Key heads.
-        spans: Of the step, in the order of its rows.
+        places: Of the step's answers, in the order of its rows.
         pages: Of each head.
     """
-    mine = np.concatenate([np.arange(s.first_page, s.first_page + s.pages) for s in spans])
+    mine = np.concatenate([np.arange(p.first_page, p.first_page + p.pages) for p in places])
     blocks = pages * np.arange(heads)[:, None] + mine
-    squares = [span.rows**2 for span in spans if _masks(spans)]
-    made = [
-        np.empty(heads * len(spans), np.int32),
-        _begins([span.rows for span in spans], heads),
+    squares = [p.rows**2 for p in places] if any(p.is_tree for p in places) else []
+    return [
+        np.empty(heads * len(places), np.int32),
+        _begins([p.rows for p in places], heads),
         blocks.ravel().astype(np.int32),
-        _begins([span.pages for span in spans], heads),
+        _begins([p.pages for p in places], heads),
         np.empty(heads * sum(squares), np.uint8),
         _begins(squares, heads) if squares else np.empty(0, np.int32),
     ]
-    refresh(heads, spans, made)
-    return made
 
 
 def refresh(heads: int, spans: Sequence[Span], made: Sequence[npt.NDArray[Any]]) -> None:
-    """Write into what :func:`indices` has made how far ``spans`` reach and who sees whom: no more changes by steps."""
+    """Write into what :func:`indices` has made how far ``spans`` reach and who sees whom."""
     made[0].reshape(heads, -1)[:] = [span.prefix for span in spans]
-    if masks := _masks(spans):
+    if any(span.sees is not None for span in spans):
+        masks = [np.tri(s.rows, dtype=np.bool_) if s.sees is None else s.sees for s in spans]
         made[4].reshape(heads, -1)[:] = np.concatenate([mask.ravel() for mask in masks])
-
-
-def _masks(spans: Sequence[Span]) -> list[npt.NDArray[np.bool_]]:
-    """Return who sees whom in each answer, where any is a tree."""
-    if all(span.sees is None for span in spans):
-        return []
-    return [np.tri(s.rows, dtype=np.bool_) if s.sees is None else s.sees for s in spans]
 
 
 def _begins(counts: Sequence[int], heads: int) -> npt.NDArray[np.int32]:

@@ -130,7 +130,7 @@ class Schedule:
         self._asked = 0
         # Of the last draft whose nodes carried their likelihood, and running average of those of full length.
         self._last_s = self._full_s = experience.draft_s
-        self._proposals = 0
+        self._has_proposed = False
         self._lost = max(min(experience.lost, -_GRACE), -_CREDIT)
         self._wait, self._probe_every = 0, _FIRST_PROBE
 
@@ -234,10 +234,10 @@ class Schedule:
         if proposed is None or proposed.likely is None:
             self._note_draft(drafted, draft_s)
         else:
-            if self._asked and self._proposals:  # the first one builds what later ones read
+            if self._asked and self._has_proposed:  # the first one builds what later ones read
                 self._note_draft(drafted, draft_s)
                 self._note_proposal(draft_s)
-            self._proposals += self._asked > 0
+            self._has_proposed |= self._asked > 0
             # What the step should take: what holds it up holds up plain ones too.
             expected_s = self._costs.at(rows) + change_s
             lost = (draft_s + expected_s) / self._costs.at(1) - 1 - accepted
