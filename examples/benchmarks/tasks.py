@@ -47,11 +47,14 @@ def data_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def data_or_exit() -> Path:
-    """Return the folder of the data, or end the program and say what it needs."""
-    folder = data_folder()
+def data_or_exit(given: Path | None = None) -> Path:
+    """Return the folder of the data, ``given`` or the usual one, or end the program and say what it needs."""
+    folder = given or data_folder()
     if folder is None:
-        sys.exit("No data: set RASD_DATA to the folder that holds leval/ and specbench/.")
+        sys.exit(
+            "No data: set RASD_DATA to the folder that holds leval/ and specbench/, or pass it as --data where "
+            "that is an option (see examples/benchmarks/README.md)."
+        )
     return folder
 
 
