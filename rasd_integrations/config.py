@@ -14,7 +14,7 @@ from rasd_integrations.outputs import Grammar
 
 StorePolicy = Literal["prompt", "any"]
 ContextMode = Literal["prompt", "documents"]
-ExecutorName = Literal["auto", "eager", "openvino", "cuda-graphs"]
+ExecutorName = Literal["auto", "eager", "openvino", "openvino-kv8", "cuda-graphs"]
 _T = TypeVar("_T")
 
 DEFAULT_PREFIX_CACHE_BYTES = 2 << 30

@@ -116,7 +116,7 @@ class SharedModel:
             raise ConfigurationError(msg)
         return PrefixFiles(
             folder.path,
-            self.kv_identity,
+            f"{self.kv_identity}-kv8" if self.target.in_8_bits else self.kv_identity,
             folder.max_bytes,
             self.target.device,
             by_rows=self.target.by_rows,

@@ -78,7 +78,7 @@ class RASD:
                 prompt), a smaller model's hub id or path, or a :class:`Drafter`.
             drafter_device: Where a drafter model stands (``"cpu"``, ``"cuda:1"``); ``None``: as the target.
             store: Anything ``as_chunk_source`` takes, or ``None``.
-            executor: What runs the models' steps: ``"eager"`` torch, ``"openvino"``, ``"cuda-graphs"``.
+            executor: What runs steps: ``"eager"`` torch, ``"openvino"``, ``"openvino-kv8"``, ``"cuda-graphs"``.
             context: What the target reads: ``"prompt"`` as sent, or the ``"documents"`` of its chunks.
             knowledge_transfer: RAPID's eta; 0 is lossless.
             model_kwargs: Straight to ``from_pretrained``.
@@ -264,7 +264,7 @@ class RASD:
     def identity(self) -> dict[str, Any]:
         """What decides the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
         return identity(
-            {"model": self.model_name, "context": self._context},
+            {"model": self.model_name, "context": self._context, "kv8": self._executor == "openvino-kv8"},
             self._speculation, self._template_kwargs, self._weights,
             drafter=self._drafter_spec, source=self._source,
         )  # fmt: skip

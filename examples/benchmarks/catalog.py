@@ -63,6 +63,8 @@ ENGINES: dict[str, Engine] = {
     "assisted": _transformers("its assisted decoding", assisted=True),
     "plain": _ours("ours, plain", drafter=None),
     "rasd": _ours("ours, drafting", drafter="auto"),
+    "plain_kv8": _ours("ours, plain, 8-bit KV", drafter=None, executor="openvino-kv8"),
+    "rasd_kv8": _ours("ours, drafting, 8-bit KV", drafter="auto", executor="openvino-kv8"),
     "plain_eager": _ours("ours, plain, eager", drafter=None, executor="eager"),
     "rasd_eager": _ours("ours, drafting, eager", drafter="auto", executor="eager"),
     "openvino_genai": _openvino("OpenVINO GenAI"),

@@ -157,7 +157,9 @@ class Ours(_InTorch):
 
     def about(self) -> dict[str, Any]:
         """Return versions and formats, and what runs the steps."""
-        runs: dict[str, str] = {"executor": self.executor}
+        runs: dict[str, Any] = {"executor": self.executor}
+        if self.executor == "openvino-kv8":
+            runs |= {"kv": "u8 by row", "kv_bits": 8}
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             runs["openvino"] = importlib.metadata.version("openvino")
         return super().about() | runs

@@ -90,8 +90,14 @@ class EarlyExitSession(ChainSession):
         """Take the model and its rows.
 
         Raises:
-            ConfigurationError: As :meth:`EarlyExitDrafter.first_layers`.
+            ConfigurationError: As :meth:`EarlyExitDrafter.first_layers`, or the rows are in 8 bits.
         """
+        if target.in_8_bits:
+            msg = (
+                "Early exit runs the target's first layers eagerly, which cannot read keys and values in 8 bits. "
+                "Use executor='openvino', or another drafter."
+            )
+            raise ConfigurationError(msg)
         self._model, self._live = self._drafter.first_layers(target), buffer
 
     @torch.inference_mode()

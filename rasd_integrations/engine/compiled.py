@@ -42,7 +42,7 @@ _USUAL_ROWS = 17  # steps of so many are run once at first: kernels are made for
 _JOINT = 8  # steps of several answers after which fewer rows are believed to be enough
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Most that logits may be off eager ones, relative; those of a wrong graph are about 1 off.
-_FAR = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+_FAR, _FAR_IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}, 0.3
 
 
 class CompiledExecutor:
@@ -56,14 +56,16 @@ class CompiledExecutor:
     grain = 4  # fitting the graph to other rows takes a third of a plain step (docs/explanation/experiments.md)
 
     def __init__(
-        self, model: PreTrainedModel, *, folder: Path | None = None, identity: str | None = None
-    ) -> None:
+        self, model: PreTrainedModel, *,
+        folder: Path | None = None, identity: str | None = None, in_8_bits: bool = False,
+    ) -> None:  # fmt: skip
         """Trace and compile ``model``, or load its graph, and compare it with eager torch.
 
         Args:
             model: On a CPU, in float32 or bfloat16, its weights as transformers laid them.
             folder: Where graphs are kept; ``None`` keeps none.
             identity: Tells the weights from others'; ``None`` keeps no graph.
+            in_8_bits: Keep keys and values in bytes, each row of a head with a scale and a zero of its own.
 
         Raises:
             ConfigurationError: The model cannot be compiled, or its graph says something else than eager torch.
@@ -81,6 +83,13 @@ class CompiledExecutor:
         if any(layer.softcap is not None for layer in self._plan.layers):
             msg = f"{type(model).__name__} caps its scores, which compiled steps cannot. Use executor='eager'."
             raise ConfigurationError(msg)
+        if in_8_bits and any(layer.window is not None for layer in self._plan.layers):
+            msg = (
+                f"{type(model).__name__} has layers with a sliding window, some steps of which run eagerly, in 16 "
+                f"bits or more. Use executor='openvino'."
+            )
+            raise ConfigurationError(msg)
+        self.in_8_bits = in_8_bits
         self._dtype = model.dtype
         path = None
         if folder is not None and identity is not None:
@@ -92,7 +101,9 @@ class CompiledExecutor:
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
         try:
-            self._request: Any = _compiled(model, self._plan, path).create_infer_request()
+            self._request: Any = _compiled(
+                model, self._plan, path, in_8_bits=in_8_bits
+            ).create_infer_request()
             self._first_key = len(self._request.model_inputs) - 2 * len(self._plan.layers)
             self._check(model)
         except ConfigurationError:
@@ -154,12 +165,13 @@ class CompiledExecutor:
         if len(buffers) == 1:
             buffers[0].reserve(rows)
             buffers[0].settle()
+        dtype, more = (torch.uint8, paged.MARKS) if self.in_8_bits else (self._dtype, 0)
         for buffer in buffers:
             buffer.lay_by_rows()
             shapes = self._plan.layers
             for index, shape in enumerate(shapes[buffer.num_layers :], buffer.num_layers):
-                key = torch.empty(shape.kv_heads, 0, shape.key_dim, dtype=self._dtype)
-                buffer.write(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim))
+                key = torch.empty(shape.kv_heads, 0, shape.key_dim + more, dtype=dtype)
+                buffer.write(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim + more))
         if len(buffers) > 1:
             self._put_together(buffers)
         stores = [buffers[0].stores(layer) for layer in range(len(self._plan.layers))]
@@ -214,10 +226,11 @@ class CompiledExecutor:
         for rows in range(1, _USUAL_ROWS + 1, self.grain):
             segment = Segment(buffers[0], len(ids) + torch.arange(rows), None)
             self.step(ids[:rows], StepContext(segment.positions, (segment,)), want_logits=True)
-        if not max(off) <= _FAR[model.dtype]:
+        far = _FAR_IN_8_BITS if self.in_8_bits else _FAR[model.dtype]
+        if not max(off) <= far:
             msg = (
                 f"{type(model).__name__} compiled by OpenVINO gives logits that are {max(off):.2g} off eager ones "
-                f"(relative; at most {_FAR[model.dtype]:.2g}). Use executor='eager'."
+                f"(relative; at most {far:.2g}). Use executor='eager'."
             )
             raise ConfigurationError(msg)
 
@@ -250,7 +263,9 @@ def _sees(segment: Segment, width: int) -> npt.NDArray[np.bool_]:
     return sees
 
 
-def _compiled(model: PreTrainedModel, plan: Plan, path: Path | None) -> ov.CompiledModel:
+def _compiled(
+    model: PreTrainedModel, plan: Plan, path: Path | None, *, in_8_bits: bool
+) -> ov.CompiledModel:
     """Return the graph of ``model``, which is kept at ``path`` without its attention."""
     graph = _kept(path)
     if graph is None:
@@ -260,12 +275,14 @@ def _compiled(model: PreTrainedModel, plan: Plan, path: Path | None) -> ov.Compi
     kind = _DTYPES[model.dtype]
     options = {
         "INFERENCE_PRECISION_HINT": kind,
-        "KV_CACHE_PRECISION": kind,
+        "KV_CACHE_PRECISION": "u8" if in_8_bits else kind,
+        # By channel, keys of 32 rows share a scale, so that none of them could be moved or forgotten.
+        "KEY_CACHE_QUANT_MODE": "BY_TOKEN",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,
     }
-    whole = paged.with_attention(graph, plan, getattr(ov.Type, kind))
+    whole = paged.with_attention(graph, plan, getattr(ov.Type, kind), in_8_bits=in_8_bits)
     return ov.Core().compile_model(whole, "CPU", options)
 
 

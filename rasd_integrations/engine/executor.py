@@ -40,10 +40,12 @@ class Executor(Protocol):
         grain: Decoding steps are run as ``1 + k * grain`` rows, and another number of them than the last time
             costs time of its own; 1 runs them as they come, at no such cost.
         by_rows: Whether it reads keys as they lie, row by row, wherever they are.
+        in_8_bits: Whether it keeps keys and values in bytes, which nobody else reads.
     """
 
     grain: int
     by_rows: bool
+    in_8_bits: bool
 
     def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
         """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it."""
@@ -73,6 +75,7 @@ class EagerExecutor:
 
     grain = 1
     by_rows = False
+    in_8_bits = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Take ``model`` as it is and route its attention through ours.

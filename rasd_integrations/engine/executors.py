@@ -32,14 +32,15 @@ def make_executor(
     with eager torch; everything else runs eagerly.
 
     Args:
-        name: ``"auto"``, ``"eager"``, ``"openvino"`` or ``"cuda-graphs"``.
+        name: ``"auto"``, ``"eager"``, ``"openvino"``, ``"openvino-kv8"`` (keys and values in 8 bits) or
+            ``"cuda-graphs"``.
         model: Its weights as transformers laid them.
         owned: Loaded by this package, which may lay its weights out anew or hold a second copy of them.
         folder: Where compiled graphs are kept; ``None`` keeps none.
         identity: Tells the weights from others'; ``None`` keeps no graph.
 
     Raises:
-        MissingDependencyError: ``"openvino"`` without the extra of that name.
+        MissingDependencyError: ``"openvino"`` or ``"openvino-kv8"`` without the extra.
         ConfigurationError: The architecture cannot run speculative steps, or not as asked.
     """
     if name == "cuda-graphs":
@@ -50,8 +51,8 @@ def make_executor(
             )
             raise ConfigurationError(msg)
         return GraphExecutor(model)
-    if name == "openvino":
-        return _compiled(model, folder, identity)
+    if name in ("openvino", "openvino-kv8"):
+        return _compiled(model, folder, identity, in_8_bits=name == "openvino-kv8")
     if name == "auto" and owned and model.device.type == "cpu" and has_openvino():
         try:
             return _compiled(model, folder, identity)
@@ -67,10 +68,12 @@ def has_openvino() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def _compiled(model: PreTrainedModel, folder: Path | None, identity: str | None) -> Executor:
+def _compiled(
+    model: PreTrainedModel, folder: Path | None, identity: str | None, *, in_8_bits: bool = False
+) -> Executor:
     if not has_openvino():
         package = "openvino"
         raise MissingDependencyError(package, package)
     from rasd_integrations.engine.compiled import CompiledExecutor  # an extra
 
-    return CompiledExecutor(model, folder=folder, identity=identity)
+    return CompiledExecutor(model, folder=folder, identity=identity, in_8_bits=in_8_bits)

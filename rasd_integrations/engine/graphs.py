@@ -110,6 +110,7 @@ class GraphExecutor:
 
     grain = 1
     by_rows = False
+    in_8_bits = False
 
     def __init__(self, model: PreTrainedModel, *, recorder: Recorder | None = None) -> None:
         """Wrap ``model`` and compare graphs with eager on two small steps.

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from rasd_integrations.engine.tracing import Layer, Plan, TracedStep, in_float32, quiet_trace
 
 PAGE = 32  # rows, as OpenVINO's kernels for CPUs want it
+MARKS = 8  # bytes of a row in 8 bits, scale and zero
 _I32, _F32, _U8 = ov.Type.i32, ov.Type.f32, ov.Type.u8
 # Where each key head begins, in the order of the operation's inputs: rows before the step, the step's rows,
 # pages and their beginnings; then which of the step's rows see which, nothing for a chain, and its beginnings.
@@ -57,7 +58,9 @@ def traced(model: PreTrainedModel, plan: Plan) -> ov.Model:
     return graph
 
 
-def with_attention(graph: ov.Model, plan: Plan, kind: ov.Type) -> ov.Model:
+def with_attention(
+    graph: ov.Model, plan: Plan, kind: ov.Type, *, in_8_bits: bool = False
+) -> ov.Model:
     """Return ``graph`` with attention between what reads and what makes it.
 
     Inputs: those of the trace but for ``attended``, rows of prefix and step together, :func:`indices` of each
@@ -68,6 +71,7 @@ def with_attention(graph: ov.Model, plan: Plan, kind: ov.Type) -> ov.Model:
         graph: Of :func:`traced`; it is taken apart.
         plan: Of the model.
         kind: Of keys, values, logits and hidden states.
+        in_8_bits: Keys and values are bytes instead, :data:`MARKS` before each row's.
     """
     parameters, results = graph.get_parameters(), graph.get_results()
     attended = parameters[len(parameters) - len(plan.layers) :]
@@ -76,8 +80,9 @@ def with_attention(graph: ov.Model, plan: Plan, kind: ov.Type) -> ov.Model:
         heads: [Parameter(type_, ov.PartialShape([-1])) for type_ in _INDICES]
         for heads in plan.head_counts
     }
+    rows, more = (_U8, MARKS) if in_8_bits else (kind, 0)
     keys, values = (
-        [Parameter(kind, ov.PartialShape([-1, 1, PAGE, size])) for size in sizes]
+        [Parameter(rows, ov.PartialShape([-1, 1, PAGE, size + more])) for size in sizes]
         for sizes in zip(*((layer.key_dim, layer.value_dim) for layer in plan.layers), strict=True)
     )
     for index, layer in enumerate(plan.layers):

@@ -31,6 +31,7 @@ _TYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I32": torch.int32,
+    "U8": torch.uint8,
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _MOST_HEADER = 1 << 24

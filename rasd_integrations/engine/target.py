@@ -111,6 +111,11 @@ class TargetModel:
         """Whether keys had best be laid row by row, also where they lie otherwise by default."""
         return self._executor.by_rows
 
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether keys and values are kept in bytes, which only its own steps read."""
+        return self._executor.in_8_bits
+
     def prefill(self, ids: Sequence[int], buffer: KVBuffer) -> Iterator[int]:
         """Append the keys and values of ``ids`` to ``buffer``, piece by piece.
 

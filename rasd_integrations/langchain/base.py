@@ -76,7 +76,7 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     drafter_device: str | None = Field(default=None, frozen=True, repr=False)
     """Where a drafter model stands: "cpu", "cuda:1", ...; None: where the target would."""
     executor: ExecutorName = Field(default="auto", frozen=True, repr=False)
-    """What runs the models' steps: "auto", "eager" (torch), "openvino" or "cuda-graphs"."""
+    """What runs the models' steps: "auto", "eager" (torch), "openvino", "openvino-kv8" or "cuda-graphs"."""
     store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
     """The vector store, retriever or other chunk source to draft from. See also `attach()`."""
     temperature: float = 0.0

@@ -60,7 +60,7 @@ class RASDOptions(FunctionCallingLLM):
     drafter_device: str | None = Field(default=None, frozen=True)
     """Where a drafter model stands: ``"cpu"``, ``"cuda:1"``, ...; ``None``: where the target would."""
     executor: ExecutorName = Field(default="auto", frozen=True)
-    """What runs the models' steps: ``"auto"``, ``"eager"`` (torch), ``"openvino"`` or ``"cuda-graphs"``."""
+    """What runs steps: ``"auto"``, ``"eager"`` (torch), ``"openvino"``, ``"openvino-kv8"`` or ``"cuda-graphs"``."""
     store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
     """Where chunks are searched; ``None`` takes the index that the pipeline's own retriever reads."""
     temperature: float = 0.0
