@@ -2,11 +2,12 @@
 
 The target reads the texts once. Look-ups ask with its hidden states over texts that the store does not hold.
 Where faiss is installed, the same keys are also asked as in DReSD (arXiv 2502.15572): 50 neighbours of all,
-of which those with the wrong next token are dropped.
+of which those with the wrong next token are dropped. A build takes as long for each text, so larger stores
+need not be built to see what they cost: ``--times`` copies the last one, its keys scattered.
 
 Example::
 
-    python examples/benchmarks/densestore.py --mb 0.2 1
+    python examples/benchmarks/densestore.py --mb 0.2 1 --times 10 100
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from metrics import machine
 from tasks import data_folder
 
 from rasd_integrations.densestore import DenseStore
-from rasd_integrations.densestore.file import ArrayFile
+from rasd_integrations.densestore.build import FILE, grouped
+from rasd_integrations.densestore.file import ArrayFile, write
 from rasd_integrations.densestore.transform import Transform
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.loading import packaged_model
@@ -36,22 +38,51 @@ from rasd_integrations.models import SharedModel, shared_model
 
 NEIGHBOURS, DEPTH = 16, 16
 DRESD_NEIGHBOURS = 50
+SCATTER = 0.05  # of a copied key's numbers, whose squares add up to one
 
 
 def build(given: Sequence[str], shared: SharedModel, folder: Path) -> dict[str, Any]:
     """Build a store of ``given`` and open it again."""
     building, store = timed(lambda: DenseStore.build(given, shared, folder, progress=_percent()))
-    opening, _ = timed(lambda: DenseStore.open(folder, shared))
-    size = store.path.stat().st_size
     return {
         "mb": sum(map(len, given)) / 1e6,
-        "tokens": store.num_tokens,
         "build_s_per_mb": building / (sum(map(len, given)) / 1e6),
         "tokens_per_s": store.num_tokens / building,
+    } | opened(folder, shared)
+
+
+def opened(folder: Path, shared: SharedModel) -> dict[str, Any]:
+    """Open a store with and without its checksum and return what it is and took."""
+    opening, store = timed(lambda: DenseStore.open(folder, shared))
+    unchecked, _ = timed(lambda: DenseStore.open(folder, shared, verify=False))
+    size = store.path.stat().st_size
+    return {
+        "tokens": store.num_tokens,
         "file_mib": size / 2**20,
         "bytes_per_token": size / store.num_tokens,
         "open_s": opening,
+        "open_unchecked_s": unchecked,
     }
+
+
+def enlarge(folder: Path, times: int, into: Path) -> float:
+    """Write the store of ``folder`` as often as that into one of its own; return the seconds of its last step."""
+    kept = ArrayFile(folder / FILE)
+    ids = kept["ids"]
+    keys = kept["keys"][np.argsort(kept["places"])]  # in order of place
+    draw = np.random.default_rng(0)
+
+    def copies() -> Iterator[Any]:
+        for _ in range(times):
+            near = keys + SCATTER * draw.standard_normal(keys.shape, np.float32)
+            near /= np.linalg.norm(near, axis=1, keepdims=True)
+            yield near.astype(np.float16)
+
+    scattered = np.concatenate(list(copies()))
+    start = time.perf_counter()
+    arrays = grouped(np.tile(ids, times), scattered)
+    write(into / FILE, arrays | {name: kept[name] for name in ("mean", "basis")}, kept.marks)
+    return time.perf_counter() - start
 
 
 def states(given: Sequence[str], shared: SharedModel) -> Iterator[tuple[Any, int]]:
@@ -108,16 +139,26 @@ def look_up_as_dresd(store: DenseStore, asked: Sequence[tuple[Any, int]]) -> dic
 
 
 def measure(
-    megabytes: float, shared: SharedModel, data: Path | None, queries: int
-) -> dict[str, Any]:
-    """Return all figures for a store of ``megabytes`` of text."""
+    megabytes: float,
+    shared: SharedModel,
+    data: Path | None,
+    queries: int,
+    times: Sequence[int] = (),
+) -> Iterator[dict[str, Any]]:
+    """Yield all figures for a store of ``megabytes`` of text, and for one of each of ``times`` as many."""
     given = list(texts(int(1.05e6 * megabytes) + 2000, data))
     held = max(1, len(given) // 50)  # texts that are asked with
     asked = list(states(given[:held], shared))[:queries]
     with tempfile.TemporaryDirectory(prefix="rasd-") as work:
         cost = build(given[held:], shared, Path(work))
         store = DenseStore.open(work, shared)
-        return cost | look_up(store, asked) | look_up_as_dresd(store, asked)
+        yield cost | look_up(store, asked) | look_up_as_dresd(store, asked)
+        for n in times:
+            with tempfile.TemporaryDirectory(prefix="rasd-") as into:
+                sorting = enlarge(Path(work), n, Path(into))
+                store = DenseStore.open(into, shared)
+                size = {"mb": n * cost["mb"], "sort_s": sorting} | opened(Path(into), shared)
+                yield size | look_up(store, asked)
 
 
 def _percent() -> Callable[[int, int], None]:
@@ -138,7 +179,9 @@ ROWS = (
     ("build, tokens a second", "tokens_per_s", 0),
     ("file, MiB", "file_mib", 2),
     ("file, bytes a token", "bytes_per_token", 0),
+    ("sort and write, s", "sort_s", 1),
     ("open and check, s", "open_s", 4),
+    ("open, s", "open_unchecked_s", 4),
     ("look-up, p50, ms", "p50_ms", 3),
     ("look-up, p99, ms", "p99_ms", 3),
     ("places found, of 16", "found", 1),
@@ -153,9 +196,10 @@ def table(costs: Sequence[dict[str, Any]]) -> str:
     """Return the figures of all sizes side by side."""
     lines = [f"{'':34}" + "".join(f"{cost['mb']:>9.2f} MB" for cost in costs)]
     lines += [
-        f"{label:34}" + "".join(f"{cost[key]:12.{digits}f}" for cost in costs)
+        f"{label:34}"
+        + "".join(f"{cost[key]:12.{digits}f}" if key in cost else f"{'-':>12}" for cost in costs)
         for label, key, digits in ROWS
-        if all(key in cost for cost in costs)
+        if any(key in cost for cost in costs)
     ]
     return "\n".join(lines)
 
@@ -165,6 +209,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--mb", nargs="+", type=float, default=[0.2, 1], help="text, 10^6 characters"
+    )
+    parser.add_argument(
+        "--times", nargs="*", type=int, default=[], help="also copies of the last store, so many"
     )
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
@@ -179,7 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     costs = []
     for megabytes in args.mb:
         print(f"{megabytes:g} MB", file=sys.stderr, flush=True)
-        costs.append(measure(megabytes, shared, data, args.queries))
+        times = args.times if megabytes == args.mb[-1] else ()
+        costs += measure(megabytes, shared, data, args.queries, times)
     line = json.dumps({"machine": machine(), "costs": costs})
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def build(source: Any, model: Reader, folder: Path, progress: Progress | None) -
     transform = Transform.fit(part["rows"] for part in sample)
     rest = [read(number, transform) for number in range(len(sample), len(parts))]
     keys = [transform(part["rows"]).astype(np.float16) for part in sample]
-    arrays = _sorted(
+    arrays = grouped(
         np.concatenate([part["ids"] for part in (*sample, *rest)]),
         np.concatenate([*keys, *(part["rows"] for part in rest)]),
     )
@@ -202,7 +202,7 @@ def _states(
     return {"ids": np.concatenate(ids), "rows": np.concatenate(rows)}
 
 
-def _sorted(ids: Ids, keys: NDArray[np.float16]) -> dict[str, NDArray[Any]]:
+def grouped(ids: Ids, keys: NDArray[np.float16]) -> dict[str, NDArray[Any]]:
     """Return ids, and keys with the places of their followers, grouped by next token, in order of place."""
     inside = ids != SEPARATOR
     places = np.flatnonzero(inside[:-2] & inside[1:-1] & inside[2:])

@@ -16,7 +16,9 @@ from tokenizers import normalizers
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.drafters import translated
+from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.drafters.translated import TranslatedDrafter, TranslatedSession, Translation
 from rasd_integrations.drafters.vocabulary import Vocabulary, unfinished
 from rasd_integrations.engine import verification
@@ -159,6 +161,20 @@ def test_a_sampled_answer_by_text_is_the_plain_one(target, kind, n, monkeypatch)
     got = decode(target, translated_drafter(kind), SAMPLED, n=n, stats=stats)
     assert got == decode(target, params=SAMPLED)
     assert set(stats.drafters) - {""} == {"bridge"}
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("n", [1, 4, 16])
+@pytest.mark.parametrize("as_model", [True, False])
+def test_it_is_a_part_of_a_fused_drafter(target, as_model, n, params):
+    """As its model or as one of its parts; fused drafts are no draws, so a seed says the same as without."""
+    own, suffix = translated_drafter(), SuffixDrafter(tree=True)
+    fused = FusedDrafter([suffix], own) if as_model else FusedDrafter([suffix, own])
+    stats = DecodingStats()
+    assert decode(target, fused, params, n, SHORT, stats) == decode(target, None, params)
+    assert not stats.faults
+    sampled = params is SAMPLED and not as_model
+    assert ("projection" if sampled else "bridge") in stats.drafters
 
 
 @pytest.mark.parametrize("n", [1, 5, 16])

@@ -385,7 +385,7 @@ def test_graphs_of_a_gpu_need_one():
 def test_what_openvino_cannot_do_is_refused(monkeypatch):
     """Another OpenVINO, whose attention takes other inputs, is an error of the configuration, by its name."""
 
-    def other(*_):
+    def other(*_, **__):
         msg = "PagedAttention expects 99 inputs"
         raise RuntimeError(msg)
 
