@@ -190,16 +190,36 @@ def wrapped_model(
         return known
 
 
+def named_drafter_model(
+    spec: str | Path | Drafter | None,
+    model_kwargs: Mapping[str, Any],
+    device: str | None = None,
+    executor: ExecutorName = "auto",
+) -> SharedModel | None:
+    """Load the model that ``spec`` names; ``None`` where it names none. Who keeps it spares others a second copy.
+
+    Args:
+        spec: As :func:`make_drafter` takes it.
+        model_kwargs: For loading it.
+        device: Where it goes; ``None``: as ``model_kwargs`` says.
+        executor: The target's: a drafter model runs eagerly where that one was asked to, else as is best.
+
+    Raises:
+        ModelLoadError: The model is missing or broken.
+        ConfigurationError: Its architecture cannot run speculative steps, or there is no such device.
+    """
+    if not isinstance(spec, str | Path) or spec in ("auto", "self"):
+        return None
+    return shared_model(spec, model_kwargs, device, "eager" if executor == "eager" else "auto")
+
+
 def make_drafter(
     spec: str | Path | Drafter | None,
     target: SharedModel,
     drafter_model: SharedModel | None,
     *,
     lossless: bool,
-    model_kwargs: Mapping[str, Any],
     cache_bytes: int,
-    device: str | None = None,
-    executor: ExecutorName = "auto",
     folder: PrefixFolder | None = None,
     namespace: str = "",
 ) -> Drafter | None:
@@ -208,28 +228,24 @@ def make_drafter(
     Args:
         spec: ``"auto"``, ``"self"``, a model's hub id or path, a drafter, or ``None``.
         target: The model that is drafted for.
-        drafter_model: A drafter model that is loaded already.
+        drafter_model: The one that it names, or that was given beside it.
         lossless: Whether the output follows the target alone; a lossy law needs a drafter's law.
-        model_kwargs: For loading a drafter model.
         cache_bytes: Most memory for the drafter model's kept keys and values.
-        device: Where a drafter model that is loaded here goes; ``None``: as ``model_kwargs`` says.
-        executor: What runs a drafter model that is loaded here.
         folder: Where keys and values of warmed documents lie.
         namespace: Whose files there are read.
 
     Raises:
-        ModelLoadError: The drafter model is missing or broken.
-        VocabularyMismatchError: It has another vocabulary, which cannot be translated, or ``lossless`` is false.
+        VocabularyMismatchError: The drafter model has another vocabulary, which cannot be translated, or the law is
+            not ``lossless``.
     """
     if spec is None or not isinstance(spec, str | Path):
         return spec
-    if drafter_model is None and spec not in ("auto", "self"):
-        drafter_model = shared_model(spec, model_kwargs, device, executor)
-        if (difference := vocabulary_difference(target, drafter_model)) is not None:
-            if not lossless:
-                raise _needs_one_vocabulary(target, drafter_model, difference)
-            cache = PrefixCache(cache_bytes, drafter_model.prefix_files(folder))
-            return _translated(target, drafter_model, cache, namespace)
+    difference = None if drafter_model is None else vocabulary_difference(target, drafter_model)
+    if drafter_model is not None and difference is not None:
+        if not lossless:
+            raise _needs_one_vocabulary(target, drafter_model, difference)
+        cache = PrefixCache(cache_bytes, drafter_model.prefix_files(folder))
+        return _translated(target, drafter_model, cache, namespace)
     if drafter_model is None and spec == "auto" and lossless:
         return FusedDrafter(_free_parts())
     own = drafter_model or target

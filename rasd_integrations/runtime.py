@@ -194,7 +194,7 @@ class RASD:
                 # Here, not above: torch and transformers are imported when a model is.
                 from rasd_integrations.engine.decoder import SpeculativeDecoder
                 from rasd_integrations.loading import check_device
-                from rasd_integrations.models import make_drafter, shared_model
+                from rasd_integrations.models import make_drafter, named_drafter_model, shared_model
 
                 check_device(self._drafter_device)
                 if self._shared is None:
@@ -202,6 +202,9 @@ class RASD:
                         self.model_name, self._model_kwargs, executor=self._executor
                     )
                 self._window = self._shared.target.window
+                self._drafter_model = self._drafter_model or named_drafter_model(
+                    self._drafter_spec, self._model_kwargs, self._drafter_device, self._executor
+                )
                 self._decoder = SpeculativeDecoder(
                     self._shared.target,
                     make_drafter(
@@ -209,9 +212,6 @@ class RASD:
                         self._shared,
                         self._drafter_model,
                         lossless=self._speculation.lossless,
-                        model_kwargs=self._model_kwargs,
-                        device=self._drafter_device,
-                        executor="eager" if self._executor == "eager" else "auto",
                         cache_bytes=self._prefix_cache_bytes // 4,
                         folder=self._folder,
                         namespace=self._namespace,

@@ -157,6 +157,18 @@ def test_drafter_model_of_another_family_drafts(saved, foreign, temperature):
         assert answer.text == RASD(saved, drafter=None, **options).generate(CHAT, params).text
 
 
+def test_a_drafter_model_stands_once_however_many_use_it(saved, foreign):
+    """A second instance finds it while the first one lives; it is let go with the last."""
+    first, second = (RASD.load(saved, drafter=foreign) for _ in range(2))
+    model = weakref.ref(first._drafter_model)
+    assert model() is second._drafter_model is not None
+    first.close()
+    assert model() is not None
+    second.close()
+    gc.collect()
+    assert model() is None
+
+
 def test_drafter_model_with_more_tokens_needs_no_translation(saved, tmp_path):
     """Tokens that only the drafter has do no harm."""
     tokenizer = tiny_tokenizer()

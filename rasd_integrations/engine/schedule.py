@@ -159,7 +159,8 @@ class Schedule:
         return self._asked
 
     def _next(self) -> int:
-        if self._costs.wants_plain:
+        # Answers begin with words of their own, and a first draft is dear: the first token comes sooner without.
+        if not self._costs.rows or self._costs.wants_plain:
             return 0
         says = self._last_s is not None and self._drafts_cheaply()
         best = self._max if says else self._best_chain()
