@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rasd_integrations.config import ExecutorName, PrefixFolder
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
-from rasd_integrations.drafters.dense import DenseDrafter
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.recycling import RecyclingDrafter
@@ -261,8 +260,8 @@ def make_drafter(
 
 
 def _free_parts() -> list[Drafter]:
-    """Return drafters that cost next to nothing and need nothing but the prompt."""
-    return [SuffixDrafter(tree=True), RecyclingDrafter(), DenseDrafter()]
+    """Return drafters that need nothing but the prompt; a third earned less than it took (ADR 9)."""
+    return [SuffixDrafter(tree=True), RecyclingDrafter()]
 
 
 def vocabulary_difference(target: SharedModel, drafter: SharedModel) -> str | None:
