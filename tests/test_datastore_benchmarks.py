@@ -6,14 +6,12 @@ import json
 
 import datastore
 import datastore_steps
-import densestore
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
 from rasd_integrations.datastore import TokenStore
 from rasd_integrations.drafters.datastore import DatastoreDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.models import shared_model
 from rasd_integrations.types import Draft
 
 ANSWER = list(range(10, 50))
@@ -76,14 +74,3 @@ def test_the_tables_have_every_figure(tmp_path):
     assert cost["copied_nodes"] > 1
     figures = {"datastore": {"scientific_qa": {4: 1.25, 8: 1.5, 16: 2.0}}}
     assert "1.25 1.50 2.00" in datastore_steps.table(figures)
-
-
-def test_a_dense_store_is_built_copied_and_asked(tmp_path):
-    """Copies hold as many tokens more, and their keys are found near the real ones."""
-    tiny_tokenizer().save_pretrained(tmp_path)
-    tiny_llama().save_pretrained(tmp_path)
-    shared = shared_model(tmp_path, {})
-    costs = list(densestore.measure(0.02, shared, None, 40, times=(3,)))
-    assert costs[1]["tokens"] == 3 * costs[0]["tokens"] >= 60_000
-    assert costs[1]["found"] >= costs[0]["found"] > 0
-    assert len(densestore.table(costs).splitlines()) == len(densestore.ROWS) + 1
