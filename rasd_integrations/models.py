@@ -239,8 +239,10 @@ def make_drafter(
     """
     if spec is None or not isinstance(spec, str | Path):
         return spec
-    difference = None if drafter_model is None else vocabulary_difference(target, drafter_model)
-    if drafter_model is not None and difference is not None:
+    if (
+        drafter_model is not None
+        and (difference := vocabulary_difference(target, drafter_model)) is not None
+    ):
         if not lossless:
             raise _needs_one_vocabulary(target, drafter_model, difference)
         cache = PrefixCache(cache_bytes, drafter_model.prefix_files(folder))

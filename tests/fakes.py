@@ -117,6 +117,18 @@ def as_tree(propose: Propose, vocab: int, seed: int = 0) -> Propose:
     return grown
 
 
+def scripts(vocab: int) -> dict[str, Callable[[Sequence[int]], Propose]]:
+    """Return what makes each kind of draft of an answer's ``truth``, by name."""
+    return {
+        "oracle": oracle,
+        "wrong": lambda truth: always_wrong(truth, vocab),
+        "empty": lambda _truth: empty(),
+        "too_long": too_long,
+        "random": lambda _truth: random_tokens(vocab),
+        "partly_right": lambda truth: partly_right(truth, vocab),
+    }
+
+
 def failing(after: int) -> Propose:
     """Propose nothing ``after`` times, then raise."""
     calls = 0

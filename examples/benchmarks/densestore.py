@@ -42,21 +42,22 @@ SCATTER = 0.05  # of a copied key's numbers, whose squares add up to one
 
 
 def build(given: Sequence[str], shared: SharedModel, folder: Path) -> dict[str, Any]:
-    """Build a store of ``given`` and open it again."""
+    """Build a store of ``given`` and return what that took."""
     building, store = timed(lambda: DenseStore.build(given, shared, folder, progress=_percent()))
+    megabytes = sum(map(len, given)) / 1e6
     return {
-        "mb": sum(map(len, given)) / 1e6,
-        "build_s_per_mb": building / (sum(map(len, given)) / 1e6),
+        "mb": megabytes,
+        "build_s_per_mb": building / megabytes,
         "tokens_per_s": store.num_tokens / building,
-    } | opened(folder, shared)
+    }
 
 
-def opened(folder: Path, shared: SharedModel) -> dict[str, Any]:
-    """Open a store with and without its checksum and return what it is and took."""
+def opened(folder: Path, shared: SharedModel) -> tuple[DenseStore, dict[str, Any]]:
+    """Open a store with and without its checksum; return it, and what it is and took."""
     opening, store = timed(lambda: DenseStore.open(folder, shared))
     unchecked, _ = timed(lambda: DenseStore.open(folder, shared, verify=False))
     size = store.path.stat().st_size
-    return {
+    return store, {
         "tokens": store.num_tokens,
         "file_mib": size / 2**20,
         "bytes_per_token": size / store.num_tokens,
@@ -71,16 +72,12 @@ def enlarge(folder: Path, times: int, into: Path) -> float:
     ids = kept["ids"]
     keys = kept["keys"][np.argsort(kept["places"])]  # in order of place
     draw = np.random.default_rng(0)
-
-    def copies() -> Iterator[Any]:
-        for _ in range(times):
-            near = keys + SCATTER * draw.standard_normal(keys.shape, np.float32)
-            near /= np.linalg.norm(near, axis=1, keepdims=True)
-            yield near.astype(np.float16)
-
-    scattered = np.concatenate(list(copies()))
+    scattered = np.empty((times, *keys.shape), np.float16)
+    for copy in scattered:
+        near = keys + SCATTER * draw.standard_normal(keys.shape, np.float32)
+        copy[:] = near / np.linalg.norm(near, axis=1, keepdims=True)
     start = time.perf_counter()
-    arrays = grouped(np.tile(ids, times), scattered)
+    arrays = grouped(np.tile(ids, times), scattered.reshape(-1, keys.shape[1]))
     write(into / FILE, arrays | {name: kept[name] for name in ("mean", "basis")}, kept.marks)
     return time.perf_counter() - start
 
@@ -151,14 +148,13 @@ def measure(
     asked = list(states(given[:held], shared))[:queries]
     with tempfile.TemporaryDirectory(prefix="rasd-") as work:
         cost = build(given[held:], shared, Path(work))
-        store = DenseStore.open(work, shared)
-        yield cost | look_up(store, asked) | look_up_as_dresd(store, asked)
+        store, size = opened(Path(work), shared)
+        yield cost | size | look_up(store, asked) | look_up_as_dresd(store, asked)
         for n in times:
             with tempfile.TemporaryDirectory(prefix="rasd-") as into:
-                sorting = enlarge(Path(work), n, Path(into))
-                store = DenseStore.open(into, shared)
-                size = {"mb": n * cost["mb"], "sort_s": sorting} | opened(Path(into), shared)
-                yield size | look_up(store, asked)
+                grown = {"mb": n * cost["mb"], "sort_s": enlarge(Path(work), n, Path(into))}
+                store, size = opened(Path(into), shared)
+                yield grown | size | look_up(store, asked)
 
 
 def _percent() -> Callable[[int, int], None]:

@@ -88,13 +88,7 @@ def test_logits_hidden_states_and_rows_equal_eager(targets, family, prefix):
     close(mine.hidden()[1], theirs.hidden()[1])
 
 
-SCRIPTS = {
-    "oracle": fakes.oracle,
-    "wrong": lambda truth: fakes.always_wrong(truth, VOCAB),
-    "too_long": fakes.too_long,
-    "random": lambda truth: fakes.random_tokens(VOCAB),
-    "partly_right": lambda truth: fakes.partly_right(truth, VOCAB),
-}
+SCRIPTS = fakes.scripts(VOCAB)
 
 
 def decoded(target, drafter=None, ids=None):

@@ -60,14 +60,7 @@ def decoded(target, drafter=None, stats=None):
     return [t for block in blocks for t in block.token_ids]
 
 
-SCRIPTS = {
-    "oracle": fakes.oracle,
-    "wrong": lambda truth: fakes.always_wrong(truth, VOCAB),
-    "empty": lambda _truth: fakes.empty(),
-    "too_long": fakes.too_long,
-    "random": lambda _truth: fakes.random_tokens(VOCAB),
-    "partly_right": lambda truth: fakes.partly_right(truth, VOCAB),
-}
+SCRIPTS = fakes.scripts(VOCAB)
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])

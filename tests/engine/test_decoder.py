@@ -68,14 +68,7 @@ def test_plain_decoding_equals_generate(family):
     )
 
 
-SCRIPTS = {
-    "oracle": fakes.oracle,
-    "wrong": lambda truth: fakes.always_wrong(truth, VOCAB),
-    "empty": lambda truth: fakes.empty(),
-    "too_long": fakes.too_long,
-    "random": lambda truth: fakes.random_tokens(VOCAB),
-    "partly_right": lambda truth: fakes.partly_right(truth, VOCAB),
-}
+SCRIPTS = fakes.scripts(VOCAB)
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
