@@ -248,7 +248,7 @@ def make_drafter(
         cache = PrefixCache(cache_bytes, drafter_model.prefix_files(folder))
         return _translated(target, drafter_model, cache, namespace)
     if drafter_model is None and spec == "auto" and lossless:
-        return FusedDrafter(_free_parts())
+        return FusedDrafter(_free_parts(target.target))
     own = drafter_model or target
     model = ModelDrafter(
         own.target,
@@ -258,12 +258,17 @@ def make_drafter(
         namespace=namespace,
     )
     cascade = CascadeDrafter(model, SuffixDrafter())
-    return FusedDrafter(_free_parts(), cascade) if spec == "auto" and lossless else cascade
+    return (
+        FusedDrafter(_free_parts(target.target), cascade)
+        if spec == "auto" and lossless
+        else cascade
+    )
 
 
-def _free_parts() -> list[Drafter]:
-    """Return drafters that need nothing but the prompt; a third earned less than it took (ADR 9)."""
-    return [SuffixDrafter(tree=True), RecyclingDrafter()]
+def _free_parts(target: TargetModel) -> list[Drafter]:
+    """Return drafters that need nothing but the prompt; others earned less than they took (ADR 9)."""
+    # The prompt's own candidates take a CPU longer than they save, where the tree copies from it.
+    return [SuffixDrafter(tree=True), RecyclingDrafter(prompt=target.device.type != "cpu")]
 
 
 def vocabulary_difference(target: SharedModel, drafter: SharedModel) -> str | None:

@@ -15,6 +15,7 @@ from tiny import WINDOW, tiny_llama, tiny_tokenizer
 
 from rasd_integrations import RASD, ConfigurationError, ContextOverflowError, SamplingParams
 from rasd_integrations.config import PrefixFolder
+from rasd_integrations.drafters.dense import DenseDrafter
 from rasd_integrations.engine.target import TargetModel
 
 PARAMS = SamplingParams(max_tokens=16, ignore_eos=True)
@@ -70,10 +71,10 @@ def test_namespaces_have_files_of_their_own(tmp_path):
         assert (stats.cached_prompt_tokens > 100) is there
 
 
-def test_the_default_drafter_finds_hidden_states(tmp_path):
+def test_a_drafter_finds_hidden_states(tmp_path):
     """The drafter that reads hidden states has those of a warmed document after a restart."""
-    make(tmp_path).warm(DOCUMENTS[:1])
-    later = make(tmp_path)
+    make(tmp_path, drafter=DenseDrafter()).warm(DOCUMENTS[:1])
+    later = make(tmp_path, drafter=DenseDrafter())
     decoder = later._ready()
     ids = later._text().encode_messages(question(DOCUMENTS[0]))
     first, rows = decoder.lease(ids, len(ids) + 1, "").buffer.hidden()

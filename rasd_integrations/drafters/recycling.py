@@ -7,7 +7,8 @@ A draft mixes the rows found under all of its last tokens as an interpolated n-g
 tree best first. Mixing and the row before the last token are ours: docs/explanation/experiments.md.
 
 Of the prompt's places the final hidden states are at hand, kept beside keys and values. Their candidates are
-worked out when a draft first passes near them, few places of thousands.
+worked out when a draft first passes near them, few places of thousands. On a CPU that is most of what a draft
+takes, and beside a drafter that copies from the prompt it can be left out.
 """
 
 from __future__ import annotations
@@ -172,10 +173,17 @@ class RecyclingSession:
         self._shortlist: Shortlist
 
     def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
-        """Announce the prompt's places; the buffer holds their final hidden states."""
-        ids, k = self._prompt, self._drafter.num_candidates
+        """Take the target's output layer, and what the buffer holds of the prompt."""
+        self._shortlist = Shortlist(target.model, self._prompt, self._drafter.num_candidates)
+        if self._drafter.prompt:
+            self._announce(buffer)
+            if target.device.type != "cpu":
+                self._index.fill()
+
+    def _announce(self, buffer: KVBuffer) -> None:
+        """Make the prompt's places known; the buffer holds their final hidden states."""
+        ids, k, shortlist = self._prompt, self._drafter.num_candidates, self._shortlist
         first = max(len(ids) - 1 - self._drafter.max_rows, 0)
-        self._shortlist = shortlist = Shortlist(target.model, ids, k)
         following = np.asarray(ids[1:], np.int32)
 
         @torch.inference_mode()
@@ -191,8 +199,6 @@ class RecyclingSession:
             return _with_copied(rows, following[places])
 
         self._index.announce(ids[first:-1], fetch)
-        if target.device.type != "cpu":
-            self._index.fill()
 
     def learn(self, draft: Draft, logits: Tensor) -> None:
         """Learn what may follow the last committed token and each node of the draft, refused ones too."""
@@ -252,16 +258,16 @@ class RecyclingDrafter:
 
     Attributes:
         gives_logits: It has no law that knowledge transfer could lean towards.
-        reads_hidden: The engine keeps final hidden states for it.
+        reads_hidden: The engine keeps final hidden states for it, where it looks at the prompt.
     """
 
     gives_logits = False
-    reads_hidden = True
 
     def __init__(
         self,
         name: str = "recycling",
         *,
+        prompt: bool = True,
         num_candidates: int = 8,
         max_draft: int = 64,
         min_probability: float = 0.02,
@@ -271,6 +277,7 @@ class RecyclingDrafter:
 
         Args:
             name: Name in the statistics.
+            prompt: Draft from the prompt's places too, else from those of the running answer alone.
             num_candidates: Tokens kept of each row, 1 to 64.
             max_draft: Largest draft, in tokens.
             min_probability: Least product of the scores along a path.
@@ -289,6 +296,7 @@ class RecyclingDrafter:
                 msg = f"{option} is {value}, but must be {limits}."
                 raise ConfigurationError(msg)
         self.name = name
+        self.prompt = self.reads_hidden = prompt
         self.num_candidates = num_candidates
         self.max_draft = max_draft
         self.min_probability = min_probability

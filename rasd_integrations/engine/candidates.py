@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -76,16 +77,13 @@ class Shortlist:
         config = model.config.get_text_config()
         self._k = k
         self._head = model.get_output_embeddings()
-        weight = _weight(model, self._head)
+        self._weight = weight = _weight(model, self._head)
         device = input_device(model) if weight is None else weight.device
         wanted = np.zeros(int(config.vocab_size), np.bool_)
         wanted[:_COMMON] = True
         wanted[np.fromiter(token_ids, np.int64)] = True
         self._token_ids = np.flatnonzero(wanted).astype(np.int32)
         self._wanted = torch.from_numpy(self._token_ids).to(device)
-        self._some = None if weight is None else weight.detach().index_select(0, self._wanted)
-        bias = getattr(self._head, "bias", None)
-        self._offset = None if bias is None else bias.detach().index_select(0, self._wanted)
 
     def of_hidden(self, hidden: Tensor) -> Candidates:
         """Return the candidates of final hidden states ``[rows, hidden]``."""
@@ -93,6 +91,16 @@ class Shortlist:
             return self.of_logits(self._head(hidden))
         logits = nn.functional.linear(hidden.to(self._some.device), self._some, self._offset)
         return likeliest(logits, self._k, self._token_ids)
+
+    @cached_property
+    def _some(self) -> Tensor | None:
+        """The output layer's rows of these tokens; whoever has logits already needs no copy of them."""
+        return None if self._weight is None else self._weight.detach()[self._wanted]
+
+    @cached_property
+    def _offset(self) -> Tensor | None:
+        bias = getattr(self._head, "bias", None)
+        return None if bias is None else bias.detach()[self._wanted]
 
     def of_logits(self, logits: Tensor) -> Candidates:
         """Return the candidates of logits ``[rows, vocab]``."""

@@ -22,7 +22,7 @@ from rasd_integrations.engine.schedule import Experience, Schedule, check_lockst
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.transfer import mixture_verify, rapid_verify
 from rasd_integrations.engine.verification import Verdict, block_verify, sample_and_walk
-from rasd_integrations.errors import ContextOverflowError, DecodingError, PromptError
+from rasd_integrations.errors import ContextOverflowError, DecodingError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import Draft, DraftContext, FinishReason, GrammarState, TokenBlock
 
@@ -98,14 +98,7 @@ class SpeculativeDecoder:
             DeviceMemoryError: The request does not fit; others go on.
         """
         ids = list(prompt_ids)
-        if not ids:
-            msg = "The prompt has no tokens. Give it at least one character of text."
-            raise PromptError(msg)
-        if not 0 <= min(ids) <= max(ids) < self.target.vocab_size:
-            msg = f"A prompt id is outside 0..{self.target.vocab_size - 1}. Use this model's tokenizer."
-            raise PromptError(msg)
-        if len(ids) + params.max_tokens > self.target.window:
-            raise ContextOverflowError(len(ids), params.max_tokens, self.target.window)
+        self.target.check_prompt(ids, params.max_tokens)
         stats = stats if stats is not None else DecodingStats()
         config = config or self.config
         if self.target.is_sharded:
@@ -130,8 +123,8 @@ class SpeculativeDecoder:
     def _prefill(self, ids: list[int], namespace: str) -> Iterator[int]:
         lease = self.lease([*ids, 0], len(ids) + 1, namespace)
         try:
-            for done in self.target.prefill(ids[lease.reused :], lease.buffer):
-                yield lease.reused + done
+            for _ in self.target.prefill(ids[lease.reused :], lease.buffer):
+                yield lease.buffer.length
             lease.save(ids)
         finally:
             lease.release(ids)
@@ -176,16 +169,23 @@ class _Answer:
         lease = self.lease(self.ids, num_prompt + self.params.max_tokens + 64)
         try:
             self.stats.cached_prompt_tokens = lease.reused
-            for _ in self.target.prefill(self.ids[lease.reused : -1], lease.buffer):
+            # What the prompt's last row says is the first token, unless the drafter has a say in it.
+            whole = self.config.lossless and self.config.num_draft_tokens is None
+            first: Tensor | None = None
+            prompt = self.ids[lease.reused : num_prompt if whole else num_prompt - 1]
+            for logits in self.target.prefill(prompt, lease.buffer):
+                first = logits if whole else None
                 self._tick("prefill_s", started)
                 started = time.perf_counter()
                 yield TokenBlock(())
             lease.record(self.ids)
-            self._start_session(lease.buffer)
-            reason: FinishReason | None = None
-            while reason is None:
+            block = TokenBlock(())
+            if first is not None:  # the drafter starts behind it, so that it comes the sooner
+                block = self._step(lease, self.params.max_tokens, first)
+                yield block
+            self._start_session(lease.buffer, block)
+            while block.finish_reason is None:
                 block = self._step(lease, self.params.max_tokens - (len(self.ids) - num_prompt))
-                reason = block.finish_reason
                 yield block
         finally:
             self.decoder.experience = self.schedule.experience
@@ -194,10 +194,10 @@ class _Answer:
             lease.release(self.ids)
 
     @torch.inference_mode()
-    def _step(self, lease: Lease, room: int) -> TokenBlock:
-        """Draft, verify and commit one block; ``room`` is what the answer may still hold."""
+    def _step(self, lease: Lease, room: int, first: Tensor | None = None) -> TokenBlock:
+        """Draft, verify and commit at most ``room`` tokens, or draw the one that the logits ``first`` foretell."""
         started = time.perf_counter()
-        aside = self._stands_aside()
+        aside = first is not None or self._stands_aside()
         budget = 0 if aside or self.session is None else self.schedule.next_budget()
         proposed = self._propose(min(budget, room - 1))
         draft = proposed.head(self.schedule.head(proposed)) if budget > 0 else proposed
@@ -211,15 +211,14 @@ class _Answer:
         bits = None
         if self.grammar is not None:
             # A forced token has no law of the drafter's, which a lossy law asks for.
-            most = room - 1 if self.config.lossless else 0
+            most = room - 1 if self.config.lossless and first is None else 0
             draft, bits = guide(self.grammar, draft, most, self.target.eos_ids)
         parents = None if draft.is_chain else draft.parents
-        logits = self.target.step(
-            [self.ids[-1], *draft.token_ids],
-            lease.buffer,
-            parents,
-            rows=0 if aside else self.schedule.rows,
-        )
+        logits = first
+        if logits is None:
+            rows = 0 if aside else self.schedule.rows
+            tokens = [self.ids[-1], *draft.token_ids]
+            logits = self.target.step(tokens, lease.buffer, parents, rows=rows)
         if bits is not None:
             logits = mask_rows(logits, bits)
         verdict = self._verify(logits, draft)
@@ -230,7 +229,8 @@ class _Answer:
             tokens, reason = self._followed(self.grammar, tokens, reason)
         accepted = verdict.accepted[: len(tokens)]
         # The last token's own row comes with the next step.
-        lease.buffer.commit([0, *(1 + i for i in accepted[: len(tokens) - 1])])
+        if first is None:
+            lease.buffer.commit([0, *(1 + i for i in accepted[: len(tokens) - 1])])
         self.ids.extend(tokens)
         self._count(draft, accepted)
         block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
@@ -332,17 +332,21 @@ class _Answer:
 
     # A drafter may be the user's own code: its faults cost speed, never the answer.
 
-    def _start_session(self, buffer: KVBuffer) -> None:
+    def _start_session(self, buffer: KVBuffer, block: TokenBlock) -> None:
+        """Start the drafter behind the prompt and the first ``block``, unless that was the last."""
         if self.drafter is None:
-            asked_off = "drafting is off for this call"
-            plain = "no drafter" if self.params.drafting else asked_off
+            plain = "no drafter" if self.params.drafting else "drafting is off for this call"
             self.stats.off_reason = self.stats.off_reason or plain
+            return
+        if block.finish_reason is not None:
             return
         started = time.perf_counter()
         try:
-            self.session = self.drafter.start(self.context)
-            if isinstance(self.session, TargetReader):
-                self.session.attach(self.target, buffer)
+            self.session = session = self.drafter.start(self.context)
+            if isinstance(session, TargetReader):
+                session.attach(self.target, buffer)
+            if block.token_ids:
+                session.observe(block)
         except Exception as err:  # noqa: BLE001
             self._drafter_failed(err)
         self._tick("draft_s", started)

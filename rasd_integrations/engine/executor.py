@@ -25,7 +25,7 @@ class StepOutput:
     """What a step returns; its keys and values lie in the buffer behind the committed rows.
 
     Attributes:
-        logits: ``[n, vocab]``, or ``[0, vocab]`` for a piece of a prefill.
+        logits: ``[n, vocab]``, or ``[1, vocab]`` of the last row of a prefill's piece.
         hidden: ``[n, hidden]``, what the output layer reads; kept only where a buffer asks for it.
     """
 
@@ -47,7 +47,7 @@ class Executor(Protocol):
     by_rows: bool
     in_8_bits: bool
 
-    def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
+    def step(self, ids: Tensor, context: StepContext, *, every_row: bool) -> StepOutput:
         """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it."""
         ...
 
@@ -97,24 +97,21 @@ class EagerExecutor:
         device = input_device(model)
         # Masks that are already four-dimensional pass through transformers untouched; ours is unread.
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        self._vocab_size = int(model.config.get_text_config().vocab_size)
 
-    def step(self, ids: Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
+    def step(self, ids: Tensor, context: StepContext, *, every_row: bool) -> StepOutput:
         """Run one forward of the stock module."""
-        module: nn.Module = self._model if want_logits else self._body
         with outputs_of(self._body) as seen:
-            out = module(
+            out = self._model(
                 input_ids=ids[None],
                 position_ids=context.positions[None],
                 attention_mask=self._mask,
                 past_key_values=self._cache,
                 use_cache=True,
+                logits_to_keep=0 if every_row else 1,  # 0 keeps all
                 rasd_step=context,
             )
-        hidden = seen[0].last_hidden_state[0]
-        if not want_logits:
-            return StepOutput(torch.empty(0, self._vocab_size), hidden)
-        return StepOutput(out.logits[0], hidden)
+        logits = out.logits[0] if every_row else out.logits[0, -1:]
+        return StepOutput(logits, seen[0].last_hidden_state[0])
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -151,7 +148,7 @@ def check_attention(executor: Executor, num_layers: int, device: torch.device) -
     executor.step(
         torch.zeros(2, dtype=torch.long, device=device),
         StepContext(positions, (Segment(buffer, positions, None),)),
-        want_logits=False,
+        every_row=False,
     )
     seen = buffer.num_layers
     if seen != num_layers:

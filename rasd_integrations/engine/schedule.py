@@ -159,8 +159,7 @@ class Schedule:
         return self._asked
 
     def _next(self) -> int:
-        # Answers begin with words of their own, and a first draft is dear: the first token comes sooner without.
-        if not self._costs.rows or self._costs.wants_plain:
+        if self._costs.wants_plain:
             return 0
         says = self._last_s is not None and self._drafts_cheaply()
         best = self._max if says else self._best_chain()

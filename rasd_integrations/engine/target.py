@@ -22,7 +22,7 @@ from rasd_integrations.engine.executor import (
 )
 from rasd_integrations.engine.kv import KVBuffer, sent
 from rasd_integrations.engine.step_queue import StepQueue
-from rasd_integrations.errors import DeviceMemoryError
+from rasd_integrations.errors import ContextOverflowError, DeviceMemoryError, PromptError
 
 PREFILL_PIECE = 512  # tokens; on a GPU four times as many keep it busy
 _BATCH_ROWS = 64  # more rows cost as much together as apart
@@ -35,7 +35,7 @@ class _Work:
 
     tokens: Tensor
     segment: Segment
-    want_logits: bool
+    every_row: bool
     rows: int = 0
 
 
@@ -116,11 +116,27 @@ class TargetModel:
         """Whether keys and values are kept in bytes, which only its own steps read."""
         return self._executor.in_8_bits
 
-    def prefill(self, ids: Sequence[int], buffer: KVBuffer) -> Iterator[int]:
+    def check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
+        """See that a prompt of ``ids`` can be answered with ``max_tokens``.
+
+        Raises:
+            PromptError: It is empty or holds an id that the model does not know.
+            ContextOverflowError: Prompt and answer exceed the window.
+        """
+        if not ids:
+            msg = "The prompt has no tokens. Give it at least one character of text."
+            raise PromptError(msg)
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            msg = f"A prompt id is outside 0..{self.vocab_size - 1}. Use this model's tokenizer."
+            raise PromptError(msg)
+        if len(ids) + max_tokens > self.window:
+            raise ContextOverflowError(len(ids), max_tokens, self.window)
+
+    def prefill(self, ids: Sequence[int], buffer: KVBuffer) -> Iterator[Tensor]:
         """Append the keys and values of ``ids`` to ``buffer``, piece by piece.
 
         Yields:
-            Tokens done after each piece; others have their turns in between.
+            After each piece the logits ``[1, vocab]`` of its last token; others have their turns in between.
 
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer holds what was appended before.
@@ -131,11 +147,11 @@ class TargetModel:
             if len(ids) - done < 2 * size:  # a short rest is not worth a forward of its own
                 size = len(ids) - done
             piece = ids[done : done + size]
-            work = self._prepared(piece, None, buffer, want_logits=False)
-            self._turns.submit(work, len(piece), alone=True)
+            work = self._prepared(piece, None, buffer, every_row=False)
+            logits = self._turns.submit(work, len(piece), alone=True)
             buffer.commit(range(len(piece)))
             done += len(piece)
-            yield done
+            yield logits
 
     def step(
         self,
@@ -159,7 +175,7 @@ class TargetModel:
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
         """
-        work = self._prepared(ids, parents, buffer, want_logits=True, rows=rows)
+        work = self._prepared(ids, parents, buffer, every_row=True, rows=rows)
         return self._turns.submit(work, len(ids))
 
     @torch.inference_mode()
@@ -169,7 +185,7 @@ class TargetModel:
         parents: Sequence[int] | None,
         buffer: KVBuffer,
         *,
-        want_logits: bool,
+        every_row: bool,
         rows: int = 0,
     ) -> _Work:
         """Do all that may fail for one answer alone, in its own thread."""
@@ -177,7 +193,7 @@ class TargetModel:
             buffer.reserve(len(ids))
             positions, mask = self._layout(len(ids), parents, buffer.length + buffer.shift)
             tokens = sent(torch.tensor(ids, dtype=torch.long), self.device)
-            return _Work(tokens, Segment(buffer, positions, mask), want_logits, rows)
+            return _Work(tokens, Segment(buffer, positions, mask), every_row, rows)
 
     def _layout(
         self, n: int, parents: Sequence[int] | None, length: int
@@ -201,12 +217,12 @@ def _forward(executor: Executor, works: Sequence[_Work]) -> Sequence[Tensor]:
         work, segment = works[0], segments[0]
         with _memory_errors(segment.rows, segment.buffer, work.tokens.device):
             context = StepContext(segment.positions, segments, work.rows)
-            out = executor.step(work.tokens, context, want_logits=work.want_logits)
+            out = executor.step(work.tokens, context, every_row=work.every_row)
             _keep_hidden(segments, out.hidden)
             return [out.logits]
     tokens = torch.cat([work.tokens for work in works])
     context = StepContext(torch.cat([s.positions for s in segments]), segments)
-    out = executor.step(tokens, context, want_logits=True)
+    out = executor.step(tokens, context, every_row=True)
     _keep_hidden(segments, out.hidden)
     return torch.split(out.logits, [s.rows for s in segments])
 

@@ -61,6 +61,7 @@ def with_model(family: str) -> FusedDrafter:
 
 MAKERS: dict[str, Callable[[str, tuple[int, ...]], Drafter]] = {
     "recycling": lambda family, ids: RecyclingDrafter(),
+    "recycling, steps alone": lambda family, ids: RecyclingDrafter(prompt=False),
     "fused": lambda family, ids: fused(),
     "fused with an oracle": lambda family, ids: fused(fakes.oracle(ids)),
     "fused with wrong ones": lambda family, ids: fused(

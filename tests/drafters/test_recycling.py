@@ -129,6 +129,20 @@ def test_refused_nodes_teach():
     assert session.propose(1).token_ids == (77,)
 
 
+def test_without_the_prompt_only_steps_teach():
+    """Nothing is drafted before a step was taken, no hidden state is kept, and what steps say is learned as ever."""
+    drafter = RecyclingDrafter(prompt=False, num_candidates=2)
+    assert not drafter.reads_hidden
+    session, _ = attached(drafter, TargetModel(tiny_llama()), PROMPT, hidden=False)
+    assert not session.propose(8).token_ids
+    logits = torch.full((1, 259), -20.0)
+    logits[0, 40] = 20.0  # after 6
+    session.learn(Draft(), logits)
+    session.observe(TokenBlock((41,)))
+    session.observe(TokenBlock((6,)))
+    assert session.propose(1).token_ids == (40,)
+
+
 def test_heads_of_a_tree_are_the_smaller_trees():
     """Nodes come best first: a smaller budget gives the head of a larger one's draft."""
     session, _ = attached(RecyclingDrafter(), TargetModel(tiny_llama()), PROMPT)

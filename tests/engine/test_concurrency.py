@@ -43,8 +43,8 @@ class Gated(EagerExecutor):
         self.waiting_for = 0
         self.target: TargetModel | None = None
 
-    def step(self, ids: torch.Tensor, context: StepContext, *, want_logits: bool) -> StepOutput:
-        if self.target is not None and want_logits:
+    def step(self, ids: torch.Tensor, context: StepContext, *, every_row: bool) -> StepOutput:
+        if self.target is not None and every_row:
             self.batches.append([s.rows for s in context.segments])
             deadline = time.monotonic() + SOON_S
             while len(self.target._turns._queue) < self.waiting_for:
@@ -52,7 +52,7 @@ class Gated(EagerExecutor):
                 time.sleep(0.0005)
             self.waiting_for = 0
         self.refuse(context)
-        return super().step(ids, context, want_logits=want_logits)
+        return super().step(ids, context, every_row=every_row)
 
 
 def gated(model: PreTrainedModel) -> tuple[TargetModel, Gated]:
@@ -261,14 +261,20 @@ def test_a_rope_that_reads_the_whole_batch_is_not_batched(rope, rows):
     assert rows == TargetModel(model).max_batch_rows
 
 
+def lengths(target: TargetModel, ids: list[int]) -> list[int]:
+    """Return how much is prefilled after each piece."""
+    buffer = KVBuffer(2048)
+    return [buffer.length for _ in target.prefill(ids, buffer)]
+
+
 def test_prefill_takes_short_pieces_while_another_thread_decodes():
     """A step waits for a short piece; without one in sight the pieces are long."""
     target = TargetModel(tiny_llama())
     ids = random_ids(2 * PREFILL_PIECE)
-    assert [PREFILL_PIECE, 2 * PREFILL_PIECE] == list(target.prefill(ids, KVBuffer(2048)))
+    assert [PREFILL_PIECE, 2 * PREFILL_PIECE] == lengths(target, ids)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(target.step, [1], KVBuffer(8)).result()
-    pieces = list(target.prefill(ids, KVBuffer(2048)))
+    pieces = lengths(target, ids)
     assert PREFILL_PIECE >= 4 * pieces[0]
     assert len(ids) == pieces[-1]
 

@@ -160,8 +160,8 @@ def test_forced_tokens_are_drafted_for_free():
         follows=lambda path: text[len(path) : len(path) + 1],
     )  # fmt: skip
     assert got == text
-    assert stats.target_steps == 2  # 64 rows, then the rest
-    assert stats.as_dict()["drafters"]["grammar"] == {"drafted": 79, "accepted": 79}
+    assert stats.target_steps == 3  # the prompt's own token, 64 rows, the rest
+    assert stats.as_dict()["drafters"]["grammar"] == {"drafted": 78, "accepted": 78}
 
 
 def test_the_end_of_the_grammar_ends_the_answer():

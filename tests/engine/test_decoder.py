@@ -12,6 +12,7 @@ from tiny import EOS, FAMILIES, VOCAB, WINDOW, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.engine.decoder import SpeculativeDecoder
+from rasd_integrations.engine.executor import EagerExecutor
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel, _forward
@@ -127,7 +128,8 @@ def check_cache(target: TargetModel, buffer: KVBuffer, ids: list[int]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 @pytest.mark.parametrize("shape", ["chain", "tree"])
-def test_cache_is_true_after_every_block(family, shape):
+@pytest.mark.parametrize("n", [None, 5])
+def test_cache_is_true_after_every_block(family, shape, n):
     """After each block, length and logits are those of a fresh forward."""
     target = TargetModel(FAMILIES[family]())
     truth = decode(target)
@@ -135,7 +137,7 @@ def test_cache_is_true_after_every_block(family, shape):
     if shape == "tree":
         propose = fakes.as_tree(propose, VOCAB)
     cache = PrefixCache(1 << 20)
-    config = SpeculationConfig(num_draft_tokens=5)
+    config = SpeculationConfig(num_draft_tokens=n)
     decoder = SpeculativeDecoder(
         target, ScriptedDrafter(propose), config=config, prefix_cache=cache
     )
@@ -181,6 +183,41 @@ def test_closing_a_stream_frees_its_session_and_keeps_a_true_cache(target):
     assert len(cache) == 1
     check_cache(target, cache._entries[0].buffer, prompt_ids() + seen)
     assert decode(target, cache=cache) == truth
+
+
+def test_the_prefill_says_the_first_token(target):
+    """It takes no step and waits for no drafter, who then starts behind it."""
+    truth = decode(target)
+    executor = Counting(target._executor)
+    counted = TargetModel(target.model, executor=executor)
+    drafter = ScriptedDrafter(fakes.oracle(truth))
+    blocks = SpeculativeDecoder(counted, drafter).generate(prompt_ids(), GREEDY)
+    pieces = [next(blocks), next(blocks)]
+    assert [block.token_ids for block in pieces] == [(), (truth[0],)]
+    assert (executor.steps, drafter.sessions) == (0, [])
+    assert [t for block in blocks for t in block.token_ids] == truth[1:]
+    assert drafter.sessions[0].answer == truth
+
+
+def test_an_answer_of_one_token_starts_no_drafter(target):
+    """Nothing would come of its draft."""
+    drafter, stats = ScriptedDrafter(fakes.empty()), DecodingStats()
+    params = SamplingParams(max_tokens=1)
+    assert decode(target, drafter, params, stats=stats) == decode(target)[:1]
+    assert not drafter.sessions
+    assert (stats.target_steps, stats.generated_tokens) == (1, 1)
+
+
+def test_closing_a_stream_before_its_first_token_keeps_a_true_cache(target):
+    """The kept rows are those of the whole prompt."""
+    cache = PrefixCache(1 << 20)
+    blocks = SpeculativeDecoder(target, prefix_cache=cache).generate(prompt_ids(), GREEDY)
+    assert not next(blocks).token_ids
+    blocks.close()
+    buffer = cache._entries[0].buffer
+    assert buffer.length == len(prompt_ids())
+    check_cache(target, buffer, [*prompt_ids(), 1])
+    assert decode(target, cache=cache) == decode(target)
 
 
 def test_failing_drafter_costs_speed_only(target):
@@ -271,19 +308,25 @@ def test_eos_is_part_of_the_token_ids(target):
     assert got == truth[: truth.index(truth[2]) + 1]
 
 
-class FullMemory:
-    """An executor that runs out of memory at its third step."""
-
-    grain = 1
+class Counting(EagerExecutor):
+    """An executor that counts its decoding steps."""
 
     def __init__(self, executor):
         self.executor, self.steps = executor, 0
 
-    def step(self, ids, context, *, want_logits):
-        self.steps += want_logits
+    def step(self, ids, context, *, every_row):
+        self.steps += every_row
+        return self.executor.step(ids, context, every_row=every_row)
+
+
+class FullMemory(Counting):
+    """An executor that runs out of memory at its third step."""
+
+    def step(self, ids, context, *, every_row):
+        out = super().step(ids, context, every_row=every_row)
         if self.steps == 3:
             raise torch.OutOfMemoryError
-        return self.executor.step(ids, context, want_logits=want_logits)
+        return out
 
 
 def test_out_of_memory_fails_the_request_and_nothing_else():

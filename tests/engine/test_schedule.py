@@ -143,14 +143,6 @@ def test_one_dear_draft_switches_nothing_off():
     assert schedule.next_budget() > 0
 
 
-def begun(last: Schedule) -> Schedule:
-    """Return the next answer's schedule after its first step."""
-    schedule = Schedule(8, experience=last.experience)
-    schedule.next_budget()
-    schedule.record(0, 0, 0.0, 1.0)
-    return schedule
-
-
 def losing(schedule: Schedule) -> int:
     """Return the steps that are drafted in of 100 whose drafts never come true."""
     asked = 0
@@ -193,7 +185,7 @@ def test_a_draft_that_was_held_up_once_is_asked_for_in_full_again():
     schedule.next_budget()
     schedule.record(0, 0, 50.0, 1.0, proposed=chain([0.9] * 8), committed=[0])
     assert schedule.next_budget() == 8
-    assert begun(schedule).next_budget() == 8
+    assert Schedule(8, experience=schedule.experience).next_budget() == 8
 
 
 def test_an_answer_is_not_charged_with_what_earlier_ones_lost():
@@ -201,14 +193,4 @@ def test_an_answer_is_not_charged_with_what_earlier_ones_lost():
     last = Schedule(8)
     losing(last)
     assert last.experience.lost > 2
-    assert begun(last).next_budget() > 0
-
-
-def test_the_first_token_of_an_answer_does_not_wait_for_a_draft():
-    """However well the last answer was drafted; a length that is fixed is kept."""
-    last = Schedule(8)
-    judged(last, 40, [0.99] * 8, kept=1.0, slope=0.05)
-    assert last.next_budget() == 8
-    assert Schedule(8, experience=last.experience).next_budget() == 0
-    assert begun(last).next_budget() == 8
-    assert Schedule(8, 4, experience=last.experience).next_budget() == 4
+    assert Schedule(8, experience=last.experience).next_budget() > 0
