@@ -116,24 +116,25 @@ class CompiledExecutor:
             )
             raise ConfigurationError(msg) from err
 
-    def step(self, ids: Tensor, context: StepContext, *, every_row: bool) -> StepOutput:
+    def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
         """Run ``ids`` ``[n]`` behind the prefixes; the new rows are laid behind them."""
         segments = context.segments
         if not all(map(self._can_run, segments)):
-            return self._eager.step(ids, context, every_row=every_row)
+            return self._eager.step(ids, context, num_logits=num_logits)
         n = len(ids)
-        # A piece of a prefill runs as it comes.
-        width = self._width(n, context) if every_row else n
+        # A piece of a prefill runs as it comes, and its last row's logits are always there.
+        decodes = num_logits == n
+        width = self._width(n, context) if decodes else n
         pages = self._bind([segment.buffer for segment in segments], width)
         spans = _spans(segments, width - n)
-        frame = self._frame(tuple(span.place for span in spans), pages, 0 if every_row else n - 1)
+        frame = self._frame(tuple(span.place for span in spans), pages, 0 if decodes else n - 1)
         frame.fill(ids, context.positions, spans)
         self._request.infer()
         # Copied by numpy: torch's threads would spin where the graph's next ones want to run.
         logits, hidden = (
             _tensor(self._request.get_output_tensor(index).data[:n].copy()) for index in range(2)
         )
-        return StepOutput(logits, hidden)
+        return StepOutput(logits[:num_logits], hidden)
 
     def _frame(self, places: tuple[paged.Place, ...], pages: int, first_row: int) -> Frame:
         """Return what the request reads, laid out for answers at ``places``."""
@@ -216,7 +217,7 @@ class CompiledExecutor:
                 executor.step(
                     ids[first:last],
                     StepContext(positions, (Segment(buffer, positions, mask),)),
-                    every_row=True,
+                    num_logits=last - first,
                 ).logits.float()
                 for executor, buffer in zip(executors, buffers, strict=True)
             )
@@ -225,7 +226,7 @@ class CompiledExecutor:
             off.append(float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median()))
         for rows in range(1, _USUAL_ROWS + 1, self.grain):
             segment = Segment(buffers[0], len(ids) + torch.arange(rows), None)
-            self.step(ids[:rows], StepContext(segment.positions, (segment,)), every_row=True)
+            self.step(ids[:rows], StepContext(segment.positions, (segment,)), num_logits=rows)
         far = _FAR_IN_8_BITS if self.in_8_bits else _FAR[model.dtype]
         if not max(off) <= far:
             msg = (

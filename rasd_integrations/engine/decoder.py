@@ -172,8 +172,8 @@ class _Answer:
             # What the prompt's last row says is the first token, unless the drafter has a say in it.
             whole = self.config.lossless and self.config.num_draft_tokens is None
             first: Tensor | None = None
-            prompt = self.ids[lease.reused : num_prompt if whole else num_prompt - 1]
-            for logits in self.target.prefill(prompt, lease.buffer):
+            prompt = self.ids[lease.reused : num_prompt - (not whole)]
+            for logits in self.target.prefill(prompt, lease.buffer, num_logits=int(whole)):
                 first = logits if whole else None
                 self._tick("prefill_s", started)
                 started = time.perf_counter()

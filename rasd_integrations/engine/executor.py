@@ -25,7 +25,7 @@ class StepOutput:
     """What a step returns; its keys and values lie in the buffer behind the committed rows.
 
     Attributes:
-        logits: ``[n, vocab]``, or ``[1, vocab]`` of the last row of a prefill's piece.
+        logits: ``[num_logits, vocab]``, of the last rows.
         hidden: ``[n, hidden]``, what the output layer reads; kept only where a buffer asks for it.
     """
 
@@ -47,8 +47,14 @@ class Executor(Protocol):
     by_rows: bool
     in_8_bits: bool
 
-    def step(self, ids: Tensor, context: StepContext, *, every_row: bool) -> StepOutput:
-        """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it."""
+    def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
+        """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it.
+
+        Args:
+            ids: Of the step's rows.
+            context: What they are, and what stands before them.
+            num_logits: Of the last rows: all ``n`` in decoding, 0 or 1 in a prefill.
+        """
         ...
 
 
@@ -97,21 +103,26 @@ class EagerExecutor:
         device = input_device(model)
         # Masks that are already four-dimensional pass through transformers untouched; ours is unread.
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self._vocab_size = int(model.config.get_text_config().vocab_size)
 
-    def step(self, ids: Tensor, context: StepContext, *, every_row: bool) -> StepOutput:
+    def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
         """Run one forward of the stock module."""
+        module: nn.Module = self._model if num_logits else self._body
+        keep = {"logits_to_keep": num_logits} if num_logits else {}
         with outputs_of(self._body) as seen:
-            out = self._model(
+            out = module(
                 input_ids=ids[None],
                 position_ids=context.positions[None],
                 attention_mask=self._mask,
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_to_keep=0 if every_row else 1,  # 0 keeps all
                 rasd_step=context,
+                **keep,
             )
-        logits = out.logits[0] if every_row else out.logits[0, -1:]
-        return StepOutput(logits, seen[0].last_hidden_state[0])
+        hidden = seen[0].last_hidden_state[0]
+        if not num_logits:
+            return StepOutput(torch.empty(0, self._vocab_size), hidden)
+        return StepOutput(out.logits[0, -num_logits:], hidden)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -148,7 +159,7 @@ def check_attention(executor: Executor, num_layers: int, device: torch.device) -
     executor.step(
         torch.zeros(2, dtype=torch.long, device=device),
         StepContext(positions, (Segment(buffer, positions, None),)),
-        every_row=False,
+        num_logits=0,
     )
     seen = buffer.num_layers
     if seen != num_layers:

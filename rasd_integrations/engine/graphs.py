@@ -147,11 +147,12 @@ class GraphExecutor:
         return sum(run is not None for runs in self._graphs.values() for run in runs.values())
 
     @torch.inference_mode()
-    def step(self, ids: Tensor, context: StepContext, *, every_row: bool) -> StepOutput:
+    def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
         """Run the graph of this shape, or eagerly what has none."""
-        run = self._known(ids, context) if every_row and not self.is_off else None
+        decodes = num_logits == len(ids) and not self.is_off
+        run = self._known(ids, context) if decodes else None
         if run is None:
-            return self._eager.step(ids, context, every_row=every_row)
+            return self._eager.step(ids, context, num_logits=num_logits)
         return self._replayed(run, ids, context.segments[0])
 
     def _replayed(self, run: Run, ids: Tensor, segment: Segment) -> StepOutput:
@@ -198,7 +199,7 @@ class GraphExecutor:
         def run() -> StepOutput:
             fixed = FixedSegment(inputs, pinned, prefix)
             context = StepContext(inputs.positions, (fixed,))
-            return self._eager.step(inputs.ids, context, every_row=True)
+            return self._eager.step(inputs.ids, context, num_logits=rows)
 
         return self._recorder(run)
 
@@ -210,7 +211,7 @@ class GraphExecutor:
         buffer = KVBuffer(GRANULE)
         places = torch.arange(8, device=device)
         prefill = StepContext(places, (Segment(buffer, places, None),))
-        self._eager.step(ids[:8], prefill, every_row=False)
+        self._eager.step(ids[:8], prefill, num_logits=0)
         buffer.commit(range(8))
         tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=device)
         cases = (
@@ -220,7 +221,9 @@ class GraphExecutor:
         tolerance = _TOLERANCE.get(model.dtype, 0.1)
         for positions, mask in cases:
             segment, rows = Segment(buffer, positions, mask), ids[8 : 8 + len(positions)]
-            wanted = self._eager.step(rows, StepContext(positions, (segment,)), every_row=True)
+            wanted = self._eager.step(
+                rows, StepContext(positions, (segment,)), num_logits=len(rows)
+            )
             try:
                 run = self._record(rows, segment, buffer.capacity)
                 got = self._replayed(run, rows, segment)

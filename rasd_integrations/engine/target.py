@@ -35,7 +35,7 @@ class _Work:
 
     tokens: Tensor
     segment: Segment
-    every_row: bool
+    num_logits: int
     rows: int = 0
 
 
@@ -132,11 +132,19 @@ class TargetModel:
         if len(ids) + max_tokens > self.window:
             raise ContextOverflowError(len(ids), max_tokens, self.window)
 
-    def prefill(self, ids: Sequence[int], buffer: KVBuffer) -> Iterator[Tensor]:
+    def prefill(
+        self, ids: Sequence[int], buffer: KVBuffer, *, num_logits: int = 0
+    ) -> Iterator[Tensor]:
         """Append the keys and values of ``ids`` to ``buffer``, piece by piece.
 
+        Args:
+            ids: What follows the committed tokens.
+            buffer: The prefix.
+            num_logits: Of the last tokens of ``ids``, 0 or 1.
+
         Yields:
-            After each piece the logits ``[1, vocab]`` of its last token; others have their turns in between.
+            After the last piece logits ``[num_logits, vocab]``, after earlier ones ``[0, vocab]``; others have their
+            turns in between.
 
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer holds what was appended before.
@@ -147,10 +155,10 @@ class TargetModel:
             if len(ids) - done < 2 * size:  # a short rest is not worth a forward of its own
                 size = len(ids) - done
             piece = ids[done : done + size]
-            work = self._prepared(piece, None, buffer, every_row=False)
+            done += len(piece)
+            work = self._prepared(piece, None, buffer, num_logits * (done == len(ids)))
             logits = self._turns.submit(work, len(piece), alone=True)
             buffer.commit(range(len(piece)))
-            done += len(piece)
             yield logits
 
     def step(
@@ -175,7 +183,7 @@ class TargetModel:
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
         """
-        work = self._prepared(ids, parents, buffer, every_row=True, rows=rows)
+        work = self._prepared(ids, parents, buffer, len(ids), rows)
         return self._turns.submit(work, len(ids))
 
     @torch.inference_mode()
@@ -184,8 +192,7 @@ class TargetModel:
         ids: Sequence[int],
         parents: Sequence[int] | None,
         buffer: KVBuffer,
-        *,
-        every_row: bool,
+        num_logits: int,
         rows: int = 0,
     ) -> _Work:
         """Do all that may fail for one answer alone, in its own thread."""
@@ -193,7 +200,7 @@ class TargetModel:
             buffer.reserve(len(ids))
             positions, mask = self._layout(len(ids), parents, buffer.length + buffer.shift)
             tokens = sent(torch.tensor(ids, dtype=torch.long), self.device)
-            return _Work(tokens, Segment(buffer, positions, mask), every_row, rows)
+            return _Work(tokens, Segment(buffer, positions, mask), num_logits, rows)
 
     def _layout(
         self, n: int, parents: Sequence[int] | None, length: int
@@ -217,12 +224,12 @@ def _forward(executor: Executor, works: Sequence[_Work]) -> Sequence[Tensor]:
         work, segment = works[0], segments[0]
         with _memory_errors(segment.rows, segment.buffer, work.tokens.device):
             context = StepContext(segment.positions, segments, work.rows)
-            out = executor.step(work.tokens, context, every_row=work.every_row)
+            out = executor.step(work.tokens, context, num_logits=work.num_logits)
             _keep_hidden(segments, out.hidden)
             return [out.logits]
     tokens = torch.cat([work.tokens for work in works])
     context = StepContext(torch.cat([s.positions for s in segments]), segments)
-    out = executor.step(tokens, context, every_row=True)
+    out = executor.step(tokens, context, num_logits=len(tokens))
     _keep_hidden(segments, out.hidden)
     return torch.split(out.logits, [s.rows for s in segments])
 

@@ -119,7 +119,7 @@ def plan_of(model: PreTrainedModel, eager: EagerExecutor) -> Plan:
     ]
     try:
         eager.step(
-            torch.zeros(2, dtype=torch.long), StepContext(positions, (recorder,)), every_row=False
+            torch.zeros(2, dtype=torch.long), StepContext(positions, (recorder,)), num_logits=0
         )
     finally:
         for hook in hooks:

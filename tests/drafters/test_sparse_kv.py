@@ -338,12 +338,13 @@ class Faulty:
     def __init__(self, executor: object, at: int) -> None:
         self.executor, self.left = executor, at
 
-    def step(self, ids: object, context: object, *, every_row: bool) -> object:
-        self.left -= every_row
-        if every_row and self.left == 0:
+    def step(self, ids: torch.Tensor, context: object, *, num_logits: int) -> object:
+        decodes = num_logits == len(ids)
+        self.left -= decodes
+        if decodes and self.left == 0:
             msg = "broken on purpose"
             raise RuntimeError(msg)
-        return self.executor.step(ids, context, every_row=every_row)
+        return self.executor.step(ids, context, num_logits=num_logits)
 
 
 @pytest.mark.parametrize("at", [1, 3, 8], ids=["first", "in-a-draft", "second-draft"])

@@ -151,7 +151,7 @@ def test_memory_that_is_no_number_stays_out(targets, monkeypatch):
 def joint(target, drafts, buffers):
     """Return the logits of one forward for ``(ids, parents)`` behind each buffer."""
     works = [
-        target._prepared(ids, parents, buffer, every_row=True)
+        target._prepared(ids, parents, buffer, len(ids))
         for (ids, parents), buffer in zip(drafts, buffers, strict=True)
     ]
     return _forward(target._executor, works)

@@ -97,7 +97,7 @@ def test_several_answers_in_one_step_say_what_each_says_alone(target):
     """Their rows lie in one arena."""
     buffers = [prefilled(target, random_ids(n, seed=n)) for n in (12, 90, 40)]
     wanted = [target.step([1, 2, 3], buffer.copy(buffer.length, 64)) for buffer in buffers]
-    works = [target._prepared([1, 2, 3], None, b, every_row=True) for b in buffers]
+    works = [target._prepared([1, 2, 3], None, b, 3) for b in buffers]
     for got, alone in zip(_forward(target._executor, works), wanted, strict=True):
         assert off(got, alone) < 1e-3
 

@@ -43,8 +43,8 @@ class Gated(EagerExecutor):
         self.waiting_for = 0
         self.target: TargetModel | None = None
 
-    def step(self, ids: torch.Tensor, context: StepContext, *, every_row: bool) -> StepOutput:
-        if self.target is not None and every_row:
+    def step(self, ids: torch.Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
+        if self.target is not None and num_logits == len(ids):
             self.batches.append([s.rows for s in context.segments])
             deadline = time.monotonic() + SOON_S
             while len(self.target._turns._queue) < self.waiting_for:
@@ -52,7 +52,7 @@ class Gated(EagerExecutor):
                 time.sleep(0.0005)
             self.waiting_for = 0
         self.refuse(context)
-        return super().step(ids, context, every_row=every_row)
+        return super().step(ids, context, num_logits=num_logits)
 
 
 def gated(model: PreTrainedModel) -> tuple[TargetModel, Gated]:

@@ -314,16 +314,16 @@ class Counting(EagerExecutor):
     def __init__(self, executor):
         self.executor, self.steps = executor, 0
 
-    def step(self, ids, context, *, every_row):
-        self.steps += every_row
-        return self.executor.step(ids, context, every_row=every_row)
+    def step(self, ids, context, *, num_logits):
+        self.steps += num_logits == len(ids)
+        return self.executor.step(ids, context, num_logits=num_logits)
 
 
 class FullMemory(Counting):
     """An executor that runs out of memory at its third step."""
 
-    def step(self, ids, context, *, every_row):
-        out = super().step(ids, context, every_row=every_row)
+    def step(self, ids, context, *, num_logits):
+        out = super().step(ids, context, num_logits=num_logits)
         if self.steps == 3:
             raise torch.OutOfMemoryError
         return out

@@ -289,9 +289,9 @@ def test_what_does_not_fit_a_graph_runs_eagerly():
         ours.step([1] * 65, buffer)
         ours.step([1, 2], gathered)
         ours.step([1, 2], KVBuffer(8))
-        ours._executor.step(torch.tensor([1, 2, 1, 2]), both, every_row=True)
+        ours._executor.step(torch.tensor([1, 2, 1, 2]), both, num_logits=4)
         ours._executor.step(
-            torch.tensor([1, 2]), StepContext(positions, segments[:1]), every_row=False
+            torch.tensor([1, 2]), StepContext(positions, segments[:1]), num_logits=0
         )
     assert counted.recordings == 0
     for _ in range(2):
