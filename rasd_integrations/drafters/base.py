@@ -57,9 +57,9 @@ class TargetReader(Protocol):
     def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
         """Take the target and the answer's keys and values; called once, before the first draft.
 
-        The buffer holds all committed tokens but the last and is read only: the session must not commit
-        to it, may run steps on a :meth:`KVBuffer.view` of it, and must not keep views of it beyond
-        :meth:`DraftSession.observe`.
+        Whenever a draft is asked for, the buffer holds all committed tokens but the last. It is read only: the
+        session must not commit to it, may run steps on a :meth:`KVBuffer.view` of it, and must not keep views of it
+        beyond :meth:`DraftSession.observe`.
         """
         ...
 

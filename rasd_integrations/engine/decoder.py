@@ -217,8 +217,8 @@ class _Answer:
         logits = first
         if logits is None:
             rows = 0 if aside else self.schedule.rows
-            tokens = [self.ids[-1], *draft.token_ids]
-            logits = self.target.step(tokens, lease.buffer, parents, rows=rows)
+            run = [self.ids[-1], *draft.token_ids]
+            logits = self.target.step(run, lease.buffer, parents, rows=rows)
         if bits is not None:
             logits = mask_rows(logits, bits)
         verdict = self._verify(logits, draft)
