@@ -10,8 +10,10 @@ import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import get_args
 
 from rasd_integrations._version import __version__
+from rasd_integrations.config import ExecutorName
 from rasd_integrations.errors import MissingDependencyError, RASDError
 
 PACKAGES = (
@@ -68,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     warming.add_argument("--system", help="the system message that prompts begin with")
     warming.add_argument("--before", help="what stands before the document in the user message")
     warming.add_argument("--namespace", help="who may reuse it")
+    warming.add_argument(
+        "--executor", choices=get_args(ExecutorName), help="what runs the model later (auto)"
+    )
     commands.add_parser("info", help="versions, devices, and the models that are here")
     return parser
 

@@ -222,6 +222,32 @@ def test_warm_reads_documents_into_a_folder_with_a_bar(
     assert stats.cached_prompt_tokens > len(text)
 
 
+def test_warm_reads_for_the_executor_that_is_named(
+    docs: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows in 8 bits are found by an engine that keeps such rows, and by no other."""
+    pytest.importorskip("openvino")
+    from rasd_integrations import RASD, SamplingParams
+
+    cache = str(tmp_path / "kept")
+    command = ["warm", "--model", str(tiny_folder), "--dtype", "float32", "--cache", cache]
+    assert main([*command, "--executor", "openvino-kv8", str(docs)]) == 0
+    assert "holds 2 files" in capsys.readouterr().out
+    text = (docs / "arvik.md").read_text(encoding="utf-8").strip()
+    prompt = [{"role": "user", "content": f"{text}\n\nWhen?"}]
+    found = {}
+    for executor in ("openvino-kv8", "openvino"):
+        rasd = RASD(
+            tiny_folder,
+            model_kwargs={"dtype": "float32"},
+            prefix_cache_dir=cache,
+            executor=executor,
+        )
+        stats = rasd.generate(prompt, SamplingParams(max_tokens=2)).stats
+        found[executor] = stats.cached_prompt_tokens > len(text)
+    assert found == {"openvino-kv8": True, "openvino": False}
+
+
 @pytest.mark.parametrize("module", ["rich", "chromadb", "llama_index", "langchain_core"])
 def test_warm_needs_no_extra(
     module: str,

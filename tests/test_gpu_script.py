@@ -33,6 +33,9 @@ def test_the_script_prints_one_document(
             assert all(ms > 0 for ms in figures[engine].values())
         for measured in (figures["host_ms"], figures["waits"]):
             assert measured == {name: dict.fromkeys(widths) for name in ("ours", "graphs")}
+    drafting = document["drafting"]
+    assert min(drafting["eager_ms"], drafting["graphs_ms"]) > 0
+    assert drafting["eager_waits"] is drafting["graphs_waits"] is None
 
 
 def test_steps_on_graphs_are_timed_on_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,10 +78,10 @@ def test_a_wrong_graph_stops_the_run(
 
 @pytest.mark.real
 def test_smollm2_says_the_same_on_every_path() -> None:
-    """The real model's part: eager, graphs, drafted trees on graphs, transformers."""
+    """The real model's part: eager, graphs, trees and a drafter model on graphs, transformers."""
     found = gpu.real("cpu", torch.float32, tokens=12)
     assert found is not None
-    paths = {"transformers", "eager", "graphs", "graphs, drafted"}
+    paths = {"transformers", "eager", "graphs", "graphs, drafted", "graphs, model"}
     assert set(found["identical"]) == set(found["ms_per_token"]) == paths
 
 

@@ -5,8 +5,9 @@ downloaded. Correctness comes first and stops the run: attention, trees and the 
 bfloat16 against float32, eagerly and on CUDA graphs, judged by the error that transformers' own bfloat16
 makes. Then plain and verify steps of 1 to 64 tokens over 8K, 32K and 128K cached ones, against transformers'
 sdpa and against the time that reading weights and KV once takes at the bandwidth measured here; what the
-host adds to each, and how often it waits for the device. Last SmolLM2, where the package of its weights is
-installed: the same ids on every path in float32, and milliseconds a token in bfloat16.
+host adds to each, and how often it waits for the device; then drafts of a 1B-shaped drafter. Last SmolLM2,
+where the package of its weights is installed: the same ids on every path in float32, and milliseconds a token
+in bfloat16.
 
 Example::
 
@@ -33,6 +34,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.drafters.model import ModelDrafter, ModelSession
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.decoder import SpeculativeDecoder
 from rasd_integrations.engine.kv import KVBuffer
@@ -40,6 +42,7 @@ from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification import argmax_rows
 from rasd_integrations.errors import ModelLoadError
 from rasd_integrations.loading import load_model, packaged_model
+from rasd_integrations.types import DraftContext, TokenBlock
 
 
 def timed(size: Setting, step: Callable[[], object]) -> float:
@@ -117,6 +120,26 @@ def costs(size: Setting) -> dict[str, Any]:
             )
     prompt = torch.randint(0, size.vocab, (size.prefixes[0],)).tolist()
     out["prefill"] = {"tokens": len(prompt), **_prefills(size, model, prompt)}
+    return out
+
+
+def drafting(size: Setting, tokens: int = 8) -> dict[str, Any]:
+    """Time drafts of a 1B-shaped drafter over 1 024 tokens, each token asked for and all drawn in a row."""
+    if size.device == "cuda":
+        size = replace(size, layers=16, hidden=2048, mlp=8192)
+    model = build(size, size.layers, size.dtype, 2048)
+    prompt = torch.randint(0, size.vocab, (1024,)).tolist()
+    out: dict[str, Any] = {"tokens": tokens}
+    for name, target in zip(("eager", "graphs"), targets(model), strict=True):
+        session = ModelDrafter(target, confidence=0.0).start(DraftContext(prompt_ids=prompt))
+
+        def draft(session: ModelSession = session) -> None:
+            session.propose(tokens)
+            session.observe(TokenBlock((7,)))
+
+        out[f"{name}_ms"] = timed(size, draft)
+        out[f"{name}_waits"] = waits(size, draft)
+        say(f"a draft of {tokens} tokens, {name}: {out[f'{name}_ms']:.2f} ms")
     return out
 
 
@@ -203,6 +226,10 @@ def real(device: str, dtype: torch.dtype, tokens: int = 64) -> dict[str, Any] | 
         "eager": SpeculativeDecoder(eager),
         "graphs": SpeculativeDecoder(graphs),
         "graphs, drafted": SpeculativeDecoder(graphs, SuffixDrafter(tree=True), config=config),
+        # its own drafter, whose drafts are drawn in a row
+        "graphs, model": SpeculativeDecoder(
+            graphs, ModelDrafter(graphs, confidence=0.0), config=config
+        ),
     }
     answers = {"transformers": _generated(loaded.model, ids, tokens)}
     answers |= {name: _decoded(decoder, ids, params) for name, decoder in paths.items()}
@@ -264,6 +291,7 @@ def main() -> None:
         "torch": torch.__version__,
         "correctness": report,
         **costs(size),
+        "drafting": drafting(size),
         "smollm2": {} if args.tiny else {str(d): real(size.device, d) for d in REAL_DTYPES},
         "seconds": time.perf_counter() - start,
     }

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from rasd_integrations.config import ExecutorName
 from rasd_integrations.demo.corpus import Document, read_documents
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading import packaged_model
@@ -25,6 +26,7 @@ def warm(
     system: str = "",
     before: str = "",
     cache_gib: float | None = None,
+    executor: ExecutorName = "auto",
 ) -> None:
     """Prefill every document and say what the folder holds then.
 
@@ -37,6 +39,7 @@ def warm(
         system: The system message that prompts will begin with.
         before: What stands before the document in the user message.
         cache_gib: Most that the folder may hold.
+        executor: What runs the model later; with ``"openvino-kv8"`` what is kept is in 8 bits.
 
     Raises:
         ConfigurationError: A path has no text, a document does not fit the window, the folder is read-only.
@@ -49,6 +52,7 @@ def warm(
         namespace=namespace,
         prefix_cache_dir=cache,
         prefix_cache_bytes=0,
+        executor=executor,
         **limit,  # type: ignore[arg-type]
     ) as rasd:
         heads = [_head(rasd, document, system, before) for document in documents]

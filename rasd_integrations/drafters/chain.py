@@ -7,6 +7,7 @@ first layers differ only in the buffer that they hand over.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from operator import mul
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from rasd_integrations.drafters.base import Helper
 from rasd_integrations.engine.constraints import chain_masks, forced_after, mask_rows
 from rasd_integrations.engine.kv import KVBuffer
-from rasd_integrations.engine.sampling import process_logits, sampling_law
+from rasd_integrations.engine.loop import Sampler
+from rasd_integrations.engine.sampling import process_logits, sampling_law, uniform_numbers
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification import sample_and_walk
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
@@ -78,8 +80,7 @@ class ChainSession:
         ended = False
         while len(tokens) < budget and not ended:
             unread = [*pending, *tokens][buffer.length - start :]
-            new, logits = self._forward(buffer, unread, tokens, budget - len(tokens))
-            sure = self._chances(new, logits)
+            new, sure, logits = self._forward(buffer, unread, tokens, budget - len(tokens))
             ended, kept = self._ends(new, sure)
             tokens += new[:kept]
             chances += sure[:kept]
@@ -88,7 +89,7 @@ class ChainSession:
         if self._context.wants_logits:
             # also after the last token: see docs/adr on the transfer law
             unread = [*pending, *tokens][buffer.length - start :]
-            rows.append(self._forward(buffer, unread, tokens, 0)[1])
+            rows.append(self._forward(buffer, unread, tokens, 0)[-1])
         if not rows:
             return Draft(source=self._source)
         logits = torch.cat(rows)
@@ -102,8 +103,8 @@ class ChainSession:
 
     def _forward(
         self, buffer: KVBuffer, unread: Sequence[int], drafted: Sequence[int], budget: int
-    ) -> tuple[list[int], Tensor]:
-        """Run the model once and return what it says behind ``drafted``, with the logits it comes from.
+    ) -> tuple[list[int], list[float], Tensor]:
+        """Run the model and return what it says behind ``drafted``, how sure it is, and the logits these come from.
 
         With budget 0, return no token and the logits ``[1, vocab]`` after the last one.
         """
@@ -112,19 +113,30 @@ class ChainSession:
             guess = self._helper.propose_after(drafted, min(budget - 1, _HELPER_TOKENS))
         if self._grammar is not None and budget > 1:
             guess = forced_after(self._grammar, drafted)[: budget - 1] or guess
+        if self._grammar is None and not guess and budget > 0:
+            before = self._generator.get_state()
+            drawn = self._model.draw(unread, buffer, budget, self._sampler, self._generator)
+            if drawn is not None:
+                new, sure = drawn.read()
+                self.forwards += len(new)
+                buffer.commit(range(len(unread) + len(new) - 1))
+                _, kept = self._ends(new, sure)
+                self._generator.set_state(before)
+                uniform_numbers((kept,), self._generator)  # as many as if each had been asked for
+                return new[:kept], sure[:kept], drawn.logits[:kept]
         logits = self._model.step([*unread, *guess], buffer)
         self.forwards += 1
-        logits = self._fitted(logits[len(unread) - 1 :])  # [1 + len(guess), vocab]
+        logits = self._sampler.fit(logits[len(unread) - 1 :])  # [1 + len(guess), vocab]
         if self._grammar is not None:
             bits = chain_masks(self._grammar, [*drafted, *guess], self._model.eos_ids)
             logits = mask_rows(logits, bits[len(drafted) :])
         if budget <= 0:
             buffer.commit(range(len(unread)))
-            return [], logits
+            return [], [], logits
         verdict = sample_and_walk(logits, Draft(guess), self._law, self._generator)
         buffer.commit(range(len(unread) + len(verdict.accepted)))
         new = [*(guess[i] for i in verdict.accepted), verdict.token_id]
-        return new, logits[: len(new)]
+        return new, self._chances(new, logits), logits[: len(new)]
 
     def _chances(self, tokens: list[int], logits: Tensor) -> list[float]:
         """Return the model's probability of each of ``tokens``."""
@@ -143,12 +155,18 @@ class ChainSession:
         c = self._context
         return process_logits(logits, c.temperature, c.top_p, c.top_k)
 
-    def _fitted(self, logits: Tensor) -> Tensor:
-        """Return logits over the target's vocabulary: here they are."""
-        return logits
+    @cached_property
+    def _sampler(self) -> Sampler:
+        """How tokens are drawn, the same for all answers of these parameters."""
+        c = self._context
+        return Sampler(c.temperature, c.top_p, c.top_k, self._model.vocab_size, _unchanged)
 
     def _fallback(self, budget: int) -> Draft:
         """Where the model is silent, its helper's draft is free."""
         if self._helper is None or self._context.wants_logits:
             return Draft(source=self._source)
         return Draft(self._helper.propose_after((), budget), source="suffix")
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rasd_integrations.drafters.base import Helper
 from rasd_integrations.drafters.chain import ChainSession
+from rasd_integrations.engine.loop import Sampler
 from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
@@ -52,7 +54,7 @@ class ModelDrafter:
         self.model = model
         self.vocab_size = vocab_size or model.vocab_size
         self.confidence = confidence
-        self.allowed = allowed
+        self.allowed = None if allowed is None else allowed.to(model.device)
         self.namespace = namespace
         self._needs_own_prompt = needs_own_prompt
         self._cache = PrefixCache(0) if prefix_cache is None else prefix_cache
@@ -64,6 +66,15 @@ class ModelDrafter:
         if prompt is not None and not 0 < len(prompt) < self.model.window:
             prompt = None
         return ModelSession(self, self._cache, context, prompt, helper)
+
+    def fitted(self, logits: Tensor) -> Tensor:
+        """Crop or pad logits ``[n, vocab]`` to the target's vocabulary (one family pads differently by size)."""
+        missing = self.vocab_size - logits.shape[-1]
+        if missing:  # padding by less than nothing crops
+            logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        if self.allowed is None:
+            return logits
+        return logits.masked_fill(~self.allowed.to(logits.device), float("-inf"))
 
 
 class ModelSession(ChainSession):
@@ -130,12 +141,7 @@ class ModelSession(ChainSession):
             self._lease = None
         super().close()
 
-    def _fitted(self, logits: Tensor) -> Tensor:
-        """Crop or pad the vocabulary to the target's (one family pads differently by size)."""
-        missing, allowed = self._drafter.vocab_size - logits.shape[-1], self._drafter.allowed
-        if missing > 0:
-            return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
-        logits = logits[:, : self._drafter.vocab_size]
-        if allowed is None:
-            return logits
-        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+    @cached_property
+    def _sampler(self) -> Sampler:
+        drafter, c = self._drafter, self._context
+        return Sampler(c.temperature, c.top_p, c.top_k, drafter.vocab_size, drafter.fitted)

@@ -58,6 +58,19 @@ class FixedInputs:
         self.used.fill_(length)
         self.end.fill_(length + n)
 
+    def stand_at(self, length: int, position: int) -> None:
+        """Place a step of one row behind ``length`` rows of the prefix; its token is laid in by :meth:`follow`."""
+        self.positions.fill_(position)
+        self.length.fill_(length)
+        self.used.fill_(length)
+        self.end.fill_(length + 1)
+
+    def follow(self, ids: Tensor) -> None:
+        """Lay ``ids`` ``[1]`` in and move on by the one row that was read before it."""
+        self.ids.copy_(ids)
+        for number in (self.positions, self.length, self.used, self.end):
+            number.add_(1)
+
 
 @dataclass(frozen=True, slots=True)
 class _View:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, MutableMapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.executor import EagerExecutor, StepOutput
 from rasd_integrations.engine.fixed import FixedInputs, FixedSegment, PrefixAttention, flash_prefix
 from rasd_integrations.engine.kv import GRANULE, KVBuffer
+from rasd_integrations.engine.loop import Drawn, Loop, Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ Run = Callable[[], StepOutput]
 """A step over fixed memory: reads its inputs where they lie, returns its outputs."""
 Recorder = Callable[[Run], Run]
 """Runs a step once or more and returns what runs the same kernels on the same memory again."""
-_Runs = dict[tuple[int, int], Run | None]  # of rows and bucket; None where the shape came once
+_Shape = int | Sampler  # so many rows, or one whose successor is drawn
+_Runs = dict[tuple[_Shape, int], Run | None]  # of shape and bucket; None where it came once
 
 
 def is_available(device: torch.device | str) -> bool:
@@ -103,6 +106,8 @@ def _flash_prefix_for(model: PreTrainedModel) -> PrefixAttention | None:
 class GraphExecutor:
     """Runs one answer's step of up to 64 rows as a graph, and everything else eagerly.
 
+    A drafter's steps, each reading the token that the one before it has drawn, follow one another without the host.
+
     Prefill, several answers in a step, gathered buffers, empty prefixes and models over several devices
     are run by :class:`EagerExecutor`. So is everything where the check at construction finds that graphs
     cannot be recorded or give other logits; one warning says so.
@@ -125,8 +130,10 @@ class GraphExecutor:
         self._eager = EagerExecutor(model)
         self._recorder = recorder or _recorder_for(model.device)
         self._inputs: dict[int, FixedInputs] = {}
+        self._loops: dict[int, Loop] = {}  # by the size of the vocabulary
         self._graphs: MutableMapping[Tensor, _Runs] = WeakTensorKeyDictionary()
         self._prefix: PrefixAttention | None = None
+        self._records_draws = True
         self.is_off = False  # for good
         if len({parameter.device for parameter in model.parameters()}) > 1:
             self._turn_off("the model stands on several devices")
@@ -149,11 +156,41 @@ class GraphExecutor:
     @torch.inference_mode()
     def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
         """Run the graph of this shape, or eagerly what has none."""
-        decodes = num_logits == len(ids) and not self.is_off
-        run = self._known(ids, context) if decodes else None
+        segment, n = context.segments[0], len(ids)
+        run = None
+        if num_logits == n and len(context.segments) == 1 and self.can_record(segment):
+            bucket = kv_bucket(segment.buffer.length + n, segment.buffer.capacity)
+            record = partial(self._record, ids, segment, bucket)
+            run = self._known(_row_bucket(n), bucket, segment.buffer, record)
         if run is None:
             return self._eager.step(ids, context, num_logits=num_logits)
-        return self._replayed(run, ids, context.segments[0])
+        return self._replayed(run, ids, segment)
+
+    @torch.inference_mode()
+    def draw(self, ids: Tensor, segment: Segment, sampler: Sampler, uniform: Tensor) -> Drawn:
+        """Run ``ids``, then draw a token for each number of ``uniform`` and run all of them but the last."""
+        buffer, n = segment.buffer, len(uniform)
+        context = StepContext(segment.positions, (segment,))
+        logits = self.step(ids, context, num_logits=len(ids)).logits[-1:]
+        if sampler.vocab_size not in self._loops:
+            self._loops[sampler.vocab_size] = Loop(sampler.vocab_size, ids.device)
+        loop, read = self._loops[sampler.vocab_size], buffer.length + len(ids)
+        begin = partial(loop.begin, sampler, logits, uniform, read, read - 1 + buffer.shift)
+        begin()
+        if n > 1:
+            bucket = kv_bucket(read + n - 1, buffer.capacity)
+            plain = partial(self._drawing, loop, sampler, buffer, bucket)
+            run = self._known(sampler, bucket, buffer, lambda: self._recorder(plain())) or plain()
+            begin()  # recording has run it, too
+            for _ in range(n - 1):
+                run()
+        return loop.drawn(n)
+
+    def can_record(self, segment: Segment) -> bool:
+        """Whether a step of this one answer can run over fixed memory."""
+        buffer = segment.buffer
+        fits = not self.is_off and segment.rows <= ROW_BUCKETS[-1]
+        return fits and buffer.memory is not None and not buffer.is_gathered and buffer.length > 0
 
     def _replayed(self, run: Run, ids: Tensor, segment: Segment) -> StepOutput:
         n = len(ids)
@@ -162,46 +199,58 @@ class GraphExecutor:
         # The next step overwrites them, and a drafter keeps its logits for longer.
         return StepOutput(out.logits[:n].clone(), out.hidden[:n].clone())
 
-    def _known(self, ids: Tensor, context: StepContext) -> Run | None:
+    def _known(
+        self, shape: _Shape, bucket: int, buffer: KVBuffer, record: Callable[[], Run]
+    ) -> Run | None:
         """Return the graph of a step; record it when its shape comes for the second time."""
-        segment, buffer = context.segments[0], context.segments[0].buffer
-        memory = buffer.memory
-        fits = len(context.segments) == 1 and segment.rows <= ROW_BUCKETS[-1]
-        if not fits or memory is None or buffer.is_gathered or buffer.length == 0:
+        if isinstance(shape, Sampler) and not self._records_draws:
             return None
-        rows = _row_bucket(segment.rows)
-        bucket = kv_bucket(buffer.length + segment.rows, buffer.capacity)
+        memory = buffer.stores(0)[0]
         runs = self._graphs.setdefault(memory, {})
-        if (rows, bucket) not in runs:
+        if (shape, bucket) not in runs:
             for old in [key for key in runs if key[1] < bucket]:
                 del runs[old]  # the prefix has outgrown them
-            runs[rows, bucket] = None
-        elif runs[rows, bucket] is None:
+            runs[shape, bucket] = None
+        elif runs[shape, bucket] is None:
             if self.num_graphs >= _MOST_GRAPHS:
                 self._graphs.clear()
                 runs = self._graphs.setdefault(memory, {})
             try:
-                runs[rows, bucket] = self._record(ids, segment, bucket)
+                runs[shape, bucket] = record()
             except RuntimeError as err:
-                self._turn_off(f"a step of {rows} rows cannot be recorded: {err}")
+                if isinstance(shape, int):
+                    self._turn_off(f"a step of {shape} rows cannot be recorded: {err}")
+                else:
+                    self._records_draws = False
+                    logger.warning("drafts are drawn without CUDA graphs: %s", err)
                 return None
-        return runs[rows, bucket]
+        return runs[shape, bucket]
 
     def _record(self, ids: Tensor, segment: Segment, bucket: int) -> Run:
         """Record a step of the shape of ``ids``, over the buffer's memory."""
         rows = _row_bucket(segment.rows)
         if rows not in self._inputs:
             self._inputs[rows] = FixedInputs(rows, segment.positions.device)
-        inputs, prefix = self._inputs[rows], self._prefix
+        inputs = self._inputs[rows]
         inputs.fill(ids, segment)  # recording runs it too
-        pinned = segment.buffer.pinned(bucket)
+        return self._recorder(partial(self._fixed_step, inputs, segment.buffer.pinned(bucket)))
+
+    def _drawing(self, loop: Loop, sampler: Sampler, buffer: KVBuffer, bucket: int) -> Run:
+        """Return a step that reads the token drawn last and draws the next, over the buffer's memory."""
+        pinned = buffer.pinned(bucket)
 
         def run() -> StepOutput:
-            fixed = FixedSegment(inputs, pinned, prefix)
-            context = StepContext(inputs.positions, (fixed,))
-            return self._eager.step(inputs.ids, context, num_logits=rows)
+            out = self._fixed_step(loop.inputs, pinned)
+            loop.take(sampler, out.logits)
+            return out
 
-        return self._recorder(run)
+        return run
+
+    def _fixed_step(self, inputs: FixedInputs, pinned: KVBuffer) -> StepOutput:
+        """Run what ``inputs`` hold over the rows of ``pinned``; asks nothing of the host."""
+        fixed = FixedSegment(inputs, pinned, self._prefix)
+        context = StepContext(inputs.positions, (fixed,))
+        return self._eager.step(inputs.ids, context, num_logits=len(inputs.ids))
 
     @torch.inference_mode()
     def _fault(self, model: PreTrainedModel) -> str | None:

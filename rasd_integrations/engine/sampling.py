@@ -71,18 +71,25 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     Raises:
         DecodingError: A row has no positive mass, or is not a number.
     """
+    uniform = uniform_numbers(probs.shape[:-1], generator).to(probs.device)
+    index = inverted(probs, uniform)
+    if bool((index < 0).any()):
+        raise no_token_error()
+    return index
+
+
+def inverted(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Return the index ``[...]`` where the cumulative law passes ``uniform`` ``[...]``; -1 in a row without mass."""
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:].contiguous()
-    if not bool((total > 0).all()):
-        raise no_token_error()
-    uniform = _uniform(total.shape, generator).to(probs.device)
     # A number under 1 times the total never rounds up to it, so the index is one of positive mass.
-    return torch.searchsorted(cumulative, uniform * total, right=True).squeeze(-1)
+    index = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True)
+    return index.masked_fill(~(total > 0), -1).squeeze(-1)
 
 
 def flip(chances: Sequence[float], generator: torch.Generator | None) -> list[bool]:
     """Return for each chance whether an event of that probability happens; 1 and over is certain."""
-    uniform = _uniform((len(chances),), generator).tolist()
+    uniform = uniform_numbers((len(chances),), generator).tolist()
     return [u < chance for u, chance in zip(uniform, chances, strict=True)]
 
 
@@ -95,7 +102,7 @@ def no_token_error() -> DecodingError:
     )
 
 
-def _uniform(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+def uniform_numbers(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
     """Return float64 numbers in [0, 1), drawn on the generator's device."""
     device = generator.device if generator is not None else None
     return torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
@@ -104,7 +111,9 @@ def _uniform(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """Return the mask of the fewest most likely tokens whose mass reaches ``top_p``."""
     vocab = probs.shape[-1]
-    values = probs.topk(min(_NUCLEUS_CANDIDATES, vocab)).values
+    # Other devices sort all of it sooner than they say whether that is needed.
+    few = _NUCLEUS_CANDIDATES if probs.device.type == "cpu" else vocab
+    values = probs.topk(min(few, vocab)).values
     if values.shape[-1] < vocab and not bool((values.sum(-1) > top_p).all()):
         values = probs.sort(-1, descending=True).values
     before = values.cumsum(-1, dtype=torch.float64) - values

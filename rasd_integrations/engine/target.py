@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ from rasd_integrations.engine.executor import (
     input_device,
 )
 from rasd_integrations.engine.kv import KVBuffer, sent
+from rasd_integrations.engine.loop import ROOM, DrawingExecutor, Drawn, Sampler
+from rasd_integrations.engine.sampling import uniform_numbers
 from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.errors import ContextOverflowError, DeviceMemoryError, PromptError
 
@@ -37,6 +39,7 @@ class _Work:
     segment: Segment
     num_logits: int
     rows: int = 0
+    draw: Callable[[], Drawn] | None = None  # instead of a step; such work stands alone
 
 
 class TargetModel:
@@ -70,7 +73,7 @@ class TargetModel:
         on_cpu = self.device.type == "cpu"
         self._pieces = (PREFILL_PIECE, 64) if on_cpu else (4 * PREFILL_PIECE, PREFILL_PIECE)
         self._executor = executor or EagerExecutor(model)
-        self._turns = StepQueue[_Work, Tensor](
+        self._turns = StepQueue[_Work, Any](
             partial(_forward, self._executor), 1 if _has_joint_rope(config) else _BATCH_ROWS
         )
         with torch.inference_mode():
@@ -157,7 +160,7 @@ class TargetModel:
             piece = ids[done : done + size]
             done += len(piece)
             work = self._prepared(piece, None, buffer, num_logits * (done == len(ids)))
-            logits = self._turns.submit(work, len(piece), alone=True)
+            logits: Tensor = self._turns.submit(work, len(piece), alone=True)
             buffer.commit(range(len(piece)))
             yield logits
 
@@ -184,7 +187,43 @@ class TargetModel:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
         """
         work = self._prepared(ids, parents, buffer, len(ids), rows)
-        return self._turns.submit(work, len(ids))
+        logits: Tensor = self._turns.submit(work, len(ids))
+        return logits
+
+    def draw(
+        self,
+        ids: Sequence[int],
+        buffer: KVBuffer,
+        n: int,
+        sampler: Sampler,
+        generator: torch.Generator,
+    ) -> Drawn | None:
+        """Run ``ids``, then draw tokens one after another without the host; commit nothing.
+
+        Args:
+            ids: The last tokens, whose rows are not in the buffer yet.
+            buffer: The prefix; afterwards its spare room holds the rows of ``ids`` and of all drawn tokens but the
+                last, for :meth:`KVBuffer.commit`.
+            n: How many, at least 1; at most :data:`~.loop.ROOM` are drawn.
+            sampler: How.
+            generator: On the CPU; each token takes one number of it.
+
+        Returns:
+            ``None``, and no number was taken, where the executor has no such way for this buffer.
+
+        Raises:
+            DeviceMemoryError: The device's memory is full; the buffer is as it was.
+        """
+        executor, n = self._executor, min(n, ROOM)
+        if not isinstance(executor, DrawingExecutor) or buffer.keeps_hidden:
+            return None
+        work = self._prepared(ids, None, buffer, 1, spare=n - 1)
+        if not executor.can_record(work.segment):
+            return None
+        numbers = sent(uniform_numbers((n,), generator), self.device)
+        draw = partial(executor.draw, work.tokens, work.segment, sampler, numbers)
+        drawn: Drawn = self._turns.submit(replace(work, draw=draw), len(ids), alone=True)
+        return drawn
 
     @torch.inference_mode()
     def _prepared(
@@ -194,10 +233,11 @@ class TargetModel:
         buffer: KVBuffer,
         num_logits: int,
         rows: int = 0,
+        spare: int = 0,
     ) -> _Work:
         """Do all that may fail for one answer alone, in its own thread."""
         with _memory_errors(len(ids), buffer, self.device):
-            buffer.reserve(len(ids))
+            buffer.reserve(len(ids) + spare)
             positions, mask = self._layout(len(ids), parents, buffer.length + buffer.shift)
             tokens = sent(torch.tensor(ids, dtype=torch.long), self.device)
             return _Work(tokens, Segment(buffer, positions, mask), num_logits, rows)
@@ -217,12 +257,14 @@ class TargetModel:
 
 
 @torch.inference_mode()
-def _forward(executor: Executor, works: Sequence[_Work]) -> Sequence[Tensor]:
-    """Run one forward for all ``works`` and return the logits of each."""
+def _forward(executor: Executor, works: Sequence[_Work]) -> Sequence[Any]:
+    """Run one forward for all ``works`` and return the logits of each, or what one has drawn."""
     segments = tuple(work.segment for work in works)
     if len(works) == 1:
         work, segment = works[0], segments[0]
-        with _memory_errors(segment.rows, segment.buffer, work.tokens.device):
+        with _memory_errors(segment.rows, segment.buffer, segment.positions.device):
+            if work.draw is not None:
+                return [work.draw()]
             context = StepContext(segment.positions, segments, work.rows)
             out = executor.step(work.tokens, context, num_logits=work.num_logits)
             _keep_hidden(segments, out.hidden)

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.sampling import Law, draw, flip, no_token_error
+from rasd_integrations.engine.kv import sent
+from rasd_integrations.engine.sampling import (
+    Law,
+    draw,
+    flip,
+    inverted,
+    no_token_error,
+    uniform_numbers,
+)
 from rasd_integrations.types import Draft
 
 _INF, _NEG_INF = 0x7F80, 0xFF80  # as bits of bfloat16
@@ -66,18 +74,38 @@ def sample_and_walk(
     Args:
         logits: ``[1 + num_nodes, vocab]``.
         draft: A deterministic draft.
-        law: The target's law; ``None`` is greedy (no softmax, one transfer to the host).
+        law: The target's law; ``None`` is greedy (no softmax).
         generator: Source of the draws.
 
     Raises:
         DecodingError: No token may follow a visited node.
     """
     if law is not None:
+        if logits.device.type != "cpu":
+            return drawn_ahead(logits, draft, law, generator or torch.default_generator)
         return walk(draft, lambda row: int(draw(law(logits[row]), generator)))
     if logits.device.type == "cpu":  # no transfer to save: only the visited rows are read
         return walk(draft, lambda row: checked(*argmax_rows(logits[row : row + 1])))
     best = argmax_rows(logits)
     return walk(draft, lambda row: checked(best[row]))
+
+
+def drawn_ahead(logits: Tensor, draft: Draft, law: Law, generator: torch.Generator) -> Verdict:
+    """Sample and walk with one transfer to the host: a token is drawn behind every node, visited or not.
+
+    Nodes of one depth share the number that the walk would draw there, and the generator is left as the walk
+    leaves it, so tokens and later draws are the same.
+    """
+    depths = [0]
+    for parent in draft.parent_of:
+        depths.append(depths[parent + 1] + 1)
+    before = generator.get_state()
+    numbers = uniform_numbers((max(depths) + 1,), generator)[torch.tensor(depths)]
+    tokens = inverted(law(logits), sent(numbers, logits.device)).tolist()
+    verdict = walk(draft, lambda row: checked(tokens[row]))
+    generator.set_state(before)
+    uniform_numbers((len(verdict.accepted) + 1,), generator)
+    return verdict
 
 
 def block_verify(

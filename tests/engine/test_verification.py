@@ -18,6 +18,7 @@ from rasd_integrations.engine.verification import (
     accept_probabilities,
     argmax_rows,
     block_verify,
+    drawn_ahead,
     reach_probabilities,
     residual,
     sample_and_walk,
@@ -67,6 +68,32 @@ TREES = {
     "all children": Draft((0, 1, 2, 0, 1), (-1, -1, -1, 2, 2)),
     "deep": Draft((2, 1, 0, 1, 2, 0), (-1, 0, 1, 1, 2, 4)),
 } | {f"random {seed}": random_tree(random.Random(seed), 3, 7) for seed in range(12)}
+
+
+LONG = {"long chain": Draft(tuple(i % 3 for i in range(40)))}
+
+
+@pytest.mark.parametrize("draft", (TREES | LONG).values(), ids=(TREES | LONG).keys())
+@pytest.mark.parametrize("seed", range(5))
+def test_drawing_ahead_is_the_walk(draft, seed):
+    """Drawn behind all nodes at once, tokens and what the generator draws next are those of the walk."""
+    logits = target_logits(Model(len(draft), vocab=3), draft)
+    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    walked = sample_and_walk(logits, draft, softmax, generators[0])
+    assert drawn_ahead(logits, draft, softmax, generators[1]) == walked
+    later = [torch.rand(3, generator=generator) for generator in generators]
+    assert torch.equal(*later)
+
+
+def test_drawing_ahead_minds_visited_rows_only():
+    """A row without a token is an error where the walk comes by, and nothing elsewhere."""
+    logits = torch.zeros(3, 4)
+    logits[0, 1:] = float("-inf")
+    logits[2] = float("nan")
+    generator = torch.Generator().manual_seed(0)
+    assert drawn_ahead(logits, Draft((1, 1)), softmax, generator) == Verdict((), 0)
+    with pytest.raises(DecodingError, match="No token"):
+        drawn_ahead(logits.flip(0), Draft((1, 1)), softmax, generator)
 
 
 @pytest.mark.parametrize("draft", TREES.values(), ids=TREES.keys())
