@@ -6,7 +6,7 @@ row ``1 + i`` the token after node ``i`` of the draft.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,32 +127,54 @@ def block_verify(
     p, q = law(logits), draft.probs
     reach = reach_probabilities(p, q, draft.token_ids)
     holds = accept_probabilities(p, q, reach)
-    # Not the first failure but the last success counts: a late token can carry those before it.
-    n = max((i for i, held in enumerate(flip(holds, generator), 1) if held), default=0)
+    if logits.device.type != "cpu":
+        return block_ahead(p, q, reach, holds, generator)
+    n = _last_held(flip(holds.tolist(), generator))
     last = p[n] if n == len(draft) else residual(reach[n] * p[n], q[n], otherwise=p[n])
     return Verdict(tuple(range(n)), int(draw(last, generator)))
 
 
-def reach_probabilities(p: Tensor, q: Tensor, token_ids: tuple[int, ...]) -> list[float]:
-    """Return P_0..P_n: P_0 = 1, P_i = min(1, P_{i-1} * p_i(x_i) / q_i(x_i))."""
+def block_ahead(
+    p: Tensor, q: Tensor, reach: Tensor, holds: Tensor, generator: torch.Generator | None
+) -> Verdict:
+    """End a block verification with one transfer to the host: a last token is drawn for every length.
+
+    With the same generator tokens and later draws are those of :func:`block_verify` on a CPU.
+    """
+    n = len(holds)
+    numbers = uniform_numbers((n + 1,), generator)
+    left = residual(reach[:n, None].to(p.dtype) * p[:n], q, otherwise=p[:n])
+    tokens = inverted(torch.cat([left, p[n:]]), sent(numbers[n:], p.device).expand(n + 1))
+    read = torch.cat([holds, tokens.double()]).tolist()
+    pairs = zip(numbers.tolist(), read[:n], strict=False)
+    accepted = _last_held([number < chance for number, chance in pairs])
+    return Verdict(tuple(range(accepted)), checked(int(read[n + accepted])))
+
+
+def _last_held(held: Sequence[bool]) -> int:
+    """Return how many tokens stand: not the first failure counts, a late token can carry those before it."""
+    return max((i for i, one in enumerate(held, 1) if one), default=0)
+
+
+def reach_probabilities(p: Tensor, q: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """Return P_0..P_n as ``[n + 1]`` float64: P_0 = 1, P_i = min(1, P_{i-1} * p_i(x_i) / q_i(x_i))."""
     n = len(token_ids)
     at = torch.tensor(token_ids, dtype=torch.int64, device=p.device).unsqueeze(-1)
-    pairs = torch.cat([p[:n].gather(-1, at), q.gather(-1, at)], dim=-1).tolist()
-    reach = [1.0]
-    for p_x, q_x in pairs:
-        reach.append(min(1.0, reach[-1] * p_x / q_x) if q_x > 0 else 0.0)
-    return reach
+    p_x, q_x = (t[:n].gather(-1, at).squeeze(-1).double() for t in (p, q))
+    reach = [torch.ones((), dtype=torch.float64, device=p.device)]
+    for ratio in (p_x / q_x).masked_fill(q_x <= 0, 0.0):
+        reach.append((reach[-1] * ratio).clamp(max=1))
+    return torch.stack(reach)
 
 
-def accept_probabilities(p: Tensor, q: Tensor, reach: list[float]) -> list[float]:
-    """Return h_1..h_n, the probability that the block up to each drafted token stands."""
+def accept_probabilities(p: Tensor, q: Tensor, reach: Tensor) -> Tensor:
+    """Return h_1..h_n as ``[n]`` float64, the probability that the block up to each drafted token stands."""
     n = len(reach) - 1
-    if n == 0:
-        return []
-    scale = torch.tensor(reach[1:n], dtype=p.dtype, device=p.device).unsqueeze(-1)
-    surplus = (scale * p[1:n] - q[1:n]).clamp_(min=0).sum(-1).tolist()
-    room = [s + 1 - r for s, r in zip(surplus, reach[1:n], strict=True)]
-    return [s / d if d > 0 else 1.0 for s, d in zip(surplus, room, strict=True)] + [reach[n]]
+    inner = reach[1:n]
+    surplus = (inner[:, None].to(p.dtype) * p[1:n] - q[1:n]).clamp_(min=0).sum(-1).double()
+    room = surplus + 1 - inner
+    within = (surplus / room).masked_fill(room <= 0, 1.0)
+    return torch.cat([within, reach[max(n, 1) :]])
 
 
 def residual(wanted: Tensor, covered: Tensor, otherwise: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def drafts(model, context, blocks, budget, confidence=0.0, helper=None):
 
 @pytest.mark.parametrize("recorder", sorted(RECORDERS))
 @pytest.mark.parametrize("law", sorted(LAWS))
-@pytest.mark.parametrize("budget", [1, 2, 5, ROOM, ROOM + 5])
+@pytest.mark.parametrize("budget", [1, 5, ROOM + 5])
 @pytest.mark.parametrize("family", OUR_FAMILIES)
 def test_drafts_are_those_of_drawing_one_by_one(family, budget, law, recorder):
     """Tokens, laws, logits and likelihoods, over blocks that agree with the draft and that do not."""
@@ -201,19 +201,19 @@ def test_other_sizes_and_forbidden_tokens_are_fitted_in_the_loop(size):
     assert all(bool(allowed[token]) for draft in got[1] for token in draft)
 
 
-@pytest.mark.parametrize("recorder", sorted(RECORDERS))
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("n", [None, 1, 5, 20])
+@pytest.mark.parametrize(
+    ("temperature", "n"), [(0.0, None), (0.0, 5), (0.0, 20), (0.9, 5), (0.9, 20)]
+)
 @pytest.mark.parametrize("family", OUR_FAMILIES)
-def test_answers_are_those_of_eager_drafters(family, n, temperature, recorder):
+def test_answers_are_those_of_eager_drafters(family, n, temperature):
     """Target and drafter on graphs: greedy the ids of plain decoding, sampled those of eager steps."""
     make = FAMILIES[family]
     params = SamplingParams(temperature=temperature, seed=5, max_tokens=40, ignore_eos=True)
-    models = [graph_target(partial(make, seed), RECORDERS[recorder]) for seed in (0, 1)]
+    models = [graph_target(partial(make, seed), taped) for seed in (0, 1)]
     found = decode(models[0], ModelDrafter(models[1], confidence=0.0), params, n=n)
     if temperature == 0:
         assert found == decode(TargetModel(make(0)), params=params)
-    elif n is not None:
+    else:
         eager = [TargetModel(make(seed)) for seed in (0, 1)]
         assert found == decode(eager[0], ModelDrafter(eager[1], confidence=0.0), params, n=n)
 

@@ -17,6 +17,7 @@ from rasd_integrations.engine.verification import (
     Verdict,
     accept_probabilities,
     argmax_rows,
+    block_ahead,
     block_verify,
     drawn_ahead,
     reach_probabilities,
@@ -81,6 +82,24 @@ def test_drawing_ahead_is_the_walk(draft, seed):
     generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
     walked = sample_and_walk(logits, draft, softmax, generators[0])
     assert drawn_ahead(logits, draft, softmax, generators[1]) == walked
+    later = [torch.rand(3, generator=generator) for generator in generators]
+    assert torch.equal(*later)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 20])
+@pytest.mark.parametrize("seed", range(20))
+def test_ending_a_block_ahead_is_ending_it(n, seed):
+    """Accepted length, last token and what the generator draws next are those of the verification step by step."""
+    noise = torch.Generator().manual_seed(1000 * n + seed)
+    p, q = (torch.randn(n + 1, 9, generator=noise).mul(2).softmax(-1) for _ in range(2))
+    q = (0.7 * p + 0.3 * q)[:n]
+    tokens = tuple(torch.multinomial(q, 1, generator=noise).flatten().tolist()) if n else ()
+    draft = Draft(tokens, probs=q)
+    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    wanted = block_verify(p.log(), draft, softmax, generators[0])
+    reach = reach_probabilities(p, q, tokens)
+    holds = accept_probabilities(p, q, reach)
+    assert block_ahead(p, q, reach, holds, generators[1]) == wanted
     later = [torch.rand(3, generator=generator) for generator in generators]
     assert torch.equal(*later)
 
@@ -267,7 +286,7 @@ def test_a_token_the_drafter_could_not_draw_is_refused():
     """A drafted token of zero drafter probability stands with probability zero, not NaN."""
     p = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
     q = torch.tensor([[1.0, 0.0]])
-    assert accept_probabilities(p, q, reach_probabilities(p, q, (1,))) == [0.0]
+    assert accept_probabilities(p, q, reach_probabilities(p, q, (1,))).tolist() == [0.0]
 
 
 def test_residual_of_equal_laws_falls_back():
