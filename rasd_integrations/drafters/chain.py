@@ -6,8 +6,7 @@ first layers differ only in the buffer that they hand over.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import mul
 
@@ -18,12 +17,16 @@ from rasd_integrations.drafters.base import Helper
 from rasd_integrations.engine.constraints import chain_masks, forced_after, mask_rows
 from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.loop import Sampler
-from rasd_integrations.engine.sampling import process_logits, sampling_law, uniform_numbers
+from rasd_integrations.engine.sampling import sampling_law, take_back
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification import sample_and_walk
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 _HELPER_TOKENS = 8
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
 
 
 class ChainSession:
@@ -39,15 +42,25 @@ class ChainSession:
     _model: TargetModel  # set before the first chain
 
     def __init__(
-        self, source: str, context: DraftContext, confidence: float, helper: Helper | None
+        self,
+        source: str,
+        context: DraftContext,
+        confidence: float,
+        helper: Helper | None,
+        fit: Callable[[Tensor], Tensor] = _unchanged,
     ) -> None:
-        """Draft as ``source``; a token less likely than ``confidence`` ends the draft and stays in it."""
+        """Draft as ``source``; a token less likely than ``confidence`` ends the draft and stays in it.
+
+        ``fit`` turns the model's logits into those over the target's vocabulary, the same one for all answers.
+        """
         self._source = source
         self._context = context
         self._confidence = confidence
         self._helper = helper
         self._grammar = context.grammar
-        self._law = sampling_law(context.temperature, context.top_p, context.top_k)
+        parameters = context.temperature, context.top_p, context.top_k
+        self._law = sampling_law(*parameters)
+        self._sampler = Sampler(*parameters, fit)
         self._generator = torch.Generator().manual_seed(context.seed)
         self.forwards = 0
 
@@ -95,7 +108,7 @@ class ChainSession:
         logits = torch.cat(rows)
         return Draft(
             token_ids=tuple(tokens),
-            probs=None if self._law is None else self._q(logits[: len(tokens)]),
+            probs=None if self._law is None else self._law(logits[: len(tokens)]),
             logits=logits,
             source=self._source,
             likely=tuple(accumulate(chances, mul)) if self._law is None else None,
@@ -121,8 +134,7 @@ class ChainSession:
                 self.forwards += len(new)
                 buffer.commit(range(len(unread) + len(new) - 1))
                 _, kept = self._ends(new, sure)
-                self._generator.set_state(before)
-                uniform_numbers((kept,), self._generator)  # as many as if each had been asked for
+                take_back(self._generator, before, kept)  # as if each had been asked for
                 return new[:kept], sure[:kept], drawn.logits[:kept]
         logits = self._model.step([*unread, *guess], buffer)
         self.forwards += 1
@@ -140,7 +152,7 @@ class ChainSession:
 
     def _chances(self, tokens: list[int], logits: Tensor) -> list[float]:
         """Return the model's probability of each of ``tokens``."""
-        probs = logits.float().softmax(-1) if self._law is None else self._q(logits)
+        probs = logits.float().softmax(-1) if self._law is None else self._law(logits)
         chances: list[float] = probs[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
         return chances
 
@@ -151,22 +163,8 @@ class ChainSession:
                 return True, i + 1
         return False, len(tokens)
 
-    def _q(self, logits: Tensor) -> Tensor:
-        c = self._context
-        return process_logits(logits, c.temperature, c.top_p, c.top_k)
-
-    @cached_property
-    def _sampler(self) -> Sampler:
-        """How tokens are drawn, the same for all answers of these parameters."""
-        c = self._context
-        return Sampler(c.temperature, c.top_p, c.top_k, self._model.vocab_size, _unchanged)
-
     def _fallback(self, budget: int) -> Draft:
         """Where the model is silent, its helper's draft is free."""
         if self._helper is None or self._context.wants_logits:
             return Draft(source=self._source)
         return Draft(self._helper.propose_after((), budget), source="suffix")
-
-
-def _unchanged(logits: Tensor) -> Tensor:
-    return logits

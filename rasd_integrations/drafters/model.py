@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rasd_integrations.drafters.base import Helper
 from rasd_integrations.drafters.chain import ChainSession
-from rasd_integrations.engine.loop import Sampler
 from rasd_integrations.engine.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
@@ -89,7 +87,7 @@ class ModelSession(ChainSession):
         helper: Helper | None,
     ) -> None:
         """Made by :meth:`ModelDrafter.start`; the prompt is prefilled at the first draft."""
-        super().__init__(drafter.name, context, drafter.confidence, helper)
+        super().__init__(drafter.name, context, drafter.confidence, helper, drafter.fitted)
         self._drafter = drafter
         self._model = drafter.model
         self._ids = list(prompt or ())  # prompt and committed answer
@@ -140,8 +138,3 @@ class ModelSession(ChainSession):
             self._lease.release(self._ids)
             self._lease = None
         super().close()
-
-    @cached_property
-    def _sampler(self) -> Sampler:
-        drafter, c = self._drafter, self._context
-        return Sampler(c.temperature, c.top_p, c.top_k, drafter.vocab_size, drafter.fitted)

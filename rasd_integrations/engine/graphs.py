@@ -158,7 +158,7 @@ class GraphExecutor:
         """Run the graph of this shape, or eagerly what has none."""
         segment, n = context.segments[0], len(ids)
         run = None
-        if num_logits == n and len(context.segments) == 1 and self.can_record(segment):
+        if num_logits == n and len(context.segments) == 1 and self.can_record(segment.buffer, n):
             bucket = kv_bucket(segment.buffer.length + n, segment.buffer.capacity)
             record = partial(self._record, ids, segment, bucket)
             run = self._known(_row_bucket(n), bucket, segment.buffer, record)
@@ -172,24 +172,31 @@ class GraphExecutor:
         buffer, n = segment.buffer, len(uniform)
         context = StepContext(segment.positions, (segment,))
         logits = self.step(ids, context, num_logits=len(ids)).logits[-1:]
-        if sampler.vocab_size not in self._loops:
-            self._loops[sampler.vocab_size] = Loop(sampler.vocab_size, ids.device)
-        loop, read = self._loops[sampler.vocab_size], buffer.length + len(ids)
-        begin = partial(loop.begin, sampler, logits, uniform, read, read - 1 + buffer.shift)
+        first = sampler(logits, uniform[:1])
+        vocab_size = first[-1].shape[-1]
+        if vocab_size not in self._loops:
+            self._loops[vocab_size] = Loop(vocab_size, ids.device)
+        loop, read = self._loops[vocab_size], buffer.length + len(ids)
+        begin = partial(loop.begin, first, uniform, read, read - 1 + buffer.shift)
+        if n == 1:
+            begin()
+            return loop.drawn(1)
+        bucket = kv_bucket(read + n - 1, buffer.capacity)
+        plain = partial(self._drawing, loop, sampler, buffer, bucket)
+
+        def record() -> Run:
+            begin()  # recording runs it too
+            return self._recorder(plain())
+
+        run = self._known(sampler, bucket, buffer, record) or plain()
         begin()
-        if n > 1:
-            bucket = kv_bucket(read + n - 1, buffer.capacity)
-            plain = partial(self._drawing, loop, sampler, buffer, bucket)
-            run = self._known(sampler, bucket, buffer, lambda: self._recorder(plain())) or plain()
-            begin()  # recording has run it, too
-            for _ in range(n - 1):
-                run()
+        for _ in range(n - 1):
+            run()
         return loop.drawn(n)
 
-    def can_record(self, segment: Segment) -> bool:
-        """Whether a step of this one answer can run over fixed memory."""
-        buffer = segment.buffer
-        fits = not self.is_off and segment.rows <= ROW_BUCKETS[-1]
+    def can_record(self, buffer: KVBuffer, rows: int) -> bool:
+        """Whether a step of one answer, of so many rows, can run over fixed memory."""
+        fits = not self.is_off and rows <= ROW_BUCKETS[-1]
         return fits and buffer.memory is not None and not buffer.is_gathered and buffer.length > 0
 
     def _replayed(self, run: Run, ids: Tensor, segment: Segment) -> StepOutput:

@@ -16,10 +16,15 @@ from torch import Tensor
 
 from rasd_integrations.engine.attention import Segment
 from rasd_integrations.engine.fixed import FixedInputs
+from rasd_integrations.engine.kv import KVBuffer
 from rasd_integrations.engine.sampling import inverted, sampling_law
-from rasd_integrations.engine.verification import checked
+from rasd_integrations.engine.verification import checked, first_best
 
 ROOM = 16  # tokens drawn in a row; longer drafts are several such runs
+
+
+Choice = tuple[Tensor, Tensor, Tensor]
+"""Tokens, their probabilities, and the logits ``[n, vocab]`` that they were drawn from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +35,20 @@ class Sampler:
         temperature: 0 is greedy.
         top_p: Nucleus in (0, 1]; 1 is off.
         top_k: Tokens kept; 0 is off.
-        vocab_size: Of the rows that ``fit`` returns.
         fit: Turns the model's logits ``[n, vocab]`` into those that are drawn from.
     """
 
     temperature: float
     top_p: float
     top_k: int
-    vocab_size: int
     fit: Callable[[Tensor], Tensor]
 
-    def __call__(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, logits: Tensor, uniform: Tensor) -> Choice:
         """Return tokens ``[n]`` (-1 where none may follow), their probabilities ``[n]`` and the fitted logits."""
         logits = self.fit(logits)
         law = sampling_law(self.temperature, self.top_p, self.top_k)
         if law is None:
-            best = logits.max(dim=-1)
-            tokens = best.indices.masked_fill(~(best.values > float("-inf")), -1)
-            probs = logits.float().softmax(-1)
+            tokens, probs = first_best(logits), logits.float().softmax(-1)
         else:
             probs = law(logits)
             tokens = inverted(probs, uniform)
@@ -92,14 +93,11 @@ class Loop:
         self._logits = torch.zeros(ROOM, vocab_size, device=device)
         self._place = torch.zeros(1, dtype=torch.long, device=device)
 
-    def begin(
-        self, sampler: Sampler, logits: Tensor, uniform: Tensor, length: int, position: int
-    ) -> None:
-        """Draw the first token from the logits ``[1, vocab]`` of the last one that was read.
+    def begin(self, first: Choice, uniform: Tensor, length: int, position: int) -> None:
+        """Go on behind the ``first`` token, which was drawn behind the last one that was read.
 
         Args:
-            sampler: How.
-            logits: On the device.
+            first: One token.
             uniform: ``[n]`` in [0, 1), for as many tokens as will be drawn.
             length: Rows of keys and values, that of the last token included.
             position: Of the last token.
@@ -107,11 +105,14 @@ class Loop:
         self._place.zero_()
         self._uniform[: len(uniform)] = uniform
         self.inputs.stand_at(length - 1, position)
-        self.take(sampler, logits)
+        self._put(first)
 
     def take(self, sampler: Sampler, logits: Tensor) -> None:
         """Draw from the logits ``[1, vocab]`` of the step that was run, and make its token the next input."""
-        tokens, chances, logits = sampler(logits, self._uniform.index_select(0, self._place))
+        self._put(sampler(logits, self._uniform.index_select(0, self._place)))
+
+    def _put(self, choice: Choice) -> None:
+        tokens, chances, logits = choice
         self._chosen.index_copy_(1, self._place, torch.stack([tokens.double(), chances.double()]))
         self._logits.index_copy_(0, self._place, logits.float())
         self._place += 1
@@ -126,8 +127,8 @@ class Loop:
 class DrawingExecutor(Protocol):
     """An executor that draws several tokens without the host."""
 
-    def can_record(self, segment: Segment) -> bool:
-        """Whether it can do so behind this segment."""
+    def can_record(self, buffer: KVBuffer, rows: int) -> bool:
+        """Whether it can do so where ``rows`` tokens are to be read behind this prefix."""
         ...
 
     def draw(self, ids: Tensor, segment: Segment, sampler: Sampler, uniform: Tensor) -> Drawn:

@@ -93,6 +93,12 @@ def flip(chances: Sequence[float], generator: torch.Generator | None) -> list[bo
     return [u < chance for u, chance in zip(uniform, chances, strict=True)]
 
 
+def take_back(generator: torch.Generator, before: Tensor, used: int) -> None:
+    """Leave ``generator`` as if of what was drawn since the state ``before`` only ``used`` numbers had been."""
+    generator.set_state(before)
+    uniform_numbers((used,), generator)
+
+
 def no_token_error() -> DecodingError:
     """Return the error of a position that no token may follow."""
     return DecodingError(

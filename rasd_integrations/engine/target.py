@@ -217,9 +217,9 @@ class TargetModel:
         executor, n = self._executor, min(n, ROOM)
         if not isinstance(executor, DrawingExecutor) or buffer.keeps_hidden:
             return None
-        work = self._prepared(ids, None, buffer, 1, spare=n - 1)
-        if not executor.can_record(work.segment):
+        if not executor.can_record(buffer, len(ids)):
             return None
+        work = self._prepared(ids, None, buffer, 1, spare=n - 1)
         numbers = sent(uniform_numbers((n,), generator), self.device)
         draw = partial(executor.draw, work.tokens, work.segment, sampler, numbers)
         drawn: Drawn = self._turns.submit(replace(work, draw=draw), len(ids), alone=True)

@@ -20,6 +20,7 @@ from rasd_integrations.engine.sampling import (
     flip,
     inverted,
     no_token_error,
+    take_back,
     uniform_numbers,
 )
 from rasd_integrations.types import Draft
@@ -103,8 +104,7 @@ def drawn_ahead(logits: Tensor, draft: Draft, law: Law, generator: torch.Generat
     numbers = uniform_numbers((max(depths) + 1,), generator)[torch.tensor(depths)]
     tokens = inverted(law(logits), sent(numbers, logits.device)).tolist()
     verdict = walk(draft, lambda row: checked(tokens[row]))
-    generator.set_state(before)
-    uniform_numbers((len(verdict.accepted) + 1,), generator)
+    take_back(generator, before, len(verdict.accepted) + 1)
     return verdict
 
 
@@ -146,7 +146,7 @@ def block_ahead(
     left = residual(reach[:n, None].to(p.dtype) * p[:n], q, otherwise=p[:n])
     tokens = inverted(torch.cat([left, p[n:]]), sent(numbers[n:], p.device).expand(n + 1))
     read = torch.cat([holds, tokens.double()]).tolist()
-    pairs = zip(numbers.tolist(), read[:n], strict=False)
+    pairs = zip(numbers[:n].tolist(), read[:n], strict=True)
     accepted = _last_held([number < chance for number, chance in pairs])
     return Verdict(tuple(range(accepted)), checked(int(read[n + accepted])))
 
@@ -196,9 +196,14 @@ def argmax_rows(scores: Tensor) -> list[int]:
         highest = np.take_along_axis(bits, places[:, None], axis=-1)
         if highest.min() > 0 and highest.max() <= _INF and bits.view(np.uint16).max() <= _NEG_INF:
             return list(map(int, places))
-    best = scores.max(dim=-1)  # on bfloat16 this is five times faster than argmax
-    found: list[int] = torch.where(best.values > float("-inf"), best.indices, -1).tolist()
+    found: list[int] = first_best(scores).tolist()
     return found
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """Return what :func:`argmax_rows` finds, on the device of the scores."""
+    best = scores.max(dim=-1)  # on bfloat16 this is five times faster than argmax
+    return best.indices.masked_fill(~(best.values > float("-inf")), -1)
 
 
 def checked(token_id: int) -> int:

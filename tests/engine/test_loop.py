@@ -267,7 +267,7 @@ def test_graphs_of_drafts_go_with_their_buffer():
 
 def test_what_cannot_be_drawn_in_a_row_is_refused():
     """Gathered rows, empty prefixes, kept hidden states and other executors: the caller draws by itself."""
-    sampler = Sampler(0.0, 1.0, 0, VOCAB, same)
+    sampler = Sampler(0.0, 1.0, 0, same)
     model = graph_target(tiny_llama, taped)
     buffer = prefilled(model, random_ids(30))
     hidden = KVBuffer(64, keeps_hidden=True)
@@ -284,7 +284,7 @@ def test_what_cannot_be_drawn_in_a_row_is_refused():
 
 def test_what_was_drawn_outlives_the_next_draft():
     """The memory of the loop is the executor's, what it returned is the caller's."""
-    sampler = Sampler(0.0, 1.0, 0, VOCAB, same)
+    sampler = Sampler(0.0, 1.0, 0, same)
     model = graph_target(tiny_llama, taped)
     buffer, generator = prefilled(model, random_ids(30)), torch.Generator()
     first, second = (model.draw([k], buffer, 4, sampler, generator) for k in (1, 2))
@@ -299,7 +299,7 @@ def test_a_sampler_draws_what_the_host_draws(law):
     """The same tokens from the same numbers, and the probability of each."""
     temperature, top_p, top_k = LAWS[law]
     logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 2
-    sampler = Sampler(temperature, top_p, top_k, 40, same)
+    sampler = Sampler(temperature, top_p, top_k, same)
     numbers = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tokens, chances, _ = sampler(logits, numbers)
     probs = (sampling_law(temperature, top_p, top_k) or partial(torch.softmax, dim=-1))(logits)
@@ -312,7 +312,7 @@ def test_a_sampler_draws_what_the_host_draws(law):
 
 def test_a_row_without_a_token_is_reported():
     """Where everything is forbidden the draft fails with the reason, and the tokens before it were read safely."""
-    sampler = Sampler(0.0, 1.0, 0, VOCAB, lambda logits: logits.fill_(float("-inf")))
+    sampler = Sampler(0.0, 1.0, 0, lambda logits: logits.fill_(float("-inf")))
     model = graph_target(tiny_llama)
     buffer = prefilled(model, random_ids(30))
     drawn = model.draw([1], buffer, 4, sampler, torch.Generator())
