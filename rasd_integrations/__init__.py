@@ -24,7 +24,7 @@ from rasd_integrations.errors import (
     RetrievalError,
     VocabularyMismatchError,
 )
-from rasd_integrations.outputs import Grammar, ToolUse
+from rasd_integrations.response_format import Grammar, ToolUse
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import (
     Chunk,
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from rasd_integrations.drafters.base import Drafter, DraftSession
     from rasd_integrations.prompting import PromptHints
     from rasd_integrations.retrieval import ChunkSource, as_chunk_source
-    from rasd_integrations.runtime import RASD
+    from rasd_integrations.runtime.rasd import RASD
 
 _LAZY = {
-    "RASD": "rasd_integrations.runtime",
+    "RASD": "rasd_integrations.runtime.rasd",
     "PromptHints": "rasd_integrations.prompting",
     "ChunkSource": "rasd_integrations.retrieval",
     "as_chunk_source": "rasd_integrations.retrieval",

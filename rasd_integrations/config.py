@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.outputs import Grammar
+from rasd_integrations.response_format import Grammar
 
 StorePolicy = Literal["prompt", "any"]
 ContextMode = Literal["prompt", "documents"]

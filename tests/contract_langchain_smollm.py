@@ -14,7 +14,7 @@ from langchain_core.messages import AIMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.packaged import packaged_model
+from rasd_integrations.loading.packaged import packaged_model
 
 pytestmark = [
     pytest.mark.real,

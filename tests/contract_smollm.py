@@ -11,7 +11,7 @@ import pytest
 from llama_index_contract import LLMContract
 
 from rasd_integrations.llama_index import RASDLLM, configure_settings
-from rasd_integrations.packaged import packaged_model
+from rasd_integrations.loading.packaged import packaged_model
 
 pytestmark = pytest.mark.real
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from rasd_integrations.text.answer import AnswerParser, Parsed, ReasoningFormat
-from rasd_integrations.text.tools import (
+from rasd_integrations.text.answer.parser import AnswerParser, Parsed, ReasoningFormat
+from rasd_integrations.text.tool_formats import (
     FALLBACK,
     GRANITE,
     HERMES,

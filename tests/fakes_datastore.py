@@ -7,9 +7,9 @@ from collections import Counter
 
 import torch
 
-from rasd_integrations.datastore import TokenStore
-from rasd_integrations.datastore.encoding import SEPARATOR
-from rasd_integrations.datastore.segment import MAX_MATCH, continuations
+from rasd_integrations.datastores.tokens import TokenStore
+from rasd_integrations.datastores.tokens.encoding import SEPARATOR
+from rasd_integrations.datastores.tokens.segment import MAX_MATCH, continuations
 
 EVERY = 1 << 20
 DEPTH = 4

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.engine import graphs
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.executor import StepOutput
-from rasd_integrations.engine.graphs import GraphExecutor, run_again
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.executors import cuda_graphs as graphs
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.executors.eager import StepOutput
+from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor, run_again
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 
 TREE = [-1, 0, 0, 2, 1, -1, 5]

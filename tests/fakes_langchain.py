@@ -10,8 +10,8 @@ from typing import Any
 from langchain_core.embeddings import Embeddings
 
 from rasd_integrations.config import SamplingParams
-from rasd_integrations.outputs import ToolUse
-from rasd_integrations.runtime import RASD
+from rasd_integrations.response_format import ToolUse
+from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import TextChunk, ToolCallDelta
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from rasd_integrations import aio
-from rasd_integrations.aio import Workers, iterate_in_thread
+from rasd_integrations.runtime import aio
+from rasd_integrations.runtime.aio import Workers, iterate_in_thread
 
 SOON_S = 10.0
 

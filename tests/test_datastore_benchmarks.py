@@ -9,7 +9,7 @@ import datastore_steps
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
-from rasd_integrations.datastore import TokenStore
+from rasd_integrations.datastores.tokens import TokenStore
 from rasd_integrations.drafters.datastore import DatastoreDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.types import Draft

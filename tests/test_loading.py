@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny import WINDOW, tiny_llama, tiny_tokenizer
 
-from rasd_integrations import gguf_cache
+from rasd_integrations.loading import gguf as gguf_cache
 from rasd_integrations.errors import DeviceMemoryError, MissingDependencyError, ModelLoadError
-from rasd_integrations.loading import (
+from rasd_integrations.loading.model import (
     AutoModelForCausalLM,
     load_config,
     load_model,
@@ -130,7 +130,7 @@ def test_local_folder_is_never_looked_up_on_the_network(folder):
         "import socket, sys\n"
         "def refuse(*a, **k): raise SystemExit('network')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "from rasd_integrations.loading import load_model\n"
+        "from rasd_integrations.loading.model import load_model\n"
         "load_model(sys.argv[1])\n"
     )
     done = subprocess.run(

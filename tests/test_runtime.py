@@ -28,7 +28,7 @@ from rasd_integrations import (
     SpeculationConfig,
     VocabularyMismatchError,
 )
-from rasd_integrations.models import shared_model
+from rasd_integrations.runtime.models import shared_model
 
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True)
 DOCS = [

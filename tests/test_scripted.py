@@ -15,10 +15,10 @@ from tiny import EOS, VOCAB
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.runtime import RASD
+from rasd_integrations.runtime.rasd import RASD
 
 TEXT = 'Ein Satz, «zwei» Sätze, 你好 🙂: {"a": [1, 2]}\n and one two, one two, one two.'
 CHAT = [{"role": "user", "content": "Tell me one two, one two."}]

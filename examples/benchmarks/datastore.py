@@ -30,7 +30,7 @@ from typing import Any
 from metrics import machine
 from tasks import FILES, data_folder, load_rows
 
-from rasd_integrations.datastore import TokenStore
+from rasd_integrations.datastores.tokens import TokenStore
 from rasd_integrations.drafters.datastore import DatastoreDrafter
 from rasd_integrations.loading import load_tokenizer, packaged_model
 from rasd_integrations.types import DraftContext

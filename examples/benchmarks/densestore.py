@@ -28,13 +28,13 @@ from datastore import texts, timed
 from metrics import machine
 from tasks import data_folder
 
-from rasd_integrations.densestore import DenseStore
-from rasd_integrations.densestore.build import FILE, grouped
-from rasd_integrations.densestore.file import ArrayFile, write
-from rasd_integrations.densestore.transform import Transform
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.datastores.hidden import DenseStore
+from rasd_integrations.datastores.hidden.build import FILE, grouped
+from rasd_integrations.datastores.hidden.file import ArrayFile, write
+from rasd_integrations.datastores.hidden.transform import Transform
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.loading import packaged_model
-from rasd_integrations.models import SharedModel, shared_model
+from rasd_integrations.runtime.models import SharedModel, shared_model
 
 NEIGHBOURS, DEPTH = 16, 16
 DRESD_NEIGHBOURS = 50

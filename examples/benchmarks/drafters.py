@@ -25,7 +25,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 from rasd_integrations import RASD, Draft, DraftContext, Generation, SamplingParams, TokenBlock
 from rasd_integrations.config import SpeculationConfig
-from rasd_integrations.datastore import TokenStore
+from rasd_integrations.datastores.tokens import TokenStore
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.datastore import DatastoreDrafter
 from rasd_integrations.drafters.dense import DenseDrafter
@@ -36,7 +36,7 @@ from rasd_integrations.drafters.recycling import RecyclingDrafter
 from rasd_integrations.drafters.sparse_kv import SparseKVDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.loading import packaged_model
-from rasd_integrations.models import SharedModel, shared_model
+from rasd_integrations.runtime.models import SharedModel, shared_model
 
 CACHE_BYTES = 4 << 30
 LOOKUP_TOKENS = 10

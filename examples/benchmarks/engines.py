@@ -24,9 +24,9 @@ import rasd_integrations
 from rasd_integrations import RASD, SamplingParams
 from rasd_integrations.config import ExecutorName
 from rasd_integrations.demo.measure import median
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.loading import load_model
-from rasd_integrations.models import shared_model
+from rasd_integrations.runtime.models import shared_model
 
 STEP_REPEATS = 7
 FILLER = 1000  # any ordinary token: a step costs the same whatever it reads

@@ -36,10 +36,10 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.drafters.model import ModelDrafter, ModelSession
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification import argmax_rows
+from rasd_integrations.engine.verification.exact import argmax_rows
 from rasd_integrations.errors import ModelLoadError
 from rasd_integrations.loading import load_model, packaged_model
 from rasd_integrations.types import DraftContext, TokenBlock

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rasd_integrations.engine.graphs import GraphExecutor
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 
 TREE = (-1, 0, 0, 2, 1, -1, 5, 5)  # parents of eight drafted tokens

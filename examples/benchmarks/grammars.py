@@ -10,7 +10,7 @@ import numpy as np
 from schemas import Schema
 from transformers import PreTrainedTokenizerBase
 
-from rasd_integrations.text.schema import prepared
+from rasd_integrations.text.grammar.schema import prepared
 
 
 class Matcher(Protocol):

@@ -29,7 +29,7 @@ from machine import Cpu, machine
 from report import table
 from tasks import FILES, Example, build_examples, data_or_exit, load_rows, shortened
 
-from rasd_integrations.gguf_cache import cache_folder
+from rasd_integrations.loading.gguf import cache_folder
 from rasd_integrations.loading import load_tokenizer, packaged_model
 
 WIDTHS = (1, 2, 4, 8, 9, 12, 16, 32)

@@ -28,7 +28,7 @@ from tasks import FILES, Example, build_examples, data_or_exit, load_rows, short
 
 from rasd_integrations import RASD, Generation, SamplingParams
 from rasd_integrations.loading import packaged_model
-from rasd_integrations.models import shared_model
+from rasd_integrations.runtime.models import shared_model
 
 CACHE_BYTES = 8 << 30
 DRAFTERS: dict[str, Any] = {"plain": None, "drafting": "auto"}

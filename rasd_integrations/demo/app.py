@@ -22,7 +22,7 @@ from rasd_integrations.demo.pipelines import (
 from rasd_integrations.demo.report import print_report
 from rasd_integrations.demo.stores import build_faiss, cut, open_chroma
 from rasd_integrations.loading import load_model, packaged_model
-from rasd_integrations.text.template import ChatTemplate
+from rasd_integrations.text.prompt.template import ChatTemplate
 
 if TYPE_CHECKING:
     from langchain_chroma import Chroma

@@ -13,7 +13,7 @@ from rasd_integrations.demo.corpus import Document, read_documents
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading import packaged_model
 from rasd_integrations.prompting import Prompt
-from rasd_integrations.runtime import RASD
+from rasd_integrations.runtime.rasd import RASD
 
 
 def warm(

@@ -12,7 +12,7 @@ from rasd_integrations.types import Draft, DraftContext, TokenBlock
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rasd_integrations.engine.kv import KVBuffer
+    from rasd_integrations.engine.kv.buffer import KVBuffer
     from rasd_integrations.engine.target import TargetModel
 
 

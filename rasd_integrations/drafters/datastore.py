@@ -10,9 +10,9 @@ import heapq
 from collections.abc import Sequence
 from math import comb
 
-from rasd_integrations.datastore.encoding import SEPARATOR
-from rasd_integrations.datastore.segment import MAX_MATCH, continuations
-from rasd_integrations.datastore.store import TokenStore
+from rasd_integrations.datastores.tokens.encoding import SEPARATOR
+from rasd_integrations.datastores.tokens.segment import MAX_MATCH, continuations
+from rasd_integrations.datastores.tokens.store import TokenStore
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rasd_integrations.densestore import DenseStore, Neighbour, nearest
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.datastores.hidden import DenseStore, Neighbour, nearest
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError, RetrievalError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock

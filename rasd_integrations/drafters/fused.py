@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
-from rasd_integrations.engine.calibration import SIZES, size_of
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.drafters.calibration import SIZES, size_of
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rasd_integrations.drafters.base import Helper
 from rasd_integrations.drafters.chain import ChainSession
-from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 

@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rasd_integrations.engine.candidates import Candidates, Shortlist
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.drafters.candidates import Candidates, Shortlist
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.errors import ConfigurationError
 
 NAME = "rasd"

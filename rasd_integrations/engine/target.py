@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.executor import (
+from rasd_integrations.engine.executors.eager import (
     EagerExecutor,
     Executor,
     check_attention,
     input_device,
 )
-from rasd_integrations.engine.kv import KVBuffer, sent
-from rasd_integrations.engine.loop import ROOM, DrawingExecutor, Drawn, Sampler
-from rasd_integrations.engine.sampling import uniform_numbers
+from rasd_integrations.engine.kv.buffer import KVBuffer, sent
+from rasd_integrations.engine.executors.cuda_loop import ROOM, DrawingExecutor, Drawn, Sampler
+from rasd_integrations.engine.verification.sampling import uniform_numbers
 from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.errors import ContextOverflowError, DeviceMemoryError, PromptError
 

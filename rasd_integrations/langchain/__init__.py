@@ -11,7 +11,7 @@ except ModuleNotFoundError as err:
         raise
     raise MissingDependencyError(err.name, extra="langchain") from err
 
-from rasd_integrations.langchain.chat import ChatRASD
-from rasd_integrations.langchain.llm import RASDLLM
+from rasd_integrations.langchain.chat_models import ChatRASD
+from rasd_integrations.langchain.llms import RASDLLM
 
 __all__ = ["RASDLLM", "ChatRASD"]

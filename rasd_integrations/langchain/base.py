@@ -28,8 +28,8 @@ from rasd_integrations.langchain.capture import CAPTURE
 from rasd_integrations.langchain.hints import prompt_hints
 from rasd_integrations.langchain.messages import template_messages
 from rasd_integrations.langchain.tools import answer_grammar, take_tool_use
-from rasd_integrations.pipeline import Progress
-from rasd_integrations.runtime import RASD
+from rasd_integrations.runtime.pipeline import Progress
+from rasd_integrations.runtime.rasd import RASD
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
     from typing_extensions import Self
 
-    from rasd_integrations.outputs import ToolUse
+    from rasd_integrations.response_format import ToolUse
     from rasd_integrations.prompting import PromptHints
     from rasd_integrations.stats import DecodingStats
     from rasd_integrations.types import Message, TextChunk

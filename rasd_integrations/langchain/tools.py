@@ -12,8 +12,8 @@ from langchain_core.utils.function_calling import convert_to_openai_function, co
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.outputs import Grammar, ToolUse
-from rasd_integrations.text.schema import without_unique_items
+from rasd_integrations.response_format import Grammar, ToolUse
+from rasd_integrations.text.grammar.schema import without_unique_items
 
 if TYPE_CHECKING:
     from typing import TypeAlias

@@ -1,7 +1,7 @@
 """LlamaIndex: the LLM class :class:`RASDLLM`, for query engines, chat engines and plain calls.
 
 The only part of the package that names LlamaIndex. Everything it does goes through
-:class:`rasd_integrations.runtime.RASD`.
+:class:`rasd_integrations.runtime.rasd.RASD`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ except ModuleNotFoundError as err:
         raise
     raise MissingDependencyError(missing, "llama-index") from err
 
-from rasd_integrations.llama_index.llm import RASDLLM
+from rasd_integrations.llama_index.base import RASDLLM
 from rasd_integrations.llama_index.settings import configure_settings
 
 __all__ = ["RASDLLM", "configure_settings"]

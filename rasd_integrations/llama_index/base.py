@@ -1,328 +1,299 @@
-"""The options and the life cycle of the LlamaIndex LLM: pydantic fields in, one ``RASD`` behind them."""
+"""``RASDLLM``, the LlamaIndex LLM: eight endpoints, thin over :class:`~rasd_integrations.runtime.rasd.RASD`.
+
+Every endpoint ends in one of the runtime's four calls; ``chat`` and ``complete`` are the joins of their
+streams there, and the async endpoints are the runtime's own.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
-from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.schema import BaseNode, MetadataMode
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_serializer
-from typing_extensions import Self
-
-from rasd_integrations.config import (
-    ContextMode,
-    ExecutorName,
-    RetrievalConfig,
-    SamplingParams,
-    SpeculationConfig,
-    reject_unknown,
-    updated,
+from llama_index.core.base.llms.generic_utils import (
+    messages_to_prompt as generic_messages_to_prompt,
 )
-from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.outputs import Grammar
-from rasd_integrations.pipeline import Progress
-from rasd_integrations.runtime import RASD
-from rasd_integrations.stats import DecodingStats
-from rasd_integrations.text.schema import without_unique_items
-
-_ALIAS = "max_new_tokens"
-_SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed")
-_ENGINE_OPTIONS = (
-    "drafter",
-    "drafter_device",
-    "executor",
-    "store",
-    "context",
-    "knowledge_transfer",
-    "model_kwargs",
-    "chat_template_kwargs",
-    "retrieval",
-    "namespace",
+from llama_index.core.base.llms.generic_utils import prompt_to_messages
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
 )
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import default_completion_to_prompt
+from llama_index.core.prompts import BasePromptTemplate
+from pydantic import PrivateAttr
+
+from rasd_integrations.config import SamplingParams
+from rasd_integrations.errors import ConfigurationError, RetrievalError
+from rasd_integrations.llama_index.tool_calling import RASDCalling
+from rasd_integrations.llama_index.capture import (
+    Capture,
+    Filled,
+    Sent,
+    build_hints,
+    explicit_hints,
+    same_prompt,
+    sent_text,
+)
+from rasd_integrations.llama_index.messages import to_messages
+from rasd_integrations.llama_index.responses import (
+    astream_responses,
+    chat_response,
+    completion_response,
+    stream_responses,
+    whole_response,
+)
+from rasd_integrations.llama_index.tools import tool_specs
+from rasd_integrations.llama_index.trace import Retrieval, Trace, observe
+from rasd_integrations.response_format import ToolUse
+from rasd_integrations.prompting import Prompt, PromptHints
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+_TOOL_OPTIONS = {
+    "tools": "tools",
+    "tool_choice": "tool_choice",
+    "parallel_tool_calls": "parallel",
+    "strict": "strict",
+}
 
 
-class RASDOptions(FunctionCallingLLM):
-    """What :class:`RASDLLM` is made of; it adds the endpoints.
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one call hands to the engine."""
 
-    Options of the engine are frozen: a change after construction would have no effect. Options of sampling may
-    be set at any time and count from the next call on.
+    prompt: Prompt
+    params: SamplingParams
+    hints: PromptHints | None
+    tools: ToolUse | None = None
+
+    def to(self, method: Callable[..., _Result]) -> _Result:
+        return method(self.prompt, self.params, hints=self.hints, tools=self.tools)
+
+
+class RASDLLM(RASDCalling):
+    """A local long-context model whose drafts come from the pipeline's own retrieval.
+
+    Use it where LlamaIndex takes an LLM: the question and the retrieved nodes are seen on the way, and the
+    index of the pipeline's retriever is found by itself. The answers are those of the model alone, unless
+    ``knowledge_transfer`` or ``context="documents"`` is set.
+
+    Where the model has a chat template it calls functions: agents, ``chat_with_tools`` and structured prediction
+    work, and a call that must be made follows its schema.
+
+    Calls take ``temperature``, ``top_p``, ``top_k``, ``max_tokens`` (or ``max_new_tokens``), ``stop``, ``seed``,
+    ``knowledge_transfer`` and ``response_format`` (OpenAI's mapping, or a pydantic class: what the text must
+    match); ``None`` means the field, but ``drafter=None`` decodes plainly. Chat calls take ``tools``,
+    ``tool_choice``, ``parallel_tool_calls`` and ``strict``. ``rasd={"question": ..., "search_query": ...,
+    "chunks": [...], "context": ..., "filter": ...}`` tells what was retrieved where the LLM cannot see it.
+    Any other option is refused.
+
+    No network is used with an installed model. LlamaIndex counts with a tokenizer that it brings along, of
+    another model; :func:`configure_settings` gives it this one's.
+
+    Example:
+        ::
+
+            llm = RASDLLM("Qwen/Qwen3-8B", max_tokens=256)
+            index.as_query_engine(llm=llm, similarity_top_k=32).query("Who wrote it?")
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+    _capture: Capture = PrivateAttr(default_factory=Capture)
+    _trace: Trace = PrivateAttr()
+    _found: weakref.ref[Any] | None = PrivateAttr(default=None)
 
-    model: str = Field(frozen=True)
-    """Hub id, local folder, or path of a ``.gguf`` file."""
-    drafter: Any = Field(default="auto", frozen=True)
-    """``"auto"``, ``None`` (plain decoding), ``"self"``, hub id or path of a small LM, or a ``Drafter``."""
-    drafter_device: str | None = Field(default=None, frozen=True)
-    """Where a drafter model stands: ``"cpu"``, ``"cuda:1"``, ...; ``None``: where the target would."""
-    executor: ExecutorName = Field(default="auto", frozen=True)
-    """What runs steps: ``"auto"``, ``"eager"`` (torch), ``"openvino"``, ``"openvino-kv8"`` or ``"cuda-graphs"``."""
-    store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
-    """Where chunks are searched; ``None`` takes the index that the pipeline's own retriever reads."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 512
-    """Longest answer in tokens; also ``max_new_tokens``."""
-    stop: str | list[str] | None = None
-    """Strings that end the answer; they are not part of it."""
-    seed: int | None = None
-    context: ContextMode = Field(default="prompt", frozen=True)
-    """What the target reads: ``"prompt"`` as sent, or the ``"documents"`` that its chunks came from."""
-    knowledge_transfer: float = Field(default=0.0, frozen=True)
-    """RAPID's eta; 0 is lossless."""
-    model_kwargs: dict[str, Any] = Field(default={}, frozen=True, exclude=True, repr=False)
-    """Straight to ``from_pretrained``; may hold secrets, so it is never written down."""
-    chat_template_kwargs: dict[str, Any] = Field(default={}, frozen=True)
-    num_draft_tokens: int | None = Field(default=None, frozen=True)
-    """Draft length; ``None`` lets the schedule choose it. Changes time only, never the answer."""
-    retrieval: RetrievalConfig = Field(default=RetrievalConfig(), frozen=True)
-    speculation: SpeculationConfig = Field(default=SpeculationConfig(), frozen=True)
-    prefix_cache_bytes: int | None = Field(default=None, frozen=True)
-    """Memory that kept prompts may take; ``None`` leaves it to the engine."""
-    prefix_cache_dir: str | Path | None = Field(default=None, frozen=True)
-    """Folder for what ``warm()`` computed, found again by later processes."""
-    prefix_cache_dir_bytes: int | None = Field(default=None, frozen=True)
-    """Most that the folder may hold; ``None`` leaves it to the engine."""
-    namespace: str = Field(default="", frozen=True)
-    """Kept prompts are shared only within a namespace."""
-
-    _rasd: RASD = PrivateAttr()
-    _store_given: bool = PrivateAttr(default=False)
-
-    def __init__(
-        self, model: str | Path, *, _loaded: Sequence[Any] | None = None, **options: Any
-    ) -> None:
-        """Check the options. Loads no weights and touches no network; the first call does, or ``load()``.
-
-        Raises:
-            ConfigurationError: An unknown option, a value out of its range, a contradiction.
-        """
-        options = _one_name(options)
-        reject_unknown(options, type(self).model_fields, type(self).__name__)
-        given: object = model
-        if not isinstance(given, str | Path):
-            msg = (
-                f"model is a {type(model).__name__}, but must be a hub id or a path. Objects that are loaded "
-                f"already go to {type(self).__name__}.from_model(model, tokenizer)."
-            )
-            raise ConfigurationError(msg)
-        try:
-            super().__init__(**{**options, "model": str(model)})
-        except ValidationError as err:
-            raise ConfigurationError(_first(err)) from err
-        self._sampling({})
-        self._rasd = self._make_engine(_loaded)
-        self._store_given = self.store is not None
-
-    @classmethod
-    def from_model(
-        cls, model: Any, tokenizer: Any, drafter_model: Any = None, **options: Any
-    ) -> Self:
-        """Return an LLM round objects that are already loaded; ``options`` as in the constructor.
-
-        Raises:
-            ConfigurationError: As in the constructor.
-        """
-        name = getattr(model, "name_or_path", "") or type(model).__name__
-        return cls(name, _loaded=(model, tokenizer, drafter_model), **options)
-
-    @classmethod
-    def class_name(cls) -> str:
-        """Return the name that serialised objects carry."""
-        return "RASDLLM"
-
-    @field_serializer("drafter")
-    def _drafter_name(self, drafter: Any) -> str | None:
-        # A Drafter object cannot be written down; who reads the settings back gets the default.
-        if drafter is None:
-            return None
-        return str(drafter) if isinstance(drafter, str | Path) else "auto"
+    def model_post_init(self, context: Any, /) -> None:
+        """Begin to watch the pipelines of this process."""
+        super().model_post_init(context)
+        self._trace = observe(self._capture)
 
     @property
-    def max_new_tokens(self) -> int:
-        """``max_tokens``, by its other name."""
-        return self.max_tokens
+    def metadata(self) -> LLMMetadata:
+        """The model's true window, and what its chat template allows.
 
-    @property
-    def stats(self) -> DecodingStats:
-        """The counters of all answers so far; each answer carries its own in ``raw["rasd"]``."""
-        return self._rasd.stats
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, without special tokens."""
-        return self._rasd.encode(text)
-
-    def template_tokens(self) -> int:
-        """Return the tokens that are put round a system and a user message, or round a plain text."""
-        letter = "a"
-        size = len(self.encode(letter))
-        if not self._rasd.has_chat_template:
-            return self._rasd.count_tokens(letter) - size
-        messages = [{"role": role, "content": letter} for role in ("system", "user")]
-        return self._rasd.count_tokens(messages) - 2 * size
-
-    def load(self) -> Self:
-        """Load the weights now; returns itself."""
-        self._rasd.ensure_loaded()
-        return self
-
-    async def aload(self) -> Self:
-        """Load the weights in a thread; returns itself.
-
-        Await it when a server starts: later calls then find config and tokenizer read, also where the
-        framework asks for ``metadata`` on the event loop.
+        Loads no weights, but reads config and tokenizer at the first time; where that would hold up an event
+        loop, await :meth:`aload` before. Functions can be called where the chat template writes the prompts.
         """
-        await asyncio.to_thread(self._rasd.ensure_loaded)
-        return self
-
-    def attach(self, pipeline: Any) -> Self:
-        """Search chunks in the store inside ``pipeline``; returns itself.
-
-        Args:
-            pipeline: An index, retriever, query engine, chat engine or retriever tool, or any store.
-
-        Raises:
-            RetrievalError: There is no store in it that can be searched.
-        """
-        self._rasd.attach(_retriever_in(pipeline))
-        self._store_given = True
-        return self
-
-    def warm(self, documents: Sequence[str | BaseNode], progress: Progress | None = None) -> Self:
-        """Read a set of documents ahead of the questions, and keep what that computed; returns itself.
-
-        In ``prefix_cache_dir`` it is kept for good. ``progress`` is called with tokens done and tokens in all.
-        """
-        self._rasd.warm([_text(document) for document in documents], progress)
-        return self
-
-    def close(self) -> None:
-        """Let go of the model. Calls after this raise."""
-        self._rasd.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Return a copy that shares the engine: weights are not copied with options."""
-        return self.model_copy()
-
-    def _make_engine(self, loaded: Sequence[Any] | None) -> RASD:
-        options = {name: getattr(self, name) for name in _ENGINE_OPTIONS}
-        options["speculation"] = self._speculation()
-        for name in ("prefix_cache_bytes", "prefix_cache_dir", "prefix_cache_dir_bytes"):
-            if (value := getattr(self, name)) is not None:
-                options[name] = value
-        if loaded is None:
-            return RASD(self.model, **options)
-        if self.model_kwargs:
-            msg = f"model_kwargs {sorted(self.model_kwargs)} come too late: the model is loaded."
-            raise ConfigurationError(msg)
-        return RASD.from_model(*loaded, **options)
-
-    def _speculation(self) -> SpeculationConfig:
-        asked, given = self.num_draft_tokens, self.speculation.num_draft_tokens
-        if asked is None:
-            return self.speculation
-        if given not in {None, asked}:
-            msg = (
-                f"num_draft_tokens is {asked} and speculation.num_draft_tokens is {given}; "
-                f"give one of them."
-            )
-            raise ConfigurationError(msg)
-        return updated(self.speculation, {"num_draft_tokens": asked}, "speculation")
-
-    def _sampling(self, changes: Mapping[str, Any]) -> SamplingParams:
-        """Return how to draw one answer: the fields, with a call's own options over them.
-
-        Raises:
-            ConfigurationError: An unknown option or a value out of its range.
-        """
-        own = {name: getattr(self, name) for name in _SAMPLING_OPTIONS}
-        given = {name: value for name, value in _one_name(changes).items() if value is not None}
-        if "drafter" in changes:
-            given.pop("drafter", None)
-            given["drafting"] = self._drafting(changes["drafter"])
-        if (wanted := given.pop("response_format", None)) is not None:
-            given["grammar"] = _grammar(wanted, given.get("grammar"))
-        try:
-            return updated(SamplingParams(**own), given, f"a call of {type(self).__name__}")
-        except TypeError as err:
-            values = {**own, **given}
-            msg = f"An option has a value of the wrong type among {values}: {err}."
-            raise ConfigurationError(msg) from err
-
-    def _drafting(self, drafter: object) -> bool:
-        """Whether a call drafts whose ``drafter`` option says so.
-
-        Raises:
-            ConfigurationError: It names another drafter than this LLM has.
-        """
-        if drafter is None:
-            return False
-        if drafter is self.drafter or drafter == self.drafter:
-            return True
-        msg = (
-            f"drafter is {drafter!r} for one call, but a call can only go without (drafter=None). Make "
-            f"another {type(self).__name__} for another drafter; a model that is loaded is shared."
+        return LLMMetadata(
+            context_window=self._rasd.window,
+            num_output=self.max_tokens,
+            is_chat_model=self._rasd.has_chat_template,
+            is_function_calling_model=self._rasd.has_chat_template and not self._writes_prompts,
+            model_name=self._rasd.model_name,
         )
-        raise ConfigurationError(msg)
 
+    @property
+    def _writes_prompts(self) -> bool:
+        """Whether the user's own function makes texts of messages."""
+        to_prompt = self.messages_to_prompt or generic_messages_to_prompt
+        return to_prompt is not generic_messages_to_prompt
 
-def _retriever_in(pipeline: Any) -> Any:
-    """Return the retriever that a query engine, chat engine or tool asks, else ``pipeline`` itself."""
-    for name in ("_query_engine", "_retriever"):
-        if (inner := getattr(pipeline, name, None)) is not None:
-            return _retriever_in(inner)
-    return pipeline
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation."""
+        call = self._chat_call(messages, kwargs)
+        return whole_response(chat_response, call.to(self._rasd.generate))
 
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Answer a conversation piece by piece; each response holds the answer so far and the new ``delta``."""
+        call = self._chat_call(messages, kwargs)
+        return stream_responses(chat_response, call.to(self._rasd.stream))
 
-def _one_name(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` with ``max_new_tokens`` under its first name.
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation without blocking the event loop."""
+        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
+        return whole_response(chat_response, await call.to(self._rasd.agenerate))
 
-    Raises:
-        ConfigurationError: Both names are given and differ.
-    """
-    renamed = dict(options)
-    if _ALIAS not in renamed:
-        return renamed
-    value = renamed.pop(_ALIAS)
-    if renamed.setdefault("max_tokens", value) != value:
-        msg = f"max_tokens is {renamed['max_tokens']} and {_ALIAS} is {value}; give one of them."
-        raise ConfigurationError(msg)
-    return renamed
+    @llm_chat_callback()
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], **kwargs: Any
+    ) -> ChatResponseAsyncGen:
+        """Answer a conversation piece by piece without blocking the event loop."""
+        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
+        return astream_responses(chat_response, call.to(self._rasd.astream))
 
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer a text: as a user's message, or as it stands if ``formatted``."""
+        call = self._completion_call(prompt, formatted, kwargs)
+        return whole_response(completion_response, call.to(self._rasd.generate))
 
-def _grammar(wanted: Any, other: object) -> Grammar | None:
-    """Return the grammar of a ``response_format``: OpenAI's mapping, or a pydantic class.
+    @llm_completion_callback()
+    def stream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseGen:
+        """Answer a text piece by piece; each response holds the answer so far and the new ``delta``."""
+        call = self._completion_call(prompt, formatted, kwargs)
+        return stream_responses(completion_response, call.to(self._rasd.stream))
 
-    Raises:
-        ConfigurationError: It is neither, or the call names a ``grammar`` besides.
-    """
-    if other is not None:
-        msg = "response_format and grammar both say what the answer must match; give one of them."
-        raise ConfigurationError(msg)
-    if isinstance(wanted, type) and issubclass(wanted, BaseModel):
-        return Grammar.json_schema(without_unique_items(wanted.model_json_schema()))
-    return Grammar.of_response_format(wanted)
+    @llm_completion_callback()
+    async def acomplete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponse:
+        """Answer a text without blocking the event loop."""
+        call = await asyncio.to_thread(self._completion_call, prompt, formatted, kwargs)
+        return whole_response(completion_response, await call.to(self._rasd.agenerate))
 
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        """Answer a text piece by piece without blocking the event loop."""
+        call = await asyncio.to_thread(self._completion_call, prompt, formatted, kwargs)
+        return astream_responses(completion_response, call.to(self._rasd.astream))
 
-def _first(err: ValidationError) -> str:
-    error = err.errors()[0]
-    name = ".".join(str(part) for part in error["loc"])
-    return f"{name} is {error['input']!r}: {error['msg']}."
+    # The asynchronous endpoints make their calls in a thread: the first one reads files, and filling a long
+    # template again takes its time.
 
+    def _chat_call(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> _Call:
+        sampling = dict(options)
+        given = {to: sampling.pop(name) for name, to in _TOOL_OPTIONS.items() if name in sampling}
+        tools = ToolUse.of(tool_specs(given.pop("tools", None)), **given)
+        call = self._call(messages, self._chat_prompt, sampling)
+        if tools is not None and isinstance(call.prompt, str):
+            why = (
+                "messages_to_prompt writes its prompts"
+                if self._writes_prompts
+                else "it has no chat template"
+            )
+            msg = (
+                f"{self._rasd.model_name} cannot be told of the tools {', '.join(tools.names)}: {why}. "
+                f"Use a ReActAgent, or a model with a chat template."
+            )
+            raise ConfigurationError(msg)
+        return replace(call, tools=tools)
 
-def _text(document: str | BaseNode) -> str:
-    if isinstance(document, str):
-        return document
-    return document.get_content(metadata_mode=MetadataMode.LLM)
+    def _completion_call(self, text: str, formatted: bool, options: Mapping[str, Any]) -> _Call:
+        return self._call(text, partial(self._completion_prompt, formatted=formatted), options)
+
+    def _call(
+        self, sent: Any, to_prompt: Callable[[Any], Prompt], options: Mapping[str, Any]
+    ) -> _Call:
+        sampling = dict(options)
+        explicit = explicit_hints(sampling.pop("rasd", None))
+        params = self._sampling(sampling)
+        return _Call(to_prompt(sent), params, self._hints(sent, to_prompt, explicit))
+
+    def _chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
+        if self._writes_prompts or not self._rasd.has_chat_template:
+            return (self.messages_to_prompt or generic_messages_to_prompt)(messages)
+        return to_messages(messages)
+
+    def _completion_prompt(self, text: str, *, formatted: bool) -> Prompt:
+        if formatted:
+            return text
+        to_prompt = self.completion_to_prompt or default_completion_to_prompt
+        if to_prompt is not default_completion_to_prompt or not self._rasd.has_chat_template:
+            return self._extend_prompt(to_prompt(text))
+        if self.query_wrapper_prompt is not None:
+            text = self.query_wrapper_prompt.format(query_str=text)
+        return to_messages(self._extend_messages(prompt_to_messages(text)))
+
+    # --- how a prompt was made -------------------------------------------------------------------
+
+    def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
+        messages = super()._get_messages(prompt, **prompt_args)
+        self._capture.remember(messages, Filled(prompt, prompt_args, "messages"))
+        return messages
+
+    def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
+        text = super()._get_prompt(prompt, **prompt_args)
+        self._capture.remember(text, Filled(prompt, prompt_args, "text"))
+        return text
+
+    def _fill(self, filled: Filled, args: Mapping[str, Any]) -> Sent:
+        """Fill a template again as the framework did, with other arguments."""
+        if filled.form == "messages":
+            return super()._get_messages(filled.template, **args)
+        if filled.form == "text":
+            return super()._get_prompt(filled.template, **args)
+        if self._rasd.has_chat_template:
+            return self._extend_messages(filled.template.format_messages(llm=self, **args))
+        return filled.template.format(llm=self, **args)
+
+    def _hints(
+        self, sent: Sent, to_prompt: Callable[[Any], Prompt], explicit: Mapping[str, Any]
+    ) -> PromptHints | None:
+        retrieval = self._trace.retrieval_for(sent_text(sent))
+        filled = self._capture.recall(sent) or self._structured(sent)
+        self._discover(retrieval)
+        return build_hints(
+            sent, filled, retrieval, lambda f, args: to_prompt(self._fill(f, args)), explicit
+        )
+
+    def _structured(self, sent: Sent) -> Filled | None:
+        """Return the template of the structured call around this one, if it gives this very prompt.
+
+        Structured programs fill their templates themselves; only the start of the call is told.
+        """
+        for call in self._trace.structured_calls():
+            filled = Filled(call.template, call.args, "structured")
+            if same_prompt(self._fill(filled, call.args), sent):
+                return filled
+        return None
+
+    def _discover(self, retrieval: Retrieval | None) -> None:
+        """Take the index of the pipeline's retriever as the store, where the user gave none."""
+        if self._store_given or retrieval is None or retrieval.index is None:
+            return
+        index = retrieval.index()
+        if index is None or (self._found is not None and self._found() is index):
+            return
+        self._found = weakref.ref(index)
+        try:
+            self._rasd.attach(index)
+        except RetrievalError as err:
+            logger.warning("The pipeline's own index cannot be searched for chunks: %s", err)

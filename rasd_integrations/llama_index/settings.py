@@ -5,7 +5,7 @@ from __future__ import annotations
 from llama_index.core import Settings
 from llama_index.core.indices.prompt_helper import PromptHelper
 
-from rasd_integrations.llama_index.llm import RASDLLM
+from rasd_integrations.llama_index.base import RASDLLM
 
 
 def configure_settings(llm: RASDLLM) -> None:

@@ -12,7 +12,7 @@ from llama_index.core.tools.types import BaseTool
 from pydantic_core import from_json
 
 from rasd_integrations.errors import ConfigurationError, DecodingError, PromptError
-from rasd_integrations.text.answer import parsed_arguments
+from rasd_integrations.text.answer.parser import parsed_arguments
 
 logger = logging.getLogger(__name__)
 

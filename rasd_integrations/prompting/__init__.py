@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from rasd_integrations.prompting.planner import PromptPlanner
-from rasd_integrations.prompting.records import Prompt, PromptHints, PromptPlan
+from rasd_integrations.prompting.hints import Prompt, PromptHints, PromptPlan
 
 __all__ = ["Prompt", "PromptHints", "PromptPlan", "PromptPlanner"]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rasd_integrations.prompting.view import PromptView, Span
+from rasd_integrations.prompting.prompt_view import PromptView, Span
 from rasd_integrations.types import Chunk
 
 MAX_CHUNKS = 512

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rasd_integrations.prompting.records import PromptHints
-from rasd_integrations.prompting.view import PromptView
+from rasd_integrations.prompting.hints import PromptHints
+from rasd_integrations.prompting.prompt_view import PromptView
 
 CallKind = Literal["plain", "condense", "rag_answer", "refine", "tool_decision", "agent_answer"]
 

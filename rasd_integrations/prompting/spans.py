@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rasd_integrations.prompting.view import PromptView, Span
+from rasd_integrations.prompting.prompt_view import PromptView, Span
 
 
 def hulls(spans: Sequence[Span]) -> list[Span]:

@@ -1,8 +1,8 @@
 """Text in, text out: the chat template, incremental detokenising, stop strings."""
 
-from rasd_integrations.text.detokenizer import IncrementalDetokenizer
-from rasd_integrations.text.stop import StopMatcher
-from rasd_integrations.text.stream import stream_text
-from rasd_integrations.text.template import ChatTemplate
+from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
+from rasd_integrations.text.answer.stop import StopMatcher
+from rasd_integrations.text.answer.stream import stream_text
+from rasd_integrations.text.prompt.template import ChatTemplate
 
 __all__ = ["ChatTemplate", "IncrementalDetokenizer", "StopMatcher", "stream_text"]

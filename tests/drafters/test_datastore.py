@@ -11,8 +11,8 @@ from fakes_datastore import encode, ids_store, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rasd_integrations.datastore import TokenStore
-from rasd_integrations.datastore.encoding import SEPARATOR
+from rasd_integrations.datastores.tokens import TokenStore
+from rasd_integrations.datastores.tokens.encoding import SEPARATOR
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.datastore import DatastoreDrafter, best_tree
 from rasd_integrations.errors import ConfigurationError

@@ -12,11 +12,13 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
-from rasd_integrations.densestore import DenseStore, build, nearest, store
-from rasd_integrations.densestore.build import SEPARATOR
-from rasd_integrations.densestore.transform import Transform
+from rasd_integrations.datastores.hidden import DenseStore, nearest
+from rasd_integrations.datastores.hidden import build
+from rasd_integrations.datastores.hidden import store
+from rasd_integrations.datastores.hidden.build import SEPARATOR
+from rasd_integrations.datastores.hidden.transform import Transform
 from rasd_integrations.errors import ConfigurationError, RetrievalError
-from rasd_integrations.models import SharedModel
+from rasd_integrations.runtime.models import SharedModel
 from rasd_integrations.types import Chunk
 
 TEXTS = [f"Text {i}: the drafter of the target, number {i * i} of {i + 7}." for i in range(24)]

@@ -17,8 +17,8 @@ from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.recycling import RecyclingDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.stats import DecodingStats
 

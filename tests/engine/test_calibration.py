@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rasd_integrations.engine.calibration import Calibration
+from rasd_integrations.drafters.calibration import Calibration
 from rasd_integrations.types import Draft
 
 CHAIN = Draft((5, 6, 7), likely=(0.5, 0.25, 0.125))

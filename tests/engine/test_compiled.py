@@ -18,13 +18,16 @@ from fakes import ScriptedDrafter
 from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.engine import compiled, executors, kv, paged
-from rasd_integrations.engine.compiled import CompiledExecutor
-from rasd_integrations.engine.decoder import _ASIDE, SpeculativeDecoder
-from rasd_integrations.engine.executor import EagerExecutor
-from rasd_integrations.engine.executors import make_executor
-from rasd_integrations.engine.kv import GRANULE, KVBuffer
-from rasd_integrations.engine.packing import PackedLinear
+from rasd_integrations.engine.executors import openvino as compiled
+from rasd_integrations.engine.executors import factory as executors
+from rasd_integrations.engine.kv import buffer as kv
+from rasd_integrations.engine.executors import openvino_graph as paged
+from rasd_integrations.engine.executors.openvino import CompiledExecutor
+from rasd_integrations.decoding.decoder import _ASIDE, SpeculativeDecoder
+from rasd_integrations.engine.executors.eager import EagerExecutor
+from rasd_integrations.engine.executors.factory import make_executor
+from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
+from rasd_integrations.engine.executors.packing import PackedLinear
 from rasd_integrations.engine.target import TargetModel, _forward
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 from rasd_integrations.stats import DecodingStats
@@ -358,8 +361,8 @@ def test_without_the_extra_everything_else_works(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     code = (
         "import sys; sys.modules['openvino'] = None\n"
-        "import rasd_integrations.models, rasd_integrations.runtime\n"
-        "from rasd_integrations.engine.executors import make_executor\n"
+        "import rasd_integrations.runtime.models, rasd_integrations.runtime.rasd\n"
+        "from rasd_integrations.engine.executors.factory import make_executor\n"
         "from transformers import AutoModelForCausalLM as Auto\n"
         "model = Auto.from_pretrained(sys.argv[1])\n"
         "print(type(make_executor('auto', model, owned=True)).__name__)"

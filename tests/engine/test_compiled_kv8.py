@@ -12,14 +12,14 @@ from rasd_integrations import RASD
 from rasd_integrations.config import PrefixFolder, SamplingParams, SpeculationConfig
 from rasd_integrations.drafters.early_exit import EarlyExitDrafter
 from rasd_integrations.drafters.sparse_kv import SparseKVDrafter
-from rasd_integrations.engine import kv
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.executors import make_executor
-from rasd_integrations.engine.kv import GRANULE, KVBuffer
-from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.engine.kv import buffer as kv
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.executors.factory import make_executor
+from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel, _forward
 from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.models import wrapped_model
+from rasd_integrations.runtime.models import wrapped_model
 from rasd_integrations.stats import DecodingStats
 
 pytest.importorskip("openvino")

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from rasd_integrations import RASD, SamplingParams, SpeculationConfig
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.engine.attention import StepContext
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.executor import EagerExecutor, StepOutput
-from rasd_integrations.engine.kv import KVBuffer
-from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.executors.eager import EagerExecutor, StepOutput
+from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import PREFILL_PIECE, TargetModel
 from rasd_integrations.errors import DeviceMemoryError
 from rasd_integrations.loading import packaged_model

@@ -17,9 +17,9 @@ from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.engine.constraints import chain_masks, guide, mask_rows
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.sampling import process_logits
+from rasd_integrations.engine.verification.constraints import chain_masks, guide, mask_rows
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.verification.sampling import process_logits
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.stats import DecodingStats

@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from rasd_integrations.engine.costs import CostShape, StepCosts, rows_at
-from rasd_integrations.engine.schedule import Experience, Schedule
+from rasd_integrations.decoding.costs import CostShape, StepCosts
+from rasd_integrations.engine.executors.eager import rows_at
+from rasd_integrations.decoding.schedule import Experience, Schedule
 from rasd_integrations.types import Draft
 
 

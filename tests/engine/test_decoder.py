@@ -11,10 +11,10 @@ from fakes import ScriptedDrafter
 from tiny import EOS, FAMILIES, VOCAB, WINDOW, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.executor import EagerExecutor
-from rasd_integrations.engine.kv import KVBuffer
-from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.executors.eager import EagerExecutor
+from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel, _forward
 from rasd_integrations.errors import (
     ContextOverflowError,

@@ -23,11 +23,11 @@ from rasd_integrations.config import SpeculationConfig
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.engine.candidates import Shortlist
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.executor import input_device
-from rasd_integrations.engine.packing import pack_linears
-from rasd_integrations.engine.schedule import check_lockstep
+from rasd_integrations.drafters.candidates import Shortlist
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.executors.eager import input_device
+from rasd_integrations.engine.executors.packing import pack_linears
+from rasd_integrations.decoding.schedule import check_lockstep
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading import check_device, load_model
@@ -305,7 +305,7 @@ def test_weights_are_not_packed_where_some_stand_elsewhere():
 def test_layers_keep_their_keys_where_they_stand():
     """Each layer's keys, values and masks stand with its own queries, whatever device the ids came in on."""
     from rasd_integrations.engine.attention import Segment
-    from rasd_integrations.engine.kv import KVBuffer
+    from rasd_integrations.engine.kv.buffer import KVBuffer
 
     positions = torch.arange(5, 8)
     segment = Segment(KVBuffer(16), positions, None)

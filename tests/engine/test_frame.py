@@ -12,12 +12,12 @@ from tiny import FAMILIES
 
 pytest.importorskip("openvino")
 
-from rasd_integrations.engine import paged
-from rasd_integrations.engine.compiled import CompiledExecutor
-from rasd_integrations.engine.frame import Frame
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.executors import openvino_graph as paged
+from rasd_integrations.engine.executors.openvino import CompiledExecutor
+from rasd_integrations.engine.executors.openvino_inputs import Frame
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.tracing import Angles
+from rasd_integrations.engine.executors.tracing import Angles
 
 
 def test_steps_of_ever_other_shapes_equal_eager():

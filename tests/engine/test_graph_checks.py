@@ -23,11 +23,12 @@ from fakes_graphs import (
 )
 from tiny import FAMILIES, VOCAB, tiny_llama
 
-from rasd_integrations.engine import fixed, graphs
-from rasd_integrations.engine.executor import StepOutput
-from rasd_integrations.engine.graphs import GraphExecutor
+from rasd_integrations.engine.executors import cuda_fixed as fixed
+from rasd_integrations.engine.executors import cuda_graphs as graphs
+from rasd_integrations.engine.executors.eager import StepOutput
+from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification import argmax_rows
+from rasd_integrations.engine.verification.exact import argmax_rows
 
 
 def unable(run: graphs.Run) -> graphs.Run:

@@ -29,10 +29,11 @@ from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.drafters.model import ModelDrafter
-from rasd_integrations.engine import fixed, graphs
+from rasd_integrations.engine.executors import cuda_fixed as fixed
+from rasd_integrations.engine.executors import cuda_graphs as graphs
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.graphs import ROW_BUCKETS, kv_bucket
-from rasd_integrations.engine.kv import GRANULE, KVBuffer
+from rasd_integrations.engine.executors.cuda_graphs import ROW_BUCKETS, kv_bucket
+from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
 from rasd_integrations.engine.target import TargetModel
 
 

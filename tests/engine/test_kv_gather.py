@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_llama
 
-from rasd_integrations.engine.kv import KVBuffer
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 
 IDS = torch.randint(0, 256, (80,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -7,8 +7,8 @@ import torch
 from tiny import tiny_llama
 
 from rasd_integrations.config import SamplingParams
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.prefix_cache import PrefixCache
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.stats import DecodingStats
 

@@ -22,11 +22,11 @@ from tiny import FAMILIES, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.drafters.model import ModelDrafter
-from rasd_integrations.engine import prefix_format
-from rasd_integrations.engine.decoder import SpeculativeDecoder
-from rasd_integrations.engine.identity import model_identity
-from rasd_integrations.engine.prefix_cache import PrefixCache
-from rasd_integrations.engine.prefix_files import PrefixFiles
+from rasd_integrations.engine.kv import prefix_format
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.loading.identity import model_identity
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
+from rasd_integrations.engine.kv.prefix_files import PrefixFiles
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import Draft, DraftContext

@@ -12,8 +12,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from rasd_integrations.engine import sampling
-from rasd_integrations.engine.sampling import draw, flip, process_logits, sampling_law
+from rasd_integrations.engine.verification import sampling
+from rasd_integrations.engine.verification.sampling import draw, flip, process_logits, sampling_law
 from rasd_integrations.errors import DecodingError
 
 

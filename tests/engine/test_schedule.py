@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rasd_integrations.engine.schedule import Experience, Schedule
+from rasd_integrations.decoding.schedule import Experience, Schedule
 from rasd_integrations.types import Draft
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from fakes_laws import Model, Oracle, distance, outcomes, softmax
 
-from rasd_integrations.engine import transfer
-from rasd_integrations.engine.transfer import (
+from rasd_integrations.engine.verification import transfer
+from rasd_integrations.engine.verification.transfer import (
     guarded_shift,
     mixture_verify,
     one_step_law,
     rapid_verify,
 )
-from rasd_integrations.engine.verification import Verdict
+from rasd_integrations.engine.verification.exact import Verdict
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.types import Draft
 

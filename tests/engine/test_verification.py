@@ -11,9 +11,9 @@ import pytest
 import torch
 from fakes_laws import Model, Oracle, distance, outcomes, softmax
 
-from rasd_integrations.engine import verification
-from rasd_integrations.engine.sampling import sampling_law
-from rasd_integrations.engine.verification import (
+from rasd_integrations.engine.verification import exact as verification
+from rasd_integrations.engine.verification.sampling import sampling_law
+from rasd_integrations.engine.verification.exact import (
     Verdict,
     accept_probabilities,
     argmax_rows,

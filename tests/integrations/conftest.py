@@ -30,7 +30,7 @@ def fake_engine(monkeypatch):
     """Put the recording engine in RASD's place."""
     from fakes_llama_index import FakeRASD
 
-    monkeypatch.setattr("rasd_integrations.llama_index.base.RASD", FakeRASD)
+    monkeypatch.setattr("rasd_integrations.llama_index.options.RASD", FakeRASD)
 
 
 @pytest.fixture

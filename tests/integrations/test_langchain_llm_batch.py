@@ -12,7 +12,7 @@ from langchain_core.caches import InMemoryCache
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import RASDLLM
-from rasd_integrations.outputs import Grammar
+from rasd_integrations.response_format import Grammar
 from rasd_integrations.types import TextChunk
 
 LONG = "word " * 5000

@@ -17,7 +17,7 @@ from scripted import scripted_model
 
 from rasd_integrations.errors import PromptError
 from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.runtime import RASD
+from rasd_integrations.runtime.rasd import RASD
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from rasd_integrations.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.outputs import Grammar
+from rasd_integrations.response_format import Grammar
 
 
 @pytest.fixture(autouse=True)
@@ -375,7 +375,7 @@ def test_tools_count_as_tokens(llm):
 def test_profile_says_what_works_here(installed, monkeypatch):
     """Text only; tools with every model; what needs a grammar only where the library for it is installed."""
     if not installed:
-        monkeypatch.setattr("rasd_integrations.langchain.chat.find_spec", lambda name: None)
+        monkeypatch.setattr("rasd_integrations.langchain.chat_models.find_spec", lambda name: None)
     profile = ChatRASD(model="org/one").profile
     assert [True, True, 512] == [
         profile[n] for n in ("text_inputs", "text_outputs", "max_output_tokens")

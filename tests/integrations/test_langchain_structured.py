@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.langchain.structured import StructuredParser
+from rasd_integrations.langchain.structured_output import StructuredParser
 
 METHODS = ("function_calling", "json_schema", "json_mode")
 HELD = METHODS[:2]  # to the schema, not only to JSON

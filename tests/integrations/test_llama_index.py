@@ -24,7 +24,7 @@ from llama_index.core.llms import LLM
 
 from rasd_integrations.errors import PromptError
 from rasd_integrations.llama_index import RASDLLM
-from rasd_integrations.runtime import RASD
+from rasd_integrations.runtime.rasd import RASD
 
 pytestmark = pytest.mark.usefixtures("fake_engine")
 

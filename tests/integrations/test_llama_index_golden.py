@@ -15,7 +15,7 @@ from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores import ExactMatchFilter, MetadataFilters
 from tiny import tiny_llama, tiny_tokenizer
 
-from rasd_integrations import pipeline
+from rasd_integrations.runtime import pipeline
 from rasd_integrations.config import RetrievalConfig
 from rasd_integrations.llama_index import RASDLLM
 

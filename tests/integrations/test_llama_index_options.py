@@ -25,7 +25,7 @@ from llama_index.core.schema import TextNode
 from rasd_integrations.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 from rasd_integrations.llama_index import RASDLLM, configure_settings
-from rasd_integrations.outputs import Grammar
+from rasd_integrations.response_format import Grammar
 
 pytestmark = pytest.mark.usefixtures("fake_engine")
 

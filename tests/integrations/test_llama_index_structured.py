@@ -15,7 +15,7 @@ from llama_index.core.types import PydanticProgramMode
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rasd_integrations.errors import DecodingError
-from rasd_integrations.outputs import Grammar
+from rasd_integrations.response_format import Grammar
 
 
 class Song(BaseModel):

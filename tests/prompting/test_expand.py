@@ -20,7 +20,7 @@ from fakes_prompting import (
 
 from rasd_integrations.config import RetrievalConfig
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
-from rasd_integrations.prompting.view import PromptView
+from rasd_integrations.prompting.prompt_view import PromptView
 from rasd_integrations.retrieval import GuardedSource
 from rasd_integrations.types import Chunk
 

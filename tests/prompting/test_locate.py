@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rasd_integrations.prompting import Prompt
 from rasd_integrations.prompting.locate import Located, PromptIndex
-from rasd_integrations.prompting.view import PromptView, Span
+from rasd_integrations.prompting.prompt_view import PromptView, Span
 from rasd_integrations.types import Chunk
 
 TEXT = " ".join(FACTS[:3])

@@ -9,8 +9,8 @@ from fakes_answers import FORMATS, MARKED, NAMES, Answer, answer, call, cut, par
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rasd_integrations.text.answer import Parsed, parsed_arguments
-from rasd_integrations.text.tools import (
+from rasd_integrations.text.answer.parser import Parsed, parsed_arguments
+from rasd_integrations.text.tool_formats import (
     FALLBACK,
     GRANITE,
     HERMES,

@@ -10,7 +10,7 @@ from scripted import scripted_model
 from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 
 from rasd_integrations import RASD, Grammar, SamplingParams, ToolUse
-from rasd_integrations.text.grammar import GrammarCompiler
+from rasd_integrations.text.grammar.compiler import GrammarCompiler
 
 ITEM = {
     "type": "object",

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rasd_integrations.loading import load_tokenizer, packaged_model
-from rasd_integrations.text.detokenizer import IncrementalDetokenizer
+from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
 
 WORDS = ["hello", "world", "the", ".", ",", "\n", "é", "漢", "a", "b", "12", "'s", "\ufffd", "�x"]
 

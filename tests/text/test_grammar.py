@@ -11,8 +11,8 @@ import pytest
 from tiny import EOS, VOCAB, tiny_tokenizer
 
 from rasd_integrations import ConfigurationError, Grammar, MissingDependencyError, ToolUse
-from rasd_integrations.text.grammar import GrammarCompiler, grammar_compiler
-from rasd_integrations.text.tools import (
+from rasd_integrations.text.grammar.compiler import GrammarCompiler, grammar_compiler
+from rasd_integrations.text.tool_formats import (
     FALLBACK,
     GRANITE,
     HERMES,

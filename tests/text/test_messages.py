@@ -7,8 +7,8 @@ import pytest
 from fakes_templates import tokenizer_with
 
 from rasd_integrations.errors import PromptError
-from rasd_integrations.text.messages import fold_roles, plain_message
-from rasd_integrations.text.tools import HERMES, MISTRAL
+from rasd_integrations.text.prompt.messages import fold_roles, plain_message
+from rasd_integrations.text.tool_formats import HERMES, MISTRAL
 
 
 def called(arguments: object, **more: object) -> dict[str, object]:

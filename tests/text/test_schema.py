@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rasd_integrations.text.schema import prepared, without_unique_items
+from rasd_integrations.text.grammar.schema import prepared, without_unique_items
 
 CLOSED = {"additionalProperties": False}
 

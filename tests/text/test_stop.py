@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rasd_integrations.text.stop import StopMatcher
+from rasd_integrations.text.answer.stop import StopMatcher
 
 # Few letters make overlaps, repeats and stop strings inside stop strings likely.
 TEXTS = st.text("ab.\n", max_size=24)

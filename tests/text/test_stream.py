@@ -8,10 +8,10 @@ import pytest
 from tiny import EOS, tiny_tokenizer
 
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.text.answer import AnswerParser, ReasoningFormat
-from rasd_integrations.text.detokenizer import IncrementalDetokenizer
-from rasd_integrations.text.stream import stream_text
-from rasd_integrations.text.tools import HERMES
+from rasd_integrations.text.answer.parser import AnswerParser, ReasoningFormat
+from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
+from rasd_integrations.text.answer.stream import stream_text
+from rasd_integrations.text.tool_formats import HERMES
 from rasd_integrations.types import TextChunk, TokenBlock
 
 

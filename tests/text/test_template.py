@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rasd_integrations.errors import ModelLoadError, PromptError
 from rasd_integrations.loading import load_tokenizer, packaged_model
-from rasd_integrations.text.template import ChatTemplate
+from rasd_integrations.text.prompt.template import ChatTemplate
 
 BYTES = tiny_tokenizer()
 CHATML = ChatTemplate(BYTES)

@@ -7,8 +7,8 @@ import pytest
 from fakes_answers import FORMATS, Answer, answer, call
 from fakes_templates import tokenizer_with
 
-from rasd_integrations.text.answer import ReasoningFormat, opens_thought, reasoning_format
-from rasd_integrations.text.tools import FALLBACK, HERMES, LLAMA3
+from rasd_integrations.text.answer.parser import ReasoningFormat, opens_thought, reasoning_format
+from rasd_integrations.text.tool_formats import FALLBACK, HERMES, LLAMA3
 
 
 @pytest.mark.parametrize(

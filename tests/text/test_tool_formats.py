@@ -7,7 +7,7 @@ import pytest
 from fakes_templates import NATIVE, PROMPTED, tokenizer_with
 
 from rasd_integrations.loading import load_tokenizer, packaged_model
-from rasd_integrations.text.tools import (
+from rasd_integrations.text.tool_formats import (
     FALLBACK,
     GRANITE,
     HERMES,

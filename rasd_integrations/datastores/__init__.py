@@ -1,0 +1,1 @@
+"""What a drafter looks up: texts as token ids, and hidden states of texts."""

@@ -1,0 +1,8 @@
+"""Texts as token ids, indexed so that the places where a context occurred are found at once."""
+
+from __future__ import annotations
+
+from rasd_integrations.datastores.tokens.encoding import chunk_key, tokenizer_fingerprint
+from rasd_integrations.datastores.tokens.store import TokenStore
+
+__all__ = ["TokenStore", "chunk_key", "tokenizer_fingerprint"]

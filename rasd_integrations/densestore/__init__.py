@@ -1,8 +1,0 @@
-"""Texts as the target read them: what it thought at each place, and the tokens that followed."""
-
-from __future__ import annotations
-
-from rasd_integrations.densestore.build import Reader
-from rasd_integrations.densestore.store import DenseStore, Neighbour, nearest
-
-__all__ = ["DenseStore", "Neighbour", "Reader", "nearest"]

@@ -1,0 +1,129 @@
+"""The target's likeliest next tokens at some places: what a logits tree is drafted from.
+
+They steer drafts and never the output, so their probabilities may be rough: over the kept tokens only, and
+before temperature and soft caps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rasd_integrations.engine.executors.eager import input_device
+
+_COMMON = 2048
+_SCORES = (
+    32_768  # torch shares larger operations among a CPU's threads, and waking those takes longer
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The target's likeliest next tokens after each of some rows.
+
+    Attributes:
+        token_ids: ``[rows, k]`` int32, likeliest first; -1 fills rows of which less is known.
+        probs: ``[rows, k]`` float32, their probabilities among one another; 0 where the id is -1.
+    """
+
+    token_ids: NDArray[np.int32]
+    probs: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.token_ids)
+
+    @staticmethod
+    def unknown(rows: int, k: int) -> Candidates:
+        """Return rows of which nothing is known."""
+        return Candidates(np.full((rows, k), -1, np.int32), np.zeros((rows, k), np.float32))
+
+
+def likeliest(logits: Tensor, k: int, token_ids: NDArray[np.int32] | None = None) -> Candidates:
+    """Return the ``k`` likeliest tokens of each row.
+
+    Args:
+        logits: ``[rows, n]``, any float type.
+        k: At least 1; where ``n`` is smaller the rest is -1.
+        token_ids: ``[n]``, the tokens of the columns; ``None``: column ``i`` is token ``i``.
+    """
+    found = Candidates.unknown(logits.shape[0], k)
+    best = logits.topk(min(k, logits.shape[1]))
+    columns, scores = best.indices.cpu().numpy(), best.values.float().cpu().numpy()
+    n = columns.shape[1]
+    found.token_ids[:, :n] = columns if token_ids is None else token_ids[columns]
+    weights = np.exp(scores - scores[:, :1])
+    found.probs[:, :n] = weights / weights.sum(axis=1, keepdims=True)
+    return found
+
+
+class Shortlist:
+    """Ranks some tokens only: those of a prompt, and the commonest of all.
+
+    Answers over documents are written in the documents' words, and an output layer of some thousand tokens
+    costs a tenth of the whole one. Byte-pair vocabularies number their tokens by how common they are. Where
+    the layer's weight cannot be read, all of it is run.
+    """
+
+    def __init__(self, model: PreTrainedModel, token_ids: Iterable[int], k: int) -> None:
+        """Rank ``token_ids`` and the commonest tokens, ``k`` of them for each row."""
+        config = model.config.get_text_config()
+        self._k = k
+        self._head = model.get_output_embeddings()
+        self._weight = weight = _weight(model, self._head)
+        device = input_device(model) if weight is None else weight.device
+        wanted = np.zeros(int(config.vocab_size), np.bool_)
+        wanted[:_COMMON] = True
+        wanted[np.fromiter(token_ids, np.int64)] = True
+        self._token_ids = np.flatnonzero(wanted).astype(np.int32)
+        self._wanted = torch.from_numpy(self._token_ids).to(device)
+
+    def of_hidden(self, hidden: Tensor) -> Candidates:
+        """Return the candidates of final hidden states ``[rows, hidden]``."""
+        if self._some is None:
+            return self.of_logits(self._head(hidden))
+        logits = nn.functional.linear(hidden.to(self._some.device), self._some, self._offset)
+        return likeliest(logits, self._k, self._token_ids)
+
+    @cached_property
+    def _some(self) -> Tensor | None:
+        """The output layer's rows of these tokens; whoever has logits already needs no copy of them."""
+        return None if self._weight is None else self._weight.detach()[self._wanted]
+
+    @cached_property
+    def _offset(self) -> Tensor | None:
+        bias = getattr(self._head, "bias", None)
+        return None if bias is None else bias.detach()[self._wanted]
+
+    def of_logits(self, logits: Tensor) -> Candidates:
+        """Return the candidates of logits ``[rows, vocab]``."""
+        wanted = self._wanted.to(logits.device)  # of a model over several, it may be another
+        few = _SCORES // len(wanted) if logits.device.type == "cpu" else len(logits)
+        parts = [
+            likeliest(rows.index_select(1, wanted), self._k, self._token_ids)
+            for rows in logits.split(max(few, 1))
+        ]
+        return Candidates(
+            np.concatenate([part.token_ids for part in parts]),
+            np.concatenate([part.probs for part in parts]),
+        )
+
+
+def _weight(model: PreTrainedModel, head: nn.Module) -> Tensor | None:
+    """Return the output layer's ``[vocab, hidden]``; of a packed layer the tied embedding's."""
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    for layer in (head, model.get_input_embeddings() if tied else None):
+        weight = getattr(layer, "weight", None)
+        # Shards and quantised weights have types of their own; an offloaded layer's weight is not here.
+        if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+            continue
+        if weight.ndim == 2 and weight.is_floating_point() and not weight.is_meta:
+            return weight
+    return None

@@ -1,0 +1,1 @@
+"""How a step runs: eager torch, OpenVINO, CUDA graphs."""

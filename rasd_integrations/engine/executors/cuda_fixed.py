@@ -1,0 +1,188 @@
+"""A step at fixed addresses, of fixed shapes: no number of the host decides what it computes.
+
+Rows and prefix are rounded up, and the true numbers lie in tensors: keys behind the length are masked, and the
+rows added repeat the last real one, down to the place where its keys and values are laid. Nothing else is
+written. What can be recorded once and run again with other contents (:mod:`.graphs`) is made of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasd_integrations.engine.attention import Segment, merged, tail_attention
+from rasd_integrations.engine.kv.buffer import KVBuffer
+
+PrefixAttention = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""From packed queries, keys, values, the device-side length ``[1]`` int32 and the scale: the output and its
+log-sum-exp ``[kv_heads, rows]``."""
+
+
+class FixedInputs:
+    """The tensors that a graph of ``rows`` rows reads, at fixed addresses.
+
+    Attributes:
+        ids: ``[rows]``.
+        positions: ``[rows]``.
+        source: ``[rows]`` the row that each row stands for: itself, or the last real one.
+        tail: ``[rows, rows]`` True where a row may not see another.
+        length: ``[1]`` rows of the prefix.
+        used: ``[1]`` int32, the same for kernels that count in 32 bits.
+        end: ``[1]`` where the step's own rows end in the buffer.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        """Take the memory; any rows that :meth:`fill` lays in stand for a step."""
+        self._order = torch.arange(rows, device=device)
+        self._tail = torch.zeros(rows, rows, dtype=torch.bool, device=device)  # of the real rows
+        self.ids, self.positions, self.source = (torch.zeros_like(self._order) for _ in range(3))
+        self.tail = torch.zeros_like(self._tail)
+        self.length, self.end = self._order.new_zeros(1), self._order.new_zeros(1)
+        self.used = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def fill(self, ids: Tensor, segment: Segment) -> None:
+        """Lay a step of at most ``rows`` rows in; no value of it passes through the host."""
+        n, length = len(ids), segment.buffer.length
+        torch.clamp(self._order, max=n - 1, out=self.source)
+        torch.index_select(ids, 0, self.source, out=self.ids)
+        torch.index_select(segment.positions, 0, self.source, out=self.positions)
+        blocked, _ = segment.blocked(length, None, ids.device)
+        if blocked is not None:  # else one row, which sees itself
+            self._tail[:n, :n] = blocked
+        torch.index_select(self._tail, 0, self.source, out=self.tail)
+        self.tail |= self.source != self._order  # a repeated row is seen once
+        self.length.fill_(length)
+        self.used.fill_(length)
+        self.end.fill_(length + n)
+
+    def stand_at(self, length: int, position: int) -> None:
+        """Place a step of one row behind ``length`` rows of the prefix; its token is laid in by :meth:`follow`."""
+        self.positions.fill_(position)
+        self.length.fill_(length)
+        self.used.fill_(length)
+        self.end.fill_(length + 1)
+
+    def follow(self, ids: Tensor) -> None:
+        """Lay ``ids`` ``[1]`` in and move on by the one row that was read before it."""
+        self.ids.copy_(ids)
+        for number in (self.positions, self.length, self.used, self.end):
+            number.add_(1)
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """Which keys of the buffer the layers of one kind read.
+
+    Attributes:
+        start: ``[1]`` the first of them; ``None`` all from row 0.
+        columns: ``[m]`` their rows.
+        blocked: ``[n, m]`` True where a row may not see one.
+        behind: ``[m]`` True where a row holds nothing of this step or its prefix.
+    """
+
+    start: Tensor | None
+    columns: Tensor
+    blocked: Tensor
+    behind: Tensor
+
+
+class FixedSegment(Segment):
+    """The rows of a graph: its attention asks no number of the host."""
+
+    __slots__ = ("_inputs", "_places", "_prefix", "_views")
+
+    def __init__(
+        self, inputs: FixedInputs, buffer: KVBuffer, prefix: PrefixAttention | None
+    ) -> None:
+        """Describe the rows of ``inputs`` over all rows of ``buffer``; made anew for each run.
+
+        Args:
+            inputs: What the step reads.
+            buffer: The memory that is read and written; its own length means nothing.
+            prefix: Attention over the prefix where no window or cap stands against it; ``None``: by a mask.
+        """
+        super().__init__(buffer, inputs.positions, None)
+        self._inputs = inputs
+        self._prefix = prefix
+        self._places = inputs.length + inputs.source
+        self._views: dict[int | None, _View] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor,
+        scale: float, window: int | None, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Attend as :meth:`Segment.attend` does, over all rows of the bucket."""
+        _, heads, n, dim = query.shape
+        source = self._inputs.source
+        keys, values = self.buffer.stores(layer)
+        keys.index_copy_(1, self._places, key[0].index_select(1, source))
+        values.index_copy_(1, self._places, value[0].index_select(1, source))
+        kv_heads = keys.shape[0]
+        packed = query.reshape(kv_heads, heads // kv_heads * n, dim)
+        if self._prefix is not None and window is None and softcap is None:
+            head = self._prefix(packed, keys, values, self._inputs.used, scale)
+            tail = tail_attention(packed, key[0], value[0], n, self._inputs.tail, scale)
+            out = merged(head, tail, packed.dtype)
+        else:
+            view = self._view(keys.shape[1], window)
+            if view.start is not None:
+                keys, values = (t.index_select(1, view.columns) for t in (keys, values))
+            out = _masked(packed, keys, values, n, view, scale, softcap)
+        return out.view(1, heads, n, dim).transpose(1, 2)
+
+    def _view(self, bucket: int, window: int | None) -> _View:
+        """Return what layers of this window see; made once a run, by kernels that are recorded too."""
+        known = self._views.get(window)
+        if known is None:
+            known = self._views[window] = self._made_view(bucket, window)
+        return known
+
+    def _made_view(self, bucket: int, window: int | None) -> _View:
+        inputs, n = self._inputs, self.rows
+        size = bucket if window is None else min(bucket, window + n)
+        columns = torch.arange(size, device=inputs.length.device)
+        start, own, blocked = None, self._places, inputs.tail
+        if size < bucket:
+            # The first row's window and all rows of the step fit behind it.
+            start = (inputs.length + 1 - (window or 0)).clamp(0, bucket - size)
+            columns, own = columns + start, own - start
+        hidden = (columns >= inputs.length).expand(n, -1)
+        if window is not None:
+            places = inputs.positions[:, None]
+            hidden = hidden | (places - columns >= window)
+            blocked = blocked | (places - inputs.positions >= window)
+        full = hidden.clone().index_copy_(1, own, blocked.index_select(1, inputs.source))
+        return _View(start, columns, full, columns >= inputs.end)
+
+
+def _masked(
+    packed: Tensor, keys: Tensor, values: Tensor, n: int, view: _View,
+    scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Attend to all rows at hand, with a mask for those that do not count."""
+    kv_heads, rows, _ = packed.shape
+    scores = torch.bmm(packed * scale, keys.mT)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores.view(kv_heads, rows // n, n, -1).masked_fill_(view.blocked, float("-inf"))
+    # A weight of nothing is no protection: memory that was never written may hold NaN, and 0 * NaN is NaN.
+    return torch.bmm(scores.softmax(-1), values.masked_fill(view.behind[:, None], 0.0))
+
+
+def flash_prefix(
+    packed: Tensor, keys: Tensor, values: Tensor, used: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend to the first ``used`` keys by torch's variable-length flash attention, which reads no more."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    rows, bucket = packed.shape[1], keys.shape[1]
+    ends = torch.arange(2, dtype=torch.int32, device=packed.device)
+    query, keys, values = (t.transpose(0, 1) for t in (packed, keys, values))
+    out, lse = varlen_attn(
+        query, keys, values, ends * rows, ends * bucket, rows, bucket,
+        return_aux=AuxRequest(lse=True), scale=scale, seqused_k=used,
+    )  # fmt: skip
+    return out.transpose(0, 1), lse

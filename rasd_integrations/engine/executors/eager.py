@@ -1,0 +1,176 @@
+"""How a step runs: one small protocol, and eager torch behind it.
+
+An executor runs the stock transformers module with our attention (:mod:`.attention`) and a cache object
+that keeps nothing, so every architecture written against transformers' attention interface works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from rasd_integrations.engine.attention import NAME, Segment, StepContext
+from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step returns; its keys and values lie in the buffer behind the committed rows.
+
+    Attributes:
+        logits: ``[num_logits, vocab]``, of the last rows.
+        hidden: ``[n, hidden]``, what the output layer reads; kept only where a buffer asks for it.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class Executor(Protocol):
+    """Runs steps of one model.
+
+    Attributes:
+        grain: Decoding steps are run as ``1 + k * grain`` rows, and another number of them than the last time
+            costs time of its own; 1 runs them as they come, at no such cost.
+        by_rows: Whether it reads keys as they lie, row by row, wherever they are.
+        in_8_bits: Whether it keeps keys and values in bytes, which nobody else reads.
+    """
+
+    grain: int
+    by_rows: bool
+    in_8_bits: bool
+
+    def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
+        """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it.
+
+        Args:
+            ids: Of the step's rows.
+            context: What they are, and what stands before them.
+            num_logits: Of the last rows: all ``n`` in decoding, 0 or 1 in a prefill.
+        """
+        ...
+
+
+class NoCache(Cache):
+    """A cache that passes a step's keys and values on to the attention, which knows the prefix."""
+
+    def __init__(self) -> None:
+        """Hold no layer."""
+        super().__init__(layers=[])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return what came."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: positions are always given."""
+        return 0
+
+
+class EagerExecutor:
+    """Eager torch on any device: the reference that every other executor is tested against."""
+
+    grain = 1
+    by_rows = False
+    in_8_bits = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take ``model`` as it is and route its attention through ours.
+
+        Raises:
+            ConfigurationError: The architecture cannot take an attention function.
+        """
+        try:
+            model.set_attn_implementation(NAME)
+        except (ValueError, KeyError, AttributeError) as err:
+            msg = (
+                f"{type(model).__name__} does not use transformers' attention interface, which "
+                f"speculative steps need. Use a model whose class supports it (most causal LMs do)."
+            )
+            raise ConfigurationError(msg) from err
+        self._model = model
+        self._body = model.base_model
+        self._cache = NoCache()
+        device = input_device(model)
+        # Masks that are already four-dimensional pass through transformers untouched; ours is unread.
+        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self._vocab_size = int(model.config.get_text_config().vocab_size)
+
+    def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
+        """Run one forward of the stock module."""
+        module: nn.Module = self._model if num_logits else self._body
+        keep = {"logits_to_keep": num_logits} if num_logits else {}
+        with outputs_of(self._body) as seen:
+            out = module(
+                input_ids=ids[None],
+                position_ids=context.positions[None],
+                attention_mask=self._mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                rasd_step=context,
+                **keep,
+            )
+        hidden = seen[0].last_hidden_state[0]
+        if not num_logits:
+            return StepOutput(torch.empty(0, self._vocab_size), hidden)
+        return StepOutput(out.logits[0, -num_logits:], hidden)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where a step's ids belong, and where its logits come back to.
+
+    Hooks of a model over several devices move what each layer reads; offloaded weights stand nowhere.
+    """
+    places = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    return next(places, torch.device("cpu"))
+
+
+@contextmanager
+def outputs_of(module: nn.Module) -> Iterator[list[Any]]:
+    """Collect what ``module`` returns inside the block."""
+    seen: list[Any] = []
+    hook = module.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def check_attention(executor: Executor, num_layers: int, device: torch.device) -> int:
+    """Run two tokens and see that every layer went through our attention.
+
+    Returns:
+        Bytes of the keys and values of one token.
+
+    Raises:
+        ConfigurationError: Some layer keeps a state that is not keys and values.
+    """
+    buffer = KVBuffer(2)
+    positions = torch.arange(2, device=device)
+    executor.step(
+        torch.zeros(2, dtype=torch.long, device=device),
+        StepContext(positions, (Segment(buffer, positions, None),)),
+        num_logits=0,
+    )
+    seen = buffer.num_layers
+    if seen != num_layers:
+        msg = (
+            f"Only {seen} of the model's {num_layers} layers attend over keys and values; layers with another "
+            f"state (linear attention, state space) cannot verify drafts. Use a model with attention in every layer."
+        )
+        raise ConfigurationError(msg)
+    return buffer.row_nbytes
+
+
+def rows_at(n: int, grain: int) -> int:
+    """Return as how many rows a step of ``n`` tokens is run: the next ``1 + k * grain``."""
+    return 1 + grain * -(-(n - 1) // grain)

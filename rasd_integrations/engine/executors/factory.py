@@ -1,0 +1,79 @@
+"""Which executor runs a model's steps, by name. Its names are the values of the option ``executor``."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from rasd_integrations.config import ExecutorName
+from rasd_integrations.engine.executors import cuda_graphs as graphs
+from rasd_integrations.engine.executors.eager import EagerExecutor, Executor
+from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor
+from rasd_integrations.engine.executors.packing import pack_linears
+from rasd_integrations.errors import ConfigurationError, MissingDependencyError
+
+logger = logging.getLogger(__name__)
+
+
+def make_executor(
+    name: ExecutorName,
+    model: PreTrainedModel,
+    *,
+    owned: bool = False,
+    folder: Path | None = None,
+    identity: str | None = None,
+) -> Executor:
+    """Make the executor that ``name`` names.
+
+    ``"auto"`` compiles a model that is ``owned`` and stands on a CPU, where OpenVINO is installed and agrees
+    with eager torch; everything else runs eagerly.
+
+    Args:
+        name: ``"auto"``, ``"eager"``, ``"openvino"``, ``"openvino-kv8"`` (keys and values in 8 bits) or
+            ``"cuda-graphs"``.
+        model: Its weights as transformers laid them.
+        owned: Loaded by this package, which may lay its weights out anew or hold a second copy of them.
+        folder: Where compiled graphs are kept; ``None`` keeps none.
+        identity: Tells the weights from others'; ``None`` keeps no graph.
+
+    Raises:
+        MissingDependencyError: ``"openvino"`` or ``"openvino-kv8"`` without the extra.
+        ConfigurationError: The architecture cannot run speculative steps, or not as asked.
+    """
+    if name == "cuda-graphs":
+        if not graphs.is_available(model.device):
+            msg = (
+                f"executor 'cuda-graphs' needs a CUDA device, but {type(model).__name__} is on {model.device}. "
+                f"Use executor='auto'."
+            )
+            raise ConfigurationError(msg)
+        return GraphExecutor(model)
+    if name in ("openvino", "openvino-kv8"):
+        return _compiled(model, folder, identity, in_8_bits=name == "openvino-kv8")
+    if name == "auto" and owned and model.device.type == "cpu" and has_openvino():
+        try:
+            return _compiled(model, folder, identity)
+        except ConfigurationError as err:
+            logger.warning("%s It runs so now.", err)
+    if owned:
+        pack_linears(model)
+    return EagerExecutor(model)
+
+
+def has_openvino() -> bool:
+    """Whether the extra ``openvino`` is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _compiled(
+    model: PreTrainedModel, folder: Path | None, identity: str | None, *, in_8_bits: bool = False
+) -> Executor:
+    if not has_openvino():
+        package = "openvino"
+        raise MissingDependencyError(package, package)
+    from rasd_integrations.engine.executors.openvino import CompiledExecutor  # an extra
+
+    return CompiledExecutor(model, folder=folder, identity=identity, in_8_bits=in_8_bits)

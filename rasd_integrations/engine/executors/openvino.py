@@ -1,0 +1,333 @@
+"""Steps on a CPU as one compiled graph, run by OpenVINO (extra ``openvino``).
+
+Eager torch spends a good part of a step between operations; a graph of the same module does not. It reads the
+keys and values where they lie, in :class:`.kv.KVBuffer`'s own memory. Only :mod:`.executors` imports this module,
+where OpenVINO is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rasd_integrations.engine.executors import openvino_graph as paged
+from rasd_integrations.engine.attention import Segment, StepContext
+from rasd_integrations.engine.executors.eager import EagerExecutor, Executor, StepOutput, rows_at
+from rasd_integrations.engine.executors.openvino_inputs import Frame
+from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
+from rasd_integrations.engine.executors.tracing import Plan, plan_of
+from rasd_integrations.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 3  # of kept graphs: raise it when a step's inputs, outputs or operations change
+_FILE = "graph.xml"
+_FRAMES = 8  # kept, of the last shapes of steps
+_USUAL_ROWS = 17  # steps of so many are run once at first: kernels are made for each number of rows
+_JOINT = 8  # steps of several answers after which fewer rows are believed to be enough
+_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+# Most that logits may be off eager ones, relative; those of a wrong graph are about 1 off.
+_FAR, _FAR_IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}, 0.3
+
+
+class CompiledExecutor:
+    """OpenVINO's graph of a stock module, for steps of one answer or of several together.
+
+    The graph has weights of its own, laid out for the processor. It is traced once a model, and then loaded
+    from ``folder``.
+    """
+
+    by_rows = True
+    grain = 4  # fitting the graph to other rows takes a third of a plain step (docs/explanation/experiments.md)
+
+    def __init__(
+        self, model: PreTrainedModel, *,
+        folder: Path | None = None, identity: str | None = None, in_8_bits: bool = False,
+    ) -> None:  # fmt: skip
+        """Trace and compile ``model``, or load its graph, and compare it with eager torch.
+
+        Args:
+            model: On a CPU, in float32 or bfloat16, its weights as transformers laid them.
+            folder: Where graphs are kept; ``None`` keeps none.
+            identity: Tells the weights from others'; ``None`` keeps no graph.
+            in_8_bits: Keep keys and values in bytes, each row of a head with a scale and a zero of its own.
+
+        Raises:
+            ConfigurationError: The model cannot be compiled, or its graph says something else than eager torch.
+        """
+        places = {weight.device.type for weight in model.parameters()}
+        if places != {"cpu"} or model.dtype not in _DTYPES:
+            msg = (
+                f"executor 'openvino' runs float32 and bfloat16 models on a CPU, but {type(model).__name__} is "
+                f"{str(model.dtype).removeprefix('torch.')} on {', '.join(sorted(places))}. "
+                f"Use executor='eager'."
+            )
+            raise ConfigurationError(msg)
+        self._eager = EagerExecutor(model)
+        self._plan = plan_of(model, self._eager)
+        if any(layer.softcap is not None for layer in self._plan.layers):
+            msg = f"{type(model).__name__} caps its scores, which compiled steps cannot. Use executor='eager'."
+            raise ConfigurationError(msg)
+        if in_8_bits and any(layer.window is not None for layer in self._plan.layers):
+            msg = (
+                f"{type(model).__name__} has layers with a sliding window, some steps of which run eagerly, in 16 "
+                f"bits or more. Use executor='openvino'."
+            )
+            raise ConfigurationError(msg)
+        self.in_8_bits = in_8_bits
+        self._dtype = model.dtype
+        path = None
+        if folder is not None and identity is not None:
+            path = folder / _graph_name(model, identity)
+        self._arena: Callable[[], KVArena | None] = lambda: None
+        self._joint: deque[int] = deque(maxlen=_JOINT)  # rows that steps of several answers needed
+        self._frame_of = lru_cache(_FRAMES)(partial(Frame, self._plan))
+        self._framed: Frame | None = None
+        self._bound: Tensor | None = None
+        self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
+        try:
+            self._request: Any = _compiled(
+                model, self._plan, path, in_8_bits=in_8_bits
+            ).create_infer_request()
+            self._first_key = len(self._request.model_inputs) - 2 * len(self._plan.layers)
+            self._check(model)
+        except ConfigurationError:
+            raise
+        except Exception as err:
+            # Tracing runs the model's own code, and OpenVINO knows not all of torch.
+            msg = (
+                f"{type(model).__name__} cannot be compiled by OpenVINO {ov.__version__}: "
+                f"{str(err).strip().splitlines()[0]} Use executor='eager'."
+            )
+            raise ConfigurationError(msg) from err
+
+    def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
+        """Run ``ids`` ``[n]`` behind the prefixes; the new rows are laid behind them."""
+        segments = context.segments
+        if not all(map(self._can_run, segments)):
+            return self._eager.step(ids, context, num_logits=num_logits)
+        n = len(ids)
+        # A piece of a prefill runs as it comes, and its last row's logits are always there.
+        decodes = num_logits == n
+        width = self._width(n, context) if decodes else n
+        pages = self._bind([segment.buffer for segment in segments], width)
+        spans = _spans(segments, width - n)
+        frame = self._frame(tuple(span.place for span in spans), pages, 0 if decodes else n - 1)
+        frame.fill(ids, context.positions, spans)
+        self._request.infer()
+        # Copied by numpy: torch's threads would spin where the graph's next ones want to run.
+        logits, hidden = (
+            _tensor(self._request.get_output_tensor(index).data[:n].copy()) for index in range(2)
+        )
+        return StepOutput(logits[:num_logits], hidden)
+
+    def _frame(self, places: tuple[paged.Place, ...], pages: int, first_row: int) -> Frame:
+        """Return what the request reads, laid out for answers at ``places``."""
+        frame = self._frame_of(places, pages, first_row)
+        if self._framed is not frame:
+            self._framed = None
+            for index, tensor in enumerate(frame.tensors):
+                self._request.set_input_tensor(index, tensor)
+            self._framed = frame
+        return frame
+
+    def _can_run(self, segment: Segment) -> bool:
+        """Whether the graph's windows, which count rows, see what the step's see, which look at positions."""
+        end = segment.buffer.length + segment.buffer.shift + segment.rows
+        inside = all(layer.window is None or end <= layer.window for layer in self._plan.layers)
+        return inside or (segment.is_chain and not segment.buffer.is_gathered)
+
+    def _width(self, n: int, context: StepContext) -> int:
+        """Return as how many rows to run a decoding step of ``n`` tokens."""
+        width = rows_at(n, self.grain)
+        if len(context.segments) == 1:
+            return max(width, context.rows)
+        # What several answers draft together is another number each time; one row more costs less than a change.
+        self._joint.append(width)
+        return min(max(self._joint), n + GRANULE)
+
+    def _bind(self, buffers: Sequence[KVBuffer], rows: int) -> int:
+        """Hand the memory of ``buffers`` to the graph, one alone with room for ``rows`` more; return a head's pages."""
+        if len(buffers) == 1:
+            buffers[0].reserve(rows)
+            buffers[0].settle()
+        dtype, more = (torch.uint8, paged.MARKS) if self.in_8_bits else (self._dtype, 0)
+        for buffer in buffers:
+            buffer.lay_by_rows()
+            shapes = self._plan.layers
+            for index, shape in enumerate(shapes[buffer.num_layers :], buffer.num_layers):
+                key = torch.empty(shape.kv_heads, 0, shape.key_dim + more, dtype=dtype)
+                buffer.write(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim + more))
+        if len(buffers) > 1:
+            self._put_together(buffers)
+        stores = [buffers[0].stores(layer) for layer in range(len(self._plan.layers))]
+        memory = stores[0][0]
+        if self._bound is not memory:
+            tensors = [keys for keys, _ in stores] + [values for _, values in stores]
+            tensors = [tensor.view(-1, 1, paged.PAGE, tensor.shape[-1]) for tensor in tensors]
+            self._bound = None
+            for index, tensor in enumerate(tensors, self._first_key):
+                self._request.set_input_tensor(index, _shared(tensor))
+            self._bound, self._held = memory, tensors
+        return memory.shape[1] // paged.PAGE
+
+    def _put_together(self, buffers: Sequence[KVBuffer]) -> None:
+        """Let all ``buffers`` lie in one arena; those in the last one stay while there is room for the others."""
+        arena = self._arena()
+        if arena is not None and all(arena.holds(b) or arena.admit(b) for b in buffers):
+            return
+        # Room for as many again, so that not every newcomer moves all.
+        arena = KVArena(buffers[0], 2 * sum(buffer.capacity for buffer in buffers))
+        self._arena = weakref.ref(arena)
+        for buffer in buffers:
+            arena.admit(buffer)
+
+    @torch.inference_mode()
+    def _check(self, model: PreTrainedModel) -> None:
+        """Compare a chain from nothing, and a tree behind it, with eager torch.
+
+        The median row decides: bfloat16 alone takes single rows of meaningless text far apart, and what is
+        wrong in a graph (angles, masks) is wrong in most of them.
+        """
+        ids = 97 * torch.arange(1, 20) % int(model.config.get_text_config().vocab_size)
+        executors: tuple[Executor, Executor] = self, self._eager
+        buffers = KVBuffer(32), KVBuffer(32)
+        tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+        off = []
+        for first, last, positions, mask in (
+            (0, 16, torch.arange(16), None),
+            (16, 19, torch.tensor([16, 17, 17]), tree),
+        ):
+            ours, theirs = (
+                executor.step(
+                    ids[first:last],
+                    StepContext(positions, (Segment(buffer, positions, mask),)),
+                    num_logits=last - first,
+                ).logits.float()
+                for executor, buffer in zip(executors, buffers, strict=True)
+            )
+            for buffer in buffers:
+                buffer.commit(range(last - first))
+            off.append(float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median()))
+        for rows in range(1, _USUAL_ROWS + 1, self.grain):
+            segment = Segment(buffers[0], len(ids) + torch.arange(rows), None)
+            self.step(ids[:rows], StepContext(segment.positions, (segment,)), num_logits=rows)
+        far = _FAR_IN_8_BITS if self.in_8_bits else _FAR[model.dtype]
+        if not max(off) <= far:
+            msg = (
+                f"{type(model).__name__} compiled by OpenVINO gives logits that are {max(off):.2g} off eager ones "
+                f"(relative; at most {far:.2g}). Use executor='eager'."
+            )
+            raise ConfigurationError(msg)
+
+
+def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:
+    """Return where the segments' rows lie, and ``spare`` more rows that nobody sees."""
+    alone = len(segments) == 1
+    spans = [
+        paged.Span(
+            segment.buffer.length,
+            segment.rows + spare * alone,
+            segment.buffer.origin // paged.PAGE,
+            segment.buffer.capacity // paged.PAGE,
+            None if segment.is_chain else _sees(segment, segment.rows + spare * alone),
+        )
+        for segment in segments
+    ]
+    if spare and not alone:
+        # Behind none of the answers: in an arena's first rows, which are nobody's.
+        spans.append(paged.Span(0, spare, 0, GRANULE // paged.PAGE))
+    return spans
+
+
+def _sees(segment: Segment, width: int) -> npt.NDArray[np.bool_]:
+    """Return which of a tree's rows see which, ``[width, width]``; rows too many see all."""
+    sees = np.ones((width, width), dtype=np.bool_)
+    sees[: segment.rows, segment.rows :] = False
+    if segment.tail_mask is not None:
+        sees[: segment.rows, : segment.rows] = segment.tail_mask.numpy()
+    return sees
+
+
+def _compiled(
+    model: PreTrainedModel, plan: Plan, path: Path | None, *, in_8_bits: bool
+) -> ov.CompiledModel:
+    """Return the graph of ``model``, which is kept at ``path`` without its attention."""
+    graph = _kept(path)
+    if graph is None:
+        graph = paged.traced(model, plan)
+        if path is not None:
+            _keep(graph, path)
+    kind = _DTYPES[model.dtype]
+    options = {
+        "INFERENCE_PRECISION_HINT": kind,
+        "KV_CACHE_PRECISION": "u8" if in_8_bits else kind,
+        # By channel, keys of 32 rows share a scale, so that none of them could be moved or forgotten.
+        "KEY_CACHE_QUANT_MODE": "BY_TOKEN",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "ENABLE_CPU_PINNING": False,
+    }
+    whole = paged.with_attention(graph, plan, getattr(ov.Type, kind), in_8_bits=in_8_bits)
+    return ov.Core().compile_model(whole, "CPU", options)
+
+
+def _shared(tensor: Tensor) -> ov.Tensor:
+    """Return an OpenVINO tensor over the memory of ``tensor``, which must outlive it."""
+    if tensor.dtype == torch.bfloat16:  # numpy has no such type
+        return ov.Tensor(tensor.view(torch.int16).numpy(), list(tensor.shape), ov.Type.bf16)
+    return ov.Tensor(tensor.numpy(), shared_memory=True)
+
+
+def _tensor(array: Any) -> Tensor:
+    """Return a tensor over the memory of an output, whose bfloat16 numpy takes for float16."""
+    if array.dtype == np.float32:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+
+
+def _graph_name(model: PreTrainedModel, identity: str) -> str:
+    """Return what tells a kept graph from others: weights and versions; it is laid out for the processor later."""
+    said = (_FORMAT, identity, str(model.dtype), ov.__version__, torch.__version__)
+    return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
+
+
+def _kept(path: Path | None) -> ov.Model | None:
+    """Return the graph that is kept at ``path``, if one is and it can be read."""
+    if path is None or not path.is_dir():
+        return None
+    try:
+        return ov.Core().read_model(path / _FILE)
+    except RuntimeError as err:
+        logger.warning("%s is damaged or of another OpenVINO and is made anew (%s)", path, err)
+        return None
+
+
+def _keep(graph: ov.Model, path: Path) -> None:
+    """Write a graph in one move, so that no process ever sees a part of it; without room, keep none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as work:
+            new, old = Path(work) / "new", Path(work) / "old"
+            ov.save_model(graph, new / _FILE, compress_to_fp16=False)
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+    except (OSError, RuntimeError) as err:
+        logger.warning(
+            "cannot keep the compiled graph in %s (%s); it is made anew each time", path.parent, err
+        )

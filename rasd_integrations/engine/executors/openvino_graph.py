@@ -1,0 +1,251 @@
+"""OpenVINO's graph of a traced step, with its attention over pages put in.
+
+Every key head is a sequence of its own to that attention, so that pages are stretches of :class:`.kv.KVBuffer`'s
+memory: rows are read where they lie, and new ones are laid behind them, without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+import torch
+from openvino import opset13 as opset
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from openvino.op import Constant, Parameter, _PagedAttentionExtension
+from transformers import PreTrainedModel
+
+from rasd_integrations.engine.executors.tracing import Layer, Plan, TracedStep, in_float32, quiet_trace
+
+PAGE = 32  # rows, as OpenVINO's kernels for CPUs want it
+MARKS = 8  # bytes of a row in 8 bits, scale and zero
+_I32, _F32, _U8 = ov.Type.i32, ov.Type.f32, ov.Type.u8
+# Where each key head begins, in the order of the operation's inputs: rows before the step, the step's rows,
+# pages and their beginnings; then which of the step's rows see which, nothing for a chain, and its beginnings.
+_INDICES = (_I32, _I32, _I32, _I32, _U8, _I32)
+
+
+def traced(model: PreTrainedModel, plan: Plan) -> ov.Model:
+    """Return the graph of a step without its attention, widths left open.
+
+    Raises:
+        Exception: Whatever the model's own code raises when traced, and the converter on what it does not know.
+    """
+    step = TracedStep(model, plan).eval()
+    with quiet_trace(), in_float32(model), torch.inference_mode():
+        some, more = step.examples(3), step.examples(4)
+        decoder = TorchScriptPythonDecoder(
+            step, example_input=some, trace_kwargs={"check_trace": False}
+        )
+        graph = ov.convert_model(decoder, example_input=some)
+        if len(graph.inputs) != len(some):
+            msg = "its trace reads not all of a step."
+            raise ValueError(msg)
+        graph.reshape(
+            {
+                index: ov.PartialShape(
+                    [m if m == n else -1 for m, n in zip(a.shape, b.shape, strict=True)]
+                )
+                for index, (a, b) in enumerate(zip(some, more, strict=True))
+            }
+        )
+        _fold(graph)
+        _fuse(graph)
+    return graph
+
+
+def with_attention(
+    graph: ov.Model, plan: Plan, kind: ov.Type, *, in_8_bits: bool = False
+) -> ov.Model:
+    """Return ``graph`` with attention between what reads and what makes it.
+
+    Inputs: those of the trace but for ``attended``, rows of prefix and step together, :func:`indices` of each
+    number of key heads, keys and values of each layer ``[pages, 1, PAGE, head_dim]``. Outputs: logits and hidden
+    states.
+
+    Args:
+        graph: Of :func:`traced`; it is taken apart.
+        plan: Of the model.
+        kind: Of keys, values, logits and hidden states.
+        in_8_bits: Keys and values are bytes instead, :data:`MARKS` before each row's.
+    """
+    parameters, results = graph.get_parameters(), graph.get_results()
+    attended = parameters[len(parameters) - len(plan.layers) :]
+    most = Parameter(_I32, ov.PartialShape([]))
+    indices = {
+        heads: [Parameter(type_, ov.PartialShape([-1])) for type_ in _INDICES]
+        for heads in plan.head_counts
+    }
+    rows, more = (_U8, MARKS) if in_8_bits else (kind, 0)
+    keys, values = (
+        [Parameter(rows, ov.PartialShape([-1, 1, PAGE, size + more])) for size in sizes]
+        for sizes in zip(*((layer.key_dim, layer.value_dim) for layer in plan.layers), strict=True)
+    )
+    for index, layer in enumerate(plan.layers):
+        reads = [result.input_value(0) for result in results[2 + 3 * index : 5 + 3 * index]]
+        made = _attention(layer, reads, keys[index], values[index], indices[layer.kv_heads], most)
+        for target in attended[index].output(0).get_target_inputs():
+            target.replace_source_output(made)
+    where = chain.from_iterable(indices.values())
+    inputs = [*parameters[: -len(attended)], most, *where, *keys, *values]
+    edges = ov.preprocess.PrePostProcessor(ov.Model(results[:2], inputs, "step"))
+    for output in range(2):
+        edges.output(output).tensor().set_element_type(kind)
+    return edges.build()
+
+
+class Span(NamedTuple):
+    """The rows of one answer in a step.
+
+    Attributes:
+        prefix: Its rows before the step.
+        rows: Of the step, ``n``.
+        first_page: Where it begins in the memory of a head.
+        pages: That are its own there.
+        sees: ``[n, n]``, whether a row sees a column; ``None`` for a chain.
+    """
+
+    prefix: int
+    rows: int
+    first_page: int
+    pages: int
+    sees: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def end(self) -> int:
+        """Rows with the step's."""
+        return self.prefix + self.rows
+
+    @property
+    def place(self) -> Place:
+        """What stays the same in steps of so many rows."""
+        return Place(self.rows, self.first_page, self.pages, self.sees is not None)
+
+
+class Place(NamedTuple):
+    """What does not change from step to step of a :class:`Span`."""
+
+    rows: int
+    first_page: int
+    pages: int
+    is_tree: bool
+
+
+def indices(heads: int, places: Sequence[Place], pages: int) -> list[npt.NDArray[Any]]:
+    """Return where each answer's ``heads`` key heads begin, as the graph wants it: all answers of a head together.
+
+    How far they reach and who sees whom, :func:`refresh` writes for each step.
+
+    Args:
+        heads: Key heads.
+        places: Of the step's answers, in the order of its rows.
+        pages: Of each head.
+    """
+    mine = np.concatenate([np.arange(p.first_page, p.first_page + p.pages) for p in places])
+    blocks = pages * np.arange(heads)[:, None] + mine
+    squares = [p.rows**2 for p in places] if any(p.is_tree for p in places) else []
+    return [
+        np.empty(heads * len(places), np.int32),
+        _begins([p.rows for p in places], heads),
+        blocks.ravel().astype(np.int32),
+        _begins([p.pages for p in places], heads),
+        np.empty(heads * sum(squares), np.uint8),
+        _begins(squares, heads) if squares else np.empty(0, np.int32),
+    ]
+
+
+def refresh(heads: int, spans: Sequence[Span], made: Sequence[npt.NDArray[Any]]) -> None:
+    """Write into what :func:`indices` has made how far ``spans`` reach and who sees whom."""
+    made[0].reshape(heads, -1)[:] = [span.prefix for span in spans]
+    if any(span.sees is not None for span in spans):
+        masks = [np.tri(s.rows, dtype=np.bool_) if s.sees is None else s.sees for s in spans]
+        made[4].reshape(heads, -1)[:] = np.concatenate([mask.ravel() for mask in masks])
+
+
+def _begins(counts: Sequence[int], heads: int) -> npt.NDArray[np.int32]:
+    """Return where each of ``counts`` begins that follow each other, once for each head, and where the last ends."""
+    return np.asarray([0, *accumulate([*counts] * heads)], np.int32)
+
+
+def _attention(
+    layer: Layer, reads: Sequence[ov.Output], keys: ov.Node, values: ov.Node,
+    indices: Sequence[ov.Node], most: ov.Node,
+) -> ov.Output:  # fmt: skip
+    """Return the output of one layer's attention."""
+    past, begins, blocks, block_begins, sees, sees_begins = (node.output(0) for node in indices)
+    op = _PagedAttentionExtension(
+        [
+            *reads, keys.output(0), values.output(0), past, begins, blocks, block_begins,
+            _number(layer.scale, _F32), _number(layer.window or 0, _I32),
+            _nothing(_F32),  # slopes by distance
+            most.output(0),
+            _nothing(_I32), _nothing(_I32), _nothing(_I32), _nothing(_F32),  # scores out, rotation of pages
+            _nothing(_F32), _number(0, _I32), _number(0, _I32),  # sparse attention
+            _nothing(_F32, 4),  # sinks
+            _number(0, _I32), _nothing(_I32), _nothing(_I32), _nothing(_I32),  # eviction of pages
+            _nothing(_I32),  # kinds of tokens
+            sees, sees_begins,
+        ]
+    )  # fmt: skip
+    sizes = {"num_k_heads": 1, "num_v_heads": 1} | {
+        "k_head_size": layer.key_dim,
+        "v_head_size": layer.value_dim,
+    }
+    for name, size in sizes.items():
+        op.get_rt_info()[name] = size
+    return op.output(0)
+
+
+def _number(value: float, kind: ov.Type) -> ov.Output:
+    return Constant(kind, ov.Shape([]), [value]).output(0)
+
+
+def _nothing(kind: ov.Type, rank: int = 1) -> ov.Output:
+    return Constant(kind, ov.Shape([0] * rank), []).output(0)
+
+
+def _fold(graph: ov.Model) -> None:
+    """Let numbers stand in ``graph`` as their own type: rotation is known as such only with a plain -1."""
+    for node in graph.get_ops():
+        if node.get_type_name() != "Convert":
+            continue
+        source = node.input_value(0).get_node()
+        if source.get_type_name() == "Constant" and source.get_data().size == 1:
+            number = Constant(
+                node.get_element_type(),
+                source.get_output_shape(0),
+                source.get_data().ravel().tolist(),
+            )
+            for target in node.output(0).get_target_inputs():
+                target.replace_source_output(number.output(0))
+
+
+def _fuse(graph: ov.Model) -> None:
+    """Let products of one input with several weights (queries, keys, values; gate, up) be one product.
+
+    Small products wait for threads longer than they run.
+    """
+    groups: dict[tuple[str, int], list[ov.Node]] = {}
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        how = node.get_attributes()
+        weight = node.input_value(1).get_node()
+        if weight.get_type_name() == "Constant" and how["transpose_b"] and not how["transpose_a"]:
+            source = node.input_value(0)
+            name = source.get_node().get_friendly_name()
+            groups.setdefault((name, source.get_index()), []).append(node)
+    for nodes in groups.values():
+        if len(nodes) < 2:
+            continue
+        weights = [node.input_value(1).get_node().get_data() for node in nodes]
+        weight = opset.constant(np.concatenate(weights), shared_memory=False)
+        product = opset.matmul(nodes[0].input_value(0), weight, False, True)
+        parts = opset.variadic_split(product, -1, [len(weight) for weight in weights])
+        for index, node in enumerate(nodes):
+            for target in node.output(0).get_target_inputs():
+                target.replace_source_output(parts.output(index))

@@ -1,0 +1,55 @@
+"""What a compiled step reads besides weights, keys and values: laid out once for steps of one shape, then filled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+import torch
+from torch import Tensor
+
+from rasd_integrations.engine.executors import openvino_graph as paged
+from rasd_integrations.engine.executors.tracing import Plan
+
+
+class Frame:
+    """The inputs of steps whose answers have the same rows at the same places.
+
+    Their memory stays, so that a request which reads it need not be told of each step's.
+
+    Attributes:
+        tensors: The graph's first inputs, in their order.
+    """
+
+    def __init__(
+        self, plan: Plan, places: Sequence[paged.Place], pages: int, first_row: int
+    ) -> None:
+        """Lay out inputs for answers at ``places``; logits are wanted from ``first_row`` on."""
+        width = sum(place.rows for place in places)
+        self._plan = plan
+        self._ids, self._positions = np.zeros((2, 1, width), np.int64)
+        self._angles = [np.array(table, order="C") for table in self._tables()]
+        self._end = np.zeros((), np.int32)
+        self._indices = [paged.indices(heads, places, pages) for heads in plan.head_counts]
+        arrays = [self._ids, self._positions, np.arange(first_row, width), *self._angles, self._end]
+        arrays += [array for indices in self._indices for array in indices]
+        self.tensors = [ov.Tensor(array, shared_memory=True) for array in arrays]
+
+    def fill(self, ids: Tensor, positions: Tensor, spans: Sequence[paged.Span]) -> None:
+        """Write a step of ``ids`` ``[n]`` at ``positions`` ``[n]``; rows too many repeat the last one."""
+        n = len(ids)
+        for row, given in ((self._ids, ids), (self._positions, positions)):
+            row[0, :n] = given.numpy()
+            row[0, n:] = row[0, n - 1]
+        for array, table in zip(self._angles, self._tables(), strict=True):
+            array[...] = table
+        self._end[...] = max(span.end for span in spans)
+        for heads, indices in zip(self._plan.head_counts, self._indices, strict=True):
+            paged.refresh(heads, spans, indices)
+
+    def _tables(self) -> list[npt.NDArray[np.float32]]:
+        """Return the angles at the positions."""
+        positions = torch.from_numpy(self._positions)
+        return [table.numpy() for call in self._plan.angles for table in call.at(positions)]

@@ -1,0 +1,249 @@
+"""One step of a stock transformers module as a pure function of tensors, which torch can trace.
+
+``(ids, positions, rows, angles, attended) -> (logits, hidden, queries, keys, values)``. Two things stand outside.
+Attention, because only who compiles the trace knows how to read a cache; it is put between the two ends later.
+And rotary angles, which compilers would round to bfloat16, where positions are the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rasd_integrations.engine.attention import Segment, StepContext
+from rasd_integrations.engine.executors.eager import EagerExecutor, NoCache, outputs_of
+from rasd_integrations.engine.kv.buffer import KVBuffer
+
+_ROTARY = "RotaryEmbedding"  # how transformers names the modules that make angles of positions
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """One call that the model makes of a rotary module in each step."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @torch.inference_mode()
+    def at(self, positions: Tensor) -> list[Tensor]:
+        """Return the angles at ``positions`` ``[1, n]``, in float32."""
+        args = [_at(value, positions) for value in self.args]
+        kwargs = {name: _at(value, positions) for name, value in self.kwargs.items()}
+        return list(self.module(*args, **kwargs))
+
+
+def _at(value: Any, positions: Tensor) -> Any:
+    """Return an argument of a rotary module for other positions; of the states it reads only the type."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty(1, 1, 1) if value.is_floating_point() else positions
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Shapes of one layer's attention and what it does to scores."""
+
+    kv_heads: int
+    group: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a step of the model consists of.
+
+    Attributes:
+        angles: Calls of rotary modules, in their order.
+        layers: By their index.
+    """
+
+    angles: tuple[Angles, ...]
+    layers: tuple[Layer, ...]
+
+    @property
+    def head_counts(self) -> tuple[int, ...]:
+        """Numbers of key heads that layers have, each once."""
+        return tuple(dict.fromkeys(layer.kv_heads for layer in self.layers))
+
+
+class _Recorder(Segment):
+    """Rows of an eager step that write down how each layer attends."""
+
+    __slots__ = ("layers",)
+
+    def __init__(self, buffer: KVBuffer, positions: Tensor) -> None:
+        super().__init__(buffer, positions, None)
+        self.layers: dict[int, Layer] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor,
+        scale: float, window: int | None, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        kv_heads = key.shape[1]
+        self.layers[layer] = Layer(
+            kv_heads,
+            query.shape[1] // kv_heads,
+            key.shape[-1],
+            value.shape[-1],
+            scale,
+            window,
+            softcap,
+        )
+        return super().attend(layer, query, key, value, scale, window, softcap)
+
+
+@torch.inference_mode()
+def plan_of(model: PreTrainedModel, eager: EagerExecutor) -> Plan:
+    """Run two tokens and see what a step of ``model`` consists of."""
+    positions = torch.arange(2)
+    recorder = _Recorder(KVBuffer(2), positions)
+    calls: list[Angles] = []
+    hooks = [
+        module.register_forward_hook(
+            lambda module, args, kwargs, _out: calls.append(Angles(module, args, dict(kwargs))),
+            with_kwargs=True,
+        )
+        for module in _rotary_modules(model)
+    ]
+    try:
+        eager.step(
+            torch.zeros(2, dtype=torch.long), StepContext(positions, (recorder,)), num_logits=0
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layers = tuple(recorder.layers[index] for index in range(len(recorder.layers)))
+    return Plan(tuple(calls), layers)
+
+
+def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith(_ROTARY)]
+
+
+class _TracedSegment:
+    """The rows of a step that is traced: what attention reads goes out, what it makes comes in."""
+
+    def __init__(self, plan: Plan, attended: Sequence[Tensor]) -> None:
+        self._plan, self._attended = plan, attended
+        self.read: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor,
+        scale: float, window: int | None, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        shape = self._plan.layers[layer]
+        heads, group = shape.kv_heads, shape.group
+        grouped = query.reshape(heads, group, -1, shape.key_dim).transpose(1, 2)
+        self.read[layer] = (
+            grouped.reshape(-1, group * shape.key_dim),
+            key.reshape(-1, shape.key_dim),
+            value.reshape(-1, shape.value_dim),
+        )
+        rows = self._attended[layer].reshape(heads, -1, group * shape.value_dim).transpose(0, 1)
+        return rows.reshape(1, -1, heads * group, shape.value_dim)
+
+
+class TracedStep(nn.Module):
+    """The pure step of a model; inputs in the order of :meth:`examples`.
+
+    A layer's attention reads ``[kv_heads * n, group * key_dim]`` of queries, ``[kv_heads * n, key_dim]`` of new
+    keys and ``[kv_heads * n, value_dim]`` of new values, and makes ``[kv_heads * n, group * value_dim]``.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
+        """Wrap ``model``, whose attention is routed through ours."""
+        super().__init__()
+        self._model = model
+        self._plan = plan
+        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, rows: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return logits ``[rows, vocab]``, hidden states ``[n, hidden]`` and what each layer's attention reads."""
+        layers = len(self._plan.layers)
+        segment = _TracedSegment(self._plan, rest[-layers:])
+        context: Any = StepContext(positions[0], (segment,))  # type: ignore[arg-type]
+        with (
+            _angles_given(self._plan.angles, rest[:-layers]),
+            outputs_of(self._model.base_model) as seen,
+        ):
+            out = self._model(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=self._mask,
+                past_key_values=NoCache(),
+                use_cache=True,
+                logits_to_keep=rows,
+                rasd_step=context,
+            )
+        hidden = seen[0].last_hidden_state[0]
+        return out.logits[0], hidden, *(x for layer in range(layers) for x in segment.read[layer])
+
+    @torch.inference_mode()
+    def examples(self, n: int) -> tuple[Tensor, ...]:
+        """Return inputs of ``n`` tokens; what differs with it is open."""
+        positions = torch.arange(n)[None]
+        tables = [table for call in self._plan.angles for table in call.at(positions)]
+        attended = [
+            torch.zeros(layer.kv_heads * n, layer.group * layer.value_dim)
+            for layer in self._plan.layers
+        ]
+        ids, rows = torch.zeros(1, n, dtype=torch.long), torch.arange(n - 1)
+        return ids, positions, rows, *tables, *attended
+
+
+@contextmanager
+def _angles_given(calls: Sequence[Angles], tables: Sequence[Tensor]) -> Iterator[None]:
+    """Let the model's rotary modules return ``tables``, in the order of ``calls``."""
+    left = iter(tables)
+    per_call = len(tables) // len(calls) if calls else 0
+
+    def given(*_args: Any, **_kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(next(left) for _ in range(per_call))
+
+    modules = {id(call.module): call.module for call in calls}.values()
+    old: list[Callable[..., Any]] = [module.forward for module in modules]
+    for module in modules:
+        module.forward = given
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, old, strict=True):
+            module.forward = forward
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Let ``model`` hold its weights in float32: compilers know the operations of such a trace best.
+
+    Where weights are narrower they are doubled for the while; afterwards the same memory is there again.
+    """
+    old = [(weight, weight.data) for weight in model.parameters()]
+    for weight, data in old:
+        weight.data = data.float()
+    try:
+        yield
+    finally:
+        for weight, data in old:
+            weight.data = data
+
+
+@contextmanager
+def quiet_trace() -> Iterator[None]:
+    """Silence what tracing says of shapes that it takes as constants; the check of the graph judges that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,1 @@
+"""Keys and values of prompts and answers, in memory and on disk."""

@@ -1,0 +1,227 @@
+"""The chat model: LangChain's messages in, its message chunks out. One path, `_stream`; the rest joins it."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, cast
+
+from langchain_core.language_models import BaseChatModel, ModelProfile
+from langchain_core.outputs import ChatGeneration
+
+from rasd_integrations.langchain.base import RASDModel
+from rasd_integrations.langchain.message_chunks import MessageChunks, settle, whole_answer
+from rasd_integrations.langchain.messages import template_messages
+from rasd_integrations.langchain.structured_output import Method, structured_output
+from rasd_integrations.langchain.tools import openai_tool, take_tool_use
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+
+    from langchain_core.callbacks import (
+        AsyncCallbackManagerForLLMRun,
+        CallbackManagerForLLMRun,
+    )
+    from langchain_core.language_models import LanguageModelInput
+    from langchain_core.messages import AIMessage, BaseMessage
+    from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
+    from langchain_core.runnables import Runnable
+    from typing_extensions import Self
+
+    from rasd_integrations.langchain.tools import Tool
+
+
+class ChatRASD(RASDModel, BaseChatModel):
+    """A local chat model that drafts from what the chain has retrieved.
+
+    Tools, forced tool calls and structured output work with every model: where an answer's form is
+    fixed, a grammar holds the model to it.
+
+    Example:
+        ```python
+        llm = ChatRASD(model="Qwen/Qwen3-8B", store=vectorstore)
+        chain = {"context": retriever, "question": RunnablePassthrough()} | prompt | llm
+        answer = chain.invoke("Who signed the treaty?")
+        answer.response_metadata["rasd"]["mean_acceptance_length"]
+        ```
+    """
+
+    streaming: bool = False
+    """Whether `invoke` reports tokens to callbacks as well; the answer is the same."""
+
+    # --- answers ---
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        answer = MessageChunks(self._rasd.model_name, self.output_version)
+        with self._pieces(self._request(messages, stop, kwargs)) as pieces:
+            for piece in pieces:
+                for chunk in answer.push(piece):
+                    if run_manager:
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        answer = MessageChunks(self._rasd.model_name, self.output_version)
+        # In a thread: a long prompt is hashed and searched for what was captured.
+        request = await asyncio.to_thread(self._request, messages, stop, kwargs)
+        async with self._apieces(request) as pieces:
+            async for piece in pieces:
+                for chunk in answer.push(piece):
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return whole_answer(list(self._stream(messages, stop, **kwargs)))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return whole_answer([chunk async for chunk in self._astream(messages, stop, **kwargs)])
+
+    # Where a callback listens to tokens, LangChain joins `_stream` itself, and mends broken calls.
+
+    def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
+        """Return the answers to several conversations, as LangChain's base class does."""
+        return _settled(super().generate(*args, **kwargs))
+
+    async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
+        """Return the answers to several conversations, as LangChain's base class does."""
+        return _settled(await super().agenerate(*args, **kwargs))
+
+    # --- tools and structured output ---
+
+    def bind_tools(
+        self,
+        tools: Sequence[Tool],
+        *,
+        tool_choice: Mapping[str, Any] | str | bool | None = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Return the model with ``tools`` that it may, or must, call.
+
+        Args:
+            tools: Functions, classes, tools, or their schemas.
+            tool_choice: None or "auto": the model is free. "any", "required" or True: it calls at least
+                one. A tool's name, or OpenAI's dict of it: it calls that one. "none": it calls none.
+            strict: Whether arguments are held to their schemas where the model is free; of a call that
+                must be made they always are.
+            parallel_tool_calls: Whether one answer may hold several calls; None allows it where the
+                model is free, and holds it to one where it must call.
+            **kwargs: Further options of each call.
+
+        Raises:
+            ValueError: One of ``tools`` is nothing that LangChain can make a tool of.
+        """
+        choice = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
+        given = {name: value for name, value in choice.items() if value is not None}
+        return self.bind(tools=[openai_tool(t, strict=strict) for t in tools], **given, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "function_calling",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        tools: Sequence[Tool] | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Return the model with answers that are objects of ``schema``.
+
+        Whatever the method, a grammar holds the model to its form, so an answer is valid unless it was
+        cut at ``max_tokens``.
+
+        Args:
+            schema: A pydantic class (answers are its objects), a TypedDict or a JSON schema (answers
+                are dicts). None, with "json_mode" only, takes any object.
+            method: "function_calling": the model reads the schema as a tool, which it must call.
+                "json_schema": the text is the object; the prompt stays as it is. "json_mode": the text
+                is any JSON object; say in the prompt which.
+            include_raw: Return a dict of "raw" (the message), "parsed" and "parsing_error" instead.
+            strict: As of ``bind_tools``; the grammar is always strict.
+            tools: With "json_schema" and ``include_raw`` only: tools that the model may call instead of
+                answering; "parsed" is then None.
+            **kwargs: Refused.
+
+        Raises:
+            ConfigurationError: An unknown option, or a combination that cannot be met.
+            ValueError: Nothing that LangChain can read a schema of.
+        """
+        return structured_output(
+            self, schema, method=method, include_raw=include_raw, strict=strict, tools=tools, **kwargs
+        )  # fmt: skip
+
+    # --- what LangChain asks about the model ---
+
+    @property
+    def _llm_type(self) -> str:
+        return "rasd-chat"
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        constrained = find_spec("llguidance") is not None
+        return ModelProfile(
+            max_output_tokens=self.max_tokens,
+            text_inputs=True,
+            text_outputs=True,
+            image_inputs=False,
+            audio_inputs=False,
+            video_inputs=False,
+            pdf_inputs=False,
+            tool_calling=True,
+            tool_call_streaming=True,
+            tool_choice=constrained,
+            structured_output=constrained,
+        )
+
+    def load(self) -> Self:
+        """Load the weights now rather than at the first call; the profile is then complete.
+
+        Only the loaded model tells how long a prompt may be and whether it writes thoughts.
+        """
+        super().load()
+        found = {
+            "max_input_tokens": self._rasd.window - self.max_tokens,
+            "reasoning_output": self._rasd.has_reasoning,
+        }
+        self.profile = cast("ModelProfile", {**found, **(self.profile or {})})
+        return self
+
+    def get_num_tokens_from_messages(
+        self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
+    ) -> int:
+        """Return the length of ``messages`` as the model reads them, chat template and tools included."""
+        options = {"tools": tools} if tools else {}
+        return self._rasd.count_tokens(template_messages(messages), take_tool_use(options))
+
+
+def _settled(result: LLMResult) -> LLMResult:
+    for generations in result.generations:
+        for generation in generations:
+            if isinstance(generation, ChatGeneration):
+                settle(generation.message)
+    return result

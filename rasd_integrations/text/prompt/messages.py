@@ -1,0 +1,95 @@
+"""Chat messages in the plain form that templates read, and the roles that every template takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rasd_integrations.errors import PromptError
+from rasd_integrations.text.answer.parser import parsed_arguments
+from rasd_integrations.text.tool_formats import FALLBACK, ToolFormat, results_as_text
+from rasd_integrations.types import Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_OPTIONAL = ("tool_calls", "reasoning_content")
+
+
+def plain_message(message: Message) -> dict[str, Any]:
+    """Return ``message`` with a known role, content as one text, and tool arguments as mappings.
+
+    Fields that are there but empty are left out: templates ask whether they are there.
+
+    Raises:
+        PromptError: The role is unknown, the content has blocks that are not text, or a tool call has
+            no name.
+    """
+    role = message.get("role")
+    if role not in ROLES:
+        msg = f"A message has the role {role!r}. Use one of {', '.join(ROLES)}."
+        raise PromptError(msg)
+    plain = {k: v for k, v in message.items() if k not in _OPTIONAL or v}
+    plain["content"] = _text(message.get("content"))
+    if calls := plain.get("tool_calls"):
+        plain["tool_calls"] = [_plain_call(call) for call in calls]
+    return plain
+
+
+def fold_roles(
+    messages: list[dict[str, Any]], format: ToolFormat = FALLBACK
+) -> list[dict[str, Any]]:
+    """Return the conversation in alternating user and assistant turns, for templates that take no other.
+
+    System text goes before the first user text, tool results become user text, tool calls become text
+    of the assistant in the markup of ``format``, and neighbours of the same role are joined. Thoughts
+    are left out.
+    """
+    system = "\n\n".join(m["content"] for m in messages if m["role"] in ("system", "developer"))
+    turns: list[dict[str, Any]] = [{"role": "user", "content": system}] if system else []
+    for message in results_as_text(messages):
+        if message["role"] in ("system", "developer"):
+            continue
+        role = "assistant" if message["role"] == "assistant" else "user"
+        parts = [message["content"], format.written(message.get("tool_calls") or ())]
+        content = "\n".join(part for part in parts if part)
+        if turns and turns[-1]["role"] == role:
+            content = "\n\n".join(part for part in (turns.pop()["content"], content) if part)
+        turns.append({"role": role, "content": content})
+    return turns
+
+
+def _text(content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list | tuple):
+        return "".join(_block_text(block) for block in content)
+    msg = f"A message's content is a {type(content).__name__}, but must be text or a list of text blocks."
+    raise PromptError(msg)
+
+
+def _block_text(block: Any) -> str:
+    if isinstance(block, str):
+        return block
+    kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
+    if kind == "text" and isinstance(block.get("text"), str):
+        return str(block["text"])
+    msg = f"A message has a content block of type {kind!r}, but this model reads text only. Remove it."
+    raise PromptError(msg)
+
+
+def _plain_call(call: Any) -> dict[str, Any]:
+    """Return a tool call whose arguments are a mapping: templates write them with ``tojson``."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
+        msg = (
+            f"A message has the tool call {call!r}, but must have {{'id': ..., 'type': 'function', "
+            f"'function': {{'name': ..., 'arguments': {{...}}}}}}."
+        )
+        raise PromptError(msg)
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        parsed = parsed_arguments(arguments)
+        # What a model wrote may be broken JSON; the template then quotes it.
+        arguments = arguments if parsed is None else parsed
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
