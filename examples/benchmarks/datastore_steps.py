@@ -24,13 +24,13 @@ from tasks import FILES, data_or_exit, load_rows
 
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.datastores.tokens import TokenStore
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.datastore import DatastoreDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.loading import packaged_model
-from rasd_integrations.runtime.models import SharedModel, shared_model
 from rasd_integrations.retrieval.memory import ListSource
+from rasd_integrations.runtime.models import SharedModel, shared_model
 from rasd_integrations.text.prompt.template import ChatTemplate
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 

@@ -34,9 +34,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.model import ModelDrafter, ModelSession
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.exact import argmax_rows

@@ -1,6 +1,6 @@
 """The LlamaIndex contract on local LLM classes, with one scripted model behind each: a table, and no verdict.
 
-Runs the suite of ``tests/llama_index_contract.py`` on ``RASDLLM`` and, for comparison, on ``HuggingFaceLLM`` of
+Runs the suite of ``tests/llama_index_contract`` on ``RASDLLM`` and, for comparison, on ``HuggingFaceLLM`` of
 llama-index-llms-huggingface. The model does all that the suite asks of a model, so what fails is the class's.
 ``smollm`` is ``RASDLLM`` with SmolLM2 instead: there the model fails, too. A test that takes longer than two
 minutes counts as failed, for a stream may wait for a thread that died.
@@ -31,9 +31,9 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 
 SUITES = {
-    "rasd": "integrations/test_llama_index_contract.py::TestRASDLLM",
-    "huggingface": "contract_huggingface.py",
-    "smollm": "contract_smollm.py",
+    "rasd": "llama_index/test_contract.py::TestRASDLLM",
+    "huggingface": "llama_index_contract/contract_huggingface.py",
+    "smollm": "llama_index_contract/contract_smollm.py",
 }
 
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.decoding.schedule import Experience, Schedule, check_lockstep
 from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
-from rasd_integrations.engine.verification.constraints import SOURCE, guide, mask_rows
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
-from rasd_integrations.engine.verification.sampling import Law, sampling_law
-from rasd_integrations.decoding.schedule import Experience, Schedule, check_lockstep
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification.transfer import mixture_verify, rapid_verify
+from rasd_integrations.engine.verification.constraints import SOURCE, guide, mask_rows
 from rasd_integrations.engine.verification.exact import Verdict, block_verify, sample_and_walk
+from rasd_integrations.engine.verification.sampling import Law, sampling_law
+from rasd_integrations.engine.verification.transfer import mixture_verify, rapid_verify
 from rasd_integrations.errors import ContextOverflowError, DecodingError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import Draft, DraftContext, FinishReason, GrammarState, TokenBlock

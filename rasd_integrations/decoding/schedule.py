@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.drafters.calibration import Calibration, Judgements
 from rasd_integrations.decoding.costs import CostShape, StepCosts
+from rasd_integrations.drafters.calibration import Calibration, Judgements
 from rasd_integrations.engine.executors.eager import rows_at
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rasd_integrations.drafters.base import Helper
-from rasd_integrations.engine.verification.constraints import chain_masks, forced_after, mask_rows
-from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.executors.cuda_loop import Sampler
-from rasd_integrations.engine.verification.sampling import sampling_law, take_back
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.engine.verification.constraints import chain_masks, forced_after, mask_rows
 from rasd_integrations.engine.verification.exact import sample_and_walk
+from rasd_integrations.engine.verification.sampling import sampling_law, take_back
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 _HELPER_TOKENS = 8

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
+from rasd_integrations.engine.executors.cuda_loop import ROOM, DrawingExecutor, Drawn, Sampler
 from rasd_integrations.engine.executors.eager import (
     EagerExecutor,
     Executor,
@@ -21,9 +22,8 @@ from rasd_integrations.engine.executors.eager import (
     input_device,
 )
 from rasd_integrations.engine.kv.buffer import KVBuffer, sent
-from rasd_integrations.engine.executors.cuda_loop import ROOM, DrawingExecutor, Drawn, Sampler
-from rasd_integrations.engine.verification.sampling import uniform_numbers
 from rasd_integrations.engine.step_queue import StepQueue
+from rasd_integrations.engine.verification.sampling import uniform_numbers
 from rasd_integrations.errors import ContextOverflowError, DeviceMemoryError, PromptError
 
 PREFILL_PIECE = 512  # tokens; on a GPU four times as many keep it busy

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
     from typing_extensions import Self
 
-    from rasd_integrations.response_format import ToolUse
     from rasd_integrations.prompting import PromptHints
+    from rasd_integrations.response_format import ToolUse
     from rasd_integrations.stats import DecodingStats
     from rasd_integrations.types import Message, TextChunk
 

@@ -35,7 +35,6 @@ from pydantic import PrivateAttr
 
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.errors import ConfigurationError, RetrievalError
-from rasd_integrations.llama_index.tool_calling import RASDCalling
 from rasd_integrations.llama_index.capture import (
     Capture,
     Filled,
@@ -53,10 +52,11 @@ from rasd_integrations.llama_index.responses import (
     stream_responses,
     whole_response,
 )
+from rasd_integrations.llama_index.tool_calling import RASDCalling
 from rasd_integrations.llama_index.tools import tool_specs
 from rasd_integrations.llama_index.trace import Retrieval, Trace, observe
-from rasd_integrations.response_format import ToolUse
 from rasd_integrations.prompting import Prompt, PromptHints
+from rasd_integrations.response_format import ToolUse
 
 logger = logging.getLogger(__name__)
 

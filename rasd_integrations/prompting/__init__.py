@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rasd_integrations.prompting.planner import PromptPlanner
 from rasd_integrations.prompting.hints import Prompt, PromptHints, PromptPlan
+from rasd_integrations.prompting.planner import PromptPlanner
 
 __all__ = ["Prompt", "PromptHints", "PromptPlan", "PromptPlanner"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rasd_integrations.config import RetrievalConfig
-from rasd_integrations.prompting.locate import Located, PromptIndex
-from rasd_integrations.prompting.question import Question
 from rasd_integrations.prompting.hints import PromptHints
+from rasd_integrations.prompting.locate import Located, PromptIndex
 from rasd_integrations.prompting.prompt_view import PromptView, Span
+from rasd_integrations.prompting.question import Question
 from rasd_integrations.retrieval import GuardedSource
 from rasd_integrations.types import Chunk
 

@@ -9,11 +9,11 @@ from rasd_integrations.config import ContextMode, RetrievalConfig
 from rasd_integrations.prompting.chunks import Found, StoreSession, find_chunks
 from rasd_integrations.prompting.compress import Compressor, Scale
 from rasd_integrations.prompting.expand import expand
-from rasd_integrations.prompting.locate import PromptIndex
-from rasd_integrations.prompting.token_counts import TokenCounter
-from rasd_integrations.prompting.question import Question, classify, find_question
 from rasd_integrations.prompting.hints import Prompt, PromptHints, PromptPlan
+from rasd_integrations.prompting.locate import PromptIndex
 from rasd_integrations.prompting.prompt_view import PromptView
+from rasd_integrations.prompting.question import Question, classify, find_question
+from rasd_integrations.prompting.token_counts import TokenCounter
 from rasd_integrations.retrieval import GuardedSource
 
 _NO_RETRIEVAL = {

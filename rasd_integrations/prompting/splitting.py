@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rasd_integrations.prompting.token_counts import ContentCache
 from rasd_integrations.prompting.prompt_view import PromptView, Span
+from rasd_integrations.prompting.token_counts import ContentCache
 from rasd_integrations.retrieval.lexical import LexicalIndex
 
 _LARGEST_FENCE = 4  # times the size of a piece; a longer code block is cut at its lines

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rasd_integrations.config import SpeculationConfig
-from rasd_integrations.response_format import ToolUse
 from rasd_integrations.prompting import Prompt, PromptPlan
+from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import ChunkSource
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.prompt.template import ChatTemplate

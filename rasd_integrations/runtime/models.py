@@ -24,13 +24,13 @@ from rasd_integrations.drafters.translated import TranslatedDrafter, Translation
 from rasd_integrations.drafters.vocabulary import Vocabulary
 from rasd_integrations.engine.executors.eager import Executor
 from rasd_integrations.engine.executors.factory import make_executor
-from rasd_integrations.loading.identity import model_identity
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError, VocabularyMismatchError
-from rasd_integrations.loading.gguf import cache_folder
 from rasd_integrations.loading import load_model
+from rasd_integrations.loading.gguf import cache_folder
+from rasd_integrations.loading.identity import model_identity
 
 
 class SharedModel:

@@ -8,11 +8,17 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rasd_integrations.runtime.assembly import draft_context, encode, head_ids, note, template_tokens
 from rasd_integrations.config import ContextMode, RetrievalConfig, SamplingParams, SpeculationConfig
 from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.response_format import ToolUse
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
+from rasd_integrations.response_format import ToolUse
+from rasd_integrations.runtime.assembly import (
+    draft_context,
+    encode,
+    head_ids,
+    note,
+    template_tokens,
+)
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.answer.stream import stream_text

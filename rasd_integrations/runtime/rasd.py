@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
-from rasd_integrations.runtime.aio import iterate_in_thread
-from rasd_integrations.runtime.assembly import encode, identity, joined
 from rasd_integrations.config import (
     DEFAULT_PREFIX_CACHE_BYTES,
     DEFAULT_PREFIX_CACHE_DIR_BYTES,
@@ -32,10 +30,12 @@ from rasd_integrations.config import (
 )
 from rasd_integrations.drafters.base import Drafter, check_drafter_spec
 from rasd_integrations.errors import ConfigurationError, DecodingError
-from rasd_integrations.response_format import ToolUse
-from rasd_integrations.runtime.pipeline import Gate, Pipeline, Progress, Request
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
+from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
+from rasd_integrations.runtime.aio import iterate_in_thread
+from rasd_integrations.runtime.assembly import encode, identity, joined
+from rasd_integrations.runtime.pipeline import Gate, Pipeline, Progress, Request
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.prompt.template import ChatTemplate
 from rasd_integrations.types import Generation, TextChunk
@@ -194,7 +194,11 @@ class RASD:
                 # Here, not above: torch and transformers are imported when a model is.
                 from rasd_integrations.decoding.decoder import SpeculativeDecoder
                 from rasd_integrations.loading import check_device
-                from rasd_integrations.runtime.models import make_drafter, named_drafter_model, shared_model
+                from rasd_integrations.runtime.models import (
+                    make_drafter,
+                    named_drafter_model,
+                    shared_model,
+                )
 
                 check_device(self._drafter_device)
                 if self._shared is None:

@@ -15,12 +15,12 @@ from tiny import FAMILIES, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.datastores.tokens import TokenStore
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.datastore import DatastoreDrafter
 from rasd_integrations.drafters.model import ModelDrafter
-from rasd_integrations.engine.verification import exact as verification
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.engine.verification import exact as verification
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext, TokenBlock
 

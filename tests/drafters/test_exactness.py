@@ -11,13 +11,13 @@ from fakes import ScriptedDrafter
 from tiny import FAMILIES, VOCAB
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.recycling import RecyclingDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.stats import DecodingStats

@@ -7,10 +7,10 @@ import torch
 from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext, TokenBlock

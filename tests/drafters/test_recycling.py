@@ -8,10 +8,10 @@ import torch
 from tiny import FAMILIES, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.drafters.recycling import CandidateIndex, RecyclingDrafter
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters import candidates
 from rasd_integrations.drafters.candidates import Candidates, Shortlist, likeliest
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.drafters.recycling import CandidateIndex, RecyclingDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel

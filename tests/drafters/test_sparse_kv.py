@@ -11,11 +11,11 @@ import torch
 from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters import sparse_kv
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.sparse_kv import SparseKVDrafter, find_pieces
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel, _forward

@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_map
 
 from rasd_integrations import RASD, SamplingParams
 from rasd_integrations.config import SpeculationConfig
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.decoding.schedule import check_lockstep
+from rasd_integrations.drafters.candidates import Shortlist
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.drafters.candidates import Shortlist
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.engine.executors.eager import input_device
 from rasd_integrations.engine.executors.packing import pack_linears
-from rasd_integrations.decoding.schedule import check_lockstep
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading import check_device, load_model

@@ -8,8 +8,8 @@ from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.engine import attention
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.executors.packing import pack_linears
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import PREFILL_PIECE, TargetModel
 
 

@@ -24,8 +24,8 @@ from fakes_prompting import (
 
 from rasd_integrations.config import ContextMode, RetrievalConfig
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
-from rasd_integrations.prompting.token_counts import TokenCounter
 from rasd_integrations.prompting.splitting import split
+from rasd_integrations.prompting.token_counts import TokenCounter
 from rasd_integrations.retrieval import GuardedSource
 from rasd_integrations.types import Chunk
 

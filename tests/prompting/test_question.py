@@ -6,8 +6,8 @@ import pytest
 from fakes_prompting import FACTS, assistant, human, system, tool, tool_call
 
 from rasd_integrations.prompting import Prompt, PromptHints
-from rasd_integrations.prompting.question import Question, classify, find_question
 from rasd_integrations.prompting.prompt_view import PromptView
+from rasd_integrations.prompting.question import Question, classify, find_question
 from rasd_integrations.types import Chunk
 
 LONG = " ".join(FACTS * 3)

@@ -23,10 +23,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.executors.eager import EagerExecutor, StepOutput
-from rasd_integrations.engine.executors.cuda_fixed import FixedInputs, FixedSegment, PrefixAttention, flash_prefix
-from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
+from rasd_integrations.engine.executors.cuda_fixed import (
+    FixedInputs,
+    FixedSegment,
+    PrefixAttention,
+    flash_prefix,
+)
 from rasd_integrations.engine.executors.cuda_loop import Drawn, Loop, Sampler
+from rasd_integrations.engine.executors.eager import EagerExecutor, StepOutput
+from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from rasd_integrations.engine.attention import Segment
 from rasd_integrations.engine.executors.cuda_fixed import FixedInputs
 from rasd_integrations.engine.kv.buffer import KVBuffer
-from rasd_integrations.engine.verification.sampling import inverted, sampling_law
 from rasd_integrations.engine.verification.exact import checked, first_best
+from rasd_integrations.engine.verification.sampling import inverted, sampling_law
 
 ROOM = 16  # tokens drawn in a row; longer drafts are several such runs
 

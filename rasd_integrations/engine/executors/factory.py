@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from rasd_integrations.config import ExecutorName
 from rasd_integrations.engine.executors import cuda_graphs as graphs
-from rasd_integrations.engine.executors.eager import EagerExecutor, Executor
 from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor
+from rasd_integrations.engine.executors.eager import EagerExecutor, Executor
 from rasd_integrations.engine.executors.packing import pack_linears
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rasd_integrations.engine.executors import openvino_graph as paged
 from rasd_integrations.engine.attention import Segment, StepContext
+from rasd_integrations.engine.executors import openvino_graph as paged
 from rasd_integrations.engine.executors.eager import EagerExecutor, Executor, StepOutput, rows_at
 from rasd_integrations.engine.executors.openvino_inputs import Frame
-from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
 from rasd_integrations.engine.executors.tracing import Plan, plan_of
+from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
 from rasd_integrations.errors import ConfigurationError
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,13 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from openvino.op import Constant, Parameter, _PagedAttentionExtension
 from transformers import PreTrainedModel
 
-from rasd_integrations.engine.executors.tracing import Layer, Plan, TracedStep, in_float32, quiet_trace
+from rasd_integrations.engine.executors.tracing import (
+    Layer,
+    Plan,
+    TracedStep,
+    in_float32,
+    quiet_trace,
+)
 
 PAGE = 32  # rows, as OpenVINO's kernels for CPUs want it
 MARKS = 8  # bytes of a row in 8 bits, scale and zero

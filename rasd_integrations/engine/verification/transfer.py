@@ -12,8 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rasd_integrations.engine.verification.exact import (
+    Verdict,
+    argmax_rows,
+    checked,
+    residual,
+    walk,
+)
 from rasd_integrations.engine.verification.sampling import Law, draw, flip, sampling_law
-from rasd_integrations.engine.verification.exact import Verdict, argmax_rows, checked, residual, walk
 from rasd_integrations.types import Draft
 
 _Laws = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

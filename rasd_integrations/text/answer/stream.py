@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.text.answer.parser import AnswerParser, Parsed
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
+from rasd_integrations.text.answer.parser import AnswerParser, Parsed
 from rasd_integrations.text.answer.stop import StopMatcher
 from rasd_integrations.types import TextChunk, TokenBlock
 

@@ -21,7 +21,12 @@ from rasd_integrations.text.answer.parser import (
 )
 from rasd_integrations.text.prompt.control import ControlTokens
 from rasd_integrations.text.prompt.messages import fold_roles, plain_message
-from rasd_integrations.text.tool_formats import ToolFormat, template_tools, tool_format, with_tool_prompt
+from rasd_integrations.text.tool_formats import (
+    ToolFormat,
+    template_tools,
+    tool_format,
+    with_tool_prompt,
+)
 from rasd_integrations.types import Message
 
 if TYPE_CHECKING:

