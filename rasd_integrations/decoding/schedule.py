@@ -3,7 +3,7 @@
 Expected tokens per second are ``E(n) / (t(1 + n) + d(n))`` (algorithms.md 8.1, 8.2), with the step time ``t`` of
 :mod:`.costs`. For a chain of which nothing is said, ``E(n) = (1 - a^(n+1)) / (1 - a)`` with the running acceptance
 ``a`` and a drafting time for each token. For a draft whose nodes carry their likelihood, chain or tree,
-``E(n) = 1 + sum(likely[:n])`` with likelihoods set right by :mod:`.calibration`, and the draft is there already:
+``E(n) = 1 + sum(likely[:n])`` with likelihoods set right by ``drafters/calibration.py``, and the draft exists already:
 only the verify step is to be paid. Such a draft is asked for in each step, and nothing of it verified where that
 does not pay. Drafting that would lose time nonetheless is switched off and tried again now and then. Only time
 depends on it.

@@ -14,14 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.executors.cuda_loop import ROOM, DrawingExecutor, Drawn, Sampler
+from rasd_integrations.engine.device import sent
+from rasd_integrations.engine.drawing import ROOM, DrawingExecutor, Drawn, Sampler
 from rasd_integrations.engine.executors.eager import (
     EagerExecutor,
     Executor,
     check_attention,
     input_device,
 )
-from rasd_integrations.engine.kv.buffer import KVBuffer, sent
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.engine.verification.sampling import uniform_numbers
 from rasd_integrations.errors import ContextOverflowError, DeviceMemoryError, PromptError
@@ -204,7 +205,7 @@ class TargetModel:
             ids: The last tokens, whose rows are not in the buffer yet.
             buffer: The prefix; afterwards its spare room holds the rows of ``ids`` and of all drawn tokens but the
                 last, for :meth:`KVBuffer.commit`.
-            n: How many, at least 1; at most :data:`~.loop.ROOM` are drawn.
+            n: How many, at least 1; at most :data:`~rasd_integrations.engine.drawing.ROOM` are drawn.
             sampler: How.
             generator: On the CPU; each token takes one number of it.
 

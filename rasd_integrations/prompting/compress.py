@@ -10,9 +10,8 @@ from rasd_integrations.config import RetrievalConfig
 from rasd_integrations.prompting.chunks import Found
 from rasd_integrations.prompting.hints import Prompt, PromptHints
 from rasd_integrations.prompting.locate import PromptIndex
-from rasd_integrations.prompting.prompt_view import PromptView, Span
+from rasd_integrations.prompting.prompt_view import PromptView, Span, clean, hulls, without
 from rasd_integrations.prompting.question import Question
-from rasd_integrations.prompting.spans import clean, hulls, without
 from rasd_integrations.prompting.splitting import PieceRanker, boundary
 from rasd_integrations.types import Chunk
 

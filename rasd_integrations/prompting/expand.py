@@ -14,8 +14,7 @@ from rasd_integrations.prompting.chunks import Found, StoreSession
 from rasd_integrations.prompting.compress import refill
 from rasd_integrations.prompting.hints import Prompt, PromptHints
 from rasd_integrations.prompting.locate import Haystack, Located, Needle, PromptIndex
-from rasd_integrations.prompting.prompt_view import PromptView, Span
-from rasd_integrations.prompting.spans import clean, hulls, without
+from rasd_integrations.prompting.prompt_view import PromptView, Span, clean, hulls, without
 from rasd_integrations.prompting.splitting import split
 from rasd_integrations.prompting.token_counts import TokenCounter, digest
 from rasd_integrations.retrieval import join_chunks

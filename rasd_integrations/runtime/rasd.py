@@ -29,22 +29,26 @@ from rasd_integrations.config import (
     reject_unknown,
 )
 from rasd_integrations.drafters.base import Drafter, check_drafter_spec
-from rasd_integrations.errors import ConfigurationError, DecodingError
+from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
 from rasd_integrations.runtime.aio import iterate_in_thread
-from rasd_integrations.runtime.assembly import encode, identity, joined
-from rasd_integrations.runtime.pipeline import Gate, Pipeline, Progress, Request
+from rasd_integrations.runtime.lazy_engine import EngineOptions, LazyEngine
+from rasd_integrations.runtime.pipeline import (
+    Gate,
+    Pipeline,
+    Progress,
+    Request,
+    encode,
+    identity,
+    joined,
+)
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.text.prompt.template import ChatTemplate
 from rasd_integrations.types import Generation, TextChunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from rasd_integrations.decoding.decoder import SpeculativeDecoder
-    from rasd_integrations.runtime.models import SharedModel
 
 
 class RASD:
@@ -97,30 +101,30 @@ class RASD:
         """
         reject_unknown(unknown, signature(RASD.__init__).parameters, "RASD")
         check_engine(context, executor, prefix_cache_bytes)
-        self._speculation = speculation or SpeculationConfig()
+        own = speculation or SpeculationConfig()
         if knowledge_transfer:
-            self._speculation = replace(self._speculation, knowledge_transfer=knowledge_transfer)
-        check_drafter_spec(drafter, drafter_device, lossless=self._speculation.lossless)
+            own = replace(own, knowledge_transfer=knowledge_transfer)
+        check_drafter_spec(drafter, drafter_device, lossless=own.lossless)
         self.model_name = str(model)
-        self._drafter_spec, self._drafter_device = drafter, drafter_device
         self._context: ContextMode = context
-        self._executor: ExecutorName = executor
-        self._model_kwargs = dict(model_kwargs or {})
-        self._template_kwargs = dict(chat_template_kwargs or {})
         self._retrieval = retrieval or RetrievalConfig()
-        self._prefix_cache_bytes = prefix_cache_bytes
-        self._folder = PrefixFolder.of(prefix_cache_dir, prefix_cache_dir_bytes)
-        self._namespace = namespace
+        self._engine = LazyEngine(
+            EngineOptions(
+                model=self.model_name,
+                drafter=drafter,
+                drafter_device=drafter_device,
+                executor=executor,
+                model_kwargs=dict(model_kwargs or {}),
+                template_kwargs=dict(chat_template_kwargs or {}),
+                speculation=own,
+                prefix_cache_bytes=prefix_cache_bytes,
+                folder=PrefixFolder.of(prefix_cache_dir, prefix_cache_dir_bytes),
+                namespace=namespace,
+            )
+        )
         self._source: GuardedSource | None = None
-        self._lock = threading.RLock()
-        self._shared: SharedModel | None = None
-        self._drafter_model: SharedModel | None = None
-        self._decoder: SpeculativeDecoder | None = None
-        self._template: ChatTemplate | None = None
         self._planner: PromptPlanner | None = None
-        self._window: int | None = None
-        self._weights: dict[str, str] = {}
-        self._closed = False
+        self._lock = threading.RLock()
         self.stats = DecodingStats()
         if store is not None:
             self.attach(store)
@@ -145,7 +149,7 @@ class RASD:
         The model's attention implementation becomes ``"rasd"``, which outside this engine is sdpa.
         ``drafter_model`` must share the target's tokenizer.
         """
-        from rasd_integrations.runtime.models import name_of, wrapped_model
+        from rasd_integrations.runtime.models import name_of
 
         name = name_of(model)
         if drafter_model is not None and options.get("drafter", "auto") not in ("auto", "self"):
@@ -155,12 +159,7 @@ class RASD:
             )
             raise ConfigurationError(msg)
         rasd = cls(name, **options)
-        rasd._shared = wrapped_model(model, tokenizer, name, rasd._executor)
-        rasd._window = rasd._shared.target.window
-        rasd._weights = {"weights": rasd._shared.fingerprint}
-        if drafter_model is not None:
-            rasd._drafter_model = wrapped_model(drafter_model, tokenizer, name_of(drafter_model))
-            rasd._weights["drafter_weights"] = rasd._drafter_model.fingerprint
+        rasd._engine.take(model, tokenizer, drafter_model)
         return rasd
 
     def __enter__(self) -> Self:
@@ -173,9 +172,7 @@ class RASD:
 
     def close(self) -> None:
         """Let go of the weights and the kept keys and values; streams under way end first."""
-        with self._lock:
-            self._closed = True
-            self._decoder = self._template = self._shared = self._drafter_model = None
+        self._engine.close()
 
     def ensure_loaded(self) -> None:
         """Load the weights now.
@@ -185,92 +182,31 @@ class RASD:
             VocabularyMismatchError: The drafter model's vocabulary cannot be translated.
             DecodingError: This instance was closed.
         """
-        self._ready()
-
-    def _ready(self) -> SpeculativeDecoder:
-        with self._lock:
-            self._check_open()
-            if self._decoder is None:
-                # Here, not above: torch and transformers are imported when a model is.
-                from rasd_integrations.decoding.decoder import SpeculativeDecoder
-                from rasd_integrations.loading import check_device
-                from rasd_integrations.runtime.models import (
-                    make_drafter,
-                    named_drafter_model,
-                    shared_model,
-                )
-
-                check_device(self._drafter_device)
-                if self._shared is None:
-                    self._shared = shared_model(
-                        self.model_name, self._model_kwargs, executor=self._executor
-                    )
-                self._window = self._shared.target.window
-                self._drafter_model = self._drafter_model or named_drafter_model(
-                    self._drafter_spec, self._model_kwargs, self._drafter_device, self._executor
-                )
-                self._decoder = SpeculativeDecoder(
-                    self._shared.target,
-                    make_drafter(
-                        self._drafter_spec,
-                        self._shared,
-                        self._drafter_model,
-                        lossless=self._speculation.lossless,
-                        cache_bytes=self._prefix_cache_bytes // 4,
-                        folder=self._folder,
-                        namespace=self._namespace,
-                    ),
-                    config=self._speculation,
-                    prefix_cache=self._shared.prefix_cache(self._prefix_cache_bytes, self._folder),
-                )
-            return self._decoder
-
-    def _check_open(self) -> None:
-        if self._closed:
-            msg = "This model was closed. Make a new instance."
-            raise DecodingError(msg)
-
-    def _text(self) -> ChatTemplate:
-        with self._lock:
-            self._check_open()
-            if self._template is None:
-                from rasd_integrations.loading import load_tokenizer
-
-                tokenizer = (
-                    self._shared.tokenizer
-                    if self._shared is not None
-                    else load_tokenizer(self.model_name, self._model_kwargs)
-                )
-                self._template = ChatTemplate(tokenizer, self._template_kwargs)
-            return self._template
+        self._engine.decoder()
 
     @property
     def window(self) -> int:
         """Longest sequence of prompt and answer, in tokens; reads the model's config only."""
-        self._check_open()
-        if self._window is None:
-            from rasd_integrations.loading import load_window
-
-            self._window = load_window(self.model_name, self._model_kwargs)
-        return self._window
+        return self._engine.window
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the model's tokenizer can format messages; reads the tokenizer only."""
-        return bool(self._text().tokenizer.chat_template)
+        return bool(self._engine.template().tokenizer.chat_template)
 
     @property
     def has_reasoning(self) -> bool:
         """Whether the model marks its thoughts, so that they can be told from its answer; reads the tokenizer only."""
-        return self._text().reasoning is not None
+        return self._engine.template().reasoning is not None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
+        own = self._engine.options
         return identity(
-            {"model": self.model_name, "context": self._context, "kv8": self._executor == "openvino-kv8"},
-            self._speculation, self._template_kwargs, self._weights,
-            drafter=self._drafter_spec, source=self._source,
+            {"model": self.model_name, "context": self._context, "kv8": own.executor == "openvino-kv8"},
+            own.speculation, own.template_kwargs, self._engine.weights,
+            drafter=own.drafter, source=self._source,
         )  # fmt: skip
 
     def _prompts(self) -> PromptPlanner:
@@ -293,11 +229,11 @@ class RASD:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without special tokens."""
-        return self._text().encode_chunk(text)
+        return self._engine.template().encode_chunk(text)
 
     def count_tokens(self, prompt: Prompt, tools: ToolUse | None = None) -> int:
         """Return the tokens of a prompt as the model reads it, template and tools included."""
-        return len(encode(self._text(), prompt, tools))
+        return len(encode(self._engine.template(), prompt, tools))
 
     def stream(
         self,
@@ -374,9 +310,9 @@ class RASD:
 
     def _pipeline(self) -> Pipeline:
         return Pipeline(
-            planner=self._prompts(), template=self._text(), decoder=self._ready(),
-            speculation=self._speculation, retrieval=self._retrieval,
-            context=self._context, namespace=self._namespace,
+            planner=self._prompts(), template=self._engine.template(), decoder=self._engine.decoder(),
+            speculation=self._engine.options.speculation, retrieval=self._retrieval,
+            context=self._context, namespace=self._engine.options.namespace,
         )  # fmt: skip
 
     def _gated(
@@ -385,7 +321,7 @@ class RASD:
         """Stream an answer that runs to its end by itself, once there is memory for it."""
         from rasd_integrations.runtime.admission import shared_admission
 
-        admit = shared_admission(self._ready().target.device).admit
+        admit = shared_admission(self._engine.decoder().target.device).admit
         return self._answer(request, partial(admit, cancelled=cancelled))
 
     def _answer(

@@ -444,4 +444,4 @@ def test_gemma_drafts_for_smollm():
     assert answer.stats.drafters["bridge"].accepted > 3
     sampled = rasd.generate(prompt, SamplingParams(max_tokens=24, temperature=0.7, seed=1))
     assert sampled.stats.drafters["projection"].accepted > 3
-    assert rasd._decoder.drafter.translation.share > 0.8
+    assert rasd._engine._decoder.drafter.translation.share > 0.8

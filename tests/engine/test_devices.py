@@ -128,7 +128,7 @@ def test_both_frameworks_hand_the_device_on(module):
         with pytest.raises(ConfigurationError, match="drafter_device is 'cuda:1'"):
             kind(model="m", drafter="self", drafter_device="cuda:1")
         llm = kind(model="m", drafter="d", drafter_device="cuda:1")
-        assert llm._rasd._drafter_device == "cuda:1"
+        assert llm._rasd._engine.options.drafter_device == "cuda:1"
 
 
 # --- tensors of another device ---
@@ -267,9 +267,9 @@ def test_offloaded_layers_give_the_same_answer(saved, truth, on_disk, tmp_path):
     places = {part: "disk" if part in on_disk else "cpu" for part in parts}
     kwargs = {**FLOAT32, "device_map": places, "offload_folder": str(tmp_path)}
     with RASD.load(saved / "target", model_kwargs=kwargs) as rasd:
-        model = rasd._shared.target.model
+        model = rasd._engine._shared.target.model
         assert {p.device.type for p in model.parameters()} == {"cpu", "meta"}
-        assert rasd._shared.target.device.type == "cpu"
+        assert rasd._engine._shared.target.device.type == "cpu"
         answer = rasd.generate(PROMPT, PARAMS)
     assert answer.token_ids == truth
     assert answer.stats.faults == ()
@@ -364,7 +364,7 @@ try:
     refused = ""
 except ConfigurationError as err:
     refused = str(err)
-target = rasd._shared.target
+target = rasd._engine._shared.target
 out = [list(answer.token_ids), answer.stats.drafted, target.kv_bytes_per_token, refused]
 open(f"{sys.argv[3]}/{torch.distributed.get_rank()}.json", "w").write(json.dumps(out))
 """

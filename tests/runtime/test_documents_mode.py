@@ -43,7 +43,7 @@ def model():
 def seen_by_target(llm, monkeypatch) -> list[str]:
     """Return a list that fills with the prompts that the target reads."""
     prompts: list[str] = []
-    decoder = llm._rasd._ready()
+    decoder = llm._rasd._engine.decoder()
     inner = decoder.generate
 
     def spy(prompt_ids, *args, **kwargs):

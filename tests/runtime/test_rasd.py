@@ -90,7 +90,7 @@ def test_wrappers_of_one_model_share_its_weights(saved):
     )
     assert first.generate("abc", PARAMS).text == second.generate("abc", PARAMS).text
     target = weakref.ref(shared_model(str(saved), kwargs).target)
-    assert first._decoder.target is second._decoder.target
+    assert first._engine._decoder.target is second._engine._decoder.target
     first.close()
     assert target() is not None
     second.close()
@@ -160,8 +160,8 @@ def test_drafter_model_of_another_family_drafts(saved, foreign, temperature):
 def test_a_drafter_model_stands_once_however_many_use_it(saved, foreign):
     """A second instance finds it while the first one lives; it is let go with the last."""
     first, second = (RASD.load(saved, drafter=foreign) for _ in range(2))
-    model = weakref.ref(first._drafter_model)
-    assert model() is second._drafter_model is not None
+    model = weakref.ref(first._engine._drafter_model)
+    assert model() is second._engine._drafter_model is not None
     first.close()
     assert model() is not None
     second.close()
@@ -343,7 +343,7 @@ def test_window_and_template_are_known_without_weights(saved):
     """The config and the tokenizer are enough."""
     rasd = RASD(saved)
     assert (rasd.window, rasd.has_chat_template, rasd.count_tokens("abc")) == (WINDOW, True, 3)
-    assert rasd._decoder is None
+    assert rasd._engine._decoder is None
 
 
 def test_hanging_store_is_left_behind(plain_text):

@@ -75,8 +75,8 @@ def test_a_drafter_finds_hidden_states(tmp_path):
     """The drafter that reads hidden states has those of a warmed document after a restart."""
     make(tmp_path, drafter=DenseDrafter()).warm(DOCUMENTS[:1])
     later = make(tmp_path, drafter=DenseDrafter())
-    decoder = later._ready()
-    ids = later._text().encode_messages(question(DOCUMENTS[0]))
+    decoder = later._engine.decoder()
+    ids = later._engine.template().encode_messages(question(DOCUMENTS[0]))
     first, rows = decoder.lease(ids, len(ids) + 1, "").buffer.hidden()
     assert (first, len(rows) > len(DOCUMENTS[0])) == (0, True)
 
@@ -186,7 +186,7 @@ def test_bad_options_of_the_folder_are_refused(options, message):
 def test_a_model_that_cannot_be_told_from_others_is_refused(tmp_path):
     """Offloaded weights have no identity: a file could belong to any model."""
     rasd = make(tmp_path, drafter=None)
-    rasd._shared.kv_identity = None
+    rasd._engine._shared.kv_identity = None
     with pytest.raises(ConfigurationError, match="could not be told from another model's"):
         rasd.generate("abc", PARAMS)
 

@@ -14,7 +14,7 @@ from rasd_integrations.config import SamplingParams
 from rasd_integrations.errors import PromptError
 from rasd_integrations.prompting import PromptHints
 from rasd_integrations.response_format import ToolUse
-from rasd_integrations.runtime.assembly import joined
+from rasd_integrations.runtime.pipeline import joined
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import FinishReason, Generation, TextChunk, ToolCallDelta
 

@@ -9,6 +9,7 @@ positions that are off give a fingerprint that nothing fits, and a :class:`LostE
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,9 @@ ANSWER = (
     "<|im_start|>assistant\n"  # the answer follows the last of these; without one, the prompt's end
 )
 _DIM = 64
+CACHE = (
+    "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+)
 _PRIME = 1009
 _GAP = 20.0  # between one rank and the next: sampling follows the ranks too
 
@@ -214,25 +218,27 @@ class ScriptedModel(ScriptedPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Any = None,  # before transformers 5.24
+        cache: Any = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(input_ids.shape[1], device=input_ids.device) + seen)[None]
         product = self.tokens[input_ids] * self.places[position_ids]
         signs = (product.remainder(_PRIME) >= _PRIME // 2).to(product.dtype) * 2 - 1
         mask = create_causal_mask(
             config=self.config, inputs_embeds=signs, attention_mask=attention_mask,
-            past_key_values=past_key_values, position_ids=position_ids,
+            position_ids=position_ids, **{CACHE: cache},
         )  # fmt: skip
-        total = self.attention(signs, mask, past_key_values, position_ids, **kwargs)
+        total = self.attention(signs, mask, cache, position_ids, **kwargs)
         numbers = self._find(input_ids, total.round(), signs)
         return BaseModelOutputWithPast(
-            last_hidden_state=numbers[..., None].to(signs), past_key_values=past_key_values
+            last_hidden_state=numbers[..., None].to(signs), **{CACHE: cache}
         )
 
     def _find(self, ids: Tensor, total: Tensor, signs: Tensor) -> Tensor:
@@ -304,7 +310,7 @@ class ScriptedForCausalLM(ScriptedPreTrainedModel, GenerationMixin):
             [torch.stack([self._row(self.model.nodes[i]) for i in row]) for row in numbers]
         )
         return CausalLMOutputWithPast(
-            logits=logits.to(input_ids.device), past_key_values=out.past_key_values
+            logits=logits.to(input_ids.device), **{CACHE: out[CACHE]} if CACHE in out else {}
         )
 
     def _row(self, node: Node) -> Tensor:

@@ -2,7 +2,7 @@
 
 Rows and prefix are rounded up, and the true numbers lie in tensors: keys behind the length are masked, and the
 rows added repeat the last real one, down to the place where its keys and values are laid. Nothing else is
-written. What can be recorded once and run again with other contents (:mod:`.graphs`) is made of this.
+written. What can be recorded once and run again with other contents (:mod:`.cuda_graphs`) is made of this.
 """
 
 from __future__ import annotations

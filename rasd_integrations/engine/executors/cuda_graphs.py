@@ -1,6 +1,6 @@
 """Decoding steps as CUDA graphs: a step's thousand small kernels are recorded once and launched as one.
 
-A graph holds the addresses and shapes of one rounded step (:mod:`.fixed`). It belongs to the memory of one
+A graph holds the addresses and shapes of one rounded step (:mod:`.cuda_fixed`). It belongs to the memory of one
 :class:`KVBuffer` and goes when the buffer grows or is let go of. The other choice, one arena of fixed memory for
 all streams, would hold a long prefix twice (17 GB for 128K tokens of an 8B model) or move streams in and out of
 it. The price of ours: new memory records anew, at the cost of a few steps a shape. So a shape is recorded when it
@@ -23,13 +23,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
+from rasd_integrations.engine.drawing import Drawn, Sampler
 from rasd_integrations.engine.executors.cuda_fixed import (
     FixedInputs,
     FixedSegment,
     PrefixAttention,
     flash_prefix,
 )
-from rasd_integrations.engine.executors.cuda_loop import Drawn, Loop, Sampler
+from rasd_integrations.engine.executors.cuda_loop import Loop
 from rasd_integrations.engine.executors.eager import EagerExecutor, StepOutput
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
 

@@ -1,6 +1,6 @@
 """How a step runs: one small protocol, and eager torch behind it.
 
-An executor runs the stock transformers module with our attention (:mod:`.attention`) and a cache object
+An executor runs the stock transformers module with our attention (``engine/attention.py``) and a cache object
 that keeps nothing, so every architecture written against transformers' attention interface works.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -100,6 +101,7 @@ class EagerExecutor:
         self._model = model
         self._body = model.base_model
         self._cache = NoCache()
+        self._cache_argument = cache_argument(self._body)
         device = input_device(model)
         # Masks that are already four-dimensional pass through transformers untouched; ours is unread.
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -114,15 +116,24 @@ class EagerExecutor:
                 input_ids=ids[None],
                 position_ids=context.positions[None],
                 attention_mask=self._mask,
-                past_key_values=self._cache,
                 use_cache=True,
                 rasd_step=context,
+                **{self._cache_argument: self._cache},
                 **keep,
             )
         hidden = seen[0].last_hidden_state[0]
         if not num_logits:
             return StepOutput(torch.empty(0, self._vocab_size), hidden)
         return StepOutput(out.logits[0, -num_logits:], hidden)
+
+
+def cache_argument(module: nn.Module) -> str:
+    """Return the name under which ``module``'s forward takes its cache.
+
+    transformers renamed ``past_key_values`` to ``cache`` in 5.24 or before and takes the old name until 5.40; code of
+    a checkpoint's own may still have it.
+    """
+    return "cache" if "cache" in signature(module.forward).parameters else "past_key_values"
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -1,7 +1,7 @@
 """Steps on a CPU as one compiled graph, run by OpenVINO (extra ``openvino``).
 
 Eager torch spends a good part of a step between operations; a graph of the same module does not. It reads the
-keys and values where they lie, in :class:`.kv.KVBuffer`'s own memory. Only :mod:`.executors` imports this module,
+keys and values where they lie, in ``KVBuffer``'s own memory. Only :mod:`.factory` imports this module,
 where OpenVINO is installed.
 """
 

@@ -1,6 +1,6 @@
 """OpenVINO's graph of a traced step, with its attention over pages put in.
 
-Every key head is a sequence of its own to that attention, so that pages are stretches of :class:`.kv.KVBuffer`'s
+Every key head is a sequence of its own to that attention, so that pages are stretches of ``KVBuffer``'s
 memory: rows are read where they lie, and new ones are laid behind them, without a copy.
 """
 

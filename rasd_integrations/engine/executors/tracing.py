@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.executors.eager import EagerExecutor, NoCache, outputs_of
+from rasd_integrations.engine.executors.eager import (
+    EagerExecutor,
+    NoCache,
+    cache_argument,
+    outputs_of,
+)
 from rasd_integrations.engine.kv.buffer import KVBuffer
 
 _ROTARY = "RotaryEmbedding"  # how transformers names the modules that make angles of positions
@@ -184,10 +189,10 @@ class TracedStep(nn.Module):
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=self._mask,
-                past_key_values=NoCache(),
                 use_cache=True,
                 logits_to_keep=rows,
                 rasd_step=context,
+                **{cache_argument(self._model.base_model): NoCache()},
             )
         hidden = seen[0].last_hidden_state[0]
         return out.logits[0], hidden, *(x for layer in range(layers) for x in segment.read[layer])

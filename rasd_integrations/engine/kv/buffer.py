@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rasd_integrations.engine.device import sent
+
 GRANULE = 256
 
 
@@ -336,13 +338,6 @@ class KVArena:
         self._places.append((origin, end, weakref.ref(buffer)))
         buffer._lie_in(self, origin)
         return True
-
-
-def sent(numbers: Tensor, device: torch.device) -> Tensor:
-    """Return ``numbers`` of the host on ``device``, without waiting for what the device is at."""
-    if device.type != "cuda":
-        return numbers.to(device)
-    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def _rounded(capacity: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.kv.buffer import sent
+from rasd_integrations.engine.device import sent
 from rasd_integrations.engine.verification.sampling import (
     Law,
     draw,

@@ -26,8 +26,8 @@ from rasd_integrations.config import SamplingParams
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
+from rasd_integrations.engine.drawing import ROOM, Drawn, Sampler
 from rasd_integrations.engine.executors import cuda_graphs as graphs
-from rasd_integrations.engine.executors.cuda_loop import ROOM, Drawn, Sampler
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.sampling import draw, sampling_law

@@ -1,0 +1,145 @@
+"""Makes the drafter that the option ``drafter`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rasd_integrations.config import ExecutorName, PrefixFolder
+from rasd_integrations.drafters.base import Drafter
+from rasd_integrations.drafters.cascade import CascadeDrafter
+from rasd_integrations.drafters.fused import FusedDrafter
+from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.recycling import RecyclingDrafter
+from rasd_integrations.drafters.suffix import SuffixDrafter
+from rasd_integrations.drafters.translated import TranslatedDrafter, Translation
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import VocabularyMismatchError
+from rasd_integrations.runtime.models import SharedModel, shared_model
+
+
+def named_drafter_model(
+    spec: str | Path | Drafter | None,
+    model_kwargs: Mapping[str, Any],
+    device: str | None = None,
+    executor: ExecutorName = "auto",
+) -> SharedModel | None:
+    """Load the model that ``spec`` names; ``None`` where it names none. Who keeps it spares others a second copy.
+
+    Args:
+        spec: As :func:`make_drafter` takes it.
+        model_kwargs: For loading it.
+        device: Where it goes; ``None``: as ``model_kwargs`` says.
+        executor: The target's: a drafter model runs eagerly where that one was asked to, else as is best.
+
+    Raises:
+        ModelLoadError: The model is missing or broken.
+        ConfigurationError: Its architecture cannot run speculative steps, or there is no such device.
+    """
+    if not isinstance(spec, str | Path) or spec in ("auto", "self"):
+        return None
+    return shared_model(spec, model_kwargs, device, "eager" if executor == "eager" else "auto")
+
+
+def make_drafter(
+    spec: str | Path | Drafter | None,
+    target: SharedModel,
+    drafter_model: SharedModel | None,
+    *,
+    lossless: bool,
+    cache_bytes: int,
+    folder: PrefixFolder | None = None,
+    namespace: str = "",
+) -> Drafter | None:
+    """Make the drafter that ``spec`` names.
+
+    Args:
+        spec: ``"auto"``, ``"self"``, a model's hub id or path, a drafter, or ``None``.
+        target: The model that is drafted for.
+        drafter_model: The one that it names, or that was given beside it.
+        lossless: Whether the output follows the target alone; a lossy law needs a drafter's law.
+        cache_bytes: Most memory for the drafter model's kept keys and values.
+        folder: Where keys and values of warmed documents lie.
+        namespace: Whose files there are read.
+
+    Raises:
+        VocabularyMismatchError: The drafter model has another vocabulary, which cannot be translated, or the law is
+            not ``lossless``.
+    """
+    if spec is None or not isinstance(spec, str | Path):
+        return spec
+    if (
+        drafter_model is not None
+        and (difference := vocabulary_difference(target, drafter_model)) is not None
+    ):
+        if not lossless:
+            raise _needs_one_vocabulary(target, drafter_model, difference)
+        cache = PrefixCache(cache_bytes, drafter_model.prefix_files(folder))
+        return _translated(target, drafter_model, cache, namespace)
+    if drafter_model is None and spec == "auto" and lossless:
+        return FusedDrafter(_free_parts(target.target))
+    own = drafter_model or target
+    model = ModelDrafter(
+        own.target,
+        vocab_size=target.target.vocab_size,
+        needs_own_prompt=own is target,
+        prefix_cache=PrefixCache(cache_bytes, own.prefix_files(folder)),
+        namespace=namespace,
+    )
+    cascade = CascadeDrafter(model, SuffixDrafter())
+    return (
+        FusedDrafter(_free_parts(target.target), cascade)
+        if spec == "auto" and lossless
+        else cascade
+    )
+
+
+def _free_parts(target: TargetModel) -> list[Drafter]:
+    """Return drafters that need nothing but the prompt; others earned less than they took (ADR 9)."""
+    # The prompt's own candidates take a CPU longer than they save, where the tree copies from it.
+    return [SuffixDrafter(tree=True), RecyclingDrafter(prompt=target.device.type != "cpu")]
+
+
+def vocabulary_difference(target: SharedModel, drafter: SharedModel) -> str | None:
+    """Return the first token of the target's that the drafter has no row for under the same id.
+
+    Tokens that only the drafter has do no harm: the target refuses them.
+    """
+    ours, theirs = target.tokenizer.get_vocab(), drafter.tokenizer.get_vocab()
+    if ours.items() <= theirs.items():
+        return None
+    token = next(t for t in sorted(ours, key=ours.__getitem__) if theirs.get(t) != ours[t])
+    return (
+        f"token {token!r} is id {ours[token]} in the target and {theirs.get(token)} in the drafter"
+    )
+
+
+def _translated(
+    target: SharedModel, drafter: SharedModel, cache: PrefixCache, namespace: str
+) -> TranslatedDrafter:
+    translation = Translation(
+        target.vocabulary,
+        drafter.vocabulary,
+        target_ends=target.target.eos_ids,
+        drafter_ends=drafter.target.eos_ids,
+    )
+    return TranslatedDrafter(
+        translation,
+        ModelDrafter(drafter.target, prefix_cache=cache, namespace=namespace),
+        ModelDrafter(
+            drafter.target, prefix_cache=cache, namespace=namespace, allowed=translation.allowed
+        ),
+    )
+
+
+def _needs_one_vocabulary(
+    target: SharedModel, drafter: SharedModel, difference: str
+) -> VocabularyMismatchError:
+    msg = (
+        f"Drafter {drafter.name!r} and target {target.name!r} have different vocabularies ({difference}), but "
+        f"knowledge_transfer and mixture need the drafter's law over the target's tokens. Use a drafter of the "
+        f"target's family or 'self', or leave both at their defaults."
+    )
+    return VocabularyMismatchError(msg)

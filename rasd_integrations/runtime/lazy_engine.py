@@ -1,0 +1,159 @@
+"""What one `RASD` decodes with, loaded when it is first asked for: weights, drafter and chat template."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rasd_integrations.config import ExecutorName, PrefixFolder, SpeculationConfig
+from rasd_integrations.drafters.base import Drafter
+from rasd_integrations.errors import DecodingError
+from rasd_integrations.text.prompt.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rasd_integrations.decoding.decoder import SpeculativeDecoder
+    from rasd_integrations.runtime.models import SharedModel
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What to load, and how; see :class:`~rasd_integrations.runtime.rasd.RASD`."""
+
+    model: str
+    drafter: str | Path | Drafter | None
+    drafter_device: str | None
+    executor: ExecutorName
+    model_kwargs: Mapping[str, Any]
+    template_kwargs: Mapping[str, Any]
+    speculation: SpeculationConfig
+    prefix_cache_bytes: int
+    folder: PrefixFolder | None
+    namespace: str
+
+
+class LazyEngine:
+    """Loads tokenizer, config and weights separately, each when it is first needed; safe across threads.
+
+    Attributes:
+        options: What to load, and how.
+        weights: Fingerprints of objects that were handed over loaded; empty for a model with a name.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Load nothing."""
+        self.options = options
+        self.weights: dict[str, str] = {}
+        self._lock = threading.RLock()
+        self._shared: SharedModel | None = None
+        self._drafter_model: SharedModel | None = None
+        self._decoder: SpeculativeDecoder | None = None
+        self._template: ChatTemplate | None = None
+        self._window: int | None = None
+        self._closed = False
+
+    def take(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        drafter_model: PreTrainedModel | None,
+    ) -> None:
+        """Use objects that are loaded already; the drafter model shares the tokenizer."""
+        from rasd_integrations.runtime.models import name_of, wrapped_model
+
+        shared = wrapped_model(model, tokenizer, self.options.model, self.options.executor)
+        self._shared, self._window = shared, shared.target.window
+        self.weights = {"weights": shared.fingerprint}
+        if drafter_model is not None:
+            self._drafter_model = wrapped_model(drafter_model, tokenizer, name_of(drafter_model))
+            self.weights["drafter_weights"] = self._drafter_model.fingerprint
+
+    def close(self) -> None:
+        """Free the weights and the prefix cache; running streams finish first."""
+        with self._lock:
+            self._closed = True
+            self._decoder = self._template = self._shared = self._drafter_model = None
+
+    def check_open(self) -> None:
+        """Raise if it was closed.
+
+        Raises:
+            DecodingError: It was.
+        """
+        if self._closed:
+            msg = "This model was closed. Make a new instance."
+            raise DecodingError(msg)
+
+    def decoder(self) -> SpeculativeDecoder:
+        """Return the decoder; the first call loads the weights.
+
+        Raises:
+            ModelLoadError: The model is missing or broken.
+            VocabularyMismatchError: The drafter model's vocabulary cannot be translated.
+            DecodingError: It was closed.
+        """
+        with self._lock:
+            self.check_open()
+            if self._decoder is None:
+                # Here, not above: torch and transformers are imported when a model is.
+                from rasd_integrations.decoding.decoder import SpeculativeDecoder
+                from rasd_integrations.loading import check_device
+                from rasd_integrations.runtime.drafters import make_drafter, named_drafter_model
+                from rasd_integrations.runtime.models import shared_model
+
+                own = self.options
+                check_device(own.drafter_device)
+                if self._shared is None:
+                    self._shared = shared_model(own.model, own.model_kwargs, executor=own.executor)
+                self._window = self._shared.target.window
+                self._drafter_model = self._drafter_model or named_drafter_model(
+                    own.drafter, own.model_kwargs, own.drafter_device, own.executor
+                )
+                self._decoder = SpeculativeDecoder(
+                    self._shared.target,
+                    make_drafter(
+                        own.drafter,
+                        self._shared,
+                        self._drafter_model,
+                        lossless=own.speculation.lossless,
+                        cache_bytes=own.prefix_cache_bytes // 4,
+                        folder=own.folder,
+                        namespace=own.namespace,
+                    ),
+                    config=own.speculation,
+                    prefix_cache=self._shared.prefix_cache(own.prefix_cache_bytes, own.folder),
+                )
+            return self._decoder
+
+    def template(self) -> ChatTemplate:
+        """Return the chat template; loads the tokenizer only.
+
+        Raises:
+            DecodingError: It was closed.
+        """
+        with self._lock:
+            self.check_open()
+            if self._template is None:
+                from rasd_integrations.loading import load_tokenizer
+
+                tokenizer = (
+                    self._shared.tokenizer
+                    if self._shared is not None
+                    else load_tokenizer(self.options.model, self.options.model_kwargs)
+                )
+                self._template = ChatTemplate(tokenizer, self.options.template_kwargs)
+            return self._template
+
+    @property
+    def window(self) -> int:
+        """Longest sequence of prompt and answer, in tokens; reads the model's config only."""
+        self.check_open()
+        if self._window is None:
+            from rasd_integrations.loading import load_window
+
+            self._window = load_window(self.options.model, self.options.model_kwargs)
+        return self._window
