@@ -22,6 +22,7 @@ from rasd_integrations.errors import (
     PromptError,
     RASDError,
     RetrievalError,
+    StorageError,
     VocabularyMismatchError,
 )
 from rasd_integrations.response_format import Grammar, ToolUse
@@ -78,6 +79,7 @@ __all__ = [
     "RetrievalError",
     "SamplingParams",
     "SpeculationConfig",
+    "StorageError",
     "TextChunk",
     "TokenBlock",
     "ToolCall",

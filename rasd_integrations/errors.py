@@ -8,6 +8,7 @@
     ├── PromptError                 (also ValueError)    a prompt that cannot be decoded from
     │   └── ContextOverflowError                         prompt and answer exceed the target's window
     ├── ModelLoadError              (also OSError)       weights, tokenizer or template missing or broken
+    ├── StorageError                (also OSError)       a file that cannot be written: no room, no right
     ├── RetrievalError              (also RuntimeError)  a store that cannot be used as a chunk source
     ├── DecodingError               (also RuntimeError)  a closed engine, a drafter that knowledge transfer needs
     ├── DeviceMemoryError           (also MemoryError)   a request that does not fit; the engine lives on
@@ -53,6 +54,10 @@ class ContextOverflowError(PromptError):
 
 class ModelLoadError(RASDError, OSError):
     """A model, tokenizer or chat template is missing or broken."""
+
+
+class StorageError(RASDError, OSError):
+    """A file cannot be written: names its path, how much it takes and how much is free."""
 
 
 class RetrievalError(RASDError, RuntimeError):

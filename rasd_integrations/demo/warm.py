@@ -14,6 +14,7 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading import packaged_model
 from rasd_integrations.prompting import Prompt
 from rasd_integrations.runtime.rasd import RASD
+from rasd_integrations.storage.marked import marked_folders
 
 
 def warm(
@@ -59,8 +60,9 @@ def warm(
         with tqdm(desc="Read documents", unit=" tokens", unit_scale=True, disable=False) as bar:
             rasd.ensure_loaded()
             rasd.warm(heads, lambda done, total: _show(bar, done, total))
-    held = [f for f in Path(cache).expanduser().glob("*/*.safetensors") if f.name[0] != "."]
-    size = sum(f.stat().st_size for f in held) / 1e6
+    shelves = marked_folders(Path(cache).expanduser())
+    held = [f for shelf in shelves if shelf.kind == "kept prompts" for f in shelf.files()]
+    size = sum(stat.st_size for _, stat in held) / 1e6
     print(f"{len(documents)} documents are read. {cache} holds {len(held)} files, {size:,.0f} MB.")
 
 

@@ -22,7 +22,7 @@ from rasd_integrations.engine.executors.eager import (
     check_attention,
     input_device,
 )
-from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.kv.buffer import KVBuffer, LayerRow
 from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.engine.verification.sampling import uniform_numbers
 from rasd_integrations.errors import ContextOverflowError, DeviceMemoryError, PromptError
@@ -54,6 +54,7 @@ class TargetModel:
         vocab_size: Rows of the logits.
         eos_ids: Ids that end an answer.
         kv_bytes_per_token: Bytes of one token's keys and values.
+        hidden_size: Width of a final hidden state.
         hidden_bytes_per_token: Bytes of one token's final hidden state.
     """
 
@@ -69,7 +70,8 @@ class TargetModel:
         self.window = int(config.max_position_embeddings)
         self.vocab_size = int(config.vocab_size)
         self.eos_ids = _eos_ids(model)
-        self.hidden_bytes_per_token = int(config.hidden_size) * model.dtype.itemsize
+        self.hidden_size = int(config.hidden_size)
+        self.hidden_bytes_per_token = self.hidden_size * model.dtype.itemsize
         # Tokens of a piece, and of one that others wait for, who decode (docs/explanation/experiments.md).
         on_cpu = self.device.type == "cpu"
         self._pieces = (PREFILL_PIECE, 64) if on_cpu else (4 * PREFILL_PIECE, PREFILL_PIECE)
@@ -119,6 +121,13 @@ class TargetModel:
     def in_8_bits(self) -> bool:
         """Whether keys and values are kept in bytes, which only its own steps read."""
         return self._executor.in_8_bits
+
+    def layer_rows(self) -> tuple[LayerRow, ...]:
+        """Return what one token takes in each layer, from a step of one token."""
+        buffer = KVBuffer(1)
+        for _ in self.prefill([0], buffer):
+            pass
+        return buffer.layers
 
     def check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
         """See that a prompt of ``ids`` can be answered with ``max_tokens``.

@@ -19,6 +19,7 @@ from rasd_integrations.engine.executors.eager import Executor
 from rasd_integrations.engine.executors.factory import make_executor
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
+from rasd_integrations.engine.kv.prefix_format import RowLayout
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading import load_model
@@ -106,12 +107,15 @@ class SharedModel:
                 f"Load it whole on one device, or leave the option out."
             )
             raise ConfigurationError(msg)
+        identity = f"{self.kv_identity}-kv8" if self.target.in_8_bits else self.kv_identity
         return PrefixFiles(
             folder.path,
-            f"{self.kv_identity}-kv8" if self.target.in_8_bits else self.kv_identity,
+            lambda: identity,
+            RowLayout(self.target.layer_rows(), self.target.hidden_size),
             folder.max_bytes,
             self.target.device,
             by_rows=self.target.by_rows,
+            model=self.name,
         )
 
 

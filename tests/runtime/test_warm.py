@@ -34,7 +34,7 @@ def question(document: str, text: str = "who sleeps?") -> list[dict[str, str]]:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/*.safetensors"))
+    return sorted(folder.glob("*/*.rasd-prefix"))
 
 
 @pytest.mark.parametrize("drafter", ["auto", "self", None])
@@ -95,12 +95,14 @@ def test_progress_ends_at_all_tokens(tmp_path):
 def test_a_known_document_is_not_prefilled_again(tmp_path, monkeypatch):
     """A later process that warms the same set runs no token of it."""
     make(tmp_path).warm(DOCUMENTS)
+    later = make(tmp_path)
+    later.ensure_loaded()
     run: list[int] = []
     prefill = TargetModel.prefill
     monkeypatch.setattr(
         TargetModel, "prefill", lambda self, ids, b: run.append(len(ids)) or prefill(self, ids, b)
     )
-    make(tmp_path).warm(DOCUMENTS)
+    later.warm(DOCUMENTS)
     assert run == [0, 0]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from torch import Tensor
 from rasd_integrations.engine.device import sent
 
 GRANULE = 256
+
+
+class LayerRow(NamedTuple):
+    """What a layer keeps of one token: a key and a value for each of its heads."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
 
 
 class KVBuffer:
@@ -53,6 +63,14 @@ class KVBuffer:
     def row_nbytes(self) -> int:
         """Bytes of one token, in the layers that have written."""
         return sum(t.element_size() * t.shape[0] * t.shape[2] for t in self._stores())
+
+    @property
+    def layers(self) -> tuple[LayerRow, ...]:
+        """What one token takes in each layer that has written."""
+        return tuple(
+            LayerRow(key.shape[0], key.shape[2], self._values[layer].shape[2], key.dtype)
+            for layer, key in sorted(self._keys.items())
+        )
 
     @property
     def is_gathered(self) -> bool:

@@ -1,7 +1,7 @@
 """Prefixes on disk, a file each, found by their longest common head.
 
 A folder may serve many models, namespaces and processes: each pair of model and namespace has a folder of
-its own in it, and reads no other.
+its own in it, and reads no other. What else lies there is the user's: it is neither counted nor deleted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import utime
 from pathlib import Path
@@ -21,17 +21,20 @@ import torch
 
 from rasd_integrations.engine.kv import prefix_format
 from rasd_integrations.engine.kv.buffer import KVBuffer
-from rasd_integrations.engine.kv.prefix_format import Ids
+from rasd_integrations.engine.kv.prefix_format import Ids, RowLayout
+from rasd_integrations.storage.atomic import clear_abandoned
+from rasd_integrations.storage.marked import foreign, mark, marked, marked_folders
+from rasd_integrations.storage.tensor_file import UnusableFileError
 
 logger = logging.getLogger(__name__)
 
 # A shorter match (a system prompt) is cheaper to prefill than an entry is to give up, copy or read.
 LEAST_REUSE = 16
 _READ_PER_ROW = 16  # rows of a file that may be read for each one that it spares
-_SUFFIX = ".safetensors"
+_SUFFIX = ".rasd-prefix"
 _RECENT_NS = 1_000_000_000  # a folder's time may stand still for this long while files come in
-_ABANDONED_S = 3600  # a file that is still half written after this has lost its writer
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+_DAMAGE = (OSError, UnusableFileError)
+_NAMED = 5  # of the files that are not ours, at most
 
 
 @dataclass(slots=True)
@@ -62,27 +65,34 @@ class PrefixFiles:
     def __init__(
         self,
         folder: Path,
-        identity: str,
+        identity: Callable[[], str],
+        layout: RowLayout,
         max_bytes: int,
         device: torch.device,
         *,
         by_rows: bool = False,
+        model: str = "",
     ) -> None:
         """Use ``folder``, and read none of it yet.
 
         Args:
             folder: May be shared with other models.
-            identity: Of the model; see :func:`~rasd_integrations.loading.identity.model_identity`.
-            max_bytes: Most that all files in the folder may hold; the longest unused go first.
+            identity: Says which model it is by now; see :func:`~rasd_integrations.loading.identity.model_identity`.
+            layout: Of the model's rows; files with others are not used.
+            max_bytes: Most that all files of ours in the folder may hold; the longest unused go first.
             device: Where keys and values are wanted.
             by_rows: Lay keys out row by row.
+            model: Its name, for people who look at the folder.
         """
         self._folder = folder
         self._identity = identity
+        self._layout = layout
         self._max_bytes = max_bytes
         self._device = device
         self._by_rows = by_rows
-        self._shelves: dict[str, _Shelf] = {}
+        self._model = model
+        self._shelves: dict[tuple[str, str], _Shelf] = {}
+        self._said_others = False
         self._lock = threading.Lock()
 
     def load(
@@ -108,7 +118,7 @@ class PrefixFiles:
             name, length = found
             try:
                 buffer = prefix_format.read(
-                    shelf.folder / name, shelf.key, ids[:length], capacity, self._device,
+                    shelf.folder / name, shelf.key, self._layout, ids[:length], capacity, self._device,
                     keeps_hidden=keeps_hidden, by_rows=self._by_rows,
                 )  # fmt: skip
             except _DAMAGE as err:
@@ -137,7 +147,8 @@ class PrefixFiles:
             if size > self._max_bytes:
                 msg = f"{size} bytes are more than the {self._max_bytes} that the folder may hold"
                 raise ValueError(msg)  # noqa: TRY301 -- one place says that it stays in memory
-            shelf.folder.mkdir(parents=True, exist_ok=True)
+            if marked(shelf.folder) is None:
+                mark(shelf.folder, "kept prompts", self._model)
             self._make_room(size)
             prefix_format.write(shelf.folder / f"{digest}{_SUFFIX}", shelf.key, ids, buffer)
         except (OSError, ValueError) as err:
@@ -146,12 +157,12 @@ class PrefixFiles:
             )
 
     def _shelf(self, namespace: str) -> _Shelf:
+        said = self._identity(), namespace
         with self._lock:
-            if namespace not in self._shelves:
-                said = json.dumps([self._identity, namespace]).encode()
-                key = hashlib.blake2b(said, digest_size=16).hexdigest()
-                self._shelves[namespace] = _Shelf(self._folder / key, key)
-            return self._shelves[namespace]
+            if said not in self._shelves:
+                key = hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+                self._shelves[said] = _Shelf(self._folder / key, key)
+            return self._shelves[said]
 
     def _longest(self, shelf: _Shelf, ids: Ids, beyond: int) -> tuple[str, int] | None:
         """Return the file with the longest common prefix, of equal ones the shortest."""
@@ -172,7 +183,7 @@ class PrefixFiles:
             if changed == shelf.seen:
                 return shelf.ids
             shelf.seen = changed if time.time_ns() - changed > _RECENT_NS else -1
-            paths = [p for p in shelf.folder.iterdir() if p.suffix == _SUFFIX and p.name[0] != "."]
+            paths = [p for p in shelf.folder.iterdir() if p.suffix == _SUFFIX]
         except OSError:  # nothing was ever warmed, or the disk is gone
             paths = []
         states = {path.name: state for path in paths if (state := _state(path)) is not None}
@@ -181,7 +192,9 @@ class PrefixFiles:
         shelf.states = states
         for name in new:
             try:
-                shelf.ids[name] = prefix_format.read_ids(shelf.folder / name, shelf.key)
+                shelf.ids[name] = prefix_format.read_ids(
+                    shelf.folder / name, shelf.key, self._layout
+                )
             except _DAMAGE as err:
                 _warn(shelf, name, err)
         return shelf.ids
@@ -195,19 +208,27 @@ class PrefixFiles:
                 _warn(shelf, name, err)
 
     def _make_room(self, nbytes: int) -> None:
-        """Remove the files that were used longest ago until ``nbytes`` fit, and what writers left half done."""
+        """Remove the files of ours that were used longest ago until ``nbytes`` fit, and what writers left half done."""
         files = []
-        for path in self._folder.glob(f"*/*{_SUFFIX}"):
-            with contextlib.suppress(OSError):  # another process may remove it at the same time
-                stat = path.stat()
-                files.append((stat.st_mtime, stat.st_size, path))
+        for shelf in marked_folders(self._folder):
+            if shelf.kind == "kept prompts":
+                clear_abandoned(shelf.path)
+                files += [(stat.st_mtime, stat.st_size, path) for path, stat in shelf.files()]
         total = sum(size for _, size, _ in files) + nbytes
-        for used, size, path in sorted(files):
-            half_done = path.name[0] == "." and time.time() - used > _ABANDONED_S
-            if half_done or (total > self._max_bytes and path.name[0] != "."):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                    total -= size
+        for _, size, path in sorted(files):
+            if total <= self._max_bytes:
+                break
+            with contextlib.suppress(OSError):  # another process may remove it at the same time
+                path.unlink()
+                total -= size
+        if not self._said_others and (others := foreign(self._folder)):
+            self._said_others = True
+            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+            logger.warning(
+                "%s holds files that are not kept prompts (%s%s): they are left alone and do not count "
+                "against prefix_cache_dir_bytes. A folder of its own is clearer.",
+                self._folder, ", ".join(others[:_NAMED]), more,
+            )  # fmt: skip
 
 
 def common_prefix(a: Ids, b: Ids) -> int:
@@ -226,5 +247,4 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 
 def _warn(shelf: _Shelf, name: str, err: Exception) -> None:
-    reason = str(err) if isinstance(err, OSError | ValueError) else f"{type(err).__name__}: {err}"
-    logger.warning("%s is ignored: %s", shelf.folder / name, reason)
+    logger.warning("%s is ignored: %s", shelf.folder / name, err)

@@ -6,22 +6,28 @@ read here, where a mapped one would end the process (docs/adr/0010-warmed-files-
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 import zlib
 from collections.abc import Iterator, Mapping
-from io import FileIO
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.kv.buffer import KVBuffer, LayerRow
+from rasd_integrations.storage.atomic import replaced_file
+from rasd_integrations.storage.tensor_file import (
+    Entry,
+    UnusableFileError,
+    header_checksum,
+    open_regular,
+    parsed,
+    read_header,
+)
 
 Ids = npt.NDArray[np.int64]
 _FORMAT, _VERSION = "rasd-prefix", "1"
@@ -34,24 +40,36 @@ _TYPES = {
     "U8": torch.uint8,
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_MOST_HEADER = 1 << 24
 _NO_SUM = "0" * 8
 
 
-def read_ids(path: Path, key: str) -> Ids:
-    """Return the tokens whose rows a file holds; reads and checks no more than them.
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """What a model keeps of one token.
+
+    Attributes:
+        layers: Keys and values, layer by layer.
+        hidden_size: Of its final hidden state.
+    """
+
+    layers: tuple[LayerRow, ...]
+    hidden_size: int
+
+
+def read_ids(path: Path, key: str, layout: RowLayout) -> Ids:
+    """Return the tokens whose rows a file holds; reads and checks no more than them and the header.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is damaged, or of another key.
+        UnusableFileError: It is damaged, or of another key or layout.
     """
-    with path.open("rb", buffering=0) as file:
-        return _Header(file, key).ids(file)
+    with open_regular(path) as file:
+        return _Header(file, key, layout).ids(file)
 
 
 @torch.inference_mode()
 def read(
-    path: Path, key: str, ids: Ids, capacity: int, device: torch.device,
+    path: Path, key: str, layout: RowLayout, ids: Ids, capacity: int, device: torch.device,
     *, keeps_hidden: bool, by_rows: bool = False,
 ) -> KVBuffer:  # fmt: skip
     """Return a buffer with the rows of ``ids``, which a file begins with; all of it is checked.
@@ -59,6 +77,7 @@ def read(
     Args:
         path: The file.
         key: It must carry it.
+        layout: Its rows must have it.
         ids: At least one.
         capacity: Tokens to plan for.
         device: Where keys and values are wanted.
@@ -67,20 +86,20 @@ def read(
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is damaged, of another key or of other tokens.
+        UnusableFileError: It is damaged, of another key or layout, or of other tokens.
     """
     length = len(ids)
     buffer = KVBuffer(max(capacity, length))
     if by_rows:
         buffer.lay_by_rows()
-    with path.open("rb", buffering=0) as file:
-        header = _Header(file, key)
+    with open_regular(path) as file:
+        header = _Header(file, key, layout)
         if not np.array_equal(header.ids(file)[:length], ids):
             msg = "another file of other tokens took its name"
-            raise ValueError(msg)
+            raise UnusableFileError(msg)
         # Used again for each layer: the system takes longer to hand out fresh memory than to fill it.
         rooms = [torch.empty(header.largest, dtype=torch.uint8) for _ in range(2)]
-        for layer in range(header.num_layers):
+        for layer in range(len(layout.layers)):
             keys = header.tensor(file, f"key.{layer}", rooms[0]).transpose(1, 2)[:, :length]
             values = header.tensor(file, f"value.{layer}", rooms[1])[:, :length]
             buffer.write(layer, keys.to(device), values.to(device))
@@ -95,75 +114,48 @@ def write(path: Path, key: str, ids: Ids, buffer: KVBuffer) -> None:
     """Write rows to a file in one move: a reader sees all of it or nothing.
 
     Raises:
-        OSError: The disk is full, or the folder cannot be written to.
+        StorageError: The disk is full, or the folder cannot be written to.
         ValueError: Keys and values are of a type that files do not hold.
     """
     tensors = dict(_tensors(ids, buffer))
     sums = dict.fromkeys(tensors, _NO_SUM)
     head = _head(key, tensors, sums)
-    temporary = path.with_name(f".{secrets.token_hex(4)}-{path.name}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(head)
-            for tensor_name, tensor in tensors.items():
-                content = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
-                sums[tensor_name] = f"{zlib.crc32(content):08x}"
-                file.write(content)
-            file.seek(0)
-            file.write(_head(key, tensors, sums))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with replaced_file(path, len(head) + sum(t.nbytes for t in tensors.values())) as file:
+        file.write(head)
+        for tensor_name, tensor in tensors.items():
+            content = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+            sums[tensor_name] = f"{zlib.crc32(content):08x}"
+            file.write(content)
+        file.seek(0)
+        file.write(_head(key, tensors, sums))
 
 
 class _Header:
     """A file's header, checked: what it says of itself, and where its tensors lie."""
 
-    def __init__(self, file: FileIO, key: str) -> None:
+    def __init__(self, file: BinaryIO, key: str, layout: RowLayout) -> None:
         """Read it.
 
         Raises:
-            ValueError: It is no header of ours, or of another model or namespace, or the file is cut.
+            UnusableFileError: It is no header of ours, of another model or namespace, or says what cannot be.
         """
-        size = int.from_bytes(file.read(8), "little")
-        if not 2 <= size <= _MOST_HEADER:
-            msg = "it does not begin with a header"
-            raise ValueError(msg)
-        content: dict[str, Any] = json.loads(file.read(size))
-        marks = content["__metadata__"]
-        known = (marks.get("format"), marks.get("version"))
-        if known != (_FORMAT, _VERSION):
-            msg = f"it is {known[0]} version {known[1]}, not {_FORMAT} version {_VERSION}"
-            raise ValueError(msg)
-        if marks.pop("crc32") != _checksum(content):
+        marks, self._entries = read_header(file, _FORMAT, _VERSION)
+        if marks.get("crc32") != f"{header_checksum(marks, self._entries):08x}":
             msg = "the checksum of its header does not match"
-            raise ValueError(msg)
-        if marks["key"] != key:
+            raise UnusableFileError(msg)
+        if marks.get("key") != key:
             msg = "it belongs to another model, dtype, version of transformers or namespace"
-            raise ValueError(msg)
-        self._entries = {name: entry for name, entry in content.items() if name != "__metadata__"}
-        self._sums: dict[str, str] = json.loads(marks["tensors"])
-        self._start = 8 + size
-        end = max(end for _, end in map(_place, self._entries.values()))
-        missing = self._start + end - os.fstat(file.fileno()).st_size
-        if missing:
-            msg = f"it is {abs(missing)} bytes too {'short' if missing > 0 else 'long'}"
-            raise ValueError(msg)
-
-    @property
-    def num_layers(self) -> int:
-        """Layers that have keys and values."""
-        return sum(name.startswith("key.") for name in self._entries)
+            raise UnusableFileError(msg)
+        self._sums = parsed(marks.get("tensors", ""))
+        if not _fits(self._entries, layout):
+            msg = "its layers are not the model's"
+            raise UnusableFileError(msg)
 
     def __contains__(self, name: str) -> bool:
         """Whether the file has the tensor ``name``."""
         return name in self._entries
 
-    def ids(self, file: FileIO) -> Ids:
+    def ids(self, file: BinaryIO) -> Ids:
         """Return the tokens whose rows these are."""
         ids: Ids = self.tensor(file, "ids").numpy().astype(np.int64)
         return ids
@@ -171,32 +163,37 @@ class _Header:
     @property
     def largest(self) -> int:
         """Bytes of the largest tensor."""
-        return max(end - first for first, end in map(_place, self._entries.values()))
+        return max(entry.end - entry.start for entry in self._entries.values())
 
-    def tensor(self, file: FileIO, name: str, room: Tensor | None = None) -> Tensor:
+    def tensor(self, file: BinaryIO, name: str, room: Tensor | None = None) -> Tensor:
         """Read a tensor, into ``room`` where it is given, and compare its checksum.
 
         Raises:
-            ValueError: The file is damaged.
+            UnusableFileError: The file is damaged.
         """
         entry = self._entries[name]
-        first, end = _place(entry)
-        content = (
-            torch.empty(end - first, dtype=torch.uint8) if room is None else room[: end - first]
-        )
+        size = entry.end - entry.start
+        content = torch.empty(size, dtype=torch.uint8) if room is None else room[:size]
         view, done = content.numpy().data, 0
-        file.seek(self._start + first)
-        while done < len(view) and (n := file.readinto(view[done:])):
+        file.seek(entry.start)
+        while done < len(view) and (n := file.readinto(view[done:])):  # type: ignore[attr-defined]
             done += n
-        if done < len(view) or f"{zlib.crc32(view):08x}" != self._sums[name]:
+        if done < len(view) or f"{zlib.crc32(view):08x}" != self._sums.get(name):
             msg = f"the checksum of {name!r} does not match"
-            raise ValueError(msg)
-        return content.view(_TYPES[entry["dtype"]]).view(entry["shape"])
+            raise UnusableFileError(msg)
+        return content.view(_TYPES[entry.dtype]).view(entry.shape)
 
 
-def _place(entry: Mapping[str, Any]) -> tuple[int, int]:
-    first, end = entry["data_offsets"]
-    return int(first), int(end)
+def _fits(entries: Mapping[str, Entry], layout: RowLayout) -> bool:
+    """Whether a file has all tensors that rows of this layout have, each of its size and type."""
+    (n, *_) = (*(entries["ids"].shape if "ids" in entries else ()), 0)
+    expected: dict[str, tuple[str | None, tuple[int, ...]]] = {"ids": ("I32", (n,))}
+    for layer, (heads, key_dim, value_dim, dtype) in enumerate(layout.layers):
+        expected[f"key.{layer}"] = _NAMES.get(dtype), (heads, key_dim, n)
+        expected[f"value.{layer}"] = _NAMES.get(dtype), (heads, n, value_dim)
+    if (hidden := entries.get("hidden")) is not None and hidden.dtype in _TYPES:
+        expected["hidden"] = hidden.dtype, (n, layout.hidden_size)
+    return n > 0 and expected == {name: (e.dtype, e.shape) for name, e in entries.items()}
 
 
 def _tensors(ids: Ids, buffer: KVBuffer) -> Iterator[tuple[str, Tensor]]:
@@ -219,7 +216,8 @@ def _tensors(ids: Ids, buffer: KVBuffer) -> Iterator[tuple[str, Tensor]]:
 def _head(key: str, tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> bytes:
     """Return the header's bytes; their number does not depend on the checksums."""
     marks = {"format": _FORMAT, "version": _VERSION, "key": key, "tensors": json.dumps(sums)}
-    content: dict[str, Any] = {"__metadata__": marks}
+    content: dict[str, Any] = {}
+    entries: dict[str, Entry] = {}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -227,11 +225,8 @@ def _head(key: str, tensors: Mapping[str, Tensor], sums: Mapping[str, str]) -> b
             msg = f"{name!r} is of {tensor.dtype}, which such a file has no place for"
             raise ValueError(msg)
         content[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [start, end]}
-    marks["crc32"] = _checksum(content)
-    head = json.dumps(content).encode()
+        entries[name] = Entry(kind, tuple(tensor.shape), start, end)
+    marks["crc32"] = f"{header_checksum(marks, entries):08x}"
+    head = json.dumps({"__metadata__": marks, **content}).encode()
     head += b" " * (-len(head) % 8)
     return len(head).to_bytes(8, "little") + head
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.engine.kv import prefix_format
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
+from rasd_integrations.engine.kv.prefix_format import RowLayout
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.loading.identity import model_identity
 from rasd_integrations.stats import DecodingStats
@@ -53,9 +56,13 @@ def cache_of(
     folder: Path, target: TargetModel, max_bytes: int = PLENTY, memory: int = 1 << 30
 ) -> PrefixCache:
     """Return a cache as a process that has just started has it."""
+    return PrefixCache(memory, files_of(folder, target, max_bytes))
+
+
+def files_of(folder: Path, target: TargetModel, max_bytes: int = PLENTY, **options) -> PrefixFiles:
     identity = model_identity(target.model)
-    assert identity is not None
-    return PrefixCache(memory, PrefixFiles(folder, identity, max_bytes, target.device))
+    layout = RowLayout(target.layer_rows(), target.hidden_size)
+    return PrefixFiles(folder, lambda: identity, layout, max_bytes, target.device, **options)
 
 
 def warm(
@@ -82,7 +89,7 @@ def cold(target: TargetModel, ids: list[int]) -> list[int]:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/*.safetensors"))
+    return sorted(folder.glob("*/*.rasd-prefix"))
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -117,9 +124,7 @@ def test_rows_come_back_bit_for_bit(target, tmp_path):
 def test_keys_are_laid_as_they_will_be_read(by_rows, target, tmp_path):
     """Rows from disk need not be laid anew by who reads them row by row."""
     warm(target, cache_of(tmp_path, target), DOCUMENT)
-    identity = model_identity(target.model)
-    files = PrefixFiles(tmp_path, identity, PLENTY, target.device, by_rows=by_rows)
-    buffer = files.load(np.asarray(DOCUMENT), "", 200)
+    buffer = files_of(tmp_path, target, by_rows=by_rows).load(np.asarray(DOCUMENT), "", 200)
     memory = buffer.memory
     assert memory.is_contiguous() == by_rows
     buffer.lay_by_rows()
@@ -204,6 +209,7 @@ def test_a_known_document_is_neither_prefilled_nor_written_again(target, tmp_pat
     warm(target, cache_of(tmp_path, target), DOCUMENT)
     (path,) = files(tmp_path)
     inode = path.stat().st_ino
+    later, latest = (cache_of(tmp_path, target) for _ in range(2))
     run = []
     original = TargetModel.prefill
     monkeypatch.setattr(
@@ -211,9 +217,9 @@ def test_a_known_document_is_neither_prefilled_nor_written_again(target, tmp_pat
         "prefill",
         lambda self, ids, buffer: run.extend(ids) or original(self, ids, buffer),
     )
-    warm(target, cache_of(tmp_path, target), DOCUMENT)
+    warm(target, later, DOCUMENT)
     assert (run, [p.stat().st_ino for p in files(tmp_path)]) == ([], [inode])
-    warm(target, cache_of(tmp_path, target), DOCUMENT + OTHER)
+    warm(target, latest, DOCUMENT + OTHER)
     assert (run, len(files(tmp_path))) == (OTHER, 2)
 
 
@@ -243,7 +249,7 @@ def test_files_are_listed_once(target, tmp_path, monkeypatch):
     looked = []
     original = prefix_format.read_ids
     monkeypatch.setattr(
-        prefix_format, "read_ids", lambda path, key: looked.append(path) or original(path, key)
+        prefix_format, "read_ids", lambda path, *more: looked.append(path) or original(path, *more)
     )
     cache = cache_of(tmp_path, target, memory=0)
     lists = []
@@ -411,6 +417,124 @@ DAMAGE = {
 }
 
 
+def rewrite(path: Path, change) -> None:
+    """Change what a file says, and give it right checksums: somebody made it by hand."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    marks = header.pop("__metadata__")
+    data = content[start:]
+    header, data = change(header, data) or (header, data)
+    parts = {n: data[slice(*e["data_offsets"])] for n, e in header.items() if n in SIMPLE}
+    marks["tensors"] = json.dumps(
+        {n: f"{zlib.crc32(parts[n]) if n in parts else 0:08x}" for n in header}
+    )
+    said = {"__metadata__": {n: m for n, m in marks.items() if n != "crc32"}, **header}
+    marks["crc32"] = f"{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
+    head = json.dumps({"__metadata__": marks, **header}).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data)
+
+
+SIMPLE = {"ids", *(f"{kind}.{layer}" for kind in ("key", "value") for layer in range(2))}
+
+
+def raw(path: Path, head: bytes) -> None:
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+
+
+def without_a_layer(header, data):
+    first, last = header["key.1"]["data_offsets"][0], header["value.1"]["data_offsets"][1]
+    del header["key.1"], header["value.1"]
+    return header, data[:first] + data[last:]
+
+
+def permuted(header, data):
+    header["key.0"]["shape"] = header["key.0"]["shape"][::-1]
+
+
+def reversed_offsets(header, data):
+    header["value.1"]["data_offsets"].reverse()
+
+
+def shared_rows(header, data):
+    first = header["key.0"]["data_offsets"]
+    header["key.1"]["data_offsets"] = first
+
+
+def other_type(header, data):
+    header["key.0"]["dtype"] = "I32"
+
+
+def no_ids(header, data):
+    end = header["ids"]["data_offsets"][1]
+    del header["ids"]
+    for entry in header.values():
+        entry["data_offsets"] = [place - end for place in entry["data_offsets"]]
+    return header, data[end:]
+
+
+def endless(header, data):
+    header["key.0"]["shape"] = [10**30, -1, 2**70]
+
+
+def nothing_at_all(header, data):
+    return {}, b""
+
+
+def sums_that_are_nested(path: Path) -> None:
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    marks = header.pop("__metadata__")
+    marks["tensors"] = "[" * 100_000
+    said = {"__metadata__": {n: m for n, m in marks.items() if n != "crc32"}, **header}
+    marks["crc32"] = f"{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
+    head = json.dumps({"__metadata__": marks, **header}).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + content[start:])
+
+
+HAND_MADE = {
+    "deep json": lambda p: raw(p, b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+    "marks that are a list": lambda p: raw(p, b'{"__metadata__": [1, 2]}'),
+    "marks that are numbers": lambda p: raw(p, b'{"__metadata__": {"format": 1}}'),
+    "a header without end": lambda p: p.write_bytes(b"\xff" * 7 + b"\x7f" + b"{" * 64),
+    "sixteen megabytes of spaces": lambda p: raw(p, b" " * ((1 << 24) - 2) + b"{}"),
+    "an endless number": lambda p: raw(p, b'{"a": ' + b"9" * 10_000 + b"}"),
+    "sums that are nested": sums_that_are_nested,
+    "a pipe": lambda p: (p.unlink(), os.mkfifo(p)),
+} | {
+    change.__name__: lambda p, change=change: rewrite(p, change)
+    for change in (
+        without_a_layer, permuted, reversed_offsets, shared_rows, other_type, no_ids, endless,
+        nothing_at_all,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HAND_MADE)
+def test_a_file_made_by_hand_is_set_aside_with_one_warning(case, target, tmp_path, caplog):
+    """Fault 32: whatever a file says, the answer is the cold one, and the file is named once."""
+    warm(target, cache_of(tmp_path, target), DOCUMENT)
+    (path,) = files(tmp_path)
+    expected = cold(target, DOCUMENT + QUESTION)
+    cache = cache_of(tmp_path, target, memory=0)
+    HAND_MADE[case](path)
+    for _ in range(2):
+        assert ask(target, cache, DOCUMENT + QUESTION) == (expected, 0)
+    (message,) = warnings_of(caplog)
+    assert path.name in message
+
+
+def test_a_file_that_says_nothing_wrong_is_read(target, tmp_path, caplog):
+    """The hand that makes bad files above can make a good one: each is refused for what it changes."""
+    warm(target, cache_of(tmp_path, target), DOCUMENT)
+    (path,) = files(tmp_path)
+    rewrite(path, lambda header, data: None)
+    answer = ask(target, cache_of(tmp_path, target, memory=0), DOCUMENT + QUESTION)
+    assert answer == (cold(target, DOCUMENT + QUESTION), 120)
+    assert warnings_of(caplog) == []
+
+
 def _ids_of(path: Path) -> bytes:
     return load_file(path)["ids"].numpy().tobytes()
 
@@ -543,12 +667,63 @@ def test_what_a_killed_writer_left_is_removed(target, tmp_path):
     """A half written file goes an hour after its last byte; one in the making stays."""
     warm(target, cache_of(tmp_path, target), DOCUMENT)
     (path,) = files(tmp_path)
-    old, young = (path.with_name(f".{n}-{path.name}") for n in ("old", "young"))
-    for half in (old, young):
+    names = ".rasd-new-" + 16 * "a", ".rasd-new-" + 16 * "b", ".rasd-new-mine", ".hidden"
+    halves = [path.with_name(name) for name in names]
+    for half in halves:
         half.write_bytes(b"half")
-    os.utime(old, (time.time() - 4000,) * 2)
+        if half != halves[1]:
+            os.utime(half, (time.time() - 4000,) * 2)
     warm(target, cache_of(tmp_path, target), OTHER)
-    assert (old.exists(), young.exists(), path.exists()) == (False, True, True)
+    assert [half.exists() for half in halves] == [False, True, True, True]
+    assert path.exists()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_files_of_others_are_never_deleted_nor_counted(target, tmp_path, caplog):
+    """Fault 17: weights, notes and look-alikes in the folder outlive any limit, and are spoken of once."""
+    warm(target, cache_of(tmp_path, target), DOCUMENT)
+    (first,) = files(tmp_path)
+    size = first.stat().st_size
+    others = [
+        tmp_path / "my-llama" / "model-00001-of-00002.safetensors",
+        tmp_path / "my-llama" / first.name,
+        tmp_path / "my-llama" / ".rasd-new-0123456789abcdef",
+        tmp_path / ("0" * 32) / f"{'0' * 32}.safetensors",
+        tmp_path / "notes.txt",
+        first.parent / "mine.rasd-prefix",
+        first.parent / "model.safetensors",
+    ]
+    for other in others:
+        other.parent.mkdir(exist_ok=True)
+        other.write_bytes(b"x" * 2 * size)
+        os.utime(other, (0, 0))
+    before = {path: path.read_bytes() for path in others}
+    small = cache_of(tmp_path, target, max_bytes=int(1.5 * size))
+    for ids in (OTHER, THIRD):
+        warm(target, small, ids)
+    assert before == {path: path.read_bytes() for path in others}
+    assert len(set(files(tmp_path)) - set(others)) == 1
+    said = [message for message in warnings_of(caplog) if "left alone" in message]
+    assert len(said) == 1
+    assert "my-llama" in said[0]
+    assert "notes.txt" in said[0]
+
+
+def test_a_link_is_not_followed_out_of_the_folder(target, tmp_path):
+    """Fault 17: a link by one of our names is not deleted, and what it points to even less."""
+    folder, outside = tmp_path / "cache", tmp_path / "outside"
+    warm(target, cache_of(outside, target), OTHER)
+    warm(target, cache_of(folder, target), DOCUMENT)
+    (folder / "link").symlink_to(outside, target_is_directory=True)
+    (first,) = files(folder)[:1]
+    (first.parent / f"{'0' * 32}.rasd-prefix").symlink_to(files(outside)[0])
+    before = tree(outside)
+    warm(target, cache_of(folder, target, max_bytes=first.stat().st_size + 1000), THIRD)
+    assert tree(outside) == before
+    assert (first.parent / f"{'0' * 32}.rasd-prefix").is_symlink()
 
 
 # --- side by side ---

@@ -1,0 +1,146 @@
+"""Folders of ours, told from others by a file that says what they hold. Only what it names is ever deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from rasd_integrations.storage.atomic import clear_abandoned, replaced_file
+from rasd_integrations.storage.tensor_file import UnusableFileError, parsed
+
+Kind = Literal["converted", "compiled", "joined", "kept prompts", "digests"]
+MARKER = "rasd.json"
+_FORMAT = "rasd-folder"
+# Of folders whose files come and go; those of others are listed in the marker.
+_NAMES = {
+    "kept prompts": re.compile(r"[0-9a-f]{32}\.rasd-prefix"),
+    "digests": re.compile(r"[0-9a-f]{32}\.digest"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedFolder:
+    """A folder that this package made.
+
+    Attributes:
+        path: Where it lies.
+        kind: What its files are.
+        model: Which model they belong to, for people.
+        names: Of its files, where the marker lists them.
+    """
+
+    path: Path
+    kind: Kind
+    model: str
+    names: tuple[str, ...]
+
+    def files(self) -> list[tuple[Path, os.stat_result]]:
+        """Return its own files that are there, the marker not among them; links are never followed."""
+        found = []
+        with contextlib.suppress(OSError):
+            pattern = _NAMES.get(self.kind)
+            listed = [self.path / name for name in self.names]
+            if pattern is not None:
+                listed = sorted(p for p in self.path.iterdir() if pattern.fullmatch(p.name))
+            for path in listed:
+                with contextlib.suppress(OSError):  # another process may remove it at the same time
+                    stat = path.lstat()
+                    if path.is_file() and not path.is_symlink():
+                        found.append((path, stat))
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files."""
+        return sum(stat.st_size for _, stat in self.files())
+
+    @property
+    def last_used(self) -> float:
+        """When it was last written to or read, in seconds since 1970."""
+        times = [stat.st_mtime for _, stat in self.files()] if self.kind in _NAMES else []
+        with contextlib.suppress(OSError):
+            times.append((self.path / MARKER).stat().st_mtime)
+        return max(times, default=0.0)
+
+    def remove(self) -> int:
+        """Delete its files and return their bytes; the folder goes, too, where nothing else lies in it."""
+        freed = 0
+        for path, stat in self.files():
+            with contextlib.suppress(OSError):
+                path.unlink()
+                freed += stat.st_size
+        clear_abandoned(self.path)
+        with contextlib.suppress(OSError):
+            if [path.name for path in self.path.iterdir()] == [MARKER]:
+                (self.path / MARKER).unlink()
+                self.path.rmdir()
+        return freed
+
+
+def mark(folder: Path, kind: Kind, model: str, names: Iterable[str] = ()) -> None:
+    """Say that ``folder`` is ours and holds the files ``names``.
+
+    Raises:
+        StorageError: It cannot be written to.
+    """
+    said = {"format": _FORMAT, "kind": kind, "model": model, "files": sorted(names)}
+    content = json.dumps(said, indent=1).encode()
+    with replaced_file(folder / MARKER, len(content)) as file:
+        file.write(content)
+
+
+def marked(folder: Path) -> MarkedFolder | None:
+    """Return what ``folder`` holds of ours, ``None`` where it is not ours."""
+    try:
+        if folder.is_symlink() or not (folder / MARKER).is_file():
+            return None
+        said = parsed((folder / MARKER).read_bytes()[: 1 << 20])
+    except (OSError, UnusableFileError):
+        return None
+    match said:
+        case {
+            "format": "rasd-folder",
+            "kind": str(kind),
+            "model": str(model),
+            "files": list(names),
+        }:
+            plain = all(isinstance(n, str) and n == Path(n).name != "" for n in names)
+            for known in get_args(Kind):
+                if kind == known and plain:
+                    return MarkedFolder(folder, known, model, tuple(names))
+    return None
+
+
+def marked_folders(root: Path) -> Iterator[MarkedFolder]:
+    """Yield the folders of ours in ``root``, and in its folders."""
+    for folder in _folders(root):
+        own = marked(folder)
+        if own is not None:
+            yield own
+        else:
+            yield from (inner for path in _folders(folder) if (inner := marked(path)) is not None)
+
+
+def foreign(root: Path) -> list[str]:
+    """Return the names of what lies in ``root`` and is not ours."""
+    with contextlib.suppress(OSError):
+        return sorted(p.name for p in root.iterdir() if marked(p) is None)
+    return []
+
+
+def touch(folder: Path) -> None:
+    """Note that a folder of ours was used now."""
+    with contextlib.suppress(OSError):
+        os.utime(folder / MARKER)
+
+
+def _folders(root: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink())
+    return []
