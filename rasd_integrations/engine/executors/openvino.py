@@ -39,6 +39,8 @@ _FILE = "graph.xml"
 _FRAMES = 8  # kept, of the last shapes of steps
 _USUAL_ROWS = 17  # steps of so many are run once at first: kernels are made for each number of rows
 _JOINT = 8  # steps of several answers after which fewer rows are believed to be enough
+_MARK = 0x7FA5  # bits of a bfloat16 that is not a number; arithmetic's have the highest bit of the fraction set
+_OUT_OF_MEMORY = ("alloc", "out of memory")  # how OpenVINO says it, in a RuntimeError
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Most that logits may be off eager ones, relative; those of a wrong graph are about 1 off.
 _FAR, _FAR_IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}, 0.3
@@ -128,12 +130,35 @@ class CompiledExecutor:
         spans = _spans(segments, width - n)
         frame = self._frame(tuple(span.place for span in spans), pages, 0 if decodes else n - 1)
         frame.fill(ids, context.positions, spans)
-        self._request.infer()
         # Copied by numpy: torch's threads would spin where the graph's next ones want to run.
         logits, hidden = (
-            _tensor(self._request.get_output_tensor(index).data[:n].copy()) for index in range(2)
+            _tensor(output[:n].copy()) for output in self._run(width if decodes else 1, width)
         )
         return StepOutput(logits[:num_logits], hidden)
+
+    def _run(self, *rows: int) -> list[npt.NDArray[Any]]:
+        """Run the graph and return logits and hidden states, each of so many ``rows``.
+
+        Outputs lie in memory that steps share. Where memory runs out, OpenVINO may return without an error and
+        without having written, so each row is marked beforehand.
+
+        Raises:
+            MemoryError: Some row was not written, or OpenVINO says that memory ran out.
+        """
+        for index in range(len(rows)):
+            _mark(self._request.get_output_tensor(index).data)
+        try:
+            self._request.infer()
+        except RuntimeError as err:
+            if any(word in str(err) for word in _OUT_OF_MEMORY):
+                raise MemoryError(str(err)) from err
+            raise
+        outputs = [self._request.get_output_tensor(index).data for index in range(len(rows))]
+        for output, wanted in zip(outputs, rows, strict=True):
+            if len(output) != wanted or _is_marked(output):
+                msg = f"OpenVINO returned from a step of {wanted} rows without having run it."
+                raise MemoryError(msg)
+        return outputs
 
     def _frame(self, places: tuple[paged.Place, ...], pages: int, first_row: int) -> Frame:
         """Return what the request reads, laid out for answers at ``places``."""
@@ -233,6 +258,20 @@ class CompiledExecutor:
                 f"(relative; at most {far:.2g}). Use executor='eager'."
             )
             raise ConfigurationError(msg)
+
+
+def _mark(output: npt.NDArray[Any]) -> None:
+    """Write into each row of an output what no step leaves there: a NaN that arithmetic does not make."""
+    if output.size:
+        bits = output.view(np.int16 if output.itemsize == 2 else np.int32)
+        bits[..., -1] = _MARK if output.itemsize == 2 else _MARK << 16
+
+
+def _is_marked(output: npt.NDArray[Any]) -> bool:
+    """Whether some row of an output still carries the mark."""
+    bits = output.view(np.int16 if output.itemsize == 2 else np.int32)
+    mark = _MARK if output.itemsize == 2 else _MARK << 16
+    return bool((bits[..., -1] == mark).any())
 
 
 def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:

@@ -29,7 +29,11 @@ from rasd_integrations.engine.executors.packing import PackedLinear
 from rasd_integrations.engine.kv import buffer as kv
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
 from rasd_integrations.engine.target import TargetModel, _forward
-from rasd_integrations.errors import ConfigurationError, MissingDependencyError
+from rasd_integrations.errors import (
+    ConfigurationError,
+    DeviceMemoryError,
+    MissingDependencyError,
+)
 from rasd_integrations.stats import DecodingStats
 
 pytest.importorskip("openvino")
@@ -435,3 +439,61 @@ def test_a_model_is_let_go_with_its_executor():
     del model, executor
     gc.collect()
     assert gone() is None
+
+
+class _Idle:
+    """An infer request that does nothing on some runs, or raises; else it is the one it stands for."""
+
+    def __init__(self, request, error=None):
+        self.request, self.error, self.idle = request, error, False
+
+    def __getattr__(self, name):
+        return getattr(self.request, name)
+
+    def infer(self):
+        if not self.idle:
+            self.request.infer()
+        elif self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("before", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("Exception from src/inference: Transpose node can't alloc")]
+)
+def test_a_step_that_did_not_run_is_no_step(monkeypatch, before, rows, error):
+    """Fault 19: OpenVINO returns, or raises, and wrote nothing: DeviceMemoryError, and the buffer stays true."""
+    model = tiny_llama()
+    target = TargetModel(model, executor=CompiledExecutor(model))
+    buffer, other, wanted = (prefilled(target, random_ids(30)) for _ in range(3))
+    expected = target.step(random_ids(rows, 2), wanted)
+    target.step(random_ids(before, 1), buffer)  # whose outputs lie there still
+    request = _Idle(target._executor._request, error)
+    monkeypatch.setattr(target._executor, "_request", request)
+    request.idle = True
+    with pytest.raises(DeviceMemoryError, match="does not fit in the memory"):
+        target.step(random_ids(rows, 2), buffer)
+    with pytest.raises(DeviceMemoryError):
+        next(target.prefill(random_ids(rows, 2), other))
+    request.idle = False
+    assert buffer.length == other.length == 30
+    close(target.step(random_ids(rows, 2), buffer), expected)
+    close(target.step(random_ids(rows, 2), other), expected)
+
+
+def test_a_joint_step_that_did_not_run_is_taken_again_one_by_one(monkeypatch):
+    """Fault 19: of answers in one step each goes on, or fails, by itself."""
+    model = tiny_llama()
+    target = TargetModel(model, executor=CompiledExecutor(model))
+    buffers = [prefilled(target, random_ids(30, seed)) for seed in (1, 2)]
+    drafts = [(random_ids(4, seed), None) for seed in (3, 4)]
+    expected = joint(target, drafts, buffers)
+    request = _Idle(target._executor._request)
+    monkeypatch.setattr(target._executor, "_request", request)
+    request.idle = True
+    with pytest.raises(MemoryError):
+        joint(target, drafts, buffers)
+    request.idle = False
+    for buffer, (ids, _), wanted in zip(buffers, drafts, expected, strict=True):
+        close(target.step(ids, buffer), wanted)
