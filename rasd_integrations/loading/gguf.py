@@ -22,6 +22,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rasd_integrations.errors import MissingDependencyError
+from rasd_integrations.loading.progress import transformers_stage
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with LOADING:
             if not _complete(folder):
-                folder = _made(path, folder, make, stack)
+                with transformers_stage(f"Converting {path.name}, once"):
+                    folder = _made(path, folder, make, stack)
         yield folder
 
 

@@ -28,6 +28,7 @@ from rasd_integrations.errors import (
 )
 from rasd_integrations.loading.gguf import LOADING, model_folder, tokenizer_folder
 from rasd_integrations.loading.packaged import packaged_model
+from rasd_integrations.loading.progress import transformers_stage
 
 __all__ = [
     "LoadedModel",
@@ -86,9 +87,11 @@ def load_model(
     tokenizer = load_tokenizer(name, options)
     with LOADING, _explained(name), _weights(name, options) as (source, where):
         _check_causal(name, AutoConfig.from_pretrained(source, **where))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, **{**options, **where, "output_loading_info": True}
-        )
+        # What a GGUF file was converted to is not said again: that is the second time.
+        with transformers_stage(None if _is_gguf(_source(name)) else f"Reading {name}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, **{**options, **where, "output_loading_info": True}
+            )
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             msg = (

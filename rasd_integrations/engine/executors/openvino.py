@@ -31,6 +31,7 @@ from rasd_integrations.engine.executors.openvino_inputs import Frame
 from rasd_integrations.engine.executors.tracing import Plan, plan_of
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.loading.progress import stage
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +102,14 @@ class CompiledExecutor:
         self._framed: Frame | None = None
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
+        kept = path is not None and path.is_dir()
         try:
-            self._request: Any = _compiled(
-                model, self._plan, path, in_8_bits=in_8_bits
-            ).create_infer_request()
-            self._first_key = len(self._request.model_inputs) - 2 * len(self._plan.layers)
-            self._check(model)
+            with stage(None if kept else f"Compiling {type(model).__name__} for this CPU, once"):
+                self._request: Any = _compiled(
+                    model, self._plan, path, in_8_bits=in_8_bits
+                ).create_infer_request()
+                self._first_key = len(self._request.model_inputs) - 2 * len(self._plan.layers)
+                self._check(model)
         except ConfigurationError:
             raise
         except Exception as err:

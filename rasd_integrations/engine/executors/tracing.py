@@ -7,6 +7,7 @@ And rotary angles, which compilers would round to bfloat16, where positions are 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -248,7 +249,16 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def quiet_trace() -> Iterator[None]:
-    """Silence what tracing says of shapes that it takes as constants; the check of the graph judges that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Silence what tracing says of shapes that it takes as constants; the check of the graph judges that.
+
+    transformers logs a warning, too: openvino reads every property of a module, and the loss of a base model has none.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
