@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -103,25 +104,46 @@ def updated(options: _T, changes: Mapping[str, Any], where: str) -> _T:
     return replace(options, **changes)  # type: ignore[type-var]
 
 
+_NUMBER, _WHOLE = (int, float, type(None)), (int, type(None))
 _SAMPLING_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
-    ("temperature", (int, float), "a number"),
-    ("top_p", (int, float), "a number"),
-    ("top_k", (int,), "a whole number"),
-    ("max_tokens", (int,), "a whole number"),
-    ("seed", (int, type(None)), "a whole number or None"),
-    ("knowledge_transfer", (int, float, type(None)), "a number or None"),
+    ("temperature", _NUMBER, "a number or None"),
+    ("top_p", _NUMBER, "a number or None"),
+    ("top_k", _WHOLE, "a whole number or None"),
+    ("min_p", _NUMBER, "a number or None"),
+    ("repetition_penalty", _NUMBER, "a number or None"),
+    ("no_repeat_ngram_size", _WHOLE, "a whole number or None"),
+    ("max_tokens", _WHOLE, "a whole number or None"),
+    ("seed", _WHOLE, "a whole number or None"),
+    ("knowledge_transfer", _NUMBER, "a number or None"),
 )
+SAMPLING_DEFAULTS: Mapping[str, Any] = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "max_tokens": 512,
+    "stop": (),
+}
+"""What an option is that neither the caller nor the checkpoint sets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one answer is drawn; turned per call.
 
+    Options from ``temperature`` to ``stop`` that are ``None`` are the checkpoint's own, as its
+    ``generation_config`` says them, else those of :data:`SAMPLING_DEFAULTS`.
+
     Attributes:
-        temperature: 0 is greedy; else the logits are divided by it.
-        top_p: Nucleus in (0, 1]; 1 is off.
-        top_k: Most likely tokens kept; 0 is off.
-        max_tokens: Longest answer, in tokens, at least 1.
+        temperature: 0 is greedy, the default; else the logits are divided by it.
+        top_p: Nucleus in (0, 1]; 1 is off, the default.
+        top_k: Most likely tokens kept; 0 is off, the default.
+        min_p: Least probability of a token, as a share of the most likely one's, in [0, 1]; 0 is off, the default.
+        repetition_penalty: Divides the scores of tokens in prompt and answer, above 0; 1 is off, the default.
+        no_repeat_ngram_size: No run of so many tokens occurs twice in prompt and answer; 0 is off, the default.
+        max_tokens: Longest answer, in tokens, at least 1; 512 by default.
         stop: Strings that end the answer; they are not part of it. A single string is taken as one.
         seed: Seed of the draws; ``None`` takes a fresh one.
         ignore_eos: Decode on past end tokens (for benchmarks).
@@ -129,35 +151,82 @@ class SamplingParams:
         knowledge_transfer: RAPID's eta for this answer; ``None`` follows the engine, and is off under a
             grammar or tools.
         drafting: Whether to draft at all; ``False`` is plain decoding.
+        use_generation_config: Whether what is ``None`` is the checkpoint's own, and its masks
+            (``suppress_tokens``, ``bad_words_ids``, ...) are applied.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 512
-    stop: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
     seed: int | None = None
     ignore_eos: bool = False
     grammar: Grammar | None = None
     knowledge_transfer: float | None = None
     drafting: bool = True
+    use_generation_config: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         given: Any = self.stop
-        stop: tuple[Any, ...] = (given,) if isinstance(given, str) else tuple(given or ())
-        object.__setattr__(self, "stop", stop)
+        if given is not None:
+            stop = (given,) if isinstance(given, str) else tuple(given)
+            object.__setattr__(self, "stop", stop)
+            _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings")
         for name, kinds, what in _SAMPLING_TYPES:
             value = getattr(self, name)
             _check(isinstance(value, kinds) and not isinstance(value, bool), name, value, what)
-        _check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
-        _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings")
-        grammar, eta = self.grammar, self.knowledge_transfer
+        for name, ok, limit in _SAMPLING_RANGES:
+            value = getattr(self, name)
+            _check(value is None or ok(value), name, value, limit)
+        grammar = self.grammar
         _check(grammar is None or isinstance(grammar, Grammar), "grammar", grammar, "a Grammar")
-        _check(eta is None or eta >= 0, "knowledge_transfer", eta, "at least 0, or None")
+
+    def settled(self, checkpoint: Mapping[str, Any]) -> Sampling:
+        """Return the options with nothing left open.
+
+        Args:
+            checkpoint: What the model's ``generation_config`` sets, by the names here.
+
+        Raises:
+            ConfigurationError: The checkpoint sets a value out of its range.
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(SamplingParams)}
+        own = checkpoint if self.use_generation_config else {}
+        for name, default in SAMPLING_DEFAULTS.items():
+            if given[name] is None:
+                given[name] = own.get(name, default)
+        return Sampling(**given)
+
+
+_SAMPLING_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("temperature", lambda v: 0 <= v < math.inf, "at least 0, and finite"),
+    ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
+    ("top_k", lambda v: v >= 0, "at least 0 (0 is off)"),
+    ("min_p", lambda v: 0 <= v <= 1, "in [0, 1] (0 is off)"),
+    ("repetition_penalty", lambda v: 0 < v < math.inf, "above 0 (1 is off)"),
+    ("no_repeat_ngram_size", lambda v: v >= 0, "at least 0 (0 is off)"),
+    ("max_tokens", lambda v: v >= 1, "at least 1"),
+    ("knowledge_transfer", lambda v: 0 <= v < math.inf, "at least 0, or None"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling(SamplingParams):
+    """The options of one answer once nothing is left open; see :meth:`SamplingParams.settled`."""
+
+    temperature: float = SAMPLING_DEFAULTS["temperature"]
+    top_p: float = SAMPLING_DEFAULTS["top_p"]
+    top_k: int = SAMPLING_DEFAULTS["top_k"]
+    min_p: float = SAMPLING_DEFAULTS["min_p"]
+    repetition_penalty: float = SAMPLING_DEFAULTS["repetition_penalty"]
+    no_repeat_ngram_size: int = SAMPLING_DEFAULTS["no_repeat_ngram_size"]
+    max_tokens: int = SAMPLING_DEFAULTS["max_tokens"]
+    stop: tuple[str, ...] = SAMPLING_DEFAULTS["stop"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.config import Sampling, SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.schedule import Experience, Schedule, check_lockstep
 from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
+from rasd_integrations.engine.generation_config import checkpoint_sampling, logits_processors
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification.constraints import SOURCE, guide, mask_rows
+from rasd_integrations.engine.verification.constraints import SOURCE, guide, processed_rows
 from rasd_integrations.engine.verification.exact import Verdict, block_verify, sample_and_walk
 from rasd_integrations.engine.verification.sampling import Law, sampling_law
 from rasd_integrations.engine.verification.transfer import mixture_verify, rapid_verify
@@ -98,14 +99,15 @@ class SpeculativeDecoder:
             DeviceMemoryError: The request does not fit; others go on.
         """
         ids = list(prompt_ids)
-        self.target.check_prompt(ids, params.max_tokens)
+        settled = params.settled(checkpoint_sampling(self.target.model))
+        self.target.check_prompt(ids, settled.max_tokens)
         stats = stats if stats is not None else DecodingStats()
         config = config or self.config
         if self.target.is_sharded:
-            check_lockstep(self.drafter if params.drafting else None, config, params)
+            check_lockstep(self.drafter if params.drafting else None, config, settled)
         stats.mode = "lossless" if config.lossless else "knowledge_transfer"
         context = replace(context or DraftContext(prompt_ids=()), grammar=grammar)
-        return _Answer(self, ids, params, context, config, stats, namespace).blocks()
+        return _Answer(self, ids, settled, context, config, stats, namespace).blocks()
 
     def prefill(self, ids: Sequence[int], *, namespace: str = "") -> Iterator[int]:
         """Prefill ``ids`` and keep their keys and values for later prompts, and where asked for later processes.
@@ -134,7 +136,7 @@ class _Answer:
     """One answer being decoded."""
 
     def __init__(
-        self, decoder: SpeculativeDecoder, ids: list[int], params: SamplingParams,
+        self, decoder: SpeculativeDecoder, ids: list[int], params: Sampling,
         context: DraftContext, config: SpeculationConfig, stats: DecodingStats, namespace: str,
     ) -> None:  # fmt: skip
         self.target, self.config, self.grammar = decoder.target, config, context.grammar
@@ -143,7 +145,10 @@ class _Answer:
         self.ids, self.params, self.stats = ids, params, stats
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         self.generator = torch.Generator().manual_seed(seed)
-        self.law: Law | None = sampling_law(params.temperature, params.top_p, params.top_k)
+        self.sampling = params.temperature, params.top_p, params.top_k
+        self.law: Law | None = sampling_law(*self.sampling, params.min_p)
+        eos_ids = self.target.eos_ids
+        self.processors = logits_processors(self.target.model, params, len(ids), eos_ids)
         self.decoder = decoder
         most, fixed = self.config.max_draft_tokens, self.config.num_draft_tokens
         self.schedule = Schedule(
@@ -219,8 +224,7 @@ class _Answer:
             rows = 0 if aside else self.schedule.rows
             run = [self.ids[-1], *draft.token_ids]
             logits = self.target.step(run, lease.buffer, parents, rows=rows)
-        if bits is not None:
-            logits = mask_rows(logits, bits)
+        logits = processed_rows(self.processors, logits, self.ids, draft, bits)
         verdict = self._verify(logits, draft)
         verify_s = self._tick("verify_s", started)
         tokens = [*(draft.token_ids[i] for i in verdict.accepted), verdict.token_id]
@@ -245,7 +249,7 @@ class _Answer:
         return chosen and self.target.grain > 1 and self.target.is_contended
 
     def _verify(self, logits: Tensor, draft: Draft) -> Verdict:
-        p, config, draft = self.params, self.config, draft.to(logits.device)
+        config, draft = self.config, draft.to(logits.device)
         if config.lossless:
             if self.law is not None and draft.probs is not None:
                 return block_verify(logits, draft, self.law, self.generator)
@@ -261,15 +265,9 @@ class _Answer:
                 "the drafter is silent: tokens without its law follow the target's"
             )
             return sample_and_walk(logits, draft, self.law, self.generator)
-        sampling = (p.temperature, p.top_p, p.top_k)
-        if config.knowledge_transfer:
-            verdict, bound = rapid_verify(
-                logits, draft, *sampling, config.knowledge_transfer, self.generator
-            )
-        else:
-            verdict, bound = mixture_verify(
-                logits, draft, *sampling, config.mixture, self.generator
-            )
+        eta, mixture, min_p = config.knowledge_transfer, config.mixture, self.params.min_p
+        rule, weight = (rapid_verify, eta) if eta else (mixture_verify, mixture)
+        verdict, bound = rule(logits, draft, *self.sampling, weight, self.generator, min_p)
         self.stats.tv_bound = (self.stats.tv_bound or 0.0) + bound
         return verdict
 

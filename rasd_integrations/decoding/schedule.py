@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.config import Sampling, SpeculationConfig
 from rasd_integrations.decoding.costs import CostShape, StepCosts
 from rasd_integrations.drafters.calibration import Calibration, Judgements
 from rasd_integrations.engine.executors.eager import rows_at
@@ -42,7 +42,7 @@ _LOST_AT_ONCE = 0.5
 _GRACE, _CREDIT = 2.0, 8.0
 
 
-def check_lockstep(drafter: object, config: SpeculationConfig, params: SamplingParams) -> None:
+def check_lockstep(drafter: object, config: SpeculationConfig, params: Sampling) -> None:
     """See that processes that run one model together would take the same steps: each has a clock of its own.
 
     Args:

@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 # LangChain's standard options of remote services. Code that builds any chat model passes them; a
 # local model has no key, address, network timeout or retries that they could mean.
 _REMOTE_OPTIONS = frozenset({"api_key", "base_url", "timeout", "max_retries"})
+_ANSWER_OPTIONS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "max_tokens",
+    "stop", "seed", "use_generation_config",
+)  # fmt: skip
 _KEPT_IF_NONE = ("seed", "drafter")  # for every other option None means the instance's own
 
 
@@ -79,16 +83,24 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     """What runs the models' steps: "auto", "eager" (torch), "openvino", "openvino-kv8" or "cuda-graphs"."""
     store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
     """The vector store, retriever or other chunk source to draft from. See also `attach()`."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus in (0, 1]; 1 is off."""
-    top_k: int = 0
-    """Most likely tokens kept; 0 is off."""
-    max_tokens: int = 512
-    """Longest answer, in tokens."""
+    temperature: float | None = None
+    """0 is greedy. None, here and below: what the checkpoint's `generation_config` says, else greedy."""
+    top_p: float | None = None
+    """Nucleus in (0, 1]; 1 is off, the default."""
+    top_k: int | None = None
+    """Most likely tokens kept; 0 is off, the default."""
+    min_p: float | None = None
+    """Least probability, as a share of the most likely token's; 0 is off, the default."""
+    repetition_penalty: float | None = None
+    """Divides the scores of tokens in prompt and answer; 1 is off, the default."""
+    no_repeat_ngram_size: int | None = None
+    """No run of so many tokens occurs twice; 0 is off, the default."""
+    max_tokens: int | None = None
+    """Longest answer, in tokens; 512 by default."""
     stop: list[str] | None = None
     """Strings that end the answer; a call's own `stop` takes their place."""
+    use_generation_config: bool = True
+    """Whether the checkpoint's own options and masks count where none are set."""
     seed: int | None = None
     """Seed of the draws; None takes a fresh one for each answer."""
     context: ContextMode = Field(default="prompt", frozen=True)
@@ -308,10 +320,9 @@ class RASDModel(BaseLanguageModel[Any], ABC):
             given["drafting"] = self._drafting(given.pop("drafter"))
         if "response_format" in given:
             given["grammar"] = answer_grammar(given.pop("response_format"))
-        names = ("temperature", "top_p", "top_k", "max_tokens", "seed")
-        own = {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in _ANSWER_OPTIONS}
         try:
-            mine = SamplingParams(**own, stop=tuple(self.stop or ()))
+            mine = SamplingParams(**own)
             return updated(mine, given, f"a call of {type(self).__name__}")
         except TypeError as err:
             msg = f"An option has a value of the wrong type: { ({**own, **given}) }. {err}."
@@ -333,8 +344,8 @@ class RASDModel(BaseLanguageModel[Any], ABC):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        names = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed")
-        return {**self._rasd.identity, **{name: getattr(self, name) for name in names}}
+        own = {name: getattr(self, name) for name in _ANSWER_OPTIONS}
+        return {**self._rasd.identity, **own}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return super()._get_ls_params(stop=stop or self.stop, **kwargs)

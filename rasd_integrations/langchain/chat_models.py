@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from langchain_core.language_models import BaseChatModel, ModelProfile
 from langchain_core.outputs import ChatGeneration
 
+from rasd_integrations.config import SAMPLING_DEFAULTS
 from rasd_integrations.langchain.base import RASDModel
 from rasd_integrations.langchain.message_chunks import MessageChunks, settle, whole_answer
 from rasd_integrations.langchain.messages import template_messages
@@ -185,7 +186,7 @@ class ChatRASD(RASDModel, BaseChatModel):
     def _resolve_model_profile(self) -> ModelProfile:
         constrained = find_spec("llguidance") is not None
         return ModelProfile(
-            max_output_tokens=self.max_tokens,
+            max_output_tokens=self.max_tokens or SAMPLING_DEFAULTS["max_tokens"],
             text_inputs=True,
             text_outputs=True,
             image_inputs=False,
@@ -204,8 +205,10 @@ class ChatRASD(RASDModel, BaseChatModel):
         Only the loaded model tells how long a prompt may be and whether it writes thoughts.
         """
         super().load()
+        most = self.max_tokens or self._rasd.max_tokens
         found = {
-            "max_input_tokens": self._rasd.window - self.max_tokens,
+            "max_input_tokens": self._rasd.window - most,
+            "max_output_tokens": most,
             "reasoning_output": self._rasd.has_reasoning,
         }
         self.profile = cast("ModelProfile", {**found, **(self.profile or {})})

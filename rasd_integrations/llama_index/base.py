@@ -127,7 +127,7 @@ class RASDLLM(RASDCalling):
         """
         return LLMMetadata(
             context_window=self._rasd.window,
-            num_output=self.max_tokens,
+            num_output=self.max_tokens or self._rasd.max_tokens,
             is_chat_model=self._rasd.has_chat_template,
             is_function_calling_model=self._rasd.has_chat_template and not self._writes_prompts,
             model_name=self._rasd.model_name,

@@ -29,7 +29,10 @@ from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.grammar.schema import without_unique_items
 
 _ALIAS = "max_new_tokens"
-_SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed")
+_SAMPLING_OPTIONS = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "max_tokens",
+    "stop", "seed", "use_generation_config",
+)  # fmt: skip
 _ENGINE_OPTIONS = (
     "drafter",
     "drafter_device",
@@ -63,15 +66,23 @@ class RASDOptions(FunctionCallingLLM):
     """What runs steps: ``"auto"``, ``"eager"`` (torch), ``"openvino"``, ``"openvino-kv8"`` or ``"cuda-graphs"``."""
     store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
     """Where chunks are searched; ``None`` takes the index that the pipeline's own retriever reads."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 512
-    """Longest answer in tokens; also ``max_new_tokens``."""
+    temperature: float | None = None
+    """0 is greedy. ``None``, here and below: what the checkpoint's ``generation_config`` says, else greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    """Least probability, as a share of the most likely token's; 0 is off, the default."""
+    repetition_penalty: float | None = None
+    """Divides the scores of tokens in prompt and answer; 1 is off, the default."""
+    no_repeat_ngram_size: int | None = None
+    """No run of so many tokens occurs twice; 0 is off, the default."""
+    max_tokens: int | None = None
+    """Longest answer in tokens, 512 by default; also ``max_new_tokens``."""
     stop: str | list[str] | None = None
     """Strings that end the answer; they are not part of it."""
     seed: int | None = None
+    use_generation_config: bool = True
+    """Whether the checkpoint's own options and masks count where none are set."""
     context: ContextMode = Field(default="prompt", frozen=True)
     """What the target reads: ``"prompt"`` as sent, or the ``"documents"`` that its chunks came from."""
     knowledge_transfer: float = Field(default=0.0, frozen=True)
@@ -145,7 +156,7 @@ class RASDOptions(FunctionCallingLLM):
         return str(drafter) if isinstance(drafter, str | Path) else "auto"
 
     @property
-    def max_new_tokens(self) -> int:
+    def max_new_tokens(self) -> int | None:
         """``max_tokens``, by its other name."""
         return self.max_tokens
 

@@ -21,5 +21,5 @@ def configure_settings(llm: RASDLLM) -> None:
     Settings.llm = llm
     Settings.tokenizer = llm.encode
     Settings.prompt_helper = PromptHelper(
-        context_window=room, num_output=llm.max_tokens, tokenizer=llm.encode
+        context_window=room, num_output=llm.metadata.num_output, tokenizer=llm.encode
     )

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +35,7 @@ __all__ = [
     "LoadedModel",
     "check_device",
     "load_config",
+    "load_generation_config",
     "load_model",
     "load_tokenizer",
     "load_window",
@@ -177,6 +179,22 @@ def load_window(name: str | Path, model_kwargs: Mapping[str, Any] | None = None)
         )
         raise ModelLoadError(msg)
     return window
+
+
+def load_generation_config(
+    name: str | Path, model_kwargs: Mapping[str, Any] | None = None
+) -> GenerationConfig | None:
+    """Return what a model's checkpoint says of its answers, without its weights; ``None`` where it says nothing.
+
+    Raises:
+        ModelLoadError: The model is missing, or the file is broken.
+        MissingDependencyError: A GGUF file needs the extra ``gguf``.
+    """
+    with _explained(name), _weights(name, model_kwargs or {}) as (source, where):
+        try:
+            return GenerationConfig.from_pretrained(source, **where)
+        except OSError:  # no such file: the model itself was found
+            return None
 
 
 @contextlib.contextmanager

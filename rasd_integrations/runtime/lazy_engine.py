@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rasd_integrations.config import ExecutorName, PrefixFolder, SpeculationConfig
+from rasd_integrations.config import (
+    ExecutorName,
+    PrefixFolder,
+    SamplingParams,
+    SpeculationConfig,
+)
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.text.prompt.template import ChatTemplate
@@ -54,6 +59,7 @@ class LazyEngine:
         self._decoder: SpeculativeDecoder | None = None
         self._template: ChatTemplate | None = None
         self._window: int | None = None
+        self._max_tokens: int | None = None
         self._closed = False
 
     def take(
@@ -157,3 +163,20 @@ class LazyEngine:
 
             self._window = load_window(self.options.model, self.options.model_kwargs)
         return self._window
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest answer where no call sets it: the checkpoint's, else 512; reads its generation config only."""
+        self.check_open()
+        if self._max_tokens is None:
+            from rasd_integrations.engine.generation_config import checkpoint_sampling, sampling_of
+            from rasd_integrations.loading import load_generation_config
+
+            own = self.options
+            asked = (
+                checkpoint_sampling(self._shared.target.model)
+                if self._shared is not None
+                else sampling_of(load_generation_config(own.model, own.model_kwargs))
+            )
+            self._max_tokens = SamplingParams().settled(asked).max_tokens
+        return self._max_tokens

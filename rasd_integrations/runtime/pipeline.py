@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rasd_integrations.config import ContextMode, RetrievalConfig, SamplingParams, SpeculationConfig
+from rasd_integrations.config import (
+    ContextMode,
+    RetrievalConfig,
+    Sampling,
+    SamplingParams,
+    SpeculationConfig,
+)
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
 from rasd_integrations.response_format import ToolUse
@@ -104,9 +110,9 @@ class Pipeline:
             ConfigurationError: The options contradict one another, or a grammar cannot be followed.
         """
         started = time.perf_counter()
-        params, tools, template = request.params, request.tools, self.template
+        params, tools, template = self._settled(request.params), request.tools, self.template
         config = self._law(request)
-        plan = self._plan(request)
+        plan = self._plan(request, params.max_tokens)
         prompt_ids = encode(template, plan.target, tools)
         parser = None
         grammar: GrammarState | None = None
@@ -115,7 +121,7 @@ class Pipeline:
             thinking = template.opens_thought(prompt_ids)
             parser = template.parser(tools, thinking=thinking)
         if request.bound:
-            grammar = self._grammar(request, thinking=thinking)
+            grammar = self._grammar(request, params.max_tokens, thinking=thinking)
         most = int(self.retrieval.gate_share * len(prompt_ids))
         context = draft_context(template, plan, most, tools)
         note(plan, context, stats)
@@ -152,6 +158,11 @@ class Pipeline:
             if progress is not None:  # a known document has no pieces to run
                 progress(before, total)
 
+    def _settled(self, params: SamplingParams) -> Sampling:
+        from rasd_integrations.engine.generation_config import checkpoint_sampling
+
+        return params.settled(checkpoint_sampling(self.decoder.target.model))
+
     def _law(self, request: Request) -> SpeculationConfig:
         """Return the law of one answer: the call's, else the engine's; lossless where the form is bound."""
         own, eta = self.speculation, request.params.knowledge_transfer
@@ -169,19 +180,20 @@ class Pipeline:
         )
         raise ConfigurationError(msg)
 
-    def _plan(self, request: Request) -> PromptPlan:
+    def _plan(self, request: Request, max_tokens: int) -> PromptPlan:
         drafter = self.decoder.drafter if request.params.drafting else None
         if self.context == "prompt" and drafter is None:
             return PromptPlan(target=request.prompt)
-        window, asked = self.decoder.target.window, request.params.max_tokens
         return self.planner.plan(
             request.prompt,
             hints=request.hints,
-            room=window - asked - template_tokens(self.template, request.prompt, request.tools),
+            room=self.decoder.target.window
+            - max_tokens
+            - template_tokens(self.template, request.prompt, request.tools),
             wants_drafter_prompt=bool(getattr(drafter, "wants_prompt", False)),
         )
 
-    def _grammar(self, request: Request, *, thinking: bool) -> GrammarState | None:
+    def _grammar(self, request: Request, max_tokens: int, *, thinking: bool) -> GrammarState | None:
         from rasd_integrations.text.grammar.compiler import grammar_compiler
 
         template, target = self.template, self.decoder.target
@@ -189,7 +201,7 @@ class Pipeline:
         thought_end = template.reasoning.end if thinking and template.reasoning else None
         return compiler.state(
             request.params.grammar, request.tools, template.tool_format,
-            thought_end=thought_end, room=request.params.max_tokens,
+            thought_end=thought_end, room=max_tokens,
         )  # fmt: skip
 
     def _count_tokens(self, text: str) -> int:

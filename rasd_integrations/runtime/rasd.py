@@ -190,6 +190,11 @@ class RASD:
         return self._engine.window
 
     @property
+    def max_tokens(self) -> int:
+        """Longest answer where a call sets no ``max_tokens``; reads the model's generation config only."""
+        return self._engine.max_tokens
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model's tokenizer can format messages; reads the tokenizer only."""
         return bool(self._engine.template().tokenizer.chat_template)

@@ -63,6 +63,7 @@ class FakeRASD:
     """RASD's face. Answers piece by piece with what `answer(prompt)` says, and records every call."""
 
     window = 2048
+    max_tokens = 512
     has_reasoning = True
 
     def __init__(self, model, **options):

@@ -61,6 +61,7 @@ class FakeRASD:
     """
 
     window = 8192
+    max_tokens = 512
     has_chat_template = True
     loaded_objects: tuple[Any, ...] = ()
 

@@ -7,13 +7,15 @@ under it, so leaving it out of a deterministic draft changes no outcome.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import LogitsProcessorList
 from typing_extensions import Self
 
 from rasd_integrations.types import Draft, GrammarState
@@ -70,6 +72,46 @@ def mask_rows(logits: Tensor, bits: Bits) -> Tensor:
     allowed = np.unpackbits(bits[:rows].view(np.uint8), axis=1, bitorder="little")[:, :vocab]
     forbidden = torch.from_numpy(allowed).to(logits.device) == 0
     return logits.masked_fill_(forbidden, float("-inf"))
+
+
+def processed_rows(
+    processors: LogitsProcessorList,
+    logits: Tensor,
+    ids: Sequence[int],
+    draft: Draft,
+    bits: Bits | None,
+) -> Tensor:
+    """Return the logits that an answer follows: each row processed with the tokens before it, then masked.
+
+    Where processors forbid all that the grammar allows, the grammar is followed and they are not.
+
+    Args:
+        processors: In their order; may be none.
+        logits: ``[1 + num_nodes, vocab]``; may be changed in place.
+        ids: The tokens up to the draft.
+        draft: Chain or tree.
+        bits: What the grammar allows; ``None`` without one.
+    """
+    if not processors:
+        return logits if bits is None else mask_rows(logits, bits)
+    # In float32, as transformers processes them.
+    scores = torch.cat([
+        processors(context, cast("torch.FloatTensor", row[None]))
+        for context, row in zip(_contexts(ids, draft, logits.device), logits.float(), strict=True)
+    ])  # fmt: skip
+    if bits is None:
+        return scores
+    scores, plain = mask_rows(scores, bits), mask_rows(logits.float(), bits)
+    return torch.where((scores == float("-inf")).all(-1, keepdim=True), plain, scores)
+
+
+def _contexts(ids: Sequence[int], draft: Draft, device: torch.device) -> Iterator[torch.LongTensor]:
+    """Return the tokens ``[1, n]`` before each row: the root's, then each node's with itself at the end."""
+    found = [torch.tensor(ids, device=device)]
+    nodes = torch.tensor(draft.token_ids, dtype=torch.int64, device=device)
+    for node, parent in enumerate(draft.parent_of):
+        found.append(torch.cat([found[parent + 1], nodes[node : node + 1]]))
+    return (cast("torch.LongTensor", context[None]) for context in found)
 
 
 class _Walker:

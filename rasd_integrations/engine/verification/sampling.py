@@ -17,8 +17,10 @@ Law = Callable[[Tensor], Tensor]
 _NUCLEUS_CANDIDATES = 1024
 
 
-def process_logits(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Return the law after temperature, then top-k, then top-p, as transformers applies them.
+def process_logits(
+    logits: Tensor, temperature: float, top_p: float, top_k: int, min_p: float = 0.0
+) -> Tensor:
+    """Return the distribution after temperature, top-k, top-p and min-p, in transformers' order.
 
     Of equal tokens top-k keeps all, as there; top-p keeps as many as there and the first ones, where
     transformers leaves the choice to an unstable sort. A row without a finite logit becomes NaN,
@@ -29,6 +31,7 @@ def process_logits(logits: Tensor, temperature: float, top_p: float, top_k: int)
         temperature: 0 gives the one-hot law of the arg max, the first of ties.
         top_p: Nucleus in (0, 1]; 1 is off.
         top_k: Tokens kept; 0 is off.
+        min_p: Least probability of a token kept, as a share of the most likely one's; 0 is off.
 
     Returns:
         ``[..., vocab]`` float32, each row sums to 1.
@@ -45,14 +48,19 @@ def process_logits(logits: Tensor, temperature: float, top_p: float, top_k: int)
     if top_p < 1:
         probs = probs * _nucleus(probs, top_p)
         probs = probs / probs.sum(-1, keepdim=True)
+    if min_p > 0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
     return probs
 
 
-def sampling_law(temperature: float, top_p: float = 1.0, top_k: int = 0) -> Law | None:
+def sampling_law(
+    temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> Law | None:
     """Return the law of these parameters; ``None`` says greedy, which needs no probabilities."""
     if temperature == 0:
         return None
-    return partial(process_logits, temperature=temperature, top_p=top_p, top_k=top_k)
+    return partial(process_logits, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:

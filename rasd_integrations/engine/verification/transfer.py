@@ -50,6 +50,7 @@ def rapid_verify(
     top_k: int,
     eta: float,
     generator: torch.Generator | None = None,
+    min_p: float = 0.0,
 ) -> tuple[Verdict, float]:
     """Verify a chain by RAPID's rule (arXiv 2502.20330): p shifted by eta * (q - p), guarded.
 
@@ -65,6 +66,7 @@ def rapid_verify(
         top_k: Of p and q; 0 is off.
         eta: Strength, in nats; 0 gives p.
         generator: Source of the draws.
+        min_p: Of p and q; 0 is off.
 
     Returns:
         The verdict, and the total variation distance from p summed over the emitted positions.
@@ -72,7 +74,7 @@ def rapid_verify(
     Raises:
         DecodingError: No token may follow a visited position.
     """
-    law = sampling_law(temperature, top_p, top_k)
+    law = sampling_law(temperature, top_p, top_k, min_p)
     if law is None:
         return _greedy(logits, draft, lambda z, p, q: z + guarded_shift(p, q, eta))
 
@@ -90,12 +92,13 @@ def mixture_verify(
     top_k: int,
     weight: float,
     generator: torch.Generator | None = None,
+    min_p: float = 0.0,
 ) -> tuple[Verdict, float]:
     """Verify a chain against the law weight * p + (1 - weight) * q, which is followed exactly.
 
     Arguments, returns and errors are those of :func:`rapid_verify`; ``weight`` is in (0, 1], 1 gives p.
     """
-    law = sampling_law(temperature, top_p, top_k)
+    law = sampling_law(temperature, top_p, top_k, min_p)
     if law is None:
         return _greedy(logits, draft, lambda _z, p, q: weight * p + (1 - weight) * q)
 
