@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.option_names import advice
 from rasd_integrations.response_format import Grammar
 
 StorePolicy = Literal["prompt", "any"]
@@ -39,6 +39,24 @@ def check_engine(context: object, executor: object, prefix_cache_bytes: int) -> 
     _check(executor in names, "executor", executor, "one of " + ", ".join(map(repr, names)))
     limit = "at least 0 (0 keeps nothing)"
     _check(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, limit)
+
+
+def check_model_name(model: object, where: str) -> None:
+    """Check that ``model`` can name one; ``where`` is the class it was given to.
+
+    Raises:
+        ConfigurationError: It is no text or path, or empty.
+    """
+    if isinstance(model, Path) or (isinstance(model, str) and model):
+        return
+    if isinstance(model, str):
+        msg = f"{where} has no model. Give model=: a hub id, a folder, or the path of a .gguf file."
+    else:
+        msg = (
+            f"model is a {type(model).__name__}, but must be a hub id or a path. Objects that are loaded "
+            f"already go to {where}.from_model(model, tokenizer)."
+        )
+    raise ConfigurationError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +101,25 @@ def reject_unknown(names: Iterable[str], known: Iterable[str], where: str) -> No
     """Raise for the first of ``names`` that is not ``known``.
 
     Raises:
-        ConfigurationError: Names the unknown option and the nearest valid one.
+        ConfigurationError: Names the unknown option and the one that was meant.
     """
-    options = sorted(known)
+    options = set(known)
     for name in names:
         if name not in options:
-            near = difflib.get_close_matches(name, options, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Valid ones: {', '.join(options)}."
-            msg = f"Unknown option {name!r} for {where}.{hint}"
+            msg = f"Unknown option {name!r} for {where}. {advice(name, options)}"
             raise ConfigurationError(msg)
+
+
+def check_passed_on(option: str, names: Iterable[str]) -> None:
+    """Refuse options of the LLM among those that ``option`` passes on to something that would not look at them.
+
+    Raises:
+        ConfigurationError: Names the first.
+    """
+    own = {"max_new_tokens", "do_sample", *(f.name for f in fields(SamplingParams))}
+    for name in sorted(own.intersection(names)):
+        msg = f"{option} has {name!r}, which would have no effect there. Give it to the LLM itself."
+        raise ConfigurationError(msg)
 
 
 def updated(options: _T, changes: Mapping[str, Any], where: str) -> _T:

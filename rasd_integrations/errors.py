@@ -6,7 +6,8 @@
     ├── ConfigurationError          (also ValueError)    an option, or a combination, that cannot work
     │   └── VocabularyMismatchError                      the drafter's vocabulary cannot be translated
     ├── PromptError                 (also ValueError)    a prompt that cannot be decoded from
-    │   └── ContextOverflowError                         prompt and answer exceed the target's window
+    ├── ContextOverflowError        (also RuntimeError)  prompt and answer exceed the target's window
+    │   └── PromptTooLongError      (also PromptError)   the same, from a direct call
     ├── ModelLoadError              (also OSError)       weights, tokenizer or template missing or broken
     ├── StorageError                (also OSError)       a file that cannot be written: no room, no right
     ├── RetrievalError              (also RuntimeError)  a store that cannot be used as a chunk source
@@ -14,7 +15,8 @@
     ├── DeviceMemoryError           (also MemoryError)   a request that does not fit; the engine lives on
     └── MissingDependencyError      (also ImportError)   names the extra to install
 
-Every message names the value, the limit and the next step.
+Every message names the value, the limit and the next step. Inside LlamaIndex's pipelines errors that are
+``ValueError`` here are raised as ``RuntimeError`` (ADR 13): it takes ``ValueError`` for a malformed answer.
 """
 
 from __future__ import annotations
@@ -36,20 +38,27 @@ class PromptError(RASDError, ValueError):
     """The prompt cannot be decoded from."""
 
 
-class ContextOverflowError(PromptError):
+class ContextOverflowError(RASDError, RuntimeError):
     """Prompt and answer together exceed the target's window."""
 
     def __init__(self, prompt_tokens: int, max_tokens: int, window: int) -> None:
-        """Say what was asked, what fits and how to shorten it."""
+        """Keep the sizes; the message says what was asked, what fits and how to shorten it."""
+        super().__init__(prompt_tokens, max_tokens, window)  # args: an error is pickled by them
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.window = window
-        excess = prompt_tokens + max_tokens - window
-        super().__init__(
-            f"The prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}, but the model's "
-            f"window is {window}: {excess} too many. Lower max_tokens, retrieve fewer or shorter "
+
+    def __str__(self) -> str:
+        excess = self.prompt_tokens + self.max_tokens - self.window
+        return (
+            f"The prompt has {self.prompt_tokens} tokens and max_tokens is {self.max_tokens}, but the model's "
+            f"window is {self.window}: {excess} too many. Lower max_tokens, retrieve fewer or shorter "
             f"chunks, or use a model with a longer context."
         )
+
+
+class PromptTooLongError(ContextOverflowError, PromptError):
+    """Prompt and answer together exceed the target's window, in a direct call."""
 
 
 class ModelLoadError(RASDError, OSError):
@@ -76,7 +85,10 @@ class MissingDependencyError(RASDError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, module: str, extra: str) -> None:
-        """Name the missing module and the extra that brings it."""
-        super().__init__(
-            f"'{module}' is not installed. Install it with: pip install 'rasd-integrations[{extra}]'"
-        )
+        """Keep the missing module and the extra that brings it."""
+        super().__init__(module, extra)
+        self.module = module
+        self.extra = extra
+
+    def __str__(self) -> str:
+        return f"'{self.module}' is not installed. Install it with: pip install 'rasd-integrations[{self.extra}]'"

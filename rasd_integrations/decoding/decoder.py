@@ -23,7 +23,7 @@ from rasd_integrations.engine.verification.constraints import SOURCE, guide, pro
 from rasd_integrations.engine.verification.exact import Verdict, block_verify, sample_and_walk
 from rasd_integrations.engine.verification.sampling import Law, sampling_law
 from rasd_integrations.engine.verification.transfer import mixture_verify, rapid_verify
-from rasd_integrations.errors import ContextOverflowError, DecodingError
+from rasd_integrations.errors import DecodingError, PromptTooLongError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import Draft, DraftContext, FinishReason, GrammarState, TokenBlock
 
@@ -94,7 +94,7 @@ class SpeculativeDecoder:
         Raises:
             PromptError: The prompt is empty or holds an id that the target does not know.
             ConfigurationError: The target is split over processes, which would take different steps.
-            ContextOverflowError: Prompt and answer exceed the target's window.
+            PromptTooLongError: Prompt and answer exceed the target's window.
             DecodingError: Knowledge transfer is on and the drafter failed or gave no logits.
             DeviceMemoryError: The request does not fit; others go on.
         """
@@ -116,10 +116,10 @@ class SpeculativeDecoder:
             Tokens done after each piece.
 
         Raises:
-            ContextOverflowError: More ids than the window holds.
+            PromptTooLongError: More ids than the window holds.
         """
         if len(ids) >= self.target.window:
-            raise ContextOverflowError(len(ids), 1, self.target.window)
+            raise PromptTooLongError(len(ids), 1, self.target.window)
         return self._prefill(list(ids), namespace)
 
     def _prefill(self, ids: list[int], namespace: str) -> Iterator[int]:

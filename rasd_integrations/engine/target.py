@@ -25,7 +25,7 @@ from rasd_integrations.engine.executors.eager import (
 from rasd_integrations.engine.kv.buffer import KVBuffer, LayerRow
 from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.engine.verification.sampling import uniform_numbers
-from rasd_integrations.errors import ContextOverflowError, DeviceMemoryError, PromptError
+from rasd_integrations.errors import DeviceMemoryError, PromptError, PromptTooLongError
 
 PREFILL_PIECE = 512  # tokens; on a GPU four times as many keep it busy
 _BATCH_ROWS = 64  # more rows cost as much together as apart
@@ -134,7 +134,7 @@ class TargetModel:
 
         Raises:
             PromptError: It is empty or holds an id that the model does not know.
-            ContextOverflowError: Prompt and answer exceed the window.
+            PromptTooLongError: Prompt and answer exceed the window.
         """
         if not ids:
             msg = "The prompt has no tokens. Give it at least one character of text."
@@ -143,7 +143,7 @@ class TargetModel:
             msg = f"A prompt id is outside 0..{self.vocab_size - 1}. Use this model's tokenizer."
             raise PromptError(msg)
         if len(ids) + max_tokens > self.window:
-            raise ContextOverflowError(len(ids), max_tokens, self.window)
+            raise PromptTooLongError(len(ids), max_tokens, self.window)
 
     def prefill(
         self, ids: Sequence[int], buffer: KVBuffer, *, num_logits: int = 0

@@ -9,6 +9,7 @@ from dataclasses import replace
 from inspect import getclosurevars, isfunction, ismethod
 from typing import TYPE_CHECKING, Any
 
+from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.vectorstores import VectorStore, VectorStoreRetriever
@@ -40,8 +41,11 @@ def find_source(chain: object) -> object:
     stores = list(_stores(chain))
     if not stores:
         msg = (
-            f"No vector store was found in this {type(chain).__name__}. Pass the store or its "
-            f"retriever: attach(retriever), or store=vectorstore."
+            f"This {type(chain).__name__} searches no vector store. Give the texts that it searches as a list, "
+            f"store=[...], or a function of (query, k); or leave the store out: drafts then come from the prompt."
+            if isinstance(chain, BaseRetriever)
+            else f"No vector store was found in this {type(chain).__name__}. Pass the store or its retriever: "
+            f"attach(retriever), or store=vectorstore."
         )
         raise ConfigurationError(msg)
     return stores[0] if len(stores) == 1 else JoinedSource([as_chunk_source(s) for s in stores])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import warnings
 from abc import ABC
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from contextlib import aclosing, closing
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,12 +21,14 @@ from rasd_integrations.config import (
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
+    check_model_name,
     reject_unknown,
     updated,
 )
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain.attach import find_source
 from rasd_integrations.langchain.capture import CAPTURE
+from rasd_integrations.langchain.errors import langchain_errors
 from rasd_integrations.langchain.hints import prompt_hints
 from rasd_integrations.langchain.messages import template_messages
 from rasd_integrations.langchain.tools import answer_grammar, take_tool_use
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 # LangChain's standard options of remote services. Code that builds any chat model passes them; a
 # local model has no key, address, network timeout or retries that they could mean.
 _REMOTE_OPTIONS = frozenset({"api_key", "base_url", "timeout", "max_retries"})
+_told: set[str] = set()
 _ANSWER_OPTIONS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "max_tokens",
     "stop", "seed", "use_generation_config",
@@ -137,6 +142,9 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         Raises:
             ConfigurationError: An unknown option, a value out of its range, or a contradiction.
         """
+        _tell_unused(
+            {name for name, v in options.items() if name in _REMOTE_OPTIONS and v is not None}
+        )
         options = {name: v for name, v in options.items() if name not in _REMOTE_OPTIONS}
         reject_unknown(options, type(self).model_fields, type(self).__name__)
         try:
@@ -156,13 +164,8 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     @field_validator("model", mode="before")
     @classmethod
     def _name_of_model(cls, value: object) -> object:
-        if isinstance(value, str | Path):
-            return str(value)
-        msg = (
-            f"is a {type(value).__name__}, but must be a hub id or a path. Objects already loaded "
-            f"go to {cls.__name__}.from_model(model, tokenizer)"
-        )
-        raise ValueError(msg)
+        check_model_name(value, cls.__name__)
+        return str(value)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -296,14 +299,33 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         hints = prompt_hints(prompt, CAPTURE.lookup(prompt), explicit)
         return _Request(plain, params, hints, tools)
 
-    def _pieces(self, request: _Request) -> closing[Generator[TextChunk, None, None]]:
-        """Return the answer's pieces, closed when their consumer goes: decoding stops within a step."""
-        prompt, params, hints, tools = request
-        return closing(self._rasd.stream(prompt, params, hints=hints, tools=tools))
+    @contextmanager
+    def _pieces(
+        self,
+        prompt: Sequence[BaseMessage] | str,
+        stop: Sequence[str] | None,
+        options: dict[str, Any],
+    ) -> Iterator[Iterator[TextChunk]]:
+        """Give the answer's pieces, closed when their consumer goes: decoding stops within a step."""
+        with langchain_errors():
+            plain, params, hints, tools = self._request(prompt, stop, options)
+            with closing(self._rasd.stream(plain, params, hints=hints, tools=tools)) as pieces:
+                yield pieces
 
-    def _apieces(self, request: _Request) -> aclosing[AsyncGenerator[TextChunk, None]]:
-        prompt, params, hints, tools = request
-        return aclosing(self._rasd.astream(prompt, params, hints=hints, tools=tools))
+    @asynccontextmanager
+    async def _apieces(
+        self,
+        prompt: Sequence[BaseMessage] | str,
+        stop: Sequence[str] | None,
+        options: dict[str, Any],
+    ) -> AsyncIterator[AsyncIterator[TextChunk]]:
+        with langchain_errors():
+            # In a thread: a long prompt is hashed and searched for what was captured.
+            request = await asyncio.to_thread(self._request, prompt, stop, options)
+            plain, params, hints, tools = request
+            stream = self._rasd.astream(plain, params, hints=hints, tools=tools)
+            async with aclosing(stream) as pieces:
+                yield pieces
 
     def _sampling(self, stop: Sequence[str] | None, options: dict[str, Any]) -> SamplingParams:
         """Return the instance's options with those of a call in their place."""
@@ -354,3 +376,15 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         """Return the ids of ``text`` in the model's own vocabulary."""
         custom = self.custom_get_token_ids
         return custom(text) if custom else self._rasd.encode(text)
+
+
+def _tell_unused(names: set[str]) -> None:
+    """Warn of options that have no effect, each once a process."""
+    new = sorted(names - _told)
+    _told.update(new)
+    if new:
+        msg = (
+            f"{', '.join(new)}: without effect, because the model runs in this process. Leave "
+            f"{'it' if len(new) == 1 else 'them'} out."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,7 +59,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         answer = MessageChunks(self._rasd.model_name, self.output_version)
-        with self._pieces(self._request(messages, stop, kwargs)) as pieces:
+        with self._pieces(messages, stop, kwargs) as pieces:
             for piece in pieces:
                 for chunk in answer.push(piece):
                     if run_manager:
@@ -75,9 +74,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         answer = MessageChunks(self._rasd.model_name, self.output_version)
-        # In a thread: a long prompt is hashed and searched for what was captured.
-        request = await asyncio.to_thread(self._request, messages, stop, kwargs)
-        async with self._apieces(request) as pieces:
+        async with self._apieces(messages, stop, kwargs) as pieces:
             async for piece in pieces:
                 for chunk in answer.push(piece):
                     if run_manager:

@@ -52,7 +52,7 @@ class RASDLLM(RASDModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Generator[GenerationChunk, None, None]:
-        with self._pieces(self._request(prompt, stop, kwargs)) as pieces:
+        with self._pieces(prompt, stop, kwargs) as pieces:
             for piece in pieces:
                 if chunk := self._chunk(piece):
                     if run_manager:
@@ -66,9 +66,7 @@ class RASDLLM(RASDModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        # In a thread: a long prompt is hashed and searched for what was captured.
-        request = await asyncio.to_thread(self._request, prompt, stop, kwargs)
-        async with self._apieces(request) as pieces:
+        async with self._apieces(prompt, stop, kwargs) as pieces:
             async for piece in pieces:
                 if chunk := self._chunk(piece):
                     if run_manager:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -44,8 +44,10 @@ from rasd_integrations.llama_index.capture import (
     same_prompt,
     sent_text,
 )
+from rasd_integrations.llama_index.errors import PipelineErrors
 from rasd_integrations.llama_index.messages import to_messages
 from rasd_integrations.llama_index.responses import (
+    Respond,
     astream_responses,
     chat_response,
     completion_response,
@@ -61,6 +63,7 @@ from rasd_integrations.response_format import ToolUse
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+_Response = TypeVar("_Response", ChatResponse, CompletionResponse)
 _TOOL_OPTIONS = {
     "tools": "tools",
     "tool_choice": "tool_choice",
@@ -142,61 +145,83 @@ class RASDLLM(RASDCalling):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
-        call = self._chat_call(messages, kwargs)
-        return whole_response(chat_response, call.to(self._rasd.generate))
+        return self._whole(chat_response, partial(self._chat_call, messages, kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece; each response holds the answer so far and the new ``delta``."""
-        call = self._chat_call(messages, kwargs)
-        return stream_responses(chat_response, call.to(self._rasd.stream))
+        return self._streamed(chat_response, partial(self._chat_call, messages, kwargs))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation without blocking the event loop."""
-        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
-        return whole_response(chat_response, await call.to(self._rasd.agenerate))
+        return await self._awhole(chat_response, partial(self._chat_call, messages, kwargs))
 
     @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """Answer a conversation piece by piece without blocking the event loop."""
-        call = await asyncio.to_thread(self._chat_call, messages, kwargs)
-        return astream_responses(chat_response, call.to(self._rasd.astream))
+        return await self._astreamed(chat_response, partial(self._chat_call, messages, kwargs))
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a text: as a user's message, or as it stands if ``formatted``."""
-        call = self._completion_call(prompt, formatted, kwargs)
-        return whole_response(completion_response, call.to(self._rasd.generate))
+        make = partial(self._completion_call, prompt, formatted, kwargs)
+        return self._whole(completion_response, make)
 
     @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
         """Answer a text piece by piece; each response holds the answer so far and the new ``delta``."""
-        call = self._completion_call(prompt, formatted, kwargs)
-        return stream_responses(completion_response, call.to(self._rasd.stream))
+        make = partial(self._completion_call, prompt, formatted, kwargs)
+        return self._streamed(completion_response, make)
 
     @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
         """Answer a text without blocking the event loop."""
-        call = await asyncio.to_thread(self._completion_call, prompt, formatted, kwargs)
-        return whole_response(completion_response, await call.to(self._rasd.agenerate))
+        make = partial(self._completion_call, prompt, formatted, kwargs)
+        return await self._awhole(completion_response, make)
 
     @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """Answer a text piece by piece without blocking the event loop."""
-        call = await asyncio.to_thread(self._completion_call, prompt, formatted, kwargs)
-        return astream_responses(completion_response, call.to(self._rasd.astream))
+        make = partial(self._completion_call, prompt, formatted, kwargs)
+        return await self._astreamed(completion_response, make)
+
+    def _whole(self, respond: Respond[_Response], make: Callable[[], _Call]) -> _Response:
+        with self._errors():
+            return whole_response(respond, make().to(self._rasd.generate))
+
+    def _streamed(
+        self, respond: Respond[_Response], make: Callable[[], _Call]
+    ) -> Generator[_Response, None, None]:
+        with (errors := self._errors()):
+            chunks = make().to(self._rasd.stream)
+        return stream_responses(respond, chunks, errors)
 
     # The asynchronous endpoints make their calls in a thread: the first one reads files, and filling a long
     # template again takes its time.
+
+    async def _awhole(self, respond: Respond[_Response], make: Callable[[], _Call]) -> _Response:
+        with self._errors():
+            call = await asyncio.to_thread(make)
+            return whole_response(respond, await call.to(self._rasd.agenerate))
+
+    async def _astreamed(
+        self, respond: Respond[_Response], make: Callable[[], _Call]
+    ) -> AsyncGenerator[_Response, None]:
+        with (errors := self._errors()):
+            call = await asyncio.to_thread(make)
+        return astream_responses(respond, call.to(self._rasd.astream), errors)
+
+    def _errors(self) -> PipelineErrors:
+        return PipelineErrors(self._trace.in_pipeline())
 
     def _chat_call(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> _Call:
         sampling = dict(options)

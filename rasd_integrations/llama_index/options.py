@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.schema import BaseNode, MetadataMode
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_serializer
@@ -18,10 +20,12 @@ from rasd_integrations.config import (
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
+    check_model_name,
     reject_unknown,
     updated,
 )
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.llama_index.messages import to_messages
 from rasd_integrations.response_format import Grammar
 from rasd_integrations.runtime.pipeline import Progress
 from rasd_integrations.runtime.rasd import RASD
@@ -107,7 +111,7 @@ class RASDOptions(FunctionCallingLLM):
     _store_given: bool = PrivateAttr(default=False)
 
     def __init__(
-        self, model: str | Path, *, _loaded: Sequence[Any] | None = None, **options: Any
+        self, model: str | Path = "", *, _loaded: Sequence[Any] | None = None, **options: Any
     ) -> None:
         """Check the options. Loads no weights and touches no network; the first call does, or ``load()``.
 
@@ -116,13 +120,7 @@ class RASDOptions(FunctionCallingLLM):
         """
         options = _one_name(options)
         reject_unknown(options, type(self).model_fields, type(self).__name__)
-        given: object = model
-        if not isinstance(given, str | Path):
-            msg = (
-                f"model is a {type(model).__name__}, but must be a hub id or a path. Objects that are loaded "
-                f"already go to {type(self).__name__}.from_model(model, tokenizer)."
-            )
-            raise ConfigurationError(msg)
+        check_model_name(model, type(self).__name__)
         try:
             super().__init__(**{**options, "model": str(model)})
         except ValidationError as err:
@@ -168,6 +166,12 @@ class RASDOptions(FunctionCallingLLM):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without special tokens."""
         return self._rasd.encode(text)
+
+    def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
+        """Return the tokens of ``messages`` as the model reads them, chat template included."""
+        if self._rasd.has_chat_template:
+            return self._rasd.count_tokens(to_messages(messages))
+        return self._rasd.count_tokens(messages_to_prompt(messages))
 
     def template_tokens(self) -> int:
         """Return the tokens that are put round a system and a user message, or round a plain text."""

@@ -16,6 +16,7 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
+from rasd_integrations.llama_index.errors import PipelineErrors
 from rasd_integrations.llama_index.tools import arguments_of
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import FinishReason, Generation, TextChunk, ToolCall
@@ -118,7 +119,7 @@ def _next_response(
 
 
 def stream_responses(
-    respond: Respond[_Response], chunks: Iterator[TextChunk]
+    respond: Respond[_Response], chunks: Iterator[TextChunk], errors: PipelineErrors
 ) -> Generator[_Response, None, None]:
     """Yield an answer as it grows, the new text as ``delta``; ``raw`` stands on the last response.
 
@@ -126,23 +127,25 @@ def stream_responses(
     """
     answer = Answer()
     try:
-        for chunk in chunks:
-            if (response := _next_response(respond, answer, chunk)) is not None:
-                yield response
+        with errors:
+            for chunk in chunks:
+                if (response := _next_response(respond, answer, chunk)) is not None:
+                    yield response
     finally:
         if isinstance(chunks, Generator):
             chunks.close()
 
 
 async def astream_responses(
-    respond: Respond[_Response], chunks: AsyncIterator[TextChunk]
+    respond: Respond[_Response], chunks: AsyncIterator[TextChunk], errors: PipelineErrors
 ) -> AsyncGenerator[_Response, None]:
     """Yield an answer as it grows, as :func:`stream_responses` does."""
     answer = Answer()
     try:
-        async for chunk in chunks:
-            if (response := _next_response(respond, answer, chunk)) is not None:
-                yield response
+        with errors:
+            async for chunk in chunks:
+                if (response := _next_response(respond, answer, chunk)) is not None:
+                    yield response
     finally:
         if isinstance(chunks, AsyncGenerator):
             await chunks.aclose()

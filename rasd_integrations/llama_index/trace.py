@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.indices.vector_store import VectorIndexRetriever
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
@@ -26,9 +27,12 @@ from llama_index.core.instrumentation.events.retrieval import RetrievalEndEvent
 from llama_index.core.instrumentation.span import BaseSpan, active_span_id
 from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
 from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from pydantic import PrivateAttr
 
+from rasd_integrations.errors import RASDError
+from rasd_integrations.llama_index.packing import pack_by_model
 from rasd_integrations.retrieval.items import node_to_chunk
 from rasd_integrations.types import Chunk
 
@@ -89,26 +93,35 @@ def _plain_query(query: Any) -> str:
     return re.sub(r"^\s*input is\s+", "", text).strip()  # what RetrieverTool makes of its argument
 
 
+@dataclass(frozen=True, slots=True)
+class _Span:
+    parent: str | None
+    of_llm: bool
+    """Whether it is a method of an LLM, rather than of what asks one."""
+
+
 class Trace:
     """The observer: spans, retrievals and structured calls of this process, the newest of each."""
 
     def __init__(self) -> None:
         """Start empty; :func:`observe` installs it."""
         self._lock = threading.Lock()
-        self._parents: OrderedDict[str, str | None] = OrderedDict()
+        self._spans: OrderedDict[str, _Span] = OrderedDict()
         self._retrievers: OrderedDict[str, weakref.ref[Any]] = OrderedDict()
         self._retrievals: deque[Retrieval] = deque(maxlen=_MAX_RECORDS)
         self._structured: deque[StructuredCall] = deque(maxlen=_MAX_RECORDS)
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def enter(self, span: str, parent: str | None, instance: Any) -> None:
-        """Note a span, and the retriever whose method it is."""
+        """Note a span, and the retriever whose method it is; set what a synthesizer packs by."""
         if not self._listeners:
             return
         with self._lock:
-            _put(self._parents, span, parent)
+            _put(self._spans, span, _Span(parent, isinstance(instance, BaseLLM)))
             if isinstance(instance, VectorIndexRetriever):
                 _put(self._retrievers, span, weakref.ref(instance))
+        if isinstance(instance, BaseSynthesizer):
+            pack_by_model(instance)
 
     def handle(self, event: BaseEvent) -> None:
         """Note what was retrieved, and which template a structured call fills."""
@@ -160,12 +173,19 @@ class Trace:
             around = {None, *self._path(active_span_id.get())}
             return [call for call in self._structured if call.span in around]
 
+    def in_pipeline(self) -> bool:
+        """Whether the running LLM call was made by something else than an LLM: a component, a workflow."""
+        with self._lock:
+            around = [self._spans.get(span) for span in self._path(active_span_id.get())]
+        return any(span is not None and not span.of_llm for span in around)
+
     def _path(self, span: str | None) -> Iterator[str]:
         for _ in range(_MAX_SPANS):
             if span is None:
                 return
             yield span
-            span = self._parents.get(span)
+            known = self._spans.get(span)
+            span = known.parent if known is not None else None
 
     def _root(self, span: str | None) -> str | None:
         root = None
@@ -212,7 +232,13 @@ class _Spans(BaseSpanHandler[BaseSpan]):
         **_: Any,
     ) -> None:
         del bound_args, tags
-        self._trace.enter(id_, parent_id, instance)
+        try:
+            self._trace.enter(id_, parent_id, instance)
+        except RASDError:
+            pass  # of a model that cannot be read: the call that follows raises it
+        except Exception:
+            # The dispatcher swallows what handlers raise; packing goes on by another tokenizer, so say it.
+            logger.exception("A span could not be followed.")
 
     def span_exit(self, id_: str, bound_args: inspect.BoundArguments, *_: Any, **__: Any) -> None:
         # Spans stay until they are pushed out: streams are read after theirs has ended.

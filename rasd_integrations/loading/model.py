@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from rasd_integrations.errors import (
 from rasd_integrations.loading.gguf import LOADING, model_folder, tokenizer_folder
 from rasd_integrations.loading.packaged import packaged_model
 from rasd_integrations.loading.progress import transformers_stage
+from rasd_integrations.option_names import advice
 
 __all__ = [
     "LoadedModel",
@@ -50,7 +52,7 @@ _HUB_KWARGS = (
     "local_files_only",
     "subfolder",
 )
-
+_USUAL_KWARGS = (*_HUB_KWARGS, "attn_implementation", "device_map", "dtype", "quantization_config")
 
 _PLACING = {"device_map", "tp_plan", "device_mesh"}  # who gives one of these says where weights go
 
@@ -272,13 +274,19 @@ def _explained(name: str | Path, part: str = "model") -> Iterator[None]:
             f"smaller or quantised model, or model_kwargs={{'device_map': 'auto'}}."
         )
         raise DeviceMemoryError(msg) from err
+    except TypeError as err:
+        if (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(err))) is None:
+            raise ModelLoadError(_not_loaded(name, part, err)) from err
+        msg = f"model_kwargs has {unknown[1]!r}, which this model does not take. {advice(unknown[1], _USUAL_KWARGS)}"
+        raise ConfigurationError(msg) from err
     except (
         Exception
     ) as err:  # broken files raise nearly anything: struct, safetensors, json, tokenizers
-        msg = (
-            f"Cannot load the {part} of {str(name)!r}: {_first_line(err)} {_next_step(name, part)}"
-        )
-        raise ModelLoadError(msg) from err
+        raise ModelLoadError(_not_loaded(name, part, err)) from err
+
+
+def _not_loaded(name: str | Path, part: str, err: Exception) -> str:
+    return f"Cannot load the {part} of {str(name)!r}: {_first_line(err)} {_next_step(name, part)}"
 
 
 def _first_line(err: Exception) -> str:

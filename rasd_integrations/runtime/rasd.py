@@ -26,6 +26,8 @@ from rasd_integrations.config import (
     SamplingParams,
     SpeculationConfig,
     check_engine,
+    check_model_name,
+    check_passed_on,
     reject_unknown,
 )
 from rasd_integrations.drafters.base import Drafter, check_drafter_spec
@@ -40,11 +42,11 @@ from rasd_integrations.runtime.pipeline import (
     Pipeline,
     Progress,
     Request,
-    encode,
     identity,
     joined,
 )
 from rasd_integrations.stats import DecodingStats
+from rasd_integrations.text.prompt.counting import count_messages, count_text
 from rasd_integrations.types import Generation, TextChunk
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class RASD:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path = "",
         *,
         drafter: str | Path | Drafter | None = "auto",
         drafter_device: str | None = None,
@@ -99,8 +101,12 @@ class RASD:
             ConfigurationError: An option, or a combination, that cannot work.
             RetrievalError: ``store`` cannot be used as a chunk source.
         """
-        reject_unknown(unknown, signature(RASD.__init__).parameters, "RASD")
+        known = set(signature(RASD.__init__).parameters) - {"self", "unknown"}
+        reject_unknown(unknown, known, "RASD")
+        check_model_name(model, "RASD")
         check_engine(context, executor, prefix_cache_bytes)
+        check_passed_on("chat_template_kwargs", chat_template_kwargs or ())
+        check_passed_on("model_kwargs", model_kwargs or ())
         own = speculation or SpeculationConfig()
         if knowledge_transfer:
             own = replace(own, knowledge_transfer=knowledge_transfer)
@@ -237,8 +243,14 @@ class RASD:
         return self._engine.template().encode_chunk(text)
 
     def count_tokens(self, prompt: Prompt, tools: ToolUse | None = None) -> int:
-        """Return the tokens of a prompt as the model reads it, template and tools included."""
-        return len(encode(self._engine.template(), prompt, tools))
+        """Return the tokens of a prompt as the model reads it, template and tools included.
+
+        Parts of a conversation are counted too, also those that could not be asked; nothing has 0 tokens.
+        """
+        template = self._engine.template()
+        if isinstance(prompt, str):
+            return count_text(template, prompt)
+        return count_messages(template, prompt, tools.visible if tools is not None else None)
 
     def stream(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 from fakes_langchain import FakeRASD
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 
 from rasd_integrations.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.langchain import ChatRASD
+from rasd_integrations.langchain import RASDLLM, ChatRASD
 from rasd_integrations.response_format import Grammar
 
 
@@ -87,6 +88,11 @@ def test_constructor_hands_every_engine_option_on():
     [
         ({"modle": "org/one"}, ["modle", "'model'"]),
         ({"model": "org/one", "max_new_tokens": 5}, ["max_new_tokens", "'max_tokens'"]),
+        ({"model_name": "org/one"}, ["model_name", "'model'"]),
+        ({"model": "org/one", "device": "cuda"}, ["'device'", "model_kwargs={'device_map': ...}"]),
+        ({"model": "org/one", "context_window": 9}, ["context_window", "the model's own"]),
+        ({"model": "org/one", "generate_kwargs": {"temperature": 1}}, ["temperature=, top_p="]),
+        ({"model": "org/one", "retrieval": {1: 2}}, ["Unknown option 1", "timeout_s"]),
         ({"model": "org/one", "top_p": 2}, ["top_p", "2.0", "(0, 1]"]),
         ({"model": "org/one", "temperature": "hot"}, ["temperature"]),
         ({"model": "org/one", "context": "everything"}, ["context", "documents"]),
@@ -103,10 +109,20 @@ def test_bad_constructor_options_are_refused_by_name(options, names):
     assert [] == [name for name in names if name not in str(caught.value)]
 
 
-def test_standard_options_of_remote_services_are_taken():
-    """Code that builds any chat model passes a key, an address, a timeout and retries."""
-    remote = {"api_key": "k", "base_url": "http://x", "timeout": 60, "max_retries": 2}
-    assert ChatRASD(model="org/one", streaming=True, **remote).model == "org/one"
+def test_standard_options_of_remote_services_are_taken_and_told(monkeypatch):
+    """Code that builds any chat model passes a key, an address, a timeout and retries; each is named once."""
+    monkeypatch.setattr("rasd_integrations.langchain.base._told", set())
+    remote = {"api_key": "secret", "base_url": "http://x", "timeout": 60}
+    with pytest.warns(UserWarning, match="api_key, base_url, timeout: without effect") as told:
+        llm = ChatRASD(model="org/one", streaming=True, **remote, max_retries=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ChatRASD(model="org/one", **remote)
+    with pytest.warns(UserWarning, match="^max_retries: without effect"):
+        RASDLLM(model="org/one", **remote, max_retries=2)
+    assert llm.model == "org/one"
+    assert [__file__] == [warning.filename for warning in told]
+    assert "secret" not in str(told[0].message)
 
 
 def test_call_options_go_before_the_instances_own(llm):

@@ -117,6 +117,7 @@ def _merged(chunks):
     return functools.reduce(lambda a, b: a + b, chunks)
 
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::langchain_core._api.beta_decorator.LangChainBetaWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning"),
+    pytest.mark.filterwarnings("ignore:.*without effect:UserWarning"),  # options of remote services
+]

@@ -106,7 +106,7 @@ async def test_accumulate(index, llm, mode, how):
 
 async def test_a_tree_names_its_summaries_as_context(index, llm):
     """The call over summaries has them as context; the retrieved nodes are told all the same."""
-    llm._rasd.window, llm.max_tokens = 400, 210
+    llm._rasd.window, llm.max_tokens = 440, 210
     engine = index.as_query_engine(llm=llm, response_mode="tree_summarize", similarity_top_k=4)
     await engine.aquery(QUESTION)
 

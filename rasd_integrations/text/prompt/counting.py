@@ -1,0 +1,49 @@
+"""How many tokens a prompt has, or a part of one: counting is not asking, so nothing is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rasd_integrations.errors import PromptError
+from rasd_integrations.text.prompt.template import ChatTemplate
+from rasd_integrations.types import Message
+
+
+def count_text(template: ChatTemplate, text: str) -> int:
+    """Return the tokens of a prompt that is read as it stands; 0 of an empty one."""
+    return len(template.encode_text(text)) if text else 0
+
+
+def count_messages(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> int:
+    """Return the tokens of messages and tools as the model reads them; 0 of none.
+
+    What cannot be asked (no text, a part that begins in the middle of a conversation, a role that the template
+    refuses) is counted message by message, each with the template's words round a message.
+
+    Raises:
+        ModelLoadError: The model has no chat template.
+    """
+    if not messages:
+        return 0
+    try:
+        return len(template.encode_messages(messages, tools=tools))
+    except PromptError:
+        letter = len(template.encode_chunk("a"))
+        around = len(template.encode_messages([{"role": "user", "content": "a"}], tools=tools))
+        return sum(
+            len(template.encode_chunk(_words(message))) + around - letter for message in messages
+        )
+
+
+def _words(message: Message) -> str:
+    content = message.get("content") or ""
+    blocks = [content] if isinstance(content, str) else content
+    texts = [b if isinstance(b, str) else str(dict(b).get("text") or "") for b in blocks]
+    calls = message.get("tool_calls")
+    return "".join(texts) + (json.dumps(calls, default=str) if calls else "")
