@@ -6,8 +6,7 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading import load_model
 from rasd_integrations.loading.gguf import cache_folder
 from rasd_integrations.loading.identity import model_identity
+from rasd_integrations.runtime.own_thread import in_own_thread
 
 
 class SharedModel:
@@ -143,9 +143,8 @@ def shared_model(
         if known is None:
             # In a thread that ends: OpenMP keeps a team for each that lives, and once the teams outnumber the
             # cores, every step of the others takes twice as long (docs/explanation/experiments.md).
-            what = name, model_kwargs, device, executor
-            with ThreadPoolExecutor(1) as own:
-                known = _loaded[key] = own.submit(_load, *what).result()
+            load = partial(_load, name, model_kwargs, device, executor)
+            known = _loaded[key] = in_own_thread(load)
         return known
 
 

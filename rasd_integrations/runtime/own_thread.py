@@ -1,0 +1,38 @@
+"""Work in a thread that ends with it, and that Ctrl-C reaches."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+def in_own_thread(work: Callable[[], _T]) -> _T:
+    """Return what ``work`` returns, or raise what it raises; run it in a thread of its own.
+
+    Python interrupts the main thread only, which here does nothing but wait. A ``KeyboardInterrupt`` is handed on to
+    the working thread, which takes it at its next line of Python and cleans up as if it had been the main one.
+    """
+    done: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as err:  # noqa: BLE001 -- raised again where the result is waited for
+            done.set_exception(err)
+
+    thread = threading.Thread(target=run, name="rasd-load")
+    thread.start()
+    try:
+        return done.result()
+    except KeyboardInterrupt:
+        if thread.is_alive():
+            what = ctypes.py_object(KeyboardInterrupt)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), what)
+        raise
+    finally:
+        thread.join()
