@@ -235,14 +235,23 @@ def template_text(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
     named = options.get("chat_template")
     if not (named or tokenizer.chat_template):
         return ""
-    return str(tokenizer.get_chat_template(named, tools=[_PROBE_TOOL]))
+    try:
+        return str(tokenizer.get_chat_template(named, tools=[_PROBE_TOOL]))
+    except ValueError:  # several templates with names, none of them the default
+        return ""
 
 
 def special_among(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[str, ...]:
     """Return those of ``texts`` that are control tokens of the vocabulary."""
-    known = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    special = {str(token) for token in known if token.special} | set(tokenizer.all_special_tokens)
+    special = special_texts(tokenizer)
     return tuple(text for text in texts if text in special)
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the control tokens of the vocabulary, as texts."""
+    known = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {str(token) for token in known if token.special}
+    return frozenset(filter(None, special | set(tokenizer.all_special_tokens)))
 
 
 def _family(template: str) -> ToolFormat | None:

@@ -1,67 +1,142 @@
-"""Control tokens written inside content: found, and cut in two so that they stay text."""
+"""Control tokens written inside data: found, and cut in two so that they stay text."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rasd_integrations.text.tool_formats import special_texts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Private-use characters: no template trims them. Pairs with a number, should a text hold every one.
+_SINGLE_MARKS = range(0xF8FF, 0xDFFF, -1)
+
+# Of a subclass, an enumeration's say, the value that JSON writes.
+_EXACT: dict[type, Callable[[Any], object]] = {str: str.__str__, int: int, float: float}
+
 
 class ControlTokens:
-    """The special tokens of a tokenizer, as strings that must not be parsed inside content."""
+    """The control tokens of a tokenizer, which must not be parsed inside data.
+
+    Attributes:
+        texts: The tokens as strings.
+        ids: The id of each, save the unknown token, which any strange character may become.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Collect the special tokens; those of one character cannot be cut and stay as they are."""
-        known = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        texts = {str(t) for t in known if t.special} | set(tokenizer.all_special_tokens)
-        self._texts = frozenset(t for t in texts if len(t) > 1)
-        self._lengths = sorted({len(t) for t in self._texts})
-        first = "".join(sorted({re.escape(t[0]) for t in self._texts}))
+        """Collect the tokenizer's special tokens."""
+        self.texts = special_texts(tokenizer)
+        found: dict[str, Any] = {text: tokenizer.convert_tokens_to_ids(text) for text in self.texts}
+        self.ids = {text: int(i) for text, i in found.items() if i != tokenizer.unk_token_id}
+        self._lengths = sorted({len(t) for t in self.texts})
+        first = "".join(sorted({re.escape(t[0]) for t in self.texts}))
         self._first = re.compile(f"[{first}]") if first else None
+        parts = [(t[:n], t[n:]) for t in self.texts for n in range(1, len(t))]
+        self._heads = frozenset(head for head, _ in parts)
+        self._tails = frozenset(tail for _, tail in parts)
 
-    def cut(self, value: Any) -> tuple[Any, str]:
-        """Return ``value`` with a mark inside every control token of its strings, and the mark.
+    def cut(self, value: Any) -> tuple[Any, re.Pattern[str]]:
+        """Return ``value`` with a mark inside every control token of its strings, and what finds the mark.
 
-        Strings are found in mappings and lists at any depth; roles and keys are left alone. The mark
-        stands nowhere else in ``value``: what is joined round it may be split at it again.
+        Strings are found as keys and values, at any depth. A string that begins or ends with part of a
+        control token is marked there too: what a template writes next to it could complete the token.
+        The mark stands nowhere else in ``value``: what a template makes of it is split there again, also
+        where it was escaped as JSON.
         """
         texts = list(_strings(value))
-        # Private-use characters: no template trims or escapes them.
-        marks = (f"\uf8f0{number}\uf8f1" for number in itertools.count())
-        mark = next(m for m in marks if not any(m in text for text in texts))
-        return _map_strings(value, lambda text: self._cut_text(text, mark)), mark
+        numbered = (f"\uf8f0{number}\uf8f1" for number in itertools.count())
+        marks = itertools.chain(map(chr, _SINGLE_MARKS), numbered)
+        mark = next(m for m in marks if not any(f in t for t in texts for f in _forms(m)))
+        seams = re.compile("|".join(map(re.escape, _forms(mark))))
+        return _map_strings(value, lambda text: self._cut_text(text, mark)), seams
+
+    def found(self, text: str) -> list[tuple[int, int]]:
+        """Return where the control tokens of a text begin and end, as a tokenizer splits at them."""
+        spans: list[tuple[int, int]] = []
+        for start in self._starts(text):
+            if not spans or start >= spans[-1][1]:
+                spans.append((start, start + self._length_at(text, start)))
+        return spans
+
+    def _starts(self, text: str) -> Iterator[int]:
+        places = (match.start() for match in self._first.finditer(text)) if self._first else ()
+        return (place for place in places if self._length_at(text, place))
+
+    def _length_at(self, text: str, start: int) -> int:
+        """Return the length of the longest control token that begins at ``start``, 0 without one."""
+        # A set look-up a length: vocabularies have thousands of these, in a few lengths.
+        lengths = (n for n in reversed(self._lengths) if text[start : start + n] in self.texts)
+        return next(lengths, 0)
 
     def _cut_text(self, text: str, mark: str) -> str:
-        if self._first is None:
-            return text
-        pieces, done = [], 0
-        for match in self._first.finditer(text):
-            at = match.start()
-            # A set look-up a length: vocabularies have thousands of these, in a few lengths.
-            if any(text[at : at + length] in self._texts for length in self._lengths):
-                pieces.append(text[done : at + 1])
-                done = at + 1
-        return mark.join([*pieces, text[done:]])
+        places: set[int] = set()
+        for start in self._starts(text):
+            # One of a single character cannot be cut: it becomes a piece of its own.
+            places |= {start + 1, start} if text[start] in self.texts else {start + 1}
+        longest = max(self._lengths, default=1)
+        end = len(text.rstrip())
+        if any(text[max(0, end - n) : end] in self._heads for n in range(1, longest)):
+            places.add(end)
+        begin = len(text) - len(text.lstrip())
+        if any(text[begin : begin + n] in self._tails for n in range(1, longest)):
+            places.add(begin)
+        borders = [0, *sorted(places), len(text)]
+        return mark.join(text[a:b] for a, b in itertools.pairwise(borders))
+
+
+def plain_data(value: Any) -> Any:
+    """Return ``value`` as JSON knows it; what JSON has no form for is written as text.
+
+    Templates print and escape whatever they are given, and fail at what is no JSON.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    for kind, exact in _EXACT.items():
+        if isinstance(value, kind):
+            return exact(value)
+    if isinstance(value, Mapping):
+        return {_key(key): plain_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_data(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((plain_data(item) for item in value), key=repr)
+    return str(value)
+
+
+def _forms(mark: str) -> tuple[str, str]:
+    """Return a mark as it is, and as JSON escapes it."""
+    return mark, json.dumps(mark)[1:-1]
+
+
+def _key(key: Any) -> str:
+    # As JSON writes them: None is "null", True is "true".
+    return key if isinstance(key, str) else str(json.dumps(plain_data(key)))
 
 
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from _strings(list(value.values()))
+        for item in itertools.chain(value.keys(), value.values()):
+            yield from _strings(item)
     elif isinstance(value, list | tuple):
-        yield from itertools.chain.from_iterable(map(_strings, value))
+        for item in value:
+            yield from _strings(item)
 
 
-def _map_strings(value: Any, change: Callable[[str], str], key: object = None) -> Any:
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return value if key == "role" else change(value)
+        return change(value)
     if isinstance(value, Mapping):
-        return {k: _map_strings(v, change, k) for k, v in value.items()}
+        return {
+            change(key) if isinstance(key, str) else key: _map_strings(item, change)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [_map_strings(v, change) for v in value]
+        return [_map_strings(item, change) for item in value]
     return value

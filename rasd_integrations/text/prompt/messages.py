@@ -7,6 +7,7 @@ from typing import Any
 
 from rasd_integrations.errors import PromptError
 from rasd_integrations.text.answer.parser import parsed_arguments
+from rasd_integrations.text.prompt.control import plain_data
 from rasd_integrations.text.tool_formats import FALLBACK, ToolFormat, results_as_text
 from rasd_integrations.types import Message
 
@@ -20,9 +21,13 @@ def plain_message(message: Message) -> dict[str, Any]:
     Fields that are there but empty are left out: templates ask whether they are there.
 
     Raises:
-        PromptError: The role is unknown, the content has blocks that are not text, or a tool call has
+        PromptError: It is no mapping, the role is unknown, the content has blocks that are not text, or a tool call has
             no name.
     """
+    given: object = message
+    if not isinstance(given, Mapping):
+        msg = f"A message is a {type(message).__name__}, but must be a mapping of role and content."
+        raise PromptError(msg)
     role = message.get("role")
     if role not in ROLES:
         msg = f"A message has the role {role!r}. Use one of {', '.join(ROLES)}."
@@ -31,7 +36,7 @@ def plain_message(message: Message) -> dict[str, Any]:
     plain["content"] = _text(message.get("content"))
     if calls := plain.get("tool_calls"):
         plain["tool_calls"] = [_plain_call(call) for call in calls]
-    return plain
+    return dict(plain_data(plain))
 
 
 def fold_roles(
@@ -40,8 +45,8 @@ def fold_roles(
     """Return the conversation in alternating user and assistant turns, for templates that take no other.
 
     System text goes before the first user text, tool results become user text, tool calls become text
-    of the assistant in the markup of ``format``, and neighbours of the same role are joined. Thoughts
-    are left out.
+    of the assistant in the markup of ``format``, and neighbours of the same role are joined. Where the
+    assistant speaks first, it follows an empty turn of the user. Thoughts are left out.
     """
     system = "\n\n".join(m["content"] for m in messages if m["role"] in ("system", "developer"))
     turns: list[dict[str, Any]] = [{"role": "user", "content": system}] if system else []
@@ -53,6 +58,8 @@ def fold_roles(
         content = "\n".join(part for part in parts if part)
         if turns and turns[-1]["role"] == role:
             content = "\n\n".join(part for part in (turns.pop()["content"], content) if part)
+        elif not turns and role == "assistant":
+            turns.append({"role": "user", "content": ""})
         turns.append({"role": role, "content": content})
     return turns
 

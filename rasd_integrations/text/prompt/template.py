@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from rasd_integrations.errors import ModelLoadError, PromptError
 from rasd_integrations.response_format import ToolUse
@@ -19,10 +18,12 @@ from rasd_integrations.text.answer.parser import (
     opens_thought,
     reasoning_format,
 )
-from rasd_integrations.text.prompt.control import ControlTokens
+from rasd_integrations.text.prompt.control import plain_data
+from rasd_integrations.text.prompt.encoding import TextEncoder
 from rasd_integrations.text.prompt.messages import fold_roles, plain_message
 from rasd_integrations.text.tool_formats import (
     ToolFormat,
+    template_text,
     template_tools,
     tool_format,
     with_tool_prompt,
@@ -32,15 +33,33 @@ from rasd_integrations.types import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ANCHOR = "\n"
 _TAIL_TOKENS = 16  # enough for the mark that opens a thought, and white space behind it
-
-# Fast tokenizers raise "Already borrowed" when two threads change their settings at once, and one
-# tokenizer may serve several templates.
-_locks: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = (
-    weakref.WeakKeyDictionary()
+# A template is a program: what it raises besides its own refusals comes of data that it does not expect.
+_REFUSALS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
 )
-_locks_guard = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversation:
+    """What a template is given.
+
+    Attributes:
+        messages: Plain ones.
+        tools: What it is to tell of, if anything.
+        variables: The options of the caller that are data.
+        goes_on: The last message is the beginning of the answer.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    variables: dict[str, Any]
+    goes_on: bool
 
 
 class ChatTemplate:
@@ -60,32 +79,35 @@ class ChatTemplate:
         """Wrap ``tokenizer``; ``chat_template_kwargs`` go straight to its template."""
         self.tokenizer = tokenizer
         self._kwargs = dict(chat_template_kwargs or {})
-        with _locks_guard:
-            self._lock = _locks.setdefault(tokenizer, threading.Lock())
-        self._control = ControlTokens(tokenizer)
-        bos = tokenizer.bos_token_id
-        starts_with_bos = bos is not None and self._ids("", special=True)[:1] == [bos]
-        self._bos: list[int] = [bos] if starts_with_bos else []
-        self._anchor = self._ids(_ANCHOR)
-        # Sentencepiece writes a space before every text it is given, also before the rest of a cut one.
-        self._adds_space = self._ids("a") != self._ids(f"{_ANCHOR}a")[len(self._anchor) :]
+        own = {"chat_template", *tokenizer.special_tokens_map}
+        self._own = {name: value for name, value in self._kwargs.items() if name in own}
+        self._variables = {name: value for name, value in self._kwargs.items() if name not in own}
+        self._encoder = TextEncoder(tokenizer)
 
     def encode_messages(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
         """Return the ids of a conversation, ready for the answer.
 
-        A last message of the assistant is continued instead of answered. Control tokens written inside
-        content, tools or tool calls stay text.
+        A last message of the assistant is continued instead of answered. Nothing but the template's own
+        text is read as control tokens: they stay text inside content, tools, calls, and the names and
+        values of ``chat_template_kwargs``, save those that name the tokenizer's own special tokens.
 
         Raises:
             PromptError: No text, an unknown role, content that is not text, or a conversation that the
                 template refuses.
-            ModelLoadError: The model has no chat template.
+            ModelLoadError: The model has no chat template, or a broken one.
         """
-        plain, shown = self._with_tools(_checked(messages), tools)
-        conversation, mark = self._control.cut((plain, shown))
-        return self._encode_cut(self._render(*conversation).split(mark))
+        try:
+            given = self._conversation(messages, tools)
+            parts = (given.messages, given.tools, given.variables)
+            (told, shown, variables), seams = self._encoder.control.cut(parts)
+            # Roles choose the template's own text; they are known words.
+            told = [{**m, "role": old["role"]} for m, old in zip(told, given.messages, strict=True)]
+            cut = replace(given, messages=told, tools=shown, variables=variables)
+            return self._encoder.joined(seams.split(self._render(cut)))
+        except RecursionError as err:
+            raise _too_deep() from err
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
@@ -94,9 +116,12 @@ class ChatTemplate:
 
         Raises:
             PromptError: As :meth:`encode_messages`.
-            ModelLoadError: The model has no chat template.
+            ModelLoadError: As :meth:`encode_messages`.
         """
-        return self._render(*self._with_tools(_checked(messages), tools))
+        try:
+            return self._render(self._conversation(messages, tools))
+        except RecursionError as err:
+            raise _too_deep() from err
 
     def parser(self, tools: ToolUse | None, *, thinking: bool) -> AnswerParser:
         """Return what takes thoughts and calls out of one answer's text.
@@ -148,100 +173,82 @@ class ChatTemplate:
         if not text:
             msg = "The prompt is empty. Give at least one character of text."
             raise PromptError(msg)
-        ids = self._ids(text)
-        return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
+        return self._encoder.whole(text)
 
     def encode_chunk(self, text: str) -> list[int]:
         """Return the ids of a piece of text: no special tokens, and control tokens in it stay text."""
-        cut, mark = self._control.cut(text)
-        return self._encode_cut(cut.split(mark))
+        return self._encoder.data(text)
 
-    def _with_tools(
-        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-    ) -> tuple[list[dict[str, Any]], Sequence[Mapping[str, Any]] | None]:
+    @cached_property
+    def exists(self) -> bool:
+        """Whether there is a chat template: the tokenizer's own, or one given as an option."""
+        return bool(template_text(self.tokenizer, self._kwargs))
+
+    def _conversation(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> _Conversation:
         """Return what the template is given; one that knows no tools gets them as text."""
-        form = self.tool_format
-        return with_tool_prompt(messages, tools or (), form), template_tools(tools or (), form)
+        plain, form = _checked(messages), self.tool_format
+        listed = [plain_data(tool) for tool in tools or ()]
+        goes_on = plain[-1]["role"] == "assistant" and not plain[-1].get("tool_calls")
+        told = with_tool_prompt(plain, listed, form)
+        return _Conversation(told, template_tools(listed, form), self._variables, goes_on)
 
-    def _render(
-        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-    ) -> str:
-        if not (self.tokenizer.chat_template or "chat_template" in self._kwargs):
+    def _render(self, given: _Conversation) -> str:
+        if not self.exists:
             msg = (
                 "The model's tokenizer has no chat template. Use a plain text prompt, or pass one with "
                 "chat_template_kwargs={'chat_template': ...}."
             )
             raise ModelLoadError(msg)
         try:
-            text = self._apply(messages, tools)
-        except TemplateError as refusal:
-            return self._apply_folded(messages, tools, refusal)
-        if _missing(messages, text):  # a template may pass over roles it does not know, in silence
-            folded = fold_roles(messages, self.tool_format)
+            text = self._apply(given)
+        except TemplateSyntaxError as err:
+            msg = f"The chat template is broken: {err.message} in line {err.lineno}. Correct it."
+            raise ModelLoadError(msg) from err
+        except _REFUSALS as refusal:
+            return self._apply_folded(given, refusal)
+        if _missing(given.messages, text):  # a template may pass over roles it does not know
+            folded = self._folded(given)
             try:
-                second = self._apply(folded, tools)
-            except TemplateError:
+                second = self._apply(folded)
+            except _REFUSALS:
                 return text
-            return text if _missing(folded, second) else second
+            return text if _missing(folded.messages, second) else second
         return text
 
-    def _apply_folded(
-        self,
-        messages: list[dict[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        refusal: TemplateError,
-    ) -> str:
+    def _folded(self, given: _Conversation) -> _Conversation:
+        return replace(given, messages=fold_roles(given.messages, self.tool_format))
+
+    def _apply_folded(self, given: _Conversation, refusal: Exception) -> str:
         try:
-            return self._apply(fold_roles(messages, self.tool_format), tools)
-        except TemplateError:
+            return self._apply(self._folded(given))
+        except _REFUSALS:
             msg = f"The model's chat template refuses these messages: {refusal}. Change their roles or order."
             raise PromptError(msg) from refusal
 
-    def _apply(
-        self, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-    ) -> str:
-        last = messages[-1]
-        prefill = last["role"] == "assistant" and not last.get("tool_calls")
-        if not prefill:
-            return self._template(messages, tools, add_generation_prompt=True)
+    def _apply(self, given: _Conversation) -> str:
+        *before, last = given.messages
+        if not given.goes_on:
+            return self._template(given, given.messages, add_generation_prompt=True)
         if not last["content"].strip():
-            return self._template(messages[:-1], tools, add_generation_prompt=True)
+            return self._template(given, before, add_generation_prompt=True)
         try:
-            return self._template(messages, tools, continue_final_message=True)
+            return self._template(given, given.messages, continue_final_message=True)
         except ValueError:  # the template rewrites the last message, so its end cannot be found
-            head = self._template(messages[:-1], tools, add_generation_prompt=True)
+            head = self._template(given, before, add_generation_prompt=True)
             return f"{head}{last['content']}"
 
-    def _template(
-        self,
-        messages: list[dict[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        **mode: bool,
-    ) -> str:
-        options = {**mode, **self._kwargs}
-        listed: Any = list(tools) if tools else None
-        return str(
-            self.tokenizer.apply_chat_template(messages, tools=listed, tokenize=False, **options)
-        )
+    def _template(self, given: _Conversation, messages: list[dict[str, Any]], **mode: bool) -> str:
+        options: Any = {**mode, "tools": given.tools or None, **given.variables, **self._own}
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
-    def _encode_cut(self, parts: list[str]) -> list[int]:
-        ids = self._ids(parts[0])
-        for part in parts[1:]:
-            ids.extend(self._continued(part))
-        return ids
 
-    def _continued(self, text: str) -> list[int]:
-        """Return the ids of a text that goes on after another, without the space of a beginning."""
-        if self._adds_space:
-            ids = self._ids(_ANCHOR + text)
-            if ids[: len(self._anchor)] == self._anchor:
-                return ids[len(self._anchor) :]
-        return self._ids(text)
-
-    def _ids(self, text: str, *, special: bool = False) -> list[int]:
-        text = text.encode("utf-8", "replace").decode()  # lone surrogates are no text: "?"
-        with self._lock:
-            return list(self.tokenizer.encode(text, add_special_tokens=special, verbose=False))
+def _too_deep() -> PromptError:
+    msg = (
+        "The messages, tools or template options are nested too deeply to be written. Flatten them."
+    )
+    return PromptError(msg)
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:

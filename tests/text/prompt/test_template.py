@@ -204,6 +204,41 @@ def test_refused_roles_are_folded():
     assert expected == chat(ALTERNATING).render(CONVERSATION)
 
 
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        ("au", "[user][assistant]a0[user]u1[assistant]"),
+        ("aauu", "[user][assistant]a0\n\na1[user]u2\n\nu3[assistant]"),
+        ("sau", "[user]s0[assistant]a1[user]u2[assistant]"),
+        ("uus", "[user]s2\n\nu0\n\nu1[assistant]"),
+        ("ua", "[user]u0[assistant]a1"),
+        ("a", "[user][assistant]a0"),
+        ("s", "[user]s0[assistant]"),
+        ("t", "[user]<tool_response>\nt0\n</tool_response>[assistant]"),
+        ("ca", "[user][assistant]CALL\n\na1"),
+        ("uc", "[user]u0[assistant]CALL[assistant]"),
+        (
+            "ctu",
+            "[user][assistant]CALL[user]<tool_response>\nt1\n</tool_response>\n\nu2[assistant]",
+        ),
+    ],
+)
+def test_every_order_of_roles_has_a_normal_form(roles, expected):
+    """Fault 3: whoever speaks first or twice, and wherever system and tools come in, an alternating template takes it.
+
+    An empty turn of the user stands before an assistant who speaks first; calls at the end are answered, not gone on with.
+    """
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    messages = [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        if role == "c"
+        else {"role": names[role], "content": f"{role}{place}"}
+        for place, role in enumerate(roles)
+    ]
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    assert expected.replace("CALL", call) == chat(ALTERNATING).render(messages)
+
+
 def test_roles_passed_over_in_silence_are_folded():
     """A template that drops a role without a word does not lose a tool's result."""
     rendered = chat(SILENT).render(CONVERSATION)
