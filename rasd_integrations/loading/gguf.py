@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrain
 
 from rasd_integrations.errors import MissingDependencyError
 from rasd_integrations.loading.progress import transformers_stage
+from rasd_integrations.loading.turns import turn_end_ids
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ logger = logging.getLogger(__name__)
 LOADING = threading.RLock()
 _HEAD_BYTES = 1 << 20
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
-# How chat models of the common families end a turn. A GGUF file names one end token only.
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|end_of_turn|>")
 
 
 def cache_folder() -> Path:
@@ -179,9 +178,9 @@ def _dequantise(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    template = tokenizer.chat_template or ""
-    vocabulary = tokenizer.get_vocab()
-    ids = {vocabulary[end] for end in _TURN_ENDS if end in template and end in vocabulary}
+    ids = set(
+        turn_end_ids(tokenizer, str(tokenizer.chat_template or ""))
+    )  # a GGUF file names one end
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return sorted(ids)

@@ -22,6 +22,7 @@ from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import ChunkSource
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
+from rasd_integrations.text.answer.stop import ended_at
 from rasd_integrations.text.answer.stream import stream_text
 from rasd_integrations.text.prompt.template import ChatTemplate
 from rasd_integrations.types import (
@@ -117,8 +118,9 @@ class Pipeline:
         parser = None
         grammar: GrammarState | None = None
         thinking = False
-        if not isinstance(request.prompt, str):
-            thinking = template.opens_thought(prompt_ids)
+        stops = template.stops(params.stop, chat=not isinstance(request.prompt, str))
+        if not isinstance(plan.target, str):
+            thinking = template.opens_thought(prompt_ids, plan.target)
             parser = template.parser(tools, thinking=thinking)
         if request.bound:
             grammar = self._grammar(request, params.max_tokens, thinking=thinking)
@@ -133,12 +135,15 @@ class Pipeline:
         if gate is not None:
             tokens = len(prompt_ids) + params.max_tokens
             blocks = _gated(blocks, gate(tokens * self.decoder.bytes_per_token))
+        if stops.ends:
+            blocks = ended_at(blocks, stops.ends)
         kept = () if parser is None else template.kept_control(tools)
-        detokenizer = IncrementalDetokenizer(template.tokenizer, kept)
+        detokenizer = IncrementalDetokenizer(template.tokenizer, kept, stops.marks)
         single = tools is not None and not tools.parallel
         return stream_text(
-            blocks, detokenizer, params.stop, lambda: stats,
-            parser=parser, most_calls=1 if single else None, count_tokens=self._count_tokens,
+            blocks, detokenizer, stops.texts, lambda: stats, parser=parser,
+            most_calls=1 if single else None, hidden="".join(stops.marks.values()),
+            count_tokens=self._count_tokens,
         )  # fmt: skip
 
     def warm(self, documents: Sequence[Prompt], progress: Progress | None) -> None:
@@ -197,7 +202,8 @@ class Pipeline:
         from rasd_integrations.text.grammar.compiler import grammar_compiler
 
         template, target = self.template, self.decoder.target
-        compiler = grammar_compiler(template.tokenizer, target.vocab_size, target.eos_ids)
+        ends = target.eos_ids | template.turn_ends
+        compiler = grammar_compiler(template.tokenizer, target.vocab_size, ends)
         thought_end = template.reasoning.end if thinking and template.reasoning else None
         return compiler.state(
             request.params.grammar, request.tools, template.tool_format,
@@ -262,7 +268,7 @@ def head_ids(template: ChatTemplate, document: Prompt) -> list[int]:
     A text is the head of the first user message, or of a plain prompt where there is no template.
     """
     if isinstance(document, str):
-        if not template.tokenizer.chat_template:
+        if not template.exists:
             return template.encode_text(document)
         document = [{"role": "user", "content": document}]
     *before, last = document

@@ -47,6 +47,7 @@ from rasd_integrations.runtime.pipeline import (
 )
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.prompt.counting import count_messages, count_text
+from rasd_integrations.text.prompt.template import check_template_options
 from rasd_integrations.types import Generation, TextChunk
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class RASD:
         check_engine(context, executor, prefix_cache_bytes)
         check_passed_on("chat_template_kwargs", chat_template_kwargs or ())
         check_passed_on("model_kwargs", model_kwargs or ())
+        check_template_options(chat_template_kwargs or {})
         own = speculation or SpeculationConfig()
         if knowledge_transfer:
             own = replace(own, knowledge_transfer=knowledge_transfer)
@@ -202,8 +204,8 @@ class RASD:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model's tokenizer can format messages; reads the tokenizer only."""
-        return bool(self._engine.template().tokenizer.chat_template)
+        """Whether messages can be formatted: by the tokenizer's template or an option's; reads the tokenizer only."""
+        return self._engine.template().exists
 
     @property
     def has_reasoning(self) -> bool:

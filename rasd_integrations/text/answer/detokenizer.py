@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,9 +22,21 @@ class IncrementalDetokenizer:
     clean-up of spaces that some tokenizers ask for (it would change code and quoted text).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, kept: Collection[str] = ()) -> None:
-        """Start an empty text in which the control tokens ``kept`` are written out."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        kept: Collection[str] = (),
+        marks: Mapping[int, str] | None = None,
+    ) -> None:
+        """Start an empty text.
+
+        Args:
+            tokenizer: The model's own.
+            kept: Control tokens that are written out.
+            marks: What is written for other control tokens, by id; those not named are left out.
+        """
         self._tokenizer = tokenizer
+        self._marks = dict(marks or {})
         ids: Any = tokenizer.convert_tokens_to_ids(list(kept))
         added = getattr(tokenizer, "added_tokens_decoder", {}).items()
         control = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
@@ -35,6 +47,10 @@ class IncrementalDetokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """Return the text that ``ids`` complete; bytes of an unfinished character are held back."""
+        for place, token in enumerate(ids):
+            if token in self._marks and token in self._skipped:
+                before, mark = self.push(ids[:place]), self._marks[token]
+                return f"{before}{mark}{self.push(ids[place + 1 :])}"
         self._window.extend(i for i in ids if i not in self._skipped)
         # A run of byte-fallback tokens decodes as one: a single invalid byte spoils all of it, so it
         # is read only when another token ends it.

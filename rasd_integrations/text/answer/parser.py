@@ -79,7 +79,7 @@ def reasoning_format(
     template = template_text(tokenizer, chat_template_kwargs or {})
     added = tokenizer.get_added_vocab()
     for begin, end in _THOUGHTS:
-        if end in template or end in added:
+        if any(mark in template for mark in (begin, end)) or end in added:
             return ReasoningFormat(begin, end, special_among(tokenizer, (begin, end)))
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
@@ -19,6 +20,7 @@ def stream_text(
     *,
     parser: AnswerParser | None = None,
     most_calls: int | None = None,
+    hidden: str = "",
     count_tokens: Callable[[str], int] = len,
 ) -> Iterator[TextChunk]:
     """Yield the answer in ``blocks``, one chunk a block.
@@ -30,39 +32,59 @@ def stream_text(
         stats: What the last chunk carries, read when decoding has ended.
         parser: Takes thoughts and calls out of the text; ``None``: all is text.
         most_calls: The answer ends before one call more.
+        hidden: Characters that stop strings are searched with, but nothing shows.
         count_tokens: Measures the thoughts, for the statistics.
     """
     matcher = StopMatcher(stop)
+    # What stands before a stop string is known token by token only: calls before it count.
+    singly = parser is not None and bool(stop)
+    shown = str.maketrans("", "", hidden)
     thoughts: list[str] = []
     try:
         for block in blocks:
             reason = block.finish_reason
-            raw = detokenizer.push(block.token_ids)
-            if reason is not None:
-                raw += detokenizer.flush()
-            piece = _parsed(parser, raw, ended=reason is not None)
-            text = matcher.push(piece.text)
-            if reason is not None:
-                text += matcher.flush()
+            piece = Parsed()
+            for raw, ended in _texts(detokenizer, block, singly=singly):
+                begun = parser.num_calls if parser is not None else 0
+                found = _parsed(parser, raw, ended=ended)
+                text = matcher.push(found.text) + (matcher.flush() if ended else "")
+                calls = found.tool_calls
+                if matcher.stopped:  # what begins with it is behind it
+                    calls = tuple(call for call in calls if call.index < begun)
+                piece = piece.joined(Parsed(text, found.reasoning, calls))
+                if matcher.stopped:
+                    break
             calls = piece.tool_calls
             if matcher.stopped:
-                reason, calls = "stop", ()  # calls stand behind the text that ended here
+                reason = "stop"
             elif most_calls is not None and any(call.index >= most_calls for call in calls):
                 reason, calls = "tool_calls", tuple(c for c in calls if c.index < most_calls)
             elif reason == "stop" and parser is not None and parser.num_calls:
                 reason = "tool_calls"
-            thoughts.append(piece.reasoning)
+            text, thought = piece.text.translate(shown), piece.reasoning.translate(shown)
+            calls = tuple(replace(c, arguments=c.arguments.translate(shown)) for c in calls)
+            thoughts.append(thought)
             if reason is None:
-                yield TextChunk(text, block.token_ids, reasoning=piece.reasoning, tool_calls=calls)
+                yield TextChunk(text, block.token_ids, reasoning=thought, tool_calls=calls)
                 continue
             _close(blocks)  # before the statistics are read: the engine ends them when it stops
             final = stats()
             if any(thoughts):
                 final.reasoning_tokens = count_tokens("".join(thoughts))
-            yield TextChunk(text, block.token_ids, reason, final, piece.reasoning, calls)
+            yield TextChunk(text, block.token_ids, reason, final, thought, calls)
             return
     finally:
         _close(blocks)
+
+
+def _texts(
+    detokenizer: IncrementalDetokenizer, block: TokenBlock, *, singly: bool
+) -> Iterator[tuple[str, bool]]:
+    """Yield the text of a block, whole or token by token, and whether the answer has ended with it."""
+    for ids in ((token,) for token in block.token_ids) if singly else (block.token_ids,):
+        yield detokenizer.push(ids), False
+    if block.finish_reason is not None:
+        yield detokenizer.flush(), True
 
 
 def _parsed(parser: AnswerParser | None, text: str, *, ended: bool) -> Parsed:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from rasd_integrations.errors import ModelLoadError, PromptError
+from rasd_integrations.errors import ConfigurationError, ModelLoadError, PromptError
+from rasd_integrations.loading.turns import turn_end_ids
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.text.answer.parser import (
     AnswerParser,
@@ -18,6 +19,7 @@ from rasd_integrations.text.answer.parser import (
     opens_thought,
     reasoning_format,
 )
+from rasd_integrations.text.answer.stop import Stops
 from rasd_integrations.text.prompt.control import plain_data
 from rasd_integrations.text.prompt.encoding import TextEncoder
 from rasd_integrations.text.prompt.messages import fold_roles, plain_message
@@ -43,6 +45,34 @@ _REFUSALS = (
     AttributeError,
     ArithmeticError,
 )
+
+
+# What transformers' `apply_chat_template` and the template itself are given by us.
+_RESERVED = frozenset(
+    {
+        "add_generation_prompt", "continue_final_message", "conversation", "conversations", "max_length", "messages",
+        "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+        "sanitize_control_tokens", "tokenizer_kwargs", "tools", "truncation",
+    }
+)  # fmt: skip
+
+
+def check_template_options(options: Mapping[str, Any]) -> None:
+    """Check ``chat_template_kwargs``.
+
+    Raises:
+        ConfigurationError: A name that the template is given by a call, or a template that is no text.
+    """
+    if taken := sorted(_RESERVED.intersection(options)):
+        msg = (
+            f"chat_template_kwargs has {', '.join(taken)}, which each call sets itself. Leave it out; messages and "
+            f"tools go to the call."
+        )
+        raise ConfigurationError(msg)
+    template = options.get("chat_template")
+    if template is not None and not (isinstance(template, str) and template):
+        msg = f"chat_template_kwargs['chat_template'] is {template!r}, but must be a Jinja template as text."
+        raise ConfigurationError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +169,20 @@ class ChatTemplate:
             forced=bool(tools and tools.forced),
         )
 
-    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether a prompt ends inside a thought that the template has begun."""
-        if self.reasoning is None:
+    def opens_thought(self, prompt_ids: Sequence[int], messages: Sequence[Message]) -> bool:
+        """Whether the prompt of ``messages`` ends inside a thought.
+
+        The template has begun it, or a last message of the assistant that is continued.
+        """
+        form, last = self.reasoning, plain_message(messages[-1])
+        if form is None:
             return False
-        tail = self.tokenizer.decode(list(prompt_ids[-_TAIL_TOKENS:]), skip_special_tokens=False)
-        return opens_thought(str(tail), self.reasoning)
+        begun = last["content"].strip() if _continued(last) else ""
+        size = _TAIL_TOKENS + len(self.encode_chunk(begun))
+        tail = self.tokenizer.decode(list(prompt_ids[-size:]), skip_special_tokens=False)
+        head = str(tail)[: str(tail).rfind(begun)] if begun else str(tail)
+        inside = begun.startswith(form.begin) or opens_thought(head, form)
+        return inside and form.end not in begun
 
     def kept_control(self, tools: ToolUse | None) -> tuple[str, ...]:
         """Return the control tokens that an answer's text must keep for its parser."""
@@ -179,6 +217,17 @@ class ChatTemplate:
         """Return the ids of a piece of text: no special tokens, and control tokens in it stay text."""
         return self._encoder.data(text)
 
+    def stops(self, stop: Sequence[str], *, chat: bool) -> Stops:
+        """Return what ends an answer: the call's stop strings, and after messages the template's own ends."""
+        return Stops.of(stop, self._encoder.control, self.turn_ends if chat else ())
+
+    @cached_property
+    def turn_ends(self) -> frozenset[int]:
+        """The tokens that end a turn of a template given as an option, which the model's config cannot know."""
+        if not self._own.get("chat_template"):
+            return frozenset()
+        return turn_end_ids(self.tokenizer, template_text(self.tokenizer, self._own))
+
     @cached_property
     def exists(self) -> bool:
         """Whether there is a chat template: the tokenizer's own, or one given as an option."""
@@ -190,9 +239,8 @@ class ChatTemplate:
         """Return what the template is given; one that knows no tools gets them as text."""
         plain, form = _checked(messages), self.tool_format
         listed = [plain_data(tool) for tool in tools or ()]
-        goes_on = plain[-1]["role"] == "assistant" and not plain[-1].get("tool_calls")
-        told = with_tool_prompt(plain, listed, form)
-        return _Conversation(told, template_tools(listed, form), self._variables, goes_on)
+        told, shown = with_tool_prompt(plain, listed, form), template_tools(listed, form)
+        return _Conversation(told, shown, self._variables, goes_on=_continued(plain[-1]))
 
     def _render(self, given: _Conversation) -> str:
         if not self.exists:
@@ -260,6 +308,11 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
         msg = "The prompt is empty. Give at least one message with text."
         raise PromptError(msg)
     return plain
+
+
+def _continued(last: Mapping[str, Any]) -> bool:
+    """Whether the answer goes on with a last message, rather than being one of its own."""
+    return last["role"] == "assistant" and not last.get("tool_calls")
 
 
 def _missing(messages: list[dict[str, Any]], text: str) -> bool:
