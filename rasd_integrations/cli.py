@@ -38,7 +38,7 @@ DEMO_MODULES = (
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="rasd", description="Faster answers over long documents, from your own vector store."
+        prog="rasd", description="Faster answers of a local model over long documents."
     )
     parser.add_argument("--version", action="version", version=__version__)
     weights = argparse.ArgumentParser(add_help=False)

