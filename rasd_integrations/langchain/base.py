@@ -250,6 +250,10 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         texts = [d.page_content if isinstance(d, Document) else d for d in documents]
         self._rasd.warm(texts, progress)
 
+    def clear_cache(self) -> None:
+        """Forget the keys and values kept of earlier prompts, in memory, of all who share these weights."""
+        self._rasd.clear_cache()
+
     @property
     def stats(self) -> DecodingStats:
         """Statistics of all answers; each answer also carries its own."""

@@ -217,6 +217,10 @@ class RASDOptions(FunctionCallingLLM):
         self._rasd.warm([_text(document) for document in documents], progress)
         return self
 
+    def clear_cache(self) -> None:
+        """Forget the keys and values kept of earlier prompts, in memory, of all who share these weights."""
+        self._rasd.clear_cache()
+
     def close(self) -> None:
         """Let go of the model. Calls after this raise."""
         self._rasd.close()

@@ -76,7 +76,7 @@ def make_drafter(
     ):
         if not lossless:
             raise _needs_one_vocabulary(target, drafter_model, difference)
-        cache = PrefixCache(cache_bytes, drafter_model.prefix_files(folder))
+        cache = drafter_model.new_cache(cache_bytes, folder)
         return _translated(target, drafter_model, cache, namespace)
     if drafter_model is None and spec == "auto" and lossless:
         return FusedDrafter(_free_parts(target.target))
@@ -85,7 +85,7 @@ def make_drafter(
         own.target,
         vocab_size=target.target.vocab_size,
         needs_own_prompt=own is target,
-        prefix_cache=PrefixCache(cache_bytes, own.prefix_files(folder)),
+        prefix_cache=own.new_cache(cache_bytes, folder),
         namespace=namespace,
     )
     cascade = CascadeDrafter(model, SuffixDrafter())

@@ -46,13 +46,13 @@ class LazyEngine:
 
     Attributes:
         options: What to load, and how.
-        weights: Fingerprints of objects that were handed over loaded; empty for a model with a name.
     """
 
     def __init__(self, options: EngineOptions) -> None:
         """Load nothing."""
         self.options = options
-        self.weights: dict[str, str] = {}
+        self._weights: dict[str, str] = {}
+        self._taken = False
         self._lock = threading.RLock()
         self._shared: SharedModel | None = None
         self._drafter_model: SharedModel | None = None
@@ -73,10 +73,26 @@ class LazyEngine:
 
         shared = wrapped_model(model, tokenizer, self.options.model, self.options.executor)
         self._shared, self._window = shared, shared.target.window
-        self.weights = {"weights": shared.fingerprint}
+        self._taken = True
         if drafter_model is not None:
             self._drafter_model = wrapped_model(drafter_model, tokenizer, name_of(drafter_model))
-            self.weights["drafter_weights"] = self._drafter_model.fingerprint
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Digests of objects that were handed over loaded, as they are now; empty for a model with a name."""
+        shared, drafter = self._shared, self._drafter_model
+        if self._taken and shared is not None:  # else closed: what was known last
+            self._weights = {"weights": shared.fingerprint}
+            if drafter is not None:
+                self._weights["drafter_weights"] = drafter.fingerprint
+        return self._weights
+
+    def clear_caches(self) -> None:
+        """Forget the keys and values that are kept of prompts, in memory."""
+        with self._lock:
+            for model in (self._shared, self._drafter_model):
+                if model is not None:
+                    model.clear_caches()
 
     def close(self) -> None:
         """Free the weights and the prefix cache; running streams finish first."""

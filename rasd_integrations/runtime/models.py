@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rasd_integrations.config import ExecutorName, PrefixFolder
 from rasd_integrations.drafters.vocabulary import Vocabulary
-from rasd_integrations.engine.executors.eager import Executor
+from rasd_integrations.engine.executors.eager import EagerExecutor, Executor
 from rasd_integrations.engine.executors.factory import make_executor
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
 from rasd_integrations.engine.kv.prefix_format import RowLayout
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.loading import load_model
 from rasd_integrations.loading.gguf import cache_folder
-from rasd_integrations.loading.identity import model_identity
+from rasd_integrations.loading.identity import ModelIdentity, model_identity, weights_state
 from rasd_integrations.runtime.own_thread import in_own_thread
 
 
@@ -42,8 +41,19 @@ class SharedModel:
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         executor: Executor | None = None,
+        *,
+        owned: bool = False,
+        identity: ModelIdentity | None = None,
     ) -> None:
         """Wrap loaded objects, run eagerly where no executor is given.
+
+        Args:
+            model: The weights.
+            tokenizer: The model's own.
+            name: What it was loaded from.
+            executor: What runs its steps.
+            owned: Nobody else has the model, so that its weights never change.
+            identity: Of the weights, where they cannot be read any more.
 
         Raises:
             ConfigurationError: The architecture cannot run speculative steps.
@@ -51,19 +61,33 @@ class SharedModel:
         self.target = TargetModel(model, executor=executor)
         self.tokenizer = tokenizer
         self.name = name
-        self._caches: dict[tuple[int, PrefixFolder | None], PrefixCache] = {}
-        self._lock = threading.Lock()
+        self._owned = owned
+        # What such an executor runs is a copy of the weights, or stands where they stood.
+        self._built_from = (
+            None
+            if owned or executor is None or isinstance(executor, EagerExecutor)
+            else weights_state(model)
+        )
+        self._identity: tuple[Hashable, ModelIdentity] | None = (
+            None if identity is None else (None, identity)
+        )
+        self._shared_caches: dict[tuple[int, PrefixFolder | None], PrefixCache] = {}
+        self._caches: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
+        self._lock = threading.RLock()
 
-    @cached_property
+    @property
+    def identity(self) -> ModelIdentity:
+        """What tells the weights from others', as they are now; read when it is first asked for."""
+        state = self._weights_state()
+        with self._lock:
+            if self._identity is None or self._identity[0] != state:
+                self._identity = state, model_identity(self.target.model)
+            return self._identity[1]
+
+    @property
     def fingerprint(self) -> str:
-        """A cheap identity of the weights: names, shapes and the first values of each, read once."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, weight in self.target.model.named_parameters():
-            # Of a shard, what this process has; offloaded weights are not here.
-            here = getattr(weight, "to_local", weight.detach)()
-            head = b"" if here.is_meta else here.flatten()[:16].float().cpu().numpy().tobytes()
-            digest.update(f"{name}{tuple(weight.shape)}".encode() + head)
-        return digest.hexdigest()
+        """The digest of the weights, of whatever device and version."""
+        return self.identity.weights
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -74,10 +98,22 @@ class SharedModel:
         """
         return Vocabulary(self.tokenizer, self.name, self.target.vocab_size)
 
-    @cached_property
-    def kv_identity(self) -> str | None:
-        """What decides keys and values, or ``None`` where that cannot be told; see :func:`model_identity`."""
-        return model_identity(self.target.model)
+    def _weights_state(self) -> Hashable:
+        """Return what changes with the weights of a model that others have, too.
+
+        Raises:
+            DecodingError: They changed, but what runs the steps has those of before.
+        """
+        if self._owned:
+            return None
+        state = weights_state(self.target.model)
+        if self._built_from is not None and state != self._built_from:
+            msg = (
+                f"The weights of {self.name!r} were changed after their steps were compiled or recorded. Make a new "
+                f"instance with from_model, or use executor='eager'."
+            )
+            raise DecodingError(msg)
+        return state
 
     def prefix_cache(self, max_bytes: int, folder: PrefixFolder | None = None) -> PrefixCache:
         """Return the cache of this size and folder, the same for all that ask for it.
@@ -86,13 +122,30 @@ class SharedModel:
             ConfigurationError: A folder is asked for, but this model cannot be told from others.
         """
         with self._lock:
-            known = self._caches.get((max_bytes, folder))
+            known = self._shared_caches.get((max_bytes, folder))
             if known is None:
-                known = PrefixCache(max_bytes, self.prefix_files(folder))
-                self._caches[max_bytes, folder] = known
+                known = self._shared_caches[max_bytes, folder] = self.new_cache(max_bytes, folder)
             return known
 
-    def prefix_files(self, folder: PrefixFolder | None) -> PrefixFiles | None:
+    def new_cache(self, max_bytes: int, folder: PrefixFolder | None = None) -> PrefixCache:
+        """Return a cache of its own, for a drafter.
+
+        Raises:
+            ConfigurationError: As :meth:`prefix_cache` does.
+        """
+        cache = PrefixCache(max_bytes, self._prefix_files(folder), self._weights_state)
+        self._caches.add(cache)
+        return cache
+
+    def clear_caches(self) -> None:
+        """Forget all kept keys and values, and look at the weights anew; files stay where they are."""
+        with self._lock:
+            for cache in list(self._caches):
+                cache.clear()
+            if not self._owned:
+                self._identity = None
+
+    def _prefix_files(self, folder: PrefixFolder | None) -> PrefixFiles | None:
         """Return this model's files in ``folder``.
 
         Raises:
@@ -100,17 +153,17 @@ class SharedModel:
         """
         if folder is None:
             return None
-        if self.kv_identity is None:
+        if self.identity.kv is None:
             msg = (
                 f"prefix_cache_dir is {str(folder.path)!r}, but the weights of {self.name!r} are offloaded, "
                 f"sharded or of a type that cannot be read, so files could not be told from another model's. "
                 f"Load it whole on one device, or leave the option out."
             )
             raise ConfigurationError(msg)
-        identity = f"{self.kv_identity}-kv8" if self.target.in_8_bits else self.kv_identity
+        kind = "-kv8" if self.target.in_8_bits else ""
         return PrefixFiles(
             folder.path,
-            lambda: identity,
+            lambda: f"{self.identity.kv}{kind}",
             RowLayout(self.target.layer_rows(), self.target.hidden_size),
             folder.max_bytes,
             self.target.device,
@@ -152,12 +205,18 @@ def _load(
     name: str | Path, model_kwargs: Mapping[str, Any], device: str | None, executor: ExecutorName
 ) -> SharedModel:
     loaded = load_model(name, model_kwargs, device)
-    identity = model_identity(loaded.model)  # here: packed weights cannot be read any more
-    folder = cache_folder() / "compiled"
-    run = make_executor(executor, loaded.model, owned=True, folder=folder, identity=identity)
-    shared = SharedModel(loaded.model, loaded.tokenizer, loaded.name, run)
-    shared.kv_identity = identity
-    return shared
+    # On a CPU now: packed and compiled weights cannot be read any more.
+    identity = model_identity(loaded.model) if loaded.model.device.type == "cpu" else None
+    run = make_executor(
+        executor,
+        loaded.model,
+        owned=True,
+        folder=cache_folder() / "compiled",
+        identity=None if identity is None else identity.kv,
+    )
+    return SharedModel(
+        loaded.model, loaded.tokenizer, loaded.name, run, owned=True, identity=identity
+    )
 
 
 def name_of(model: PreTrainedModel) -> str:

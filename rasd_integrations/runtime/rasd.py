@@ -327,6 +327,14 @@ class RASD:
         """
         self._pipeline().warm(documents, progress)
 
+    def clear_cache(self) -> None:
+        """Forget the keys and values kept of earlier prompts, in memory, of all who share these weights.
+
+        Changed weights are noticed without it (a training step, an adapter switched or merged). Files in
+        ``prefix_cache_dir`` stay: ``rasd cache clear`` removes them.
+        """
+        self._engine.clear_caches()
+
     def _pipeline(self) -> Pipeline:
         return Pipeline(
             planner=self._prompts(), template=self._engine.template(), decoder=self._engine.decoder(),

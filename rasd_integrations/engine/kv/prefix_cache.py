@@ -8,7 +8,7 @@ What files hold of earlier processes is read where it is longer than what memory
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ class _Entry:
     ids: Ids
     buffer: KVBuffer
     in_use: bool
+    state: Hashable  # of the weights that computed the rows
 
 
 class Lease:
@@ -58,10 +59,22 @@ class Lease:
 class PrefixCache:
     """Buffers by token prefix, least recently used first out; safe under threads."""
 
-    def __init__(self, max_bytes: int, files: PrefixFiles | None = None) -> None:
-        """Keep at most ``max_bytes`` of idle buffers; 0 keeps none. ``files`` are looked through too."""
+    def __init__(
+        self,
+        max_bytes: int,
+        files: PrefixFiles | None = None,
+        weights_state: Callable[[], Hashable] = lambda: None,
+    ) -> None:
+        """Keep nothing yet.
+
+        Args:
+            max_bytes: Most bytes of idle buffers; 0 keeps none.
+            files: Looked through, too.
+            weights_state: Asked once an answer; rows that were computed in another state are forgotten.
+        """
         self._max_bytes = max_bytes
         self._files = files
+        self._weights_state = weights_state
         self._entries: list[_Entry] = []  # least recently used first
         self._lock = threading.Lock()
 
@@ -94,19 +107,22 @@ class PrefixCache:
             keeps_hidden: Keep the final hidden states of what is run from now on.
         """
         wanted = np.asarray(ids, dtype=np.int64)
+        state = self._weights_state()
+        with self._lock:
+            self._entries = [e for e in self._entries if e.state == state]
         buffer = self._from_files(wanted[:-1], namespace, capacity, keeps_hidden=keeps_hidden)
         with self._lock:
             if buffer is None:
                 buffer = self._from_memory(wanted[:-1], namespace, capacity)
             buffer.keeps_hidden |= keeps_hidden
-            mine = _Entry(namespace, wanted[: buffer.length], buffer, in_use=True)
+            mine = _Entry(namespace, wanted[: buffer.length], buffer, in_use=True, state=state)
             self._entries.append(mine)
         return Lease(self, mine)
 
     def clear(self) -> None:
-        """Forget every idle buffer."""
+        """Forget every buffer; streams go on with theirs, which are not kept afterwards."""
         with self._lock:
-            self._entries = [e for e in self._entries if e.in_use]
+            self._entries = []
 
     def _from_files(
         self, ids: Ids, namespace: str, capacity: int, *, keeps_hidden: bool
@@ -130,7 +146,7 @@ class PrefixCache:
         return entry.buffer
 
     def _save(self, entry: _Entry, ids: Ids) -> None:
-        if self._files is not None:
+        if self._files is not None and entry.state == self._weights_state():
             self._files.save(ids, entry.namespace, entry.buffer)
 
     def _nearest(self, ids: Ids, namespace: str) -> tuple[_Entry | None, int]:

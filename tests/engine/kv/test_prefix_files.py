@@ -60,7 +60,8 @@ def cache_of(
 
 
 def files_of(folder: Path, target: TargetModel, max_bytes: int = PLENTY, **options) -> PrefixFiles:
-    identity = model_identity(target.model)
+    identity = model_identity(target.model).kv
+    assert identity is not None
     layout = RowLayout(target.layer_rows(), target.hidden_size)
     return PrefixFiles(folder, lambda: identity, layout, max_bytes, target.device, **options)
 
@@ -383,7 +384,23 @@ def test_weights_that_are_elsewhere_have_no_identity():
     """Offloaded weights cannot be told from others."""
     model = tiny_llama()
     model.model.layers[1].to("meta")
-    assert model_identity(model) is None
+    assert model_identity(model).kv is None
+
+
+@torch.inference_mode()
+def test_a_model_with_permuted_rows_sees_nothing_of_the_other(target, tmp_path):
+    """Fault 25: the same values in other places are another model, whatever their sums are."""
+    warm(target, cache_of(tmp_path, target), DOCUMENT)
+    model = tiny_llama()
+    rows = model.model.embed_tokens.weight
+    rows.copy_(rows.roll(1, dims=0).clone())
+    swapped = tiny_llama()
+    weight = swapped.model.layers[0].mlp.up_proj.weight
+    weight[0, :2] = weight[0, :2].flip(0)
+    for other in map(TargetModel, (model, swapped)):
+        prompt = DOCUMENT + QUESTION
+        assert ask(other, cache_of(tmp_path, other), prompt) == (cold(other, prompt), 0)
+    assert len({model_identity(m).weights for m in (target.model, model, swapped)}) == 3
 
 
 # --- bad files and bad disks ---
