@@ -15,6 +15,7 @@ from langchain_core.messages import (
 )
 
 from rasd_integrations.errors import PromptError
+from rasd_integrations.text.prompt.blocks import blocks_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,6 @@ _ROLES: dict[type[BaseMessage], str] = {
     ToolMessage: "tool",
     FunctionMessage: "tool",
 }
-_TEXTS = ("text", "text-plain")
 _CALLS = {"tool_call": "args", "tool_use": "input"}  # block type: the name of its arguments
 _THOUGHTS = {"reasoning": "reasoning", "thinking": "thinking"}  # block type: the name of its text
 # An assistant's own blocks that are read above, or that repeat what the message's fields say.
@@ -44,14 +44,19 @@ def template_messages(messages: Sequence[BaseMessage]) -> list[Message]:
     """Return ``messages`` as ``role``/``content`` dicts, in order.
 
     Raises:
-        PromptError: A content block that is not text, or a message class without a role.
+        PromptError: A content block without text in what a user or system message says, or a message class
+            without a role.
     """
-    names = {call["id"]: call["name"] for m in messages for call in _calls(m)}
+    called = (call for message in messages for call in _calls(message))
+    names = {call["id"]: call["name"] for call in called if isinstance(call["id"], str)}
     return [_template_message(m, place, names) for place, m in enumerate(messages)]
 
 
 def _template_message(message: BaseMessage, place: int, names: Mapping[str, str]) -> Message:
-    out: dict[str, Any] = {"role": _role(message, place), "content": _text(message, place)}
+    role = _role(message, place)
+    passed_over = _ASSISTANT_BLOCKS if isinstance(message, AIMessage) else ()
+    text = blocks_text(message.content, role, passed_over)
+    out: dict[str, Any] = {"role": role, "content": text}
     if calls := [_template_call(call) for call in _calls(message)]:
         out["tool_calls"] = calls
     if thoughts := _thoughts(message):
@@ -77,22 +82,6 @@ def _role(message: BaseMessage, place: int) -> str:
     raise PromptError(msg)
 
 
-def _text(message: BaseMessage, place: int) -> str:
-    passed = _ASSISTANT_BLOCKS if isinstance(message, AIMessage) else frozenset()
-    texts = []
-    for block in [message.content] if isinstance(message.content, str) else message.content:
-        kind = "text" if isinstance(block, str) else block.get("type")
-        if kind in _TEXTS:
-            texts.append(block if isinstance(block, str) else block.get("text") or "")
-        elif kind not in passed:
-            msg = (
-                f"Message {place} ({message.type}) has a content block of type {kind!r}, but this "
-                f"model reads text only. Send its text as a 'text' block."
-            )
-            raise PromptError(msg)
-    return "".join(texts)
-
-
 def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
     return [] if isinstance(message.content, str) else [b for b in message.content if isinstance(b, dict)]  # fmt: skip
 
@@ -101,14 +90,15 @@ def _calls(message: BaseMessage) -> Iterator[dict[str, Any]]:
     """Yield an assistant's calls, broken ones too, each with its arguments as ``args``."""
     if not isinstance(message, AIMessage):
         return
-    seen = set()
+    seen = []
     for call in (*message.tool_calls, *message.invalid_tool_calls):
-        seen.add(call["id"])
+        seen.append(call["id"])
         yield {**call}
     for block in _blocks(message):
-        arguments = _CALLS.get(block.get("type", ""))
+        arguments = _CALLS.get(str(block.get("type")))
         if arguments is not None and block.get("id") not in seen:
-            yield {"id": block.get("id"), "name": block["name"], "args": block.get(arguments)}
+            own = {"id": block.get("id"), "name": str(block.get("name") or "")}
+            yield {**own, "args": block.get(arguments)}
 
 
 def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,5 +113,5 @@ def _thoughts(message: BaseMessage) -> str:
     kept = message.additional_kwargs.get(REASONING)
     if isinstance(kept, str) and kept:
         return kept
-    found = ((b, _THOUGHTS.get(b.get("type", ""))) for b in _blocks(message))
-    return "".join(block.get(name) or "" for block, name in found if name)
+    found = ((b, _THOUGHTS.get(str(b.get("type")))) for b in _blocks(message))
+    return "".join(str(block.get(name) or "") for block, name in found if name)

@@ -32,6 +32,9 @@ def openai_tool(tool: Tool, *, strict: bool | None = None) -> dict[str, Any]:
         ValueError: LangChain cannot make a tool of it.
     """
     form = convert_to_openai_tool(tool, strict=strict)
+    if strict is not None and isinstance(form.get("function"), Mapping):
+        # LangChain leaves what has this form already as it is.
+        form = {**form, "function": {**form["function"], "strict": strict}}
     arguments = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
     if _is_model(arguments) and _is_recursive(schema := json_schema(arguments)):
         form["function"]["parameters"] = (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import (
     CachePoint,
     ChatMessage,
+    CitableBlock,
+    CitationBlock,
     MessageRole,
     TextBlock,
     ThinkingBlock,
@@ -16,6 +18,7 @@ from llama_index.core.base.llms.types import (
 
 from rasd_integrations.errors import PromptError
 from rasd_integrations.llama_index.tools import calls_in
+from rasd_integrations.text.prompt.blocks import log_passed_over
 from rasd_integrations.types import Message
 
 _ROLES = {
@@ -30,25 +33,33 @@ def to_message(message: ChatMessage) -> Message:
     """Return a message as chat templates read it.
 
     Tool calls are read in both of the framework's forms. Thoughts are handed to the template, which knows
-    how many turns of them its model reads; cache points say nothing to a local model.
+    how many turns of them its model reads; cache points say nothing to a local model, and citations repeat
+    what is said. What an assistant or a tool said without text is passed over, with one line in the log.
 
     Raises:
-        PromptError: A block that is not text, named by its type.
+        PromptError: A block that is not text in what a user or system message says, named by its type.
     """
+    role = _ROLES.get(message.role, message.role.value)
     texts: list[str] = []
     thoughts: list[str] = []
-    for block in message.blocks:
+    left_out: list[str] = []
+    for block in _flat(message.blocks):
         if isinstance(block, TextBlock):
             texts.append(block.text)
         elif isinstance(block, ThinkingBlock):
             thoughts.append(block.content or "")
-        elif not isinstance(block, ToolCallBlock | CachePoint):
+        elif isinstance(block, ToolCallBlock | CachePoint | CitationBlock):
+            continue
+        elif role in ("assistant", "tool"):
+            left_out.append(block.block_type)
+        else:
             msg = (
                 f"A {message.role.value} message holds a block of type {block.block_type!r}, but "
                 f"this model reads text only. Send the text of it instead."
             )
             raise PromptError(msg)
-    role = _ROLES.get(message.role, message.role.value)
+    if left_out:
+        log_passed_over(role, left_out)
     plain: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
     if role == "assistant":
         if thought := "\n".join(thoughts):
@@ -68,6 +79,12 @@ def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
         PromptError: A block that is not text.
     """
     return [to_message(message) for message in messages]
+
+
+def _flat(blocks: Sequence[Any]) -> Iterator[Any]:
+    """Yield blocks, and in place of one that can be cited what it holds."""
+    for block in blocks:
+        yield from block.content if isinstance(block, CitableBlock) else (block,)
 
 
 def _call(call: ToolCallBlock) -> dict[str, Any]:

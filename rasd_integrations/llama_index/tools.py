@@ -110,7 +110,10 @@ def _block(call: Any) -> ToolCallBlock:
             f"{{'id': ..., 'function': {{'name': ..., 'arguments': ...}}}}. Send ToolCallBlocks."
         )
         raise PromptError(msg)
-    given = arguments_of(arguments) if isinstance(arguments, str) else dict(arguments or {})
+    if isinstance(arguments, Mapping):
+        given: dict[str, Any] | str = dict(arguments)
+    else:
+        given = arguments_of(str(arguments)) if arguments else {}
     return ToolCallBlock(tool_call_id=_field(call, "id"), tool_name=name, tool_kwargs=given)
 
 

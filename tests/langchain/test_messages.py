@@ -76,7 +76,7 @@ def test_messages_become_template_dicts(llm):
     [
         (HumanMessage([{"type": "image", "url": "http://x/y.png"}]), "'image'"),
         (HumanMessage([{"type": "audio", "base64": "AAAA", "mime_type": "audio/wav"}]), "'audio'"),
-        (ToolMessage([{"type": "json", "json": {}}], tool_call_id="1"), "'json'"),
+        (SystemMessage([{"type": "json", "json": {}}]), "'json'"),
         (RemoveMessage(id="1"), "RemoveMessage"),
     ],
 )
@@ -215,3 +215,34 @@ def test_the_engine_reads_every_valid_history():
         ]
         places = [prompt.index(words) for words in said]
         assert sorted(places) == places
+
+
+def test_other_providers_blocks_in_the_history_are_no_error(llm, caplog):
+    """Fault 12: an agent goes on after another model's searches, refusals and code, and a tool's file."""
+    call = {"name": "look", "args": {}, "id": "1", "type": "tool_call"}
+    llm.invoke(
+        [
+            HumanMessage("q"),
+            AIMessage(
+                [
+                    {"type": "web_search_call", "id": "ws_1", "action": {"query": "q"}},
+                    {"type": "server_tool_use", "id": "2", "name": "web_search", "input": {}},
+                    {"type": "executable_code", "executable_code": "1 + 1", "language": "PYTHON"},
+                    {"type": "refusal", "refusal": " No."},
+                    {"type": "tool_use", "id": ["odd"], "input": {}},
+                    {"type": "thinking", "thinking": "hm"},
+                ],
+                tool_calls=[call],
+            ),
+            ToolMessage([{"type": "file", "file_id": "f"}], tool_call_id="1"),
+            HumanMessage("and?"),
+        ]
+    )
+    _, answer, result, _ = last_call(llm).prompt
+    assert "1 + 1 No." == answer["content"]
+    assert ["look", ""] == [c["function"]["name"] for c in answer["tool_calls"]]
+    assert {"role": "tool", "content": "", "tool_call_id": "1", "name": "look"} == result
+    lines = [record.getMessage() for record in caplog.records]
+    assert 2 == len(lines)
+    assert "'web_search_call', 'server_tool_use'" in lines[0]
+    assert "'file'" in lines[1]

@@ -219,6 +219,18 @@ def test_strict_and_parallel_are_heard(llm):
     assert True is told(llm).strict
 
 
+def test_strict_is_heard_of_tools_in_openais_form(llm):
+    """Fault 13: LangChain leaves such a tool as it is; strictness is ours to note, on a copy of the tool."""
+    given = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+    llm.bind_tools([given], strict=True).invoke("Hi")
+    assert True is told(llm).strict
+    llm.bind_tools([{**given["function"]}], strict=True).invoke("Hi")
+    assert True is told(llm).strict
+    llm.bind_tools([given], strict=False).invoke("Hi")
+    assert False is told(llm).strict
+    assert {"type": "function", "function": {"name": "f", "parameters": SCHEMA}} == given
+
+
 def test_further_options_are_bound_with_the_tools(llm):
     """What goes for a call goes for a binding; nothing is dropped."""
     llm.bind_tools([plain], temperature=0.5, response_format={"type": "json_object"}).invoke("Hi")

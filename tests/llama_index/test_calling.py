@@ -49,6 +49,16 @@ def test_agents_take_it(llm, monkeypatch):
     assert not llm.metadata.is_function_calling_model
 
 
+def test_strict_is_heard_of_tools_in_openais_form(llm):
+    """Fault 13: strictness is the call's, or the tool's own."""
+    llm.chat_with_tools([SPEC], "Add.", strict=True)
+    assert True is llm._rasd.calls[-1].tools.strict
+    llm.chat_with_tools(
+        [{"type": "function", "function": {**SPEC["function"], "strict": True}}], "Add."
+    )
+    assert True is llm._rasd.calls[-1].tools.strict
+
+
 async def test_tools_reach_the_engine_on_every_chat_endpoint(llm):
     """Whole or streamed, sync or async, the same tools and choice arrive."""
     asked = {"allow_parallel_tool_calls": True, "tool_required": True, "strict": True}

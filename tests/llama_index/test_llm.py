@@ -14,6 +14,8 @@ from cases_llama_index import TEXT, USER, call_of
 from fakes_llama_index import FakeRASD
 from llama_index.core.base.llms.types import (
     ChatMessage,
+    CitableBlock,
+    CitationBlock,
     ImageBlock,
     MessageRole,
     TextBlock,
@@ -211,3 +213,21 @@ def test_a_block_that_is_not_text_is_refused(llm):
 
     with pytest.raises(PromptError, match="'image'"):
         llm.chat([message])
+
+
+def test_blocks_without_text_in_the_history_are_passed_over(llm, caplog):
+    """Fault 12: what an assistant or a tool showed elsewhere is left out with one line; what is citable is read."""
+    image = ImageBlock(url="https://example.org/x.png")
+    cited = CitableBlock(title="t", source="s", content=[TextBlock(text="read"), image])
+    quote = CitationBlock(
+        cited_content=TextBlock(text="x"), source="s", title="t", additional_location_info={}
+    )
+    llm.chat(
+        [
+            ChatMessage(role="assistant", blocks=[image, TextBlock(text="said"), quote]),
+            ChatMessage(role="tool", blocks=[cited], additional_kwargs={"tool_call_id": "1"}),
+            ChatMessage(role="user", content="and?"),
+        ]
+    )
+    assert ["said", "read", "and?"] == [m["content"] for m in call_of(llm).prompt]
+    assert 2 == len([r for r in caplog.records if "'image'" in r.getMessage()])

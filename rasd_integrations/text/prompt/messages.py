@@ -7,6 +7,7 @@ from typing import Any
 
 from rasd_integrations.errors import PromptError
 from rasd_integrations.text.answer.parser import parsed_arguments
+from rasd_integrations.text.prompt.blocks import blocks_text
 from rasd_integrations.text.prompt.control import plain_data
 from rasd_integrations.text.tool_formats import FALLBACK, ToolFormat, results_as_text
 from rasd_integrations.types import Message
@@ -21,8 +22,8 @@ def plain_message(message: Message) -> dict[str, Any]:
     Fields that are there but empty are left out: templates ask whether they are there.
 
     Raises:
-        PromptError: It is no mapping, the role is unknown, the content has blocks that are not text, or a tool call has
-            no name.
+        PromptError: It is no mapping, the role is unknown, the content has blocks that are not text
+            and are asked about, or a tool call has no name.
     """
     given: object = message
     if not isinstance(given, Mapping):
@@ -33,8 +34,13 @@ def plain_message(message: Message) -> dict[str, Any]:
         msg = f"A message has the role {role!r}. Use one of {', '.join(ROLES)}."
         raise PromptError(msg)
     plain = {k: v for k, v in message.items() if k not in _OPTIONAL or v}
-    plain["content"] = _text(message.get("content"))
+    plain["content"] = _text(message.get("content"), role)
     if calls := plain.get("tool_calls"):
+        if not isinstance(calls, list | tuple):
+            msg = (
+                f"A message's tool_calls is a {type(calls).__name__}, but must be a list of calls."
+            )
+            raise PromptError(msg)
         plain["tool_calls"] = [_plain_call(call) for call in calls]
     return dict(plain_data(plain))
 
@@ -64,24 +70,12 @@ def fold_roles(
     return turns
 
 
-def _text(content: Any) -> str:
+def _text(content: Any, role: str) -> str:
     if content is None:
         return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list | tuple):
-        return "".join(_block_text(block) for block in content)
+    if isinstance(content, str | list | tuple):
+        return blocks_text(content, role)
     msg = f"A message's content is a {type(content).__name__}, but must be text or a list of text blocks."
-    raise PromptError(msg)
-
-
-def _block_text(block: Any) -> str:
-    if isinstance(block, str):
-        return block
-    kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
-    if kind == "text" and isinstance(block.get("text"), str):
-        return str(block["text"])
-    msg = f"A message has a content block of type {kind!r}, but this model reads text only. Remove it."
     raise PromptError(msg)
 
 
