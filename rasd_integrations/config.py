@@ -284,6 +284,22 @@ class SpeculationConfig:
             msg = "knowledge_transfer and mixture are two laws; set one of them."
             raise ConfigurationError(msg)
 
+    def with_draft_tokens(self, asked: int | None) -> SpeculationConfig:
+        """Return this with the draft length that an LLM's own option asks for; ``None`` asks for none.
+
+        Raises:
+            ConfigurationError: Another length is set here.
+        """
+        if asked is None or asked == self.num_draft_tokens:
+            return self
+        if self.num_draft_tokens is not None:
+            msg = (
+                f"num_draft_tokens is {asked} and speculation.num_draft_tokens is {self.num_draft_tokens}; "
+                f"give one of them."
+            )
+            raise ConfigurationError(msg)
+        return replace(self, num_draft_tokens=asked)
+
     @property
     def lossless(self) -> bool:
         """Whether the output follows the target's own law."""

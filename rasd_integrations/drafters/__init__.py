@@ -1,1 +1,57 @@
-"""Drafters: sources of drafts. They never import one another; cascades compose."""
+"""Drafters: sources of drafts. They never import one another; cascades and fusions are given theirs."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rasd_integrations.drafters.base import Drafter, DraftSession
+    from rasd_integrations.drafters.cascade import CascadeDrafter
+    from rasd_integrations.drafters.datastore import DatastoreDrafter
+    from rasd_integrations.drafters.dense import DenseDrafter
+    from rasd_integrations.drafters.early_exit import EarlyExitDrafter
+    from rasd_integrations.drafters.fused import FusedDrafter
+    from rasd_integrations.drafters.model import ModelDrafter
+    from rasd_integrations.drafters.recycling import RecyclingDrafter
+    from rasd_integrations.drafters.sparse_kv import SparseKVDrafter
+    from rasd_integrations.drafters.suffix import SuffixDrafter
+    from rasd_integrations.drafters.translated import TranslatedDrafter
+
+_LAZY = {
+    "CascadeDrafter": "cascade",
+    "DatastoreDrafter": "datastore",
+    "DenseDrafter": "dense",
+    "DraftSession": "base",
+    "Drafter": "base",
+    "EarlyExitDrafter": "early_exit",
+    "FusedDrafter": "fused",
+    "ModelDrafter": "model",
+    "RecyclingDrafter": "recycling",
+    "SparseKVDrafter": "sparse_kv",
+    "SuffixDrafter": "suffix",
+    "TranslatedDrafter": "translated",
+}
+
+__all__ = [
+    "CascadeDrafter",
+    "DatastoreDrafter",
+    "DenseDrafter",
+    "DraftSession",
+    "Drafter",
+    "EarlyExitDrafter",
+    "FusedDrafter",
+    "ModelDrafter",
+    "RecyclingDrafter",
+    "SparseKVDrafter",
+    "SuffixDrafter",
+    "TranslatedDrafter",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a drafter when it is first asked for; most of them need torch."""
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -36,6 +36,9 @@ class DraftSession(Protocol):
         ...
 
 
+_OBJECT = "<drafter object: "
+
+
 @runtime_checkable
 class Drafter(Protocol):
     """A source of drafts, shared by all answers of an engine."""
@@ -92,6 +95,13 @@ class Helper(Protocol):
         ...
 
 
+def drafter_name(drafter: object) -> str | None:
+    """Return what ``drafter`` is in dumped settings; an object, which cannot be read back, is marked as one."""
+    if drafter is None or isinstance(drafter, str | Path):
+        return None if drafter is None else str(drafter)
+    return f"{_OBJECT}{type(drafter).__name__}>"
+
+
 def check_drafter_spec(
     drafter: object, device: str | None = None, *, lossless: bool = True
 ) -> None:
@@ -101,6 +111,11 @@ def check_drafter_spec(
         ConfigurationError: It is not.
     """
     is_name = isinstance(drafter, str | Path)
+    if isinstance(drafter, str) and drafter.startswith(_OBJECT):
+        msg = (
+            f"drafter is {drafter!r}: settings hold no objects. Give the drafter again, or 'auto'."
+        )
+        raise ConfigurationError(msg)
     if device is not None and (not is_name or drafter in ("auto", "self")):
         msg = (
             f"drafter_device is {device!r}, but drafter {drafter!r} loads no model of its own. Give a drafter "

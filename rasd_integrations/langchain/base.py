@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import warnings
 from abc import ABC
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
@@ -12,7 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel
-from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SkipValidation,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from rasd_integrations._version import __version__
 from rasd_integrations.config import (
@@ -25,12 +32,15 @@ from rasd_integrations.config import (
     reject_unknown,
     updated,
 )
+from rasd_integrations.drafters.base import Drafter, drafter_name
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain.attach import find_source
 from rasd_integrations.langchain.capture import CAPTURE
 from rasd_integrations.langchain.errors import langchain_errors
 from rasd_integrations.langchain.hints import prompt_hints
+from rasd_integrations.langchain.loaded import LoadedName
 from rasd_integrations.langchain.messages import template_messages
+from rasd_integrations.langchain.remote import without_remote
 from rasd_integrations.langchain.tools import answer_grammar, take_tool_use
 from rasd_integrations.runtime.pipeline import Progress
 from rasd_integrations.runtime.rasd import RASD
@@ -40,6 +50,7 @@ if TYPE_CHECKING:
 
     from langchain_core.language_models import LangSmithParams
     from langchain_core.messages import BaseMessage
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from typing_extensions import Self
 
     from rasd_integrations.prompting import PromptHints
@@ -47,10 +58,6 @@ if TYPE_CHECKING:
     from rasd_integrations.stats import DecodingStats
     from rasd_integrations.types import Message, TextChunk
 
-# LangChain's standard options of remote services. Code that builds any chat model passes them; a
-# local model has no key, address, network timeout or retries that they could mean.
-_REMOTE_OPTIONS = frozenset({"api_key", "base_url", "timeout", "max_retries"})
-_told: set[str] = set()
 _ANSWER_OPTIONS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "max_tokens",
     "stop", "seed", "use_generation_config",
@@ -80,14 +87,16 @@ class RASDModel(BaseLanguageModel[Any], ABC):
 
     model: str = Field(frozen=True)
     """Hub id, local folder, or path of a .gguf file. Loaded at the first call, or by `load()`."""
-    drafter: Any = Field(default="auto", frozen=True, repr=False)
+    drafter: SkipValidation[str | Path | Drafter | None] = Field(
+        default="auto", frozen=True, repr=False
+    )
     """"auto", None (plain decoding), "self", hub id or path of a small LM, or a Drafter object."""
     drafter_device: str | None = Field(default=None, frozen=True, repr=False)
     """Where a drafter model stands: "cpu", "cuda:1", ...; None: where the target would."""
     executor: ExecutorName = Field(default="auto", frozen=True, repr=False)
     """What runs the models' steps: "auto", "eager" (torch), "openvino", "openvino-kv8" or "cuda-graphs"."""
-    store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
-    """The vector store, retriever or other chunk source to draft from. See also `attach()`."""
+    store: SkipValidation[object] = Field(default=None, frozen=True, exclude=True, repr=False)
+    """What `as_chunk_source()` takes: vector store, retriever, collection, texts, ... See also `attach()`."""
     temperature: float | None = None
     """0 is greedy. None, here and below: what the checkpoint's `generation_config` says, else greedy."""
     top_p: float | None = None
@@ -112,8 +121,10 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     """What the target reads: "prompt" as sent, or the whole "documents" its chunks came from."""
     knowledge_transfer: float = Field(default=0.0, frozen=True)
     """RAPID's eta; 0 is lossless."""
-    model_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True, repr=False)
-    """Straight to `from_pretrained`: dtype, device_map, quantization_config, revision, ..."""
+    model_kwargs: dict[str, Any] = Field(
+        default_factory=dict, frozen=True, exclude=True, repr=False
+    )
+    """Straight to `from_pretrained`: dtype, device_map, revision, token, ... Never dumped."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, frozen=True, repr=False)
     """Straight to the chat template: enable_thinking, ..."""
     num_draft_tokens: int | None = Field(default=None, frozen=True)
@@ -130,8 +141,6 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     """Most that the folder may hold; None takes the engine's default."""
     namespace: str = Field(default="", frozen=True, repr=False)
     """Prompts of one namespace never reuse the KV of another's."""
-    loaded_model: Any = Field(default=None, frozen=True, exclude=True, repr=False)
-    """What `from_model()` was given."""
 
     _rasd: RASD = PrivateAttr()
     _alive: _Alive = PrivateAttr(default_factory=_Alive)
@@ -142,10 +151,7 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         Raises:
             ConfigurationError: An unknown option, a value out of its range, or a contradiction.
         """
-        _tell_unused(
-            {name for name, v in options.items() if name in _REMOTE_OPTIONS and v is not None}
-        )
-        options = {name: v for name, v in options.items() if name not in _REMOTE_OPTIONS}
+        options = without_remote(options)
         reject_unknown(options, type(self).model_fields, type(self).__name__)
         try:
             super().__init__(**options)
@@ -161,11 +167,15 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         self._add_version("rasd-integrations", __version__)
         return self
 
-    @field_validator("model", mode="before")
+    @field_validator("model", mode="plain")
     @classmethod
-    def _name_of_model(cls, value: object) -> object:
+    def _name_of_model(cls, value: object) -> str:
         check_model_name(value, cls.__name__)
-        return str(value)
+        return value if isinstance(value, LoadedName) else str(value)
+
+    @field_serializer("drafter")
+    def _drafter_name(self, drafter: str | Path | Drafter | None) -> str | None:
+        return drafter_name(drafter)
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -190,40 +200,32 @@ class RASDModel(BaseLanguageModel[Any], ABC):
             "knowledge_transfer": self.knowledge_transfer,
             "chat_template_kwargs": self.chat_template_kwargs,
             "retrieval": self.retrieval,
-            "speculation": self._speculation(),
+            "speculation": self.speculation.with_draft_tokens(self.num_draft_tokens),
             "namespace": self.namespace,
         }
         for name in ("prefix_cache_bytes", "prefix_cache_dir", "prefix_cache_dir_bytes"):
             if (value := getattr(self, name)) is not None:
                 options[name] = value
-        if self.loaded_model is None:
-            return RASD(self.model, model_kwargs=self.model_kwargs, **options)
+        loaded = self.model
+        if not isinstance(loaded, LoadedName):
+            return RASD(loaded, model_kwargs=self.model_kwargs, **options)
         if self.model_kwargs:
             msg = f"model_kwargs {sorted(self.model_kwargs)} come too late: the model is loaded."
             raise ConfigurationError(msg)
-        return RASD.from_model(*self.loaded_model, **options)
-
-    def _speculation(self) -> SpeculationConfig:
-        asked, set_there = self.num_draft_tokens, self.speculation.num_draft_tokens
-        if asked is None:
-            return self.speculation
-        if set_there not in (None, asked):
-            msg = (
-                f"num_draft_tokens is {asked}, but speculation.num_draft_tokens is {set_there}. "
-                f"Set one of them."
-            )
-            raise ConfigurationError(msg)
-        return updated(self.speculation, {"num_draft_tokens": asked}, "speculation")
+        return RASD.from_model(loaded.model, loaded.tokenizer, loaded.drafter_model, **options)
 
     # --- the public face beyond the framework's ---
 
     @classmethod
     def from_model(
-        cls, model: Any, tokenizer: Any, drafter_model: Any = None, **options: Any
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        drafter_model: PreTrainedModel | None = None,
+        **options: Any,
     ) -> Self:
         """Return a model over objects that are loaded already; ``options`` as in the constructor."""
-        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-        return cls(model=name, loaded_model=(model, tokenizer, drafter_model), **options)
+        return cls(model=LoadedName(model, tokenizer, drafter_model), **options)
 
     def attach(self, chain: object) -> Self:
         """Draft from the store inside ``chain``: a runnable, retriever, agent, tool or store.
@@ -253,6 +255,11 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     def clear_cache(self) -> None:
         """Forget the keys and values kept of earlier prompts, in memory, of all who share these weights."""
         self._rasd.clear_cache()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer, for text splitters; loads no weights."""
+        return self._rasd.tokenizer
 
     @property
     def stats(self) -> DecodingStats:
@@ -380,15 +387,3 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         """Return the ids of ``text`` in the model's own vocabulary."""
         custom = self.custom_get_token_ids
         return custom(text) if custom else self._rasd.encode(text)
-
-
-def _tell_unused(names: set[str]) -> None:
-    """Warn of options that have no effect, each once a process."""
-    new = sorted(names - _told)
-    _told.update(new)
-    if new:
-        msg = (
-            f"{', '.join(new)}: without effect, because the model runs in this process. Leave "
-            f"{'it' if len(new) == 1 else 'them'} out."
-        )
-        warnings.warn(msg, UserWarning, stacklevel=3)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.schema import BaseNode, MetadataMode
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SkipValidation,
+    ValidationError,
+    field_serializer,
+)
 from typing_extensions import Self
 
 from rasd_integrations.config import (
@@ -24,6 +32,7 @@ from rasd_integrations.config import (
     reject_unknown,
     updated,
 )
+from rasd_integrations.drafters.base import Drafter, drafter_name
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.llama_index.messages import to_messages
 from rasd_integrations.response_format import Grammar
@@ -31,6 +40,9 @@ from rasd_integrations.runtime.pipeline import Progress
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.grammar.schema import without_unique_items
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _ALIAS = "max_new_tokens"
 _SAMPLING_OPTIONS = (
@@ -62,13 +74,13 @@ class RASDOptions(FunctionCallingLLM):
 
     model: str = Field(frozen=True)
     """Hub id, local folder, or path of a ``.gguf`` file."""
-    drafter: Any = Field(default="auto", frozen=True)
+    drafter: SkipValidation[str | Path | Drafter | None] = Field(default="auto", frozen=True)
     """``"auto"``, ``None`` (plain decoding), ``"self"``, hub id or path of a small LM, or a ``Drafter``."""
     drafter_device: str | None = Field(default=None, frozen=True)
     """Where a drafter model stands: ``"cpu"``, ``"cuda:1"``, ...; ``None``: where the target would."""
     executor: ExecutorName = Field(default="auto", frozen=True)
     """What runs steps: ``"auto"``, ``"eager"`` (torch), ``"openvino"``, ``"openvino-kv8"`` or ``"cuda-graphs"``."""
-    store: Any = Field(default=None, frozen=True, exclude=True, repr=False)
+    store: SkipValidation[object] = Field(default=None, frozen=True, exclude=True, repr=False)
     """Where chunks are searched; ``None`` takes the index that the pipeline's own retriever reads."""
     temperature: float | None = None
     """0 is greedy. ``None``, here and below: what the checkpoint's ``generation_config`` says, else greedy."""
@@ -131,7 +143,11 @@ class RASDOptions(FunctionCallingLLM):
 
     @classmethod
     def from_model(
-        cls, model: Any, tokenizer: Any, drafter_model: Any = None, **options: Any
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        drafter_model: PreTrainedModel | None = None,
+        **options: Any,
     ) -> Self:
         """Return an LLM round objects that are already loaded; ``options`` as in the constructor.
 
@@ -147,11 +163,8 @@ class RASDOptions(FunctionCallingLLM):
         return "RASDLLM"
 
     @field_serializer("drafter")
-    def _drafter_name(self, drafter: Any) -> str | None:
-        # A Drafter object cannot be written down; who reads the settings back gets the default.
-        if drafter is None:
-            return None
-        return str(drafter) if isinstance(drafter, str | Path) else "auto"
+    def _drafter_name(self, drafter: str | Path | Drafter | None) -> str | None:
+        return drafter_name(drafter)
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -162,6 +175,11 @@ class RASDOptions(FunctionCallingLLM):
     def stats(self) -> DecodingStats:
         """The counters of all answers so far; each answer carries its own in ``raw["rasd"]``."""
         return self._rasd.stats
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer; loads no weights. Splitters and memories take :meth:`encode`."""
+        return self._rasd.tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without special tokens."""
@@ -237,7 +255,7 @@ class RASDOptions(FunctionCallingLLM):
 
     def _make_engine(self, loaded: Sequence[Any] | None) -> RASD:
         options = {name: getattr(self, name) for name in _ENGINE_OPTIONS}
-        options["speculation"] = self._speculation()
+        options["speculation"] = self.speculation.with_draft_tokens(self.num_draft_tokens)
         for name in ("prefix_cache_bytes", "prefix_cache_dir", "prefix_cache_dir_bytes"):
             if (value := getattr(self, name)) is not None:
                 options[name] = value
@@ -247,18 +265,6 @@ class RASDOptions(FunctionCallingLLM):
             msg = f"model_kwargs {sorted(self.model_kwargs)} come too late: the model is loaded."
             raise ConfigurationError(msg)
         return RASD.from_model(*loaded, **options)
-
-    def _speculation(self) -> SpeculationConfig:
-        asked, given = self.num_draft_tokens, self.speculation.num_draft_tokens
-        if asked is None:
-            return self.speculation
-        if given not in {None, asked}:
-            msg = (
-                f"num_draft_tokens is {asked} and speculation.num_draft_tokens is {given}; "
-                f"give one of them."
-            )
-            raise ConfigurationError(msg)
-        return updated(self.speculation, {"num_draft_tokens": asked}, "speculation")
 
     def _sampling(self, changes: Mapping[str, Any]) -> SamplingParams:
         """Return how to draw one answer: the fields, with a call's own options over them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from rasd_integrations.prompting.prompt_view import PromptView
 from rasd_integrations.prompting.question import Question, classify, find_question
 from rasd_integrations.prompting.token_counts import TokenCounter
 from rasd_integrations.retrieval import GuardedSource
+
+logger = logging.getLogger(__name__)
 
 _NO_RETRIEVAL = {
     "condense": "the call only makes a question standalone",
@@ -45,6 +48,7 @@ class PromptPlanner:
         self._context = context
         self._tokens = TokenCounter(count_tokens)
         self._compressor = Compressor(retrieval)
+        self._told = False
 
     def plan(
         self, prompt: Prompt, *, hints: PromptHints | None, room: int, wants_drafter_prompt: bool
@@ -61,6 +65,7 @@ class PromptPlanner:
         view = PromptView.of(prompt)
         store = StoreSession(self._source, hints.filter)
         plan = self._plan(view, hints, store, room, wants_drafter_prompt)
+        self._tell_of_store(plan, view, wants_drafter_prompt)
         if not wants_drafter_prompt:
             plan = replace(plan, drafter=None, off_reason=None)
         return replace(plan, faults=(*store.faults(), *plan.faults), retrieve_s=store.seconds)
@@ -144,6 +149,23 @@ class PromptPlanner:
         if plan.chunks or not short.pieces:
             return plan
         return replace(plan, chunks=short.pieces, chunk_source="prompt")
+
+    def _tell_of_store(self, plan: PromptPlan, view: PromptView, wants: bool) -> None:
+        """Log once that no store was given, where one would have been read."""
+        if self._told or self._source is not None or plan.question is None:
+            return
+        if self._context == "documents" and plan.target == view.prompt:
+            self._told = True
+            logger.warning(
+                "context='documents' has no store to read documents from: the prompt is read as it was sent. "
+                "Give store=, or attach() the chain, its retriever or the store."
+            )
+        elif wants and plan.chunk_source == "prompt":
+            self._told = True
+            logger.info(
+                "No store was given: the drafter reads pieces of the prompt itself. If the prompt's chunks "
+                "come from a store, give store=, or attach() the chain, its retriever or the store."
+            )
 
     def _too_short(self, tokens: int) -> str:
         return (

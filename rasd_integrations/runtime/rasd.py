@@ -203,6 +203,11 @@ class RASD:
         return self._engine.max_tokens
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer, for text splitters; loads no weights."""
+        return self._engine.template().tokenizer
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether messages can be formatted: by the tokenizer's template or an option's; reads the tokenizer only."""
         return self._engine.template().exists

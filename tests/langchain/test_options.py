@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
 from fakes_langchain import FakeRASD
 from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
+from langchain_core.load import dumpd, dumps
 from langchain_core.messages import (
     AIMessage,
     HumanMessage,
@@ -17,6 +20,7 @@ from langchain_core.runnables import ConfigurableField
 from pydantic import BaseModel
 
 from rasd_integrations.config import RetrievalConfig, SamplingParams, SpeculationConfig
+from rasd_integrations.drafters import SuffixDrafter
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import RASDLLM, ChatRASD
 from rasd_integrations.response_format import Grammar
@@ -111,7 +115,7 @@ def test_bad_constructor_options_are_refused_by_name(options, names):
 
 def test_standard_options_of_remote_services_are_taken_and_told(monkeypatch):
     """Code that builds any chat model passes a key, an address, a timeout and retries; each is named once."""
-    monkeypatch.setattr("rasd_integrations.langchain.base._told", set())
+    monkeypatch.setattr("rasd_integrations.langchain.remote._told", set())
     remote = {"api_key": "secret", "base_url": "http://x", "timeout": 60}
     with pytest.warns(UserWarning, match="api_key, base_url, timeout: without effect") as told:
         llm = ChatRASD(model="org/one", streaming=True, **remote, max_retries=None)
@@ -266,6 +270,60 @@ def test_loaded_objects_reach_the_engine():
         options["namespace"],
     )
     assert llm.temperature == 0.5
+
+
+def test_loaded_objects_are_seen_nowhere_but_in_the_engine():
+    """No field, dump, print or pickle holds them; a copy that LangChain makes of the fields has them still."""
+    llm = ChatRASD.from_model("M", "T", "D")
+    shown = [
+        repr(llm),
+        str(llm.model_dump()),
+        str(dumpd(llm)),
+        pickle.dumps(llm.model).decode("latin-1"),
+    ]
+    chain = llm.configurable_fields(temperature=ConfigurableField(id="t"))
+    copied, _ = chain._prepare({"configurable": {"t": 0.9}})
+
+    assert ["'M'" in text or "'T'" in text or "'D'" in text for text in shown] == [False] * 4
+    assert not any("loaded" in name for name in ChatRASD.model_fields)
+    assert (0.9, "loaded M", "T") == (
+        copied.temperature,
+        copied._rasd.model_name,
+        copied._rasd.options["tokenizer"],
+    )
+
+
+@pytest.mark.parametrize("kind", [ChatRASD, RASDLLM])
+def test_dumped_settings_hold_no_secrets_and_no_objects(kind):
+    """`model_kwargs` and the store are left out of every dump and trace; a drafter object is marked as one."""
+    told = []
+
+    class Handler(BaseCallbackHandler):
+        def on_chat_model_start(self, serialized, messages, **kwargs):
+            told.append(str((serialized, kwargs)))
+
+        def on_llm_start(self, serialized, prompts, **kwargs):
+            told.append(str((serialized, kwargs)))
+
+    llm = kind(
+        model="org/one",
+        drafter=SuffixDrafter(),
+        store=["private text"],
+        model_kwargs={"token": "hf_secret"},
+    )
+    llm.invoke("Hi", config={"callbacks": [Handler()]})
+    shown = [
+        repr(llm),
+        str(llm.model_dump()),
+        llm.model_dump_json(),
+        dumps(llm),
+        str(llm.dict()),
+        *told,
+    ]
+
+    assert len(shown) == 6
+    assert [] == [text for text in shown if "hf_secret" in text or "private text" in text]
+    assert llm.model_dump()["drafter"] == "<drafter object: SuffixDrafter>"
 
 
 def test_loaded_objects_refuse_load_options():

