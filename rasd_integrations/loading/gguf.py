@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # transformers changes torch's initialisers and default device while it loads: one model at a time.
 LOADING = threading.RLock()
 _HEAD_BYTES = 1 << 20
+_TEXT_END = "<|endoftext|>"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
 
 
@@ -179,9 +180,10 @@ def _dequantise(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = set(
-        turn_end_ids(tokenizer, str(tokenizer.chat_template or ""))
-    )  # a GGUF file names one end
+    # A GGUF file names one end: of a turn in chat models, which end a plain text by another token.
+    ids = set(turn_end_ids(tokenizer, str(tokenizer.chat_template or "")))
+    if (end := tokenizer.get_vocab().get(_TEXT_END)) is not None:
+        ids.add(end)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return sorted(ids)

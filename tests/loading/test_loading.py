@@ -420,3 +420,12 @@ def test_a_slow_conversion_is_said_once_and_not_the_second_time(gguf_file, capfd
         load_window(gguf_file)
         load_model(gguf_file)
         assert capfd.readouterr().err == expected
+
+
+def test_a_chat_model_of_a_gguf_ends_plain_text_too():
+    """Qwen's file names the end of a turn alone; its end of text is an end as well, as in the original."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.eos_token = "<|im_end|>"
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert sorted(ends) == gguf_cache._end_ids(tokenizer)
