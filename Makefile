@@ -23,7 +23,7 @@ DOCS ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install demo test test-newest test-oldest suite lock lint format clean
+.PHONY: help install demo test test-newest test-oldest suite lock faults lint format clean
 
 help:
 	@echo "make demo    answer long-context questions with LangChain, LlamaIndex and plain transformers"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-newest, make test-oldest"
 	@echo "             the suite with the newest and the lowest versions allowed, in environments of their own"
 	@echo "make lock    renew requirements.lock, the versions that all of these install"
+	@echo "make faults  crash, damage and starve the package, and count what goes wrong"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make format  ruff format and its safe fixes"
 	@echo "make clean   remove .venv and the demo's store"
@@ -72,6 +73,10 @@ suite: $(STAMP)
 lock:
 	$(PYTHON) .ci/lock.py '$(TORCH)' $(MODELS) > $(LOCK).new
 	mv $(LOCK).new $(LOCK)
+
+# Crashes, damage, full disks, forks, many threads, short memory: an hour; ARGS='--runs 3 kill' for a part.
+faults: $(STAMP)
+	PYTHONPATH=tests/support $(BIN)/python tests/faults/run.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -294,6 +295,9 @@ def _keep_hidden(segments: Sequence[Segment], hidden: Tensor) -> None:
             segment.buffer.write_hidden(part)
 
 
+_NO_MEMORY = re.compile(r"can't alloc|cannot allocate memory|bad_alloc", re.IGNORECASE)
+
+
 @contextmanager
 def _memory_errors(n: int, buffer: KVBuffer, device: torch.device) -> Iterator[None]:
     """Say of a step of ``n`` tokens that it does not fit, where memory runs out."""
@@ -301,8 +305,10 @@ def _memory_errors(n: int, buffer: KVBuffer, device: torch.device) -> Iterator[N
         yield
     except (torch.OutOfMemoryError, MemoryError) as err:
         raise _out_of_memory(n, buffer, device) from err
-    except RuntimeError as err:  # torch's CPU allocator has no type of its own
-        if "can't allocate memory" not in str(err):
+    except (
+        RuntimeError
+    ) as err:  # the CPU allocators of torch and OpenVINO have no type of their own
+        if not _NO_MEMORY.search(str(err)):
             raise
         raise _out_of_memory(n, buffer, device) from err
 

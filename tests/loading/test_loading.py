@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny import WINDOW, tiny_llama, tiny_tokenizer
@@ -25,9 +24,6 @@ from rasd_integrations.loading.model import (
     load_window,
     packaged_model,
 )
-
-LAYERS, WIDTH, HEADS = 1, 32, 2
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
 @pytest.fixture(autouse=True)
@@ -49,45 +45,11 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def gguf_file(tmp_path) -> Path:
     """Return a random Llama as a GGUF file, with a byte-level tokenizer and a chat template."""
-    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
     pytest.importorskip("accelerate", reason="the extra gguf is not installed")
-    path = tmp_path / "tiny.gguf"
-    tokens = [*tiny_tokenizer().get_vocab(), "ab"]
-    tokens.sort(key=lambda t: (len(t) > 2, t))
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(WINDOW)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(WIDTH)
-    writer.add_block_count(LAYERS)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(12345.0)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(
-        [gguf.TokenType.CONTROL if len(t) > 2 else gguf.TokenType.NORMAL for t in tokens]
-    )
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(tokens.index("<|endoftext|>"))
-    writer.add_bos_token_id(tokens.index("<|endoftext|>"))
-    writer.add_chat_template(TEMPLATE)
-    shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
-    for i in range(LAYERS):
-        shapes |= {
-            f"blk.{i}.{n}": (WIDTH, WIDTH) for n in ("attn_q", "attn_k", "attn_v", "attn_output")
-        }
-        shapes |= {f"blk.{i}.{n}": (WIDTH, WIDTH) for n in ("ffn_gate", "ffn_up", "ffn_down")}
-        shapes |= {f"blk.{i}.{n}": (WIDTH,) for n in ("attn_norm", "ffn_norm")}
-    random = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    from tiny_gguf import write_gguf
+
+    return write_gguf(tmp_path / "tiny.gguf")
 
 
 def kept(cache: Path) -> list[str]:
@@ -241,6 +203,8 @@ def test_gguf_keeps_what_the_file_says(gguf_file):
     assert WINDOW == load_window(gguf_file)
     assert 12345.0 == model.config.rope_parameters["rope_theta"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    from tiny_gguf import TEMPLATE
+
     assert TEMPLATE == tokenizer.chat_template
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert sorted(ends) == model.generation_config.eos_token_id
@@ -424,6 +388,8 @@ def test_a_slow_conversion_is_said_once_and_not_the_second_time(gguf_file, capfd
 
 def test_a_chat_model_of_a_gguf_ends_plain_text_too():
     """Qwen's file names the end of a turn alone; its end of text is an end as well, as in the original."""
+    from tiny_gguf import TEMPLATE
+
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.eos_token = "<|im_end|>"

@@ -12,7 +12,8 @@ import logging
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,8 @@ class CompiledExecutor:
         kept = path is not None and path.is_dir()
         try:
             with stage(None if kept else f"Compiling {type(model).__name__} for this CPU, once"):
-                self._request: Any = _compiled(
-                    model, self._plan, path, in_8_bits=in_8_bits
-                ).create_infer_request()
+                self._compile = partial(_compiled, model, self._plan, path, in_8_bits=in_8_bits)
+                self._request: Any = self._compile().create_infer_request()
                 self._first_key = len(self._request.model_inputs) - 2 * len(self._plan.layers)
                 self._check(model)
         except ConfigurationError:
@@ -129,6 +129,9 @@ class CompiledExecutor:
         # A piece of a prefill runs as it comes, and its last row's logits are always there.
         decodes = num_logits == n
         width = self._width(n, context) if decodes else n
+        if self._request is None:
+            with _memory_ends():
+                self._request = self._compile().create_infer_request()
         pages = self._bind([segment.buffer for segment in segments], width)
         spans = _spans(segments, width - n)
         frame = self._frame(tuple(span.place for span in spans), pages, 0 if decodes else n - 1)
@@ -142,6 +145,20 @@ class CompiledExecutor:
     def _run(self, *rows: int) -> list[npt.NDArray[Any]]:
         """Run the graph and return logits and hidden states, each of so many ``rows``.
 
+        Raises:
+            MemoryError: Memory ran out; the next step compiles the graph again.
+        """
+        try:
+            return self._outputs(rows)
+        except MemoryError:
+            # Some of the graph's own buffers are half resized by now, so later steps would fail, too.
+            self._request = self._framed = self._bound = None
+            self._held = []
+            raise
+
+    def _outputs(self, rows: Sequence[int]) -> list[npt.NDArray[Any]]:
+        """Run the graph once.
+
         Outputs lie in memory that steps share. Where memory runs out, OpenVINO may return without an error and
         without having written, so each row is marked beforehand.
 
@@ -150,12 +167,8 @@ class CompiledExecutor:
         """
         for index in range(len(rows)):
             _mark(self._request.get_output_tensor(index).data)
-        try:
+        with _memory_ends():
             self._request.infer()
-        except RuntimeError as err:
-            if any(word in str(err) for word in _OUT_OF_MEMORY):
-                raise MemoryError(str(err)) from err
-            raise
         outputs = [self._request.get_output_tensor(index).data for index in range(len(rows))]
         for output, wanted in zip(outputs, rows, strict=True):
             if len(output) != wanted or _is_marked(output):
@@ -275,6 +288,17 @@ def _is_marked(output: npt.NDArray[Any]) -> bool:
     bits = output.view(np.int16 if output.itemsize == 2 else np.int32)
     mark = _MARK if output.itemsize == 2 else _MARK << 16
     return bool((bits[..., -1] == mark).any())
+
+
+@contextmanager
+def _memory_ends() -> Iterator[None]:
+    """Turn what OpenVINO says of a lack of memory into a `MemoryError`."""
+    try:
+        yield
+    except RuntimeError as err:
+        if any(word in str(err) for word in _OUT_OF_MEMORY):
+            raise MemoryError(str(err)) from err
+        raise
 
 
 def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:
