@@ -28,17 +28,37 @@ def _check(ok: bool, name: str, value: object, limit: str) -> None:
         raise ConfigurationError(msg)
 
 
-def check_engine(context: object, executor: object, prefix_cache_bytes: int) -> None:
+def check_engine(
+    context: object,
+    executor: object,
+    prefix_cache_bytes: int,
+    *,
+    deterministic: object,
+    lossless: bool,
+) -> None:
     """Check the options that are the engine's alone.
 
     Raises:
-        ConfigurationError: A value out of its range.
+        ConfigurationError: A value out of its range, or two options that contradict one another.
     """
     _check(context in ("prompt", "documents"), "context", context, "'prompt' or 'documents'")
     names = get_args(ExecutorName)
     _check(executor in names, "executor", executor, "one of " + ", ".join(map(repr, names)))
     limit = "at least 0 (0 keeps nothing)"
     _check(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, limit)
+    _check(isinstance(deterministic, bool), "deterministic", deterministic, "True or False")
+    if deterministic and not lossless:
+        msg = (
+            "deterministic=True contradicts knowledge_transfer: what it says depends on what was drafted. "
+            "Set one of them."
+        )
+        raise ConfigurationError(msg)
+    if deterministic and executor == "cuda-graphs":
+        msg = (
+            "deterministic=True contradicts executor='cuda-graphs', which runs a step recorded or not, and with "
+            "other roundings. Use executor='eager'."
+        )
+        raise ConfigurationError(msg)
 
 
 def check_model_name(model: object, where: str) -> None:

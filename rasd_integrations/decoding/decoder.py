@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from rasd_integrations.config import Sampling, SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.schedule import Experience, Schedule, check_lockstep
+from rasd_integrations.decoding.steps import FreeSteps, Steps
 from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
 from rasd_integrations.engine.generation_config import checkpoint_sampling, logits_processors
 from rasd_integrations.engine.kv.buffer import KVBuffer
@@ -46,13 +46,15 @@ class SpeculativeDecoder:
         *,
         config: SpeculationConfig | None = None,
         prefix_cache: PrefixCache | None = None,
+        steps: Steps | None = None,
     ) -> None:
-        """Join the parts; nothing runs yet."""
+        """Join the parts; nothing runs yet. Decoders that share a cache run the same kind of ``steps``."""
         self.target = target
         self.drafter = drafter
         self.config = config or SpeculationConfig()
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
         self.keeps_hidden = bool(getattr(drafter, "reads_hidden", False))
+        self.steps = steps or FreeSteps(target)
         self.experience = Experience()  # what the last answer has measured
 
     @property
@@ -63,7 +65,9 @@ class SpeculativeDecoder:
 
     def lease(self, ids: Sequence[int], capacity: int, namespace: str) -> Lease:
         """Return a buffer for ``ids`` that keeps what the drafter reads."""
-        return self.prefix_cache.lease(ids, capacity, namespace, keeps_hidden=self.keeps_hidden)
+        lease = self.prefix_cache.lease(ids, capacity, namespace, keeps_hidden=self.keeps_hidden)
+        lease.cut(self.steps.kept(lease.reused))
+        return lease
 
     def generate(
         self,
@@ -123,13 +127,13 @@ class SpeculativeDecoder:
         return self._prefill(list(ids), namespace)
 
     def _prefill(self, ids: list[int], namespace: str) -> Iterator[int]:
-        lease = self.lease([*ids, 0], len(ids) + 1, namespace)
+        lease, kept = self.lease([*ids, 0], len(ids) + 1, namespace), self.steps.kept(len(ids))
         try:
-            for _ in self.target.prefill(ids[lease.reused :], lease.buffer):
+            for _ in self.steps.prefill([*ids, 0], lease.buffer, first=False):
                 yield lease.buffer.length
-            lease.save(ids)
+            lease.save(ids[:kept])
         finally:
-            lease.release(ids)
+            lease.release(ids[:kept])
 
 
 class _Answer:
@@ -140,10 +144,11 @@ class _Answer:
         context: DraftContext, config: SpeculationConfig, stats: DecodingStats, namespace: str,
     ) -> None:  # fmt: skip
         self.target, self.config, self.grammar = decoder.target, config, context.grammar
+        self.steps = decoder.steps
         self.drafter = decoder.drafter if params.drafting else None
         self.lease = partial(decoder.lease, namespace=namespace)
         self.ids, self.params, self.stats = ids, params, stats
-        seed = params.seed if params.seed is not None else random.getrandbits(63)
+        seed = params.seed if params.seed is not None else self.steps.fresh_seed()
         self.generator = torch.Generator().manual_seed(seed)
         self.sampling = params.temperature, params.top_p, params.top_k
         self.law: Law | None = sampling_law(*self.sampling, params.min_p)
@@ -152,12 +157,13 @@ class _Answer:
         self.decoder = decoder
         most, fixed = self.config.max_draft_tokens, self.config.num_draft_tokens
         self.schedule = Schedule(
-            most, fixed, grain=self.target.grain, prefix=len(ids), experience=decoder.experience
+            most, fixed, grain=self.steps.grain, prefix=len(ids), experience=decoder.experience
         )
         self.context = replace(
             context,
             prompt_ids=tuple(ids),
-            temperature=params.temperature,
+            # A draft that is drawn is verified by other rules, whose draws no plain answer takes.
+            temperature=0.0 if self.steps.is_fixed else params.temperature,
             top_p=params.top_p,
             top_k=params.top_k,
             seed=seed + 1,  # the drafter's draws must not follow the verifier's
@@ -169,21 +175,21 @@ class _Answer:
 
     def blocks(self) -> Generator[TokenBlock, None, None]:
         started = time.perf_counter()
-        num_prompt = len(self.ids)
+        num_prompt, kept = len(self.ids), self.steps.kept(len(self.ids) - 1)
         self.stats.prompt_tokens = num_prompt
         lease = self.lease(self.ids, num_prompt + self.params.max_tokens + 64)
         try:
             self.stats.cached_prompt_tokens = lease.reused
             # What the prompt's last row says is the first token, unless the drafter has a say in it.
-            whole = self.config.lossless and self.config.num_draft_tokens is None
+            asks = self.config.num_draft_tokens is not None or self.steps.is_fixed
+            whole = self.config.lossless and not asks
             first: Tensor | None = None
-            prompt = self.ids[lease.reused : num_prompt - (not whole)]
-            for logits in self.target.prefill(prompt, lease.buffer, num_logits=int(whole)):
+            for logits in self.steps.prefill(self.ids, lease.buffer, first=whole):
                 first = logits if whole else None
                 self._tick("prefill_s", started)
                 started = time.perf_counter()
                 yield TokenBlock(())
-            lease.record(self.ids)
+            lease.record(self.ids[:kept])
             block = TokenBlock(())
             if first is not None:  # the drafter starts behind it, so that it comes the sooner
                 block = self._step(lease, self.params.max_tokens, first)
@@ -196,7 +202,7 @@ class _Answer:
             self.decoder.experience = self.schedule.experience
             self.target.leave()
             self._close_session()
-            lease.release(self.ids)
+            lease.release(self.ids[:kept])
 
     @torch.inference_mode()
     def _step(self, lease: Lease, room: int, first: Tensor | None = None) -> TokenBlock:
@@ -204,7 +210,8 @@ class _Answer:
         started = time.perf_counter()
         aside = first is not None or self._stands_aside()
         budget = 0 if aside or self.session is None else self.schedule.next_budget()
-        proposed = self._propose(min(budget, room - 1))
+        most = min(room - 1, self.steps.room(len(self.ids)))
+        proposed = self.steps.fitted(self._propose(min(budget, most)))
         draft = proposed.head(self.schedule.head(proposed)) if budget > 0 else proposed
         if self.session is not None:
             pays = budget > 0 or self.config.num_draft_tokens is not None
@@ -216,14 +223,12 @@ class _Answer:
         bits = None
         if self.grammar is not None:
             # A forced token has no law of the drafter's, which a lossy law asks for.
-            most = room - 1 if self.config.lossless and first is None else 0
-            draft, bits = guide(self.grammar, draft, most, self.target.eos_ids)
-        parents = None if draft.is_chain else draft.parents
+            forced = most if self.config.lossless and first is None else 0
+            draft, bits = guide(self.grammar, draft, forced, self.target.eos_ids)
         logits = first
         if logits is None:
             rows = 0 if aside else self.schedule.rows
-            run = [self.ids[-1], *draft.token_ids]
-            logits = self.target.step(run, lease.buffer, parents, rows=rows)
+            logits = self.steps.step(self.ids, draft, lease.buffer, rows)
         logits = processed_rows(self.processors, logits, self.ids, draft, bits)
         verdict = self._verify(logits, draft)
         verify_s = self._tick("verify_s", started)
@@ -246,12 +251,12 @@ class _Answer:
     def _stands_aside(self) -> bool:
         """Whether to leave the step to the other answers in it: where widths cost, all of them pay for a draft."""
         chosen = self.config.num_draft_tokens is None and self.config.lossless
-        return chosen and self.target.grain > 1 and self.target.is_contended
+        return chosen and self.steps.grain > 1 and self.target.is_contended
 
     def _verify(self, logits: Tensor, draft: Draft) -> Verdict:
         config, draft = self.config, draft.to(logits.device)
         if config.lossless:
-            if self.law is not None and draft.probs is not None:
+            if self.law is not None and draft.probs is not None and not self.steps.is_fixed:
                 return block_verify(logits, draft, self.law, self.generator)
             return sample_and_walk(logits, draft, self.law, self.generator)
         if draft.logits is None:
@@ -296,14 +301,9 @@ class _Answer:
         return tokens, reason
 
     def _schedule(
-        self,
-        draft: Draft,
-        accepted: Sequence[int],
-        draft_s: float,
-        verify_s: float,
-        proposed: Draft,
-        tokens: Sequence[int],
-    ) -> None:
+        self, draft: Draft, accepted: Sequence[int], draft_s: float, verify_s: float,
+        proposed: Draft, tokens: Sequence[int],
+    ) -> None:  # fmt: skip
         """Tell the schedule; what a grammar forced says nothing of the drafter."""
         forced = [source == SOURCE for source in draft.sources or ()] or [False] * len(draft)
         drafted = len(draft) - sum(forced)

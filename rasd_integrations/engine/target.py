@@ -119,6 +119,11 @@ class TargetModel:
         return self._executor.by_rows
 
     @property
+    def executor_name(self) -> str:
+        """Its class, which decides how steps are rounded."""
+        return type(self._executor).__name__
+
+    @property
     def in_8_bits(self) -> bool:
         """Whether keys and values are kept in bytes, which only its own steps read."""
         return self._executor.in_8_bits
@@ -201,6 +206,28 @@ class TargetModel:
         logits: Tensor = self._turns.submit(work, len(ids))
         return logits
 
+    def run_alone(self, ids: Sequence[int], buffer: KVBuffer, *, num_logits: int) -> Tensor:
+        """Run exactly ``ids`` behind the committed tokens, never with another answer's; commit nothing.
+
+        Keys lie row by row, whose strides do not depend on the buffer's capacity. Rows past the end of the
+        window stand at its last position.
+
+        Args:
+            ids: What follows the committed tokens; the last ones may be padding.
+            buffer: The prefix; afterwards its spare room holds the rows.
+            num_logits: All, or 0.
+
+        Returns:
+            Logits ``[num_logits, vocab]``.
+
+        Raises:
+            DeviceMemoryError: The device's memory is full; the buffer is as it was.
+        """
+        buffer.lay_by_rows()
+        work = self._prepared(ids, None, buffer, num_logits)
+        logits: Tensor = self._turns.submit(work, len(ids), alone=True)
+        return logits
+
     def draw(
         self,
         ids: Sequence[int],
@@ -258,7 +285,8 @@ class TargetModel:
     ) -> tuple[Tensor, Tensor | None]:
         """Return positions ``[n]`` and the ancestor mask ``[n, n]`` (``None`` for a chain)."""
         if parents is None:
-            return torch.arange(length, length + n, device=self.device), None
+            positions = torch.arange(length, length + n, device=self.device)
+            return positions.clamp_(max=self.window - 1), None
         depth, mask = [0], np.eye(n, dtype=np.bool_)
         for node, parent in enumerate(parents, start=1):
             depth.append(depth[parent + 1] + 1)

@@ -121,6 +121,8 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     """What the target reads: "prompt" as sent, or the whole "documents" its chunks came from."""
     knowledge_transfer: float = Field(default=0.0, frozen=True)
     """RAPID's eta; 0 is lossless."""
+    deterministic: bool = Field(default=False, frozen=True)
+    """The same call gives the same text, whatever was cached, drafted or asked beside it; at a price in time."""
     model_kwargs: dict[str, Any] = Field(
         default_factory=dict, frozen=True, exclude=True, repr=False
     )
@@ -198,6 +200,7 @@ class RASDModel(BaseLanguageModel[Any], ABC):
             "store": self.store,
             "context": self.context,
             "knowledge_transfer": self.knowledge_transfer,
+            "deterministic": self.deterministic,
             "chat_template_kwargs": self.chat_template_kwargs,
             "retrieval": self.retrieval,
             "speculation": self.speculation.with_draft_tokens(self.num_draft_tokens),

@@ -56,6 +56,7 @@ _ENGINE_OPTIONS = (
     "store",
     "context",
     "knowledge_transfer",
+    "deterministic",
     "model_kwargs",
     "chat_template_kwargs",
     "retrieval",
@@ -103,6 +104,8 @@ class RASDOptions(FunctionCallingLLM):
     """What the target reads: ``"prompt"`` as sent, or the ``"documents"`` that its chunks came from."""
     knowledge_transfer: float = Field(default=0.0, frozen=True)
     """RAPID's eta; 0 is lossless."""
+    deterministic: bool = Field(default=False, frozen=True)
+    """The same call gives the same text, whatever was cached, drafted or asked beside it; at a price in time."""
     model_kwargs: dict[str, Any] = Field(default={}, frozen=True, exclude=True, repr=False)
     """Straight to ``from_pretrained``; may hold secrets, so it is never written down."""
     chat_template_kwargs: dict[str, Any] = Field(default={}, frozen=True)

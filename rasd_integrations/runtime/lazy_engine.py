@@ -36,6 +36,7 @@ class EngineOptions:
     model_kwargs: Mapping[str, Any]
     template_kwargs: Mapping[str, Any]
     speculation: SpeculationConfig
+    deterministic: bool
     prefix_cache_bytes: int
     folder: PrefixFolder | None
     namespace: str
@@ -123,6 +124,7 @@ class LazyEngine:
             if self._decoder is None:
                 # Here, not above: torch and transformers are imported when a model is.
                 from rasd_integrations.decoding.decoder import SpeculativeDecoder
+                from rasd_integrations.decoding.steps import FixedSteps
                 from rasd_integrations.loading import check_device
                 from rasd_integrations.runtime.drafters import make_drafter, named_drafter_model
                 from rasd_integrations.runtime.models import shared_model
@@ -147,7 +149,10 @@ class LazyEngine:
                         namespace=own.namespace,
                     ),
                     config=own.speculation,
-                    prefix_cache=self._shared.prefix_cache(own.prefix_cache_bytes, own.folder),
+                    prefix_cache=self._shared.prefix_cache(
+                        own.prefix_cache_bytes, own.folder, deterministic=own.deterministic
+                    ),
+                    steps=FixedSteps(self._shared.target) if own.deterministic else None,
                 )
             return self._decoder
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rasd_integrations.config import ExecutorName, PrefixFolder
+from rasd_integrations.decoding.steps import roundings
 from rasd_integrations.drafters.vocabulary import Vocabulary
 from rasd_integrations.engine.executors.eager import EagerExecutor, Executor
 from rasd_integrations.engine.executors.factory import make_executor
@@ -71,7 +72,7 @@ class SharedModel:
         self._identity: tuple[Hashable, ModelIdentity] | None = (
             None if identity is None else (None, identity)
         )
-        self._shared_caches: dict[tuple[int, PrefixFolder | None], PrefixCache] = {}
+        self._shared_caches: dict[tuple[int, PrefixFolder | None, bool], PrefixCache] = {}
         self._caches: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
         self._lock = threading.RLock()
 
@@ -115,25 +116,32 @@ class SharedModel:
             raise DecodingError(msg)
         return state
 
-    def prefix_cache(self, max_bytes: int, folder: PrefixFolder | None = None) -> PrefixCache:
-        """Return the cache of this size and folder, the same for all that ask for it.
+    def prefix_cache(
+        self, max_bytes: int, folder: PrefixFolder | None = None, *, deterministic: bool = False
+    ) -> PrefixCache:
+        """Return the cache of this size, folder and kind of steps, the same for all that ask for it.
 
         Raises:
             ConfigurationError: A folder is asked for, but this model cannot be told from others.
         """
+        key = max_bytes, folder, deterministic
         with self._lock:
-            known = self._shared_caches.get((max_bytes, folder))
+            known = self._shared_caches.get(key)
             if known is None:
-                known = self._shared_caches[max_bytes, folder] = self.new_cache(max_bytes, folder)
+                known = self.new_cache(max_bytes, folder, deterministic=deterministic)
+                self._shared_caches[key] = known
             return known
 
-    def new_cache(self, max_bytes: int, folder: PrefixFolder | None = None) -> PrefixCache:
+    def new_cache(
+        self, max_bytes: int, folder: PrefixFolder | None = None, *, deterministic: bool = False
+    ) -> PrefixCache:
         """Return a cache of its own, for a drafter.
 
         Raises:
             ConfigurationError: As :meth:`prefix_cache` does.
         """
-        cache = PrefixCache(max_bytes, self._prefix_files(folder), self._weights_state)
+        files = self._prefix_files(folder, deterministic=deterministic)
+        cache = PrefixCache(max_bytes, files, self._weights_state)
         self._caches.add(cache)
         return cache
 
@@ -145,8 +153,10 @@ class SharedModel:
             if not self._owned:
                 self._identity = None
 
-    def _prefix_files(self, folder: PrefixFolder | None) -> PrefixFiles | None:
-        """Return this model's files in ``folder``.
+    def _prefix_files(
+        self, folder: PrefixFolder | None, *, deterministic: bool
+    ) -> PrefixFiles | None:
+        """Return this model's files in ``folder``; rows of ``deterministic`` steps have files of their own.
 
         Raises:
             ConfigurationError: This model cannot be told from others.
@@ -161,13 +171,15 @@ class SharedModel:
             )
             raise ConfigurationError(msg)
         kind = "-kv8" if self.target.in_8_bits else ""
+        if deterministic:
+            kind += f"-{roundings(self.target)}"
         return PrefixFiles(
             folder.path,
             lambda: f"{self.identity.kv}{kind}",
             RowLayout(self.target.layer_rows(), self.target.hidden_size),
             folder.max_bytes,
             self.target.device,
-            by_rows=self.target.by_rows,
+            by_rows=self.target.by_rows or deterministic,
             model=self.name,
         )
 

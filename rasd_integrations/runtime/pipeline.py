@@ -175,6 +175,12 @@ class Pipeline:
             asked = replace(own, knowledge_transfer=0.0, mixture=1.0) if request.bound else own
         else:
             asked = replace(own, knowledge_transfer=eta, mixture=1.0)
+        if not asked.lossless and self.decoder.steps.is_fixed:
+            msg = (
+                f"knowledge_transfer is {eta} for this call, which contradicts deterministic=True: what it says "
+                f"depends on what was drafted. Leave it out, or build another model."
+            )
+            raise ConfigurationError(msg)
         drafter = self.decoder.drafter if request.params.drafting else None
         if asked.lossless or getattr(drafter, "gives_logits", drafter is not None):
             return asked

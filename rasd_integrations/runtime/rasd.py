@@ -67,6 +67,7 @@ class RASD:
         executor: ExecutorName = "auto",
         context: ContextMode = "prompt",
         knowledge_transfer: float = 0.0,
+        deterministic: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         retrieval: RetrievalConfig | None = None,
@@ -88,6 +89,7 @@ class RASD:
             executor: What runs steps: ``"eager"`` torch, ``"openvino"``, ``"openvino-kv8"``, ``"cuda-graphs"``.
             context: What the target reads: ``"prompt"`` as sent, or the ``"documents"`` of its chunks.
             knowledge_transfer: RAPID's eta; 0 is lossless.
+            deterministic: The same call gives the same text, whatever was cached, drafted or asked beside it.
             model_kwargs: Straight to ``from_pretrained``.
             chat_template_kwargs: Straight to the chat template.
             retrieval: How chunks are found and how long the drafter's prompt may be.
@@ -105,13 +107,16 @@ class RASD:
         known = set(signature(RASD.__init__).parameters) - {"self", "unknown"}
         reject_unknown(unknown, known, "RASD")
         check_model_name(model, "RASD")
-        check_engine(context, executor, prefix_cache_bytes)
         check_passed_on("chat_template_kwargs", chat_template_kwargs or ())
         check_passed_on("model_kwargs", model_kwargs or ())
         check_template_options(chat_template_kwargs or {})
         own = speculation or SpeculationConfig()
         if knowledge_transfer:
             own = replace(own, knowledge_transfer=knowledge_transfer)
+        check_engine(
+            context, executor, prefix_cache_bytes,
+            deterministic=deterministic, lossless=own.lossless,
+        )  # fmt: skip
         check_drafter_spec(drafter, drafter_device, lossless=own.lossless)
         self.model_name = str(model)
         self._context: ContextMode = context
@@ -125,6 +130,7 @@ class RASD:
                 model_kwargs=dict(model_kwargs or {}),
                 template_kwargs=dict(chat_template_kwargs or {}),
                 speculation=own,
+                deterministic=deterministic,
                 prefix_cache_bytes=prefix_cache_bytes,
                 folder=PrefixFolder.of(prefix_cache_dir, prefix_cache_dir_bytes),
                 namespace=namespace,
@@ -222,7 +228,12 @@ class RASD:
         """What decides the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
         own = self._engine.options
         return identity(
-            {"model": self.model_name, "context": self._context, "kv8": own.executor == "openvino-kv8"},
+            {
+                "model": self.model_name,
+                "context": self._context,
+                "kv8": own.executor == "openvino-kv8",
+                "deterministic": own.deterministic,
+            },
             own.speculation, own.template_kwargs, self._engine.weights,
             drafter=own.drafter, source=self._source,
         )  # fmt: skip

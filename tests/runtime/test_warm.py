@@ -100,7 +100,9 @@ def test_a_known_document_is_not_prefilled_again(tmp_path, monkeypatch):
     run: list[int] = []
     prefill = TargetModel.prefill
     monkeypatch.setattr(
-        TargetModel, "prefill", lambda self, ids, b: run.append(len(ids)) or prefill(self, ids, b)
+        TargetModel,
+        "prefill",
+        lambda self, ids, b, **how: run.append(len(ids)) or prefill(self, ids, b, **how),
     )
     later.warm(DOCUMENTS)
     assert run == [0, 0]

@@ -46,6 +46,12 @@ class Lease:
         """Tell the cache what the buffer holds by now, so that other streams may copy it."""
         self._entry.ids = np.asarray(ids[: self.buffer.length], dtype=np.int64)
 
+    def cut(self, rows: int) -> None:
+        """Forget what the buffer holds behind the first ``rows``."""
+        self.buffer.truncate(rows)
+        self.reused = min(self.reused, self.buffer.length)
+        self._entry.ids = self._entry.ids[: self.buffer.length]
+
     def save(self, ids: Sequence[int]) -> None:
         """Write the rows of ``ids`` to the cache's folder, if it has one; returns once they are there."""
         self._cache._save(self._entry, np.asarray(ids[: self.buffer.length], dtype=np.int64))

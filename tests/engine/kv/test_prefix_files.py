@@ -216,7 +216,7 @@ def test_a_known_document_is_neither_prefilled_nor_written_again(target, tmp_pat
     monkeypatch.setattr(
         TargetModel,
         "prefill",
-        lambda self, ids, buffer: run.extend(ids) or original(self, ids, buffer),
+        lambda self, ids, buffer, **how: run.extend(ids) or original(self, ids, buffer, **how),
     )
     warm(target, later, DOCUMENT)
     assert (run, [p.stat().st_ino for p in files(tmp_path)]) == ([], [inode])
