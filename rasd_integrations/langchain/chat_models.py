@@ -133,7 +133,7 @@ class ChatRASD(RASDModel, BaseChatModel):
             **kwargs: Further options of each call.
 
         Raises:
-            ValueError: One of ``tools`` is nothing that LangChain can make a tool of.
+            ConfigurationError: One of ``tools`` is nothing that LangChain can make a tool of.
         """
         choice = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
         given = {name: value for name, value in choice.items() if value is not None}
@@ -167,8 +167,8 @@ class ChatRASD(RASDModel, BaseChatModel):
             **kwargs: Refused.
 
         Raises:
-            ConfigurationError: An unknown option, or a combination that cannot be met.
-            ValueError: Nothing that LangChain can read a schema of.
+            ConfigurationError: An unknown option, a combination that cannot be met, or nothing that LangChain
+                can read a schema of.
         """
         return structured_output(
             self, schema, method=method, include_raw=include_raw, strict=strict, tools=tools, **kwargs

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.tools import BaseTool
@@ -29,9 +30,10 @@ def openai_tool(tool: Tool, *, strict: bool | None = None) -> dict[str, Any]:
     """Return ``tool`` in OpenAI's form.
 
     Raises:
-        ValueError: LangChain cannot make a tool of it.
+        ConfigurationError: LangChain cannot make a tool of it.
     """
-    form = convert_to_openai_tool(tool, strict=strict)
+    with _explained("a tool", tool):
+        form = convert_to_openai_tool(tool, strict=strict)
     if strict is not None and isinstance(form.get("function"), Mapping):
         # LangChain leaves what has this form already as it is.
         form = {**form, "function": {**form["function"], "strict": strict}}
@@ -56,8 +58,14 @@ def take_tool_use(options: dict[str, Any]) -> ToolUse | None:
                 f"{old}= is OpenAI's old form and not supported. Pass {new}=, or call bind_tools()."
             )
             raise ConfigurationError(msg)
+    tools: object = options.pop("tools", None) or []
+    if not isinstance(tools, list | tuple):
+        msg = (
+            f"tools is {tools!r}, but must be a list of functions, classes, tools or their schemas."
+        )
+        raise ConfigurationError(msg)
     return ToolUse.of(
-        [openai_tool(tool) for tool in options.pop("tools", None) or ()],
+        [openai_tool(tool) for tool in tools],
         options.pop("tool_choice", None),
         parallel=options.pop("parallel_tool_calls", None),
         strict=options.pop("strict", None),
@@ -81,11 +89,12 @@ def json_schema(schema: Any) -> dict[str, Any]:
     A class reads arrays of unique items into sets, which drop doubles, so its schema does not ask for them.
 
     Raises:
-        ValueError: LangChain cannot make a schema of it.
+        ConfigurationError: LangChain, or pydantic, cannot make a schema of it.
     """
     if _is_model(schema):
         whole = schema.model_json_schema if hasattr(schema, "model_json_schema") else schema.schema
-        return dict(without_unique_items(whole()))
+        with _explained("a schema", schema):
+            return dict(without_unique_items(whole()))
     if isinstance(schema, Mapping):
         if schema.get("type") in ("function", "json_schema"):
             schema = dict(schema.get(schema["type"]) or {})
@@ -93,7 +102,20 @@ def json_schema(schema: Any) -> dict[str, Any]:
             return dict(schema["schema"])
         if not {"parameters", "input_schema", "toolSpec"} & {*schema}:
             return dict(schema)
-    return dict(convert_to_openai_function(schema).get("parameters") or {"type": "object"})
+    with _explained("a schema", schema):
+        return dict(convert_to_openai_function(schema).get("parameters") or {"type": "object"})
+
+
+@contextmanager
+def _explained(what: str, given: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as err:  # LangChain and pydantic raise many kinds over what they do not know
+        msg = (
+            f"{given!r} cannot be made {what}: {err}. Give a function, a pydantic class, a TypedDict or a "
+            f"schema, with a name or title and a description."
+        )
+        raise ConfigurationError(msg) from err
 
 
 def _is_model(schema: object) -> bool:

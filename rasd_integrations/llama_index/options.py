@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    PydanticUserError,
     SkipValidation,
     ValidationError,
     field_serializer,
@@ -157,6 +158,7 @@ class RASDOptions(FunctionCallingLLM):
         Raises:
             ConfigurationError: As in the constructor.
         """
+        reject_unknown(_one_name(options), cls.model_fields, cls.__name__)
         name = getattr(model, "name_or_path", "") or type(model).__name__
         return cls(name, _loaded=(model, tokenizer, drafter_model), **options)
 
@@ -340,7 +342,12 @@ def _grammar(wanted: Any, other: object) -> Grammar | None:
         msg = "response_format and grammar both say what the answer must match; give one of them."
         raise ConfigurationError(msg)
     if isinstance(wanted, type) and issubclass(wanted, BaseModel):
-        return Grammar.json_schema(without_unique_items(wanted.model_json_schema()))
+        try:
+            schema = wanted.model_json_schema()
+        except PydanticUserError as err:
+            msg = f"response_format is {wanted.__name__}, which has no JSON schema: {err}."
+            raise ConfigurationError(msg) from err
+        return Grammar.json_schema(without_unique_items(schema))
     return Grammar.of_response_format(wanted)
 
 
