@@ -65,7 +65,8 @@ class SpeculativeDecoder:
 
     def lease(self, ids: Sequence[int], capacity: int, namespace: str) -> Lease:
         """Return a buffer for ``ids`` that keeps what the drafter reads."""
-        lease = self.prefix_cache.lease(ids, capacity, namespace, keeps_hidden=self.keeps_hidden)
+        cache, hidden = self.prefix_cache, self.keeps_hidden
+        lease = self.target.lease(cache, ids, capacity, namespace, hidden)
         lease.cut(self.steps.kept(lease.reused))
         return lease
 

@@ -9,7 +9,6 @@ layers' share of one step; their weights are read once for all its rows.
 
 from __future__ import annotations
 
-import copy
 import threading
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rasd_integrations.drafters.base import Helper
 from rasd_integrations.drafters.chain import ChainSession
+from rasd_integrations.engine.executors.module_copy import shared_copy
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
@@ -120,7 +120,7 @@ class EarlyExitSession(ChainSession):
 
 
 def shallow(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """Return ``model`` with its first ``layers`` only: the same weights, modules of its own above the layers.
+    """Return a copy of ``model`` with its first ``layers`` only, over the same weights.
 
     Raises:
         ConfigurationError: It has no more layers than that, or its body holds no list of them.
@@ -142,21 +142,11 @@ def shallow(model: PreTrainedModel, layers: int) -> PreTrainedModel:
             f"so it cannot stop early. Use another drafter."
         )
         raise ConfigurationError(msg)
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
+    new = shared_copy(model)
+    text = new.config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
-    new, short = _twin(model), _twin(body)
-    stack = getattr(body, names[0])
-    setattr(short, names[0], nn.ModuleList(list(stack)[:layers]))
-    setattr(new, prefix, short)
-    new.config = short.config = config
-    return new
-
-
-def _twin(module: PreTrainedModel) -> PreTrainedModel:
-    """Return a module of its own with the same parts; hooks on one are not hooks on the other."""
-    new = copy.copy(module)
-    new.__dict__.update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, dict)})
+    stack = getattr(new.base_model, names[0])
+    setattr(new.base_model, names[0], nn.ModuleList(list(stack)[:layers]))
     return new

@@ -91,8 +91,8 @@ class ModelSession(ChainSession):
         self._drafter = drafter
         self._model = drafter.model
         self._ids = list(prompt or ())  # prompt and committed answer
-        room = len(self._ids) + 512
-        self._lease = cache.lease(self._ids, room, drafter.namespace) if self._ids else None
+        room, lease = len(self._ids) + 512, drafter.model.lease
+        self._lease = lease(cache, self._ids, room, drafter.namespace) if self._ids else None
         self._prefilled = False
         self._guesses: tuple[int, ...] = ()  # drafted last, with rows in the buffer
 

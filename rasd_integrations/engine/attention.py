@@ -21,9 +21,26 @@ from rasd_integrations.errors import ConfigurationError
 
 NAME = "rasd"
 _FEW_ROWS = 64  # up to here scores fit in cache and plain matrix products win on a CPU
-_UNSUPPORTED = ("s_aux", "position_bias", "sinks")
+_UNSUPPORTED = ("position_bias", "sinks")
 
 _Blocked = tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer turns queries and keys into weights.
+
+    Attributes:
+        scale: Of the scores.
+        window: Keys that a row may look back on, itself included; ``None`` is all.
+        softcap: Scores are squashed to ``softcap * tanh(score / softcap)``.
+        sinks: ``[heads]``, one more score of each row, whose weight reads no value (gpt-oss).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 class Segment:
@@ -65,15 +82,14 @@ class Segment:
         return known
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor,
-        scale: float, window: int | None, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+    ) -> Tensor:
         """Lay the rows' keys and values into the buffer; attend to the prefix and themselves.
 
         Returns:
-            ``[1, n, heads, head_dim]``.
+            ``[1, n, heads, value_dim]``.
         """
-        return _attend(self, layer, query, key, value, scale, window, softcap)
+        return _attend(self, layer, query, key, value, scoring)
 
     def _too_far(self, prefix: int, window: int, device: torch.device) -> Tensor:
         """Return which of the last ``prefix`` rows stand out of each row's window, ``[n, prefix]``."""
@@ -103,11 +119,13 @@ def rasd_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    *,
     scaling: float | None = None,
     dropout: float = 0.0,
     rasd_step: StepContext | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend ``query`` to the step's prefix and tail.
@@ -116,17 +134,18 @@ def rasd_attention(
         module: The attention layer; ``layer_idx`` names its place in the buffer.
         query: ``[1, heads, n, head_dim]``.
         key: ``[1, kv_heads, n, head_dim]``, the step's own.
-        value: Like ``key``.
+        value: ``[1, kv_heads, n, value_dim]``.
         attention_mask: Not read during a step.
         scaling: Of the scores; ``None`` is ``head_dim ** -0.5``.
         dropout: Not applied during a step.
         rasd_step: The step; ``None`` outside our executors.
         sliding_window: Keys that a row may look back on, itself included.
-        softcap: Scores are squashed to ``softcap * tanh(score / softcap)``.
+        softcap: See :class:`Scoring`.
+        s_aux: Attention sinks ``[heads]``, see :class:`Scoring`.
         **kwargs: What else the architecture passes.
 
     Returns:
-        ``[1, n, heads, head_dim]`` and no weights.
+        ``[1, n, heads, value_dim]`` and no weights.
 
     Raises:
         ConfigurationError: The architecture needs a term that this function does not know.
@@ -134,7 +153,7 @@ def rasd_attention(
     if rasd_step is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling,
-            softcap=softcap, sliding_window=sliding_window, **kwargs,
+            softcap=softcap, sliding_window=sliding_window, s_aux=s_aux, **kwargs,
         )  # fmt: skip
     for term in _UNSUPPORTED:
         if kwargs.get(term) is not None:
@@ -145,25 +164,25 @@ def rasd_attention(
             raise ConfigurationError(msg)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scoring = Scoring(scale, sliding_window, softcap, s_aux)
     segments = rasd_step.segments
     if len(segments) == 1:
-        return segments[0].attend(layer, query, key, value, scale, sliding_window, softcap), None
+        return segments[0].attend(layer, query, key, value, scoring), None
     outs, start = [], 0
     for segment in segments:
         end = start + segment.rows
         q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        outs.append(segment.attend(layer, q, k, v, scale, sliding_window, softcap))
+        outs.append(segment.attend(layer, q, k, v, scoring))
         start = end
     return torch.cat(outs, 1), None
 
 
 def _attend(
-    segment: Segment, layer: int, query: Tensor, key: Tensor, value: Tensor,
-    scale: float, window: int | None, softcap: float | None,
-) -> Tensor:  # fmt: skip
+    segment: Segment, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+) -> Tensor:
     """Do what :meth:`Segment.attend` says."""
     _, heads, n, dim = query.shape
-    buffer = segment.buffer
+    buffer, window = segment.buffer, scoring.window
     prefix = buffer.length
     keys, values = buffer.write(layer, key[0], value[0])
     if window is not None and prefix + buffer.shift + 1 > window:
@@ -176,14 +195,15 @@ def _attend(
     blocked = segment.blocked(prefix, window, query.device)
     piece = segment.is_chain and n > _FEW_ROWS  # of a prefill: a long chain
     if (
-        softcap is None
+        scoring.softcap is None
         and window is None
+        and dim == values.shape[-1]
         and (_has_flash(packed) or (piece and not packed.is_cuda))
     ):
-        out = _flash(packed, keys, values, prefix, n, None if piece else blocked[0], scale)
+        out = _flash(packed, keys, values, prefix, n, None if piece else blocked[0], scoring)
     else:
-        out = _matrix(packed, keys, values, n, blocked, scale, softcap)
-    return out.view(1, heads, n, dim).transpose(1, 2)
+        out = _matrix(packed, keys, values, n, blocked, scoring)
+    return out.view(1, heads, n, -1).transpose(1, 2).contiguous()  # as the stock functions do
 
 
 def _blocked(
@@ -214,21 +234,37 @@ def _blocked(
 
 
 def _matrix(
-    packed: Tensor, keys: Tensor, values: Tensor, n: int, blocked: _Blocked,
-    scale: float, softcap: float | None,
-) -> Tensor:  # fmt: skip
+    packed: Tensor, keys: Tensor, values: Tensor, n: int, blocked: _Blocked, scoring: Scoring
+) -> Tensor:
     """One softmax over prefix and tail by plain matrix products; ``packed`` is ``[kv_heads, g * n, dim]``."""
     kv_heads, rows, _ = packed.shape
-    scores = torch.bmm(packed * scale, keys.mT)  # [kv_heads, g * n, prefix + n]
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = torch.bmm(packed * scoring.scale, keys.mT)  # [kv_heads, g * n, prefix + n]
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     grouped = scores.view(kv_heads, rows // n, n, -1)
     tail, head = blocked
     if tail is not None:
         grouped[..., -n:].masked_fill_(tail, float("-inf"))
     if head is not None:
         grouped[..., : head.shape[1]].masked_fill_(head, float("-inf"))
-    return torch.bmm(scores.softmax(-1), values)
+    return with_sinks(torch.bmm(scores.softmax(-1), values), scores, scoring.sinks)
+
+
+def with_sinks(out: Tensor, scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Give the sinks their part of the weights that ``out`` ``[kv_heads, g * n, dim]`` was made with.
+
+    Args:
+        out: Values by the softmax of ``scores``.
+        scores: ``[kv_heads, g * n, keys]``, or their log-sum-exps ``[kv_heads, g * n]``.
+        sinks: ``[kv_heads * g]``.
+    """
+    if sinks is None:
+        return out
+    kv_heads, rows = scores.shape[:2]
+    lse = scores.float().logsumexp(-1) if scores.dim() == 3 else scores
+    sink = sinks.float().view(kv_heads, -1, 1)
+    kept = torch.sigmoid(lse.view(kv_heads, sink.shape[1], -1) - sink).view(kv_heads, rows, 1)
+    return (out * kept).to(out.dtype)
 
 
 def _has_flash(packed: Tensor) -> bool:
@@ -242,11 +278,11 @@ def _flash(
     prefix: int,
     n: int,
     blocked: Tensor | None,
-    scale: float,
+    scoring: Scoring,
 ) -> Tensor:
     """Unmasked flash attention over the prefix, and the tail's (causal where long), merged by log-sum-exp."""
     kv_heads, rows, dim = packed.shape
-    group = rows // n
+    group, scale = rows // n, scoring.scale
     key_tail, value_tail = keys[:, prefix:], values[:, prefix:]
     if blocked is None and n > 1:  # a piece of a prefill
         tail, lse_tail = _flash_op(
@@ -260,17 +296,21 @@ def _flash(
     else:
         tail, lse_tail = tail_attention(packed, key_tail, value_tail, n, blocked, scale)
     if prefix == 0:
-        return tail
+        return with_sinks(tail, lse_tail, scoring.sinks).to(packed.dtype)
     head, lse_head = _flash_op(
         packed[None], keys[None, :, :prefix], values[None, :, :prefix], scale, causal=False
     )
-    return merged((head[0], lse_head.view(kv_heads, rows)), (tail, lse_tail), packed.dtype)
+    parts = (head[0], lse_head.view(kv_heads, rows)), (tail, lse_tail)
+    return merged(*parts, scoring.sinks).to(packed.dtype)
 
 
-def merged(head: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """Join two outputs ``[kv_heads, rows, dim]`` by their log-sum-exps ``[kv_heads, rows]``."""
+def merged(
+    head: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor], sinks: Tensor | None
+) -> Tensor:
+    """Join two outputs ``[kv_heads, rows, dim]`` by their log-sum-exps ``[kv_heads, rows]``, in float32."""
     weight = torch.sigmoid(head[1] - tail[1])[..., None]
-    return torch.lerp(tail[0].float(), head[0].float(), weight).to(dtype)
+    out = torch.lerp(tail[0].float(), head[0].float(), weight)
+    return out if sinks is None else with_sinks(out, torch.logaddexp(head[1], tail[1]), sinks)
 
 
 def tail_attention(

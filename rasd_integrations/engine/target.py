@@ -24,11 +24,19 @@ from rasd_integrations.engine.executors.eager import (
     input_device,
 )
 from rasd_integrations.engine.kv.buffer import KVBuffer, LayerRow
+from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
+from rasd_integrations.engine.long_rope import long_rope_border
 from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.engine.verification.sampling import uniform_numbers
-from rasd_integrations.errors import DeviceMemoryError, PromptError, PromptTooLongError
+from rasd_integrations.errors import (
+    ConfigurationError,
+    DeviceMemoryError,
+    PromptError,
+    PromptTooLongError,
+)
 
 PREFILL_PIECE = 512  # tokens; on a GPU four times as many keep it busy
+_LONG_ROPE = "\x00long"  # behind a namespace, which a user cannot write
 _BATCH_ROWS = 64  # more rows cost as much together as apart
 _JOINT_ROPES = ("dynamic", "longrope")  # their angles depend on the longest sequence of a batch
 
@@ -52,6 +60,7 @@ class TargetModel:
 
     Attributes:
         window: Longest sequence, in tokens.
+        long_rope_border: Longest text with short rotary factors, in tokens; ``None`` where there is but one set.
         vocab_size: Rows of the logits.
         eos_ids: Ids that end an answer.
         kv_bytes_per_token: Bytes of one token's keys and values.
@@ -60,7 +69,7 @@ class TargetModel:
     """
 
     def __init__(self, model: PreTrainedModel, *, executor: Executor | None = None) -> None:
-        """Wrap ``model``; its attention is routed through ours, its weights are not touched.
+        """Wrap ``model``, which is not changed: executors run copies of its modules over the same weights.
 
         Raises:
             ConfigurationError: The architecture cannot run speculative steps.
@@ -68,7 +77,9 @@ class TargetModel:
         config = model.config.get_text_config()
         self.model = model
         self.device = input_device(model)
+        self._executor = executor or EagerExecutor(model)
         self.window = int(config.max_position_embeddings)
+        self.long_rope_border = long_rope_border(config)
         self.vocab_size = int(config.vocab_size)
         self.eos_ids = _eos_ids(model)
         self.hidden_size = int(config.hidden_size)
@@ -76,7 +87,6 @@ class TargetModel:
         # Tokens of a piece, and of one that others wait for, who decode (docs/explanation/experiments.md).
         on_cpu = self.device.type == "cpu"
         self._pieces = (PREFILL_PIECE, 64) if on_cpu else (4 * PREFILL_PIECE, PREFILL_PIECE)
-        self._executor = executor or EagerExecutor(model)
         self._turns = StepQueue[_Work, Any](
             partial(_forward, self._executor), 1 if _has_joint_rope(config) else _BATCH_ROWS
         )
@@ -141,6 +151,7 @@ class TargetModel:
         Raises:
             PromptError: It is empty or holds an id that the model does not know.
             PromptTooLongError: Prompt and answer exceed the window.
+            ConfigurationError: The answer would cross the border of longrope.
         """
         if not ids:
             msg = "The prompt has no tokens. Give it at least one character of text."
@@ -150,6 +161,30 @@ class TargetModel:
             raise PromptError(msg)
         if len(ids) + max_tokens > self.window:
             raise PromptTooLongError(len(ids), max_tokens, self.window)
+        border = self.long_rope_border
+        if border is not None and len(ids) <= border < len(ids) + max_tokens - 1:
+            msg = (
+                f"The prompt has {len(ids)} tokens and max_tokens is {max_tokens}, but the model reads more than "
+                f"{border} tokens with other rotary angles (longrope), which an answer cannot change on its way. "
+                f"Set max_tokens to {border - len(ids) + 1} or less, or give the prompt more than {border} tokens."
+            )
+            raise ConfigurationError(msg)
+
+    def lease(
+        self,
+        cache: PrefixCache,
+        ids: Sequence[int],
+        capacity: int,
+        namespace: str,
+        keeps_hidden: bool = False,
+    ) -> Lease:
+        """Return :meth:`PrefixCache.lease` for ``ids``; keys of longrope's two sides never meet."""
+        long = self.long_rope_border is not None and len(ids) > self.long_rope_border
+        if long:
+            namespace += _LONG_ROPE
+        lease = cache.lease(ids, capacity, namespace, keeps_hidden=keeps_hidden)
+        lease.buffer.long_rope = long
+        return lease
 
     def prefill(
         self, ids: Sequence[int], buffer: KVBuffer, *, num_logits: int = 0

@@ -23,6 +23,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rasd_integrations.engine.executors.agreement import comparison_text
+
 Script = Callable[[str], str]
 """From the prompt as the model reads it, special tokens included, to the answer. Asked once a prompt."""
 Recover = Callable[[str, str], str]
@@ -323,7 +325,11 @@ class ScriptedForCausalLM(ScriptedPreTrainedModel, GenerationMixin):
         """Return the ids to prefer, best first: the script's next, and its next that is no space."""
         start = _prompt_end(node)
         if start.plan is None:
-            start.plan = self._encode(self._script(self._text(start)))
+            ids = start.ids()
+            is_check = (
+                ids == comparison_text(len(ids), VOCAB).tolist()
+            )  # of a load: nobody's prompt
+            start.plan = [] if is_check else self._encode(self._script(self._text(start)))
         said = node.ids(after=start)
         at = self._aligned(said, start.plan)
         if at is None and not self.model.ends_with_marker(

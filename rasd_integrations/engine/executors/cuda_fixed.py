@@ -13,7 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.attention import Segment, merged, tail_attention
+from rasd_integrations.engine.attention import (
+    Scoring,
+    Segment,
+    merged,
+    tail_attention,
+    with_sinks,
+)
 from rasd_integrations.engine.kv.buffer import KVBuffer
 
 PrefixAttention = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -111,9 +117,8 @@ class FixedSegment(Segment):
         self._views: dict[int | None, _View] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor,
-        scale: float, window: int | None, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+    ) -> Tensor:
         """Attend as :meth:`Segment.attend` does, over all rows of the bucket."""
         _, heads, n, dim = query.shape
         source = self._inputs.source
@@ -122,16 +127,17 @@ class FixedSegment(Segment):
         values.index_copy_(1, self._places, value[0].index_select(1, source))
         kv_heads = keys.shape[0]
         packed = query.reshape(kv_heads, heads // kv_heads * n, dim)
-        if self._prefix is not None and window is None and softcap is None:
-            head = self._prefix(packed, keys, values, self._inputs.used, scale)
-            tail = tail_attention(packed, key[0], value[0], n, self._inputs.tail, scale)
-            out = merged(head, tail, packed.dtype)
+        is_plain = scoring.window is None and scoring.softcap is None and dim == value.shape[-1]
+        if self._prefix is not None and is_plain:
+            head = self._prefix(packed, keys, values, self._inputs.used, scoring.scale)
+            tail = tail_attention(packed, key[0], value[0], n, self._inputs.tail, scoring.scale)
+            out = merged(head, tail, scoring.sinks).to(packed.dtype)
         else:
-            view = self._view(keys.shape[1], window)
+            view = self._view(keys.shape[1], scoring.window)
             if view.start is not None:
                 keys, values = (t.index_select(1, view.columns) for t in (keys, values))
-            out = _masked(packed, keys, values, n, view, scale, softcap)
-        return out.view(1, heads, n, dim).transpose(1, 2)
+            out = _masked(packed, keys, values, n, view, scoring)
+        return out.view(1, heads, n, -1).transpose(1, 2).contiguous()
 
     def _view(self, bucket: int, window: int | None) -> _View:
         """Return what layers of this window see; made once a run, by kernels that are recorded too."""
@@ -159,17 +165,17 @@ class FixedSegment(Segment):
 
 
 def _masked(
-    packed: Tensor, keys: Tensor, values: Tensor, n: int, view: _View,
-    scale: float, softcap: float | None,
-) -> Tensor:  # fmt: skip
+    packed: Tensor, keys: Tensor, values: Tensor, n: int, view: _View, scoring: Scoring
+) -> Tensor:
     """Attend to all rows at hand, with a mask for those that do not count."""
     kv_heads, rows, _ = packed.shape
-    scores = torch.bmm(packed * scale, keys.mT)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = torch.bmm(packed * scoring.scale, keys.mT)
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     scores.view(kv_heads, rows // n, n, -1).masked_fill_(view.blocked, float("-inf"))
     # A weight of nothing is no protection: memory that was never written may hold NaN, and 0 * NaN is NaN.
-    return torch.bmm(scores.softmax(-1), values.masked_fill(view.behind[:, None], 0.0))
+    out = torch.bmm(scores.softmax(-1), values.masked_fill(view.behind[:, None], 0.0))
+    return with_sinks(out, scores, scoring.sinks)
 
 
 def flash_prefix(

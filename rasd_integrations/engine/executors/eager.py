@@ -1,7 +1,8 @@
 """How a step runs: one small protocol, and eager torch behind it.
 
-An executor runs the stock transformers module with our attention (``engine/attention.py``) and a cache object
-that keeps nothing, so every architecture written against transformers' attention interface works.
+An executor runs a copy of the stock transformers module (:mod:`.module_copy`) with our attention
+(``engine/attention.py``) and a cache object that keeps nothing, so every architecture written against
+transformers' attention interface works.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from rasd_integrations.engine.attention import NAME, Segment, StepContext
+from rasd_integrations.engine.executors.agreement import check_agreement, refusal
+from rasd_integrations.engine.executors.module_copy import Switches, shared_copy
 from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.long_rope import always_long, long_rope_border
 from rasd_integrations.errors import ConfigurationError
 
 
@@ -78,40 +82,52 @@ class NoCache(Cache):
 
 
 class EagerExecutor:
-    """Eager torch on any device: the reference that every other executor is tested against."""
+    """Eager torch on any device: the reference that every other executor is tested against.
+
+    Attributes:
+        model: The modules that it runs, of its own, over the weights of the model it was given.
+        device: Where ids of a step belong.
+        long_rope_border: See :func:`~rasd_integrations.engine.long_rope.long_rope_border`.
+    """
 
     grain = 1
     by_rows = False
     in_8_bits = False
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Take ``model`` as it is and route its attention through ours.
+    def __init__(self, model: PreTrainedModel, *, checked: bool = True) -> None:
+        """Copy ``model``'s modules, over the same weights, and route the attention of the copy through ours.
+
+        Args:
+            model: On any device, of any dtype; it is not changed.
+            checked: Compare steps with the model's own forward (:mod:`.agreement`).
 
         Raises:
-            ConfigurationError: The architecture cannot take an attention function.
+            ConfigurationError: The architecture cannot take an attention function, or not in the way that steps need.
         """
-        try:
-            model.set_attn_implementation(NAME)
-        except (ValueError, KeyError, AttributeError) as err:
-            msg = (
-                f"{type(model).__name__} does not use transformers' attention interface, which "
-                f"speculative steps need. Use a model whose class supports it (most causal LMs do)."
-            )
-            raise ConfigurationError(msg) from err
-        self._model = model
-        self._body = model.base_model
+        self.model = own = shared_copy(model)
+        if not own._can_set_attn_implementation():
+            raise refusal(model, "its code does not use transformers' attention interface")
+        own.set_attn_implementation(NAME)
+        self.long_rope_border = border = long_rope_border(model.config)
+        self._long = own if border is None else always_long(own, border)
+        self._switches = Switches(model, *{id(m): m for m in (own, self._long)}.values())
         self._cache = NoCache()
-        self._cache_argument = cache_argument(self._body)
-        device = input_device(model)
+        self._cache_argument = cache_argument(own.base_model)
+        self.device = input_device(model)
         # Masks that are already four-dimensional pass through transformers untouched; ours is unread.
-        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._vocab_size = int(model.config.get_text_config().vocab_size)
+        if checked:
+            check_agreement(model, self)
 
     def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
         """Run one forward of the stock module."""
-        module: nn.Module = self._model if num_logits else self._body
+        self._switches.follow()
+        model = self._long if context.segments[0].buffer.long_rope else self.model
+        body = model.base_model
+        module: nn.Module = model if num_logits else body
         keep = {"logits_to_keep": num_logits} if num_logits else {}
-        with outputs_of(self._body) as seen:
+        with outputs_of(body) as seen:
             out = module(
                 input_ids=ids[None],
                 position_ids=context.positions[None],

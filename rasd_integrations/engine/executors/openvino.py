@@ -82,11 +82,16 @@ class CompiledExecutor:
             )
             raise ConfigurationError(msg)
         self._eager = EagerExecutor(model)
-        self._plan = plan_of(model, self._eager)
-        if any(layer.softcap is not None for layer in self._plan.layers):
+        self._plan = plan_of(self._eager)
+        scorings = [layer.scoring for layer in self._plan.layers]
+        if any(scoring.softcap is not None for scoring in scorings):
             msg = f"{type(model).__name__} caps its scores, which compiled steps cannot. Use executor='eager'."
             raise ConfigurationError(msg)
-        if in_8_bits and any(layer.window is not None for layer in self._plan.layers):
+        if any(scoring.sinks is not None for scoring in scorings):
+            # The operation takes one sink a head, and each key head is a sequence of its own to it: all share one.
+            msg = f"{type(model).__name__} has attention sinks, which compiled steps cannot. Use executor='eager'."
+            raise ConfigurationError(msg)
+        if in_8_bits and any(scoring.window is not None for scoring in scorings):
             msg = (
                 f"{type(model).__name__} has layers with a sliding window, some steps of which run eagerly, in 16 "
                 f"bits or more. Use executor='openvino'."
@@ -106,7 +111,9 @@ class CompiledExecutor:
         kept = path is not None and path.is_dir()
         try:
             with stage(None if kept else f"Compiling {type(model).__name__} for this CPU, once"):
-                self._compile = partial(_compiled, model, self._plan, path, in_8_bits=in_8_bits)
+                self._compile = partial(
+                    _compiled, self._eager.model, self._plan, path, in_8_bits=in_8_bits
+                )
                 self._request: Any = self._compile().create_infer_request()
                 self._first_key = len(self._request.model_inputs) - 2 * len(self._plan.layers)
                 self._check(model)
@@ -187,9 +194,14 @@ class CompiledExecutor:
         return frame
 
     def _can_run(self, segment: Segment) -> bool:
-        """Whether the graph's windows, which count rows, see what the step's see, which look at positions."""
+        """Whether the graph has the angles, and its windows, which count rows, see what the step's see by position."""
+        if segment.buffer.long_rope:
+            return False
         end = segment.buffer.length + segment.buffer.shift + segment.rows
-        inside = all(layer.window is None or end <= layer.window for layer in self._plan.layers)
+        inside = all(
+            layer.scoring.window is None or end <= layer.scoring.window
+            for layer in self._plan.layers
+        )
         return inside or (segment.is_chain and not segment.buffer.is_gathered)
 
     def _width(self, n: int, context: StepContext) -> int:

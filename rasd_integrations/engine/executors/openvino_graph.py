@@ -186,7 +186,7 @@ def _attention(
     op = _PagedAttentionExtension(
         [
             *reads, keys.output(0), values.output(0), past, begins, blocks, block_begins,
-            _number(layer.scale, _F32), _number(layer.window or 0, _I32),
+            _number(layer.scoring.scale, _F32), _number(layer.scoring.window or 0, _I32),
             _nothing(_F32),  # slopes by distance
             most.output(0),
             _nothing(_I32), _nothing(_I32), _nothing(_I32), _nothing(_F32),  # scores out, rotation of pages

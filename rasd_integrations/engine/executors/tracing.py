@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rasd_integrations.engine.attention import Segment, StepContext
+from rasd_integrations.engine.attention import Scoring, Segment, StepContext
 from rasd_integrations.engine.executors.eager import (
     EagerExecutor,
     NoCache,
@@ -26,8 +26,7 @@ from rasd_integrations.engine.executors.eager import (
     outputs_of,
 )
 from rasd_integrations.engine.kv.buffer import KVBuffer
-
-_ROTARY = "RotaryEmbedding"  # how transformers names the modules that make angles of positions
+from rasd_integrations.engine.long_rope import ROTARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +60,7 @@ class Layer:
     group: int
     key_dim: int
     value_dim: int
-    scale: float
-    window: int | None
-    softcap: float | None
+    scoring: Scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,25 +91,17 @@ class _Recorder(Segment):
         self.layers: dict[int, Layer] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor,
-        scale: float, window: int | None, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+    ) -> Tensor:
         kv_heads = key.shape[1]
-        self.layers[layer] = Layer(
-            kv_heads,
-            query.shape[1] // kv_heads,
-            key.shape[-1],
-            value.shape[-1],
-            scale,
-            window,
-            softcap,
-        )
-        return super().attend(layer, query, key, value, scale, window, softcap)
+        group = query.shape[1] // kv_heads
+        self.layers[layer] = Layer(kv_heads, group, key.shape[-1], value.shape[-1], scoring)
+        return super().attend(layer, query, key, value, scoring)
 
 
 @torch.inference_mode()
-def plan_of(model: PreTrainedModel, eager: EagerExecutor) -> Plan:
-    """Run two tokens and see what a step of ``model`` consists of."""
+def plan_of(eager: EagerExecutor) -> Plan:
+    """Run two tokens and see what a step of a model consists of."""
     positions = torch.arange(2)
     recorder = _Recorder(KVBuffer(2), positions)
     calls: list[Angles] = []
@@ -121,7 +110,7 @@ def plan_of(model: PreTrainedModel, eager: EagerExecutor) -> Plan:
             lambda module, args, kwargs, _out: calls.append(Angles(module, args, dict(kwargs))),
             with_kwargs=True,
         )
-        for module in _rotary_modules(model)
+        for module in _rotary_modules(eager.model)
     ]
     try:
         eager.step(
@@ -135,7 +124,7 @@ def plan_of(model: PreTrainedModel, eager: EagerExecutor) -> Plan:
 
 
 def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.modules() if type(module).__name__.endswith(_ROTARY)]
+    return [module for module in model.modules() if type(module).__name__.endswith(ROTARY)]
 
 
 class _TracedSegment:
@@ -146,9 +135,8 @@ class _TracedSegment:
         self.read: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor,
-        scale: float, window: int | None, softcap: float | None,
-    ) -> Tensor:  # fmt: skip
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+    ) -> Tensor:
         shape = self._plan.layers[layer]
         heads, group = shape.kv_heads, shape.group
         grouped = query.reshape(heads, group, -1, shape.key_dim).transpose(1, 2)
@@ -169,7 +157,7 @@ class TracedStep(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
-        """Wrap ``model``, whose attention is routed through ours."""
+        """Wrap ``model``, an executor's own, whose attention is routed through ours."""
         super().__init__()
         self._model = model
         self._plan = plan
@@ -233,18 +221,23 @@ def _angles_given(calls: Sequence[Angles], tables: Sequence[Tensor]) -> Iterator
 
 @contextmanager
 def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Let ``model`` hold its weights in float32: compilers know the operations of such a trace best.
+    """Let ``model``, an executor's own, hold weights in float32: compilers know such operations best.
 
-    Where weights are narrower they are doubled for the while; afterwards the same memory is there again.
+    Where weights are narrower they are doubled for the while; the model that they are of keeps its own.
     """
-    old = [(weight, weight.data) for weight in model.parameters()]
-    for weight, data in old:
-        weight.data = data.float()
+    old = [(module._parameters, dict(module._parameters)) for module in model.modules()]
+    wide: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for table, weights in old:
+        for name, weight in weights.items():
+            if weight is not None:
+                if id(weight) not in wide:
+                    wide[id(weight)] = nn.Parameter(weight.data.float(), requires_grad=False)
+                table[name] = wide[id(weight)]
     try:
         yield
     finally:
-        for weight, data in old:
-            weight.data = data
+        for table, weights in old:
+            table.update(weights)
 
 
 @contextmanager

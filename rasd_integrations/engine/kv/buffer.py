@@ -36,6 +36,7 @@ class KVBuffer:
         length: Committed tokens.
         keeps_hidden: Whether steps leave their final hidden states here too.
         shift: Position of the next row less ``length``: above 0 where rows of a longer text were gathered.
+        long_rope: Whether keys are turned as in a text past the border of longrope (:mod:`..long_rope`).
         origin: Where its rows begin in the memory of :meth:`stores`: above 0 in a :class:`KVArena`.
     """
 
@@ -44,6 +45,7 @@ class KVBuffer:
         self.length = 0
         self.keeps_hidden = keeps_hidden
         self.shift = 0
+        self.long_rope = False
         self.origin = 0
         self._arena: KVArena | None = None
         self._by_rows = False
@@ -104,7 +106,7 @@ class KVBuffer:
     def pinned(self, rows: int) -> KVBuffer:
         """Return a buffer over the first ``rows`` of this memory, which it keeps alive when this one lets go of it."""
         new = KVBuffer(0)
-        new._capacity = rows
+        new._capacity, new.long_rope = rows, self.long_rope
         for mine, theirs in ((self._keys, new._keys), (self._values, new._values)):
             for layer, store in mine.items():
                 theirs[layer] = store[:, :rows]
@@ -241,7 +243,7 @@ class KVBuffer:
     def copy(self, length: int, capacity: int) -> KVBuffer:
         """Return a buffer of its own that holds the first ``length`` tokens."""
         new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
-        new._by_rows = self._by_rows
+        new._by_rows, new.long_rope = self._by_rows, self.long_rope
         new.length, new.shift, new._places = self.length, self.shift, self._places
         new.truncate(length)
         if self._hidden and length > self._hidden_from:
@@ -266,7 +268,7 @@ class KVBuffer:
             capacity: Rows to plan for.
         """
         new = KVBuffer(max(capacity, len(rows)))
-        new._by_rows, new.length = self._by_rows, len(rows)
+        new._by_rows, new.long_rope, new.length = self._by_rows, self.long_rope, len(rows)
         new.shift = self.length + self.shift - len(rows)
         index = torch.tensor(rows, dtype=torch.long)
         new._places = tuple(self.positions(0, self.length)[index].tolist())
@@ -300,6 +302,7 @@ class KVBuffer:
         self.reserve(room)
         new = KVBuffer(self._capacity)
         new._by_rows, new._arena, new.origin = self._by_rows, self._arena, self.origin
+        new.long_rope = self.long_rope
         new.length, new.shift, new._places = self.length, self.shift, self._places
         new._keys = {layer: self._keys[layer] for layer in range(num_layers)}
         new._values = {layer: self._values[layer] for layer in range(num_layers)}

@@ -29,7 +29,7 @@ from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.drafters.model import ModelDrafter
-from rasd_integrations.engine.attention import Segment, StepContext
+from rasd_integrations.engine.attention import Scoring, Segment, StepContext
 from rasd_integrations.engine.executors import cuda_fixed as fixed
 from rasd_integrations.engine.executors import cuda_graphs as graphs
 from rasd_integrations.engine.executors.cuda_graphs import ROW_BUCKETS, kv_bucket
@@ -321,7 +321,7 @@ def test_a_row_that_pads_is_never_laid_down():
     inputs = fixed.FixedInputs(4, torch.device("cpu"))
     inputs.fill(torch.tensor([5, 6, 7]), Segment(buffer, torch.arange(2, 5), None))
     segment = fixed.FixedSegment(inputs, buffer.pinned(GRANULE), None)
-    segment.attend(0, q, k, v, 1.0, None, None)
+    segment.attend(0, q, k, v, Scoring(1.0))
     keys, values = buffer.rows(0, 2, 5)
     assert torch.equal(keys, k[0, :, :3])
     assert torch.equal(values, v[0, :, :3])

@@ -396,16 +396,21 @@ def test_what_openvino_cannot_do_is_refused(monkeypatch):
     assert isinstance(make_executor("auto", tiny_llama(), owned=True), EagerExecutor)
 
 
-def test_capped_scores_are_refused(monkeypatch):
-    """Attention over pages has no such term."""
+@pytest.mark.parametrize(
+    ("term", "said"),
+    [({"softcap": 50.0}, "caps its scores"), ({"sinks": torch.zeros(6)}, "attention sinks")],
+)
+def test_terms_that_pages_lack_are_refused(monkeypatch, term, said):
+    """Attention over pages has no cap, and no sink of each head."""
     plan_of = compiled.plan_of
 
-    def capped(*args):
+    def planned(*args):
         plan = plan_of(*args)
-        return replace(plan, layers=tuple(replace(layer, softcap=50.0) for layer in plan.layers))
+        layers = [replace(x, scoring=replace(x.scoring, **term)) for x in plan.layers]
+        return replace(plan, layers=tuple(layers))
 
-    monkeypatch.setattr(compiled, "plan_of", capped)
-    with pytest.raises(ConfigurationError, match="caps its scores"):
+    monkeypatch.setattr(compiled, "plan_of", planned)
+    with pytest.raises(ConfigurationError, match=said):
         CompiledExecutor(tiny_llama())
 
 

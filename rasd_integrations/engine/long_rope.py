@@ -1,0 +1,56 @@
+"""Rotary angles in two sets (longrope: Phi-3, MiniCPM): short factors up to a border, long ones beyond it.
+
+transformers takes the long factors for a whole forward once its last position is past
+``original_max_position_embeddings``. A prompt of more tokens therefore has other keys from its first token on, also
+where it is prefilled in pieces; keys of one side are worth nothing on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rasd_integrations.engine.executors.module_copy import shared_copy
+
+ROTARY = "RotaryEmbedding"  # how transformers names the modules that make angles of positions
+
+
+def long_rope_border(config: PretrainedConfig) -> int | None:
+    """Return the longest text that is read with short factors, in tokens; ``None`` for other models."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    borders = [
+        kind.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min((int(border) for border in borders if border), default=None)
+
+
+def always_long(model: PreTrainedModel, border: int) -> PreTrainedModel:
+    """Return a copy of ``model``, over the same weights, that takes long factors at every position."""
+    new = shared_copy(model)
+    for module in new.modules():
+        if type(module).__name__.endswith(ROTARY):
+            module.forward = partial(_as_in_a_long_text, module.forward, border)
+    return new
+
+
+def _as_in_a_long_text(
+    forward: Callable[..., Any],
+    border: int,
+    x: Tensor,
+    position_ids: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    """Make angles of ``position_ids`` ``[1, n]`` as if one more position, past the border, were among them."""
+    more = torch.cat([position_ids, position_ids.new_full((len(position_ids), 1), border)], 1)
+    return tuple(table[:, :-1] for table in forward(x, more, *args, **kwargs))

@@ -1,0 +1,157 @@
+"""A family is right or refused at load: what is compared, what is said, and what it leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import WINDOW, answered, generated, tiny, variants
+from tiny import FAMILIES, tiny_llama
+
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.engine.executors import agreement
+from rasd_integrations.engine.executors.eager import EagerExecutor
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import ConfigurationError
+
+
+def family(model_type, variant="default"):
+    return tiny(dict(variants(model_type))[variant])
+
+
+def text(n, seed=0):
+    return torch.randint(2, 60, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+REFUSED = [
+    # Fault 20: accepted once, and wrong.
+    ("doge", "default", "off those of its own forward"),
+    ("phimoe", "window", "off those of its own forward"),
+    ("diffllama", "default", "off those of its own forward"),
+    ("opt", "default", "cannot run speculative steps"),
+    ("bert", "default", "cannot run speculative steps"),
+    # Fault 21: another library's error once.
+    ("qwen3_next", "default", "linear_attention.* keep a state that is not keys and values"),
+    ("jamba", "default", "keep a state that is not keys and values"),
+    ("falcon_h1", "default", "keep a state that is not keys and values"),
+    ("bloom", "default", "cannot run speculative steps"),
+    ("openai-gpt", "default", "cannot run speculative steps"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "variant", "said"), REFUSED)
+def test_what_steps_would_get_wrong_is_refused_by_name(model_type, variant, said):
+    """Faults 20 and 21: the error names the family and why, and is ours."""
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        TargetModel(family(model_type, variant))
+    assert f"model_type '{model_type}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "granite_swa", "granitemoe_swa", "flint"])
+def test_attention_sinks(model_type):
+    """Fault 21: their weight is in the softmax's denominator, in a prefill, beyond windows, and in steps."""
+    model = family(model_type)
+    for name, weight in model.named_parameters():
+        if name.endswith("sinks"):
+            weight.normal_(1.0, 2.0, generator=torch.Generator().manual_seed(1))
+    decoder = SpeculativeDecoder(TargetModel(model))
+    for ids in (text(7), text(100)):
+        assert answered(decoder, ids, 12) == generated(model, ids, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_right_families_are_taken_in_every_dtype(name, dtype):
+    """Rounding alone is no reason to refuse."""
+    EagerExecutor(FAMILIES[name]().to(dtype))
+
+
+def test_a_verdict_is_found_once_for_a_class_and_config(monkeypatch):
+    """The second model of a config costs one short text."""
+    made = []
+
+    def counted(model):
+        made.append(model)
+        return small_model(model)
+
+    small_model = agreement.small_model
+    monkeypatch.setattr(agreement, "small_model", counted)
+    monkeypatch.setattr(agreement, "_verdicts", {})
+    for seed in (0, 1):
+        EagerExecutor(tiny_llama(seed))
+    assert len(made) == 1
+
+
+def test_a_config_that_cannot_be_made_small_is_compared_as_it_is(monkeypatch):
+    """Where its class refuses other numbers, the model itself reads over its window, or is refused."""
+
+    def refused(_):
+        msg = "hidden_size must be 48"
+        raise ValueError(msg)
+
+    lengths = []
+    difference = agreement._difference
+
+    def noted(model, executor, length, **kwargs):
+        lengths.append(length)
+        return difference(model, executor, length, **kwargs)
+
+    monkeypatch.setattr(agreement, "small_model", refused)
+    monkeypatch.setattr(agreement, "_difference", noted)
+    monkeypatch.setattr(agreement, "_verdicts", {})
+    EagerExecutor(FAMILIES["mistral"]())
+    assert max(lengths) > 24
+    monkeypatch.setattr(agreement, "_LONGEST", 32)
+    monkeypatch.setattr(agreement, "_verdicts", {})
+    with pytest.raises(ConfigurationError, match=r"border at 24 tokens.*hidden_size must be 48"):
+        EagerExecutor(FAMILIES["mistral"]())
+
+
+def test_an_object_that_somebody_changed_is_compared_itself():
+    """The verdict of the config does not speak for a forward that was replaced."""
+    model = tiny_llama()
+    attention = model.model.layers[1].self_attn
+    stock = attention.forward
+
+    def twice(*args, **kwargs):
+        out, weights = stock(*args, **kwargs)
+        return (out if "rasd_step" in kwargs else 2 * out), weights
+
+    attention.forward = twice
+    with pytest.raises(ConfigurationError, match="model_type 'llama'"):
+        EagerExecutor(model)
+
+
+def test_the_comparison_draws_no_random_numbers_of_the_users():
+    """A load changes no seed."""
+    agreement._verdicts.clear()
+    model = tiny_llama()
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    EagerExecutor(model)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "llama"])
+def test_longrope_on_both_sides_of_its_border(model_type):
+    """Fault 20: below and above it an answer is that of ``generate``, in pieces, and again from the prefix cache."""
+    model = family(model_type, "longrope")
+    target = TargetModel(model)
+    target._pieces = (10, 10)
+    decoder = SpeculativeDecoder(target, prefix_cache=PrefixCache(1 << 24))
+    ids = text(70)
+    for _ in range(2):
+        for length, n in ((12, 12), (WINDOW, 1), (WINDOW + 1, 12), (70, 12), (20, 5)):
+            assert answered(decoder, ids[:length], n) == generated(model, ids[:length], n), length
+
+
+def test_an_answer_that_would_cross_the_border_is_refused_before_any_work():
+    """Fault 20: keys of one side are worth nothing on the other."""
+    target = TargetModel(family("phi3", "longrope"))
+    target.check_prompt(text(20), 5)
+    target.check_prompt(text(25), 50)
+    with pytest.raises(
+        ConfigurationError, match=r"20 tokens and max_tokens is 6.*Set max_tokens to 5 or less"
+    ):
+        target.check_prompt(text(20), 6)
