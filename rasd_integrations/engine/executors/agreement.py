@@ -4,7 +4,7 @@ Two comparisons. The model itself runs a short text, ours against its own forwar
 every layer goes through our attention, and what somebody did to this object. A small model of its config
 (:mod:`.shrinking`) runs a text over all windows, chunks and rope borders, against its own forward and cache, in
 float32: one verdict for a class and config, kept for the process. Where no small model can be made of a config that
-names a border, the model itself runs a text that crosses it (docs/adr/0013-a-family-is-right-or-refused.md).
+names a border, the model itself runs a text that crosses it (docs/adr/0016-a-family-is-right-or-refused.md).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ _SIZES = {
     r"max_position_embeddings|n_positions|n_ctx|seq_length|max_seq_len": 256,
     r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts": 4,
     r"num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts|moe_top_k": 2,
+    r"num_kv_shared_layers": 0,
     r"n_group|topk_group|num_expert_group|num_limited_groups": 1,
     _BORDERS: BORDER,
 }  # fmt: skip
