@@ -180,9 +180,8 @@ class TargetModel:
     ) -> Lease:
         """Return :meth:`PrefixCache.lease` for ``ids``; keys of longrope's two sides never meet."""
         long = self.long_rope_border is not None and len(ids) > self.long_rope_border
-        if long:
-            namespace += _LONG_ROPE
-        lease = cache.lease(ids, capacity, namespace, keeps_hidden=keeps_hidden)
+        side = namespace + _LONG_ROPE if long else namespace
+        lease = cache.lease(ids, capacity, side, keeps_hidden=keeps_hidden)
         lease.buffer.long_rope = long
         return lease
 

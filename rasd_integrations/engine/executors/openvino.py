@@ -83,19 +83,8 @@ class CompiledExecutor:
             raise ConfigurationError(msg)
         self._eager = EagerExecutor(model)
         self._plan = plan_of(self._eager)
-        scorings = [layer.scoring for layer in self._plan.layers]
-        if any(scoring.softcap is not None for scoring in scorings):
-            msg = f"{type(model).__name__} caps its scores, which compiled steps cannot. Use executor='eager'."
-            raise ConfigurationError(msg)
-        if any(scoring.sinks is not None for scoring in scorings):
-            # The operation takes one sink a head, and each key head is a sequence of its own to it: all share one.
-            msg = f"{type(model).__name__} has attention sinks, which compiled steps cannot. Use executor='eager'."
-            raise ConfigurationError(msg)
-        if in_8_bits and any(scoring.window is not None for scoring in scorings):
-            msg = (
-                f"{type(model).__name__} has layers with a sliding window, some steps of which run eagerly, in 16 "
-                f"bits or more. Use executor='openvino'."
-            )
+        if why := paged.lacking(self._plan, in_8_bits=in_8_bits):
+            msg = f"{type(model).__name__} {why}"
             raise ConfigurationError(msg)
         self.in_8_bits = in_8_bits
         self._dtype = model.dtype

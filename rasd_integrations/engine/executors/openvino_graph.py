@@ -35,6 +35,22 @@ _I32, _F32, _U8 = ov.Type.i32, ov.Type.f32, ov.Type.u8
 _INDICES = (_I32, _I32, _I32, _I32, _U8, _I32)
 
 
+def lacking(plan: Plan, *, in_8_bits: bool) -> str | None:
+    """Return what a model does that compiled steps cannot, if anything, and what to use instead."""
+    scorings = [layer.scoring for layer in plan.layers]
+    if any(scoring.softcap is not None for scoring in scorings):
+        return "caps its scores, which compiled steps cannot. Use executor='eager'."
+    if any(scoring.sinks is not None for scoring in scorings):
+        # The operation takes one sink a head, and each key head is a sequence of its own to it: all share one.
+        return "has attention sinks, which compiled steps cannot. Use executor='eager'."
+    if in_8_bits and any(scoring.window is not None for scoring in scorings):
+        return (
+            "has layers with a sliding window, some steps of which run eagerly, in 16 bits or more. "
+            "Use executor='openvino'."
+        )
+    return None
+
+
 def traced(model: PreTrainedModel, plan: Plan) -> ov.Model:
     """Return the graph of a step without its attention, widths left open.
 
