@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from llama_index.core.base.llms.types import ChatMessage
 from scripted import TEMPLATES, scripted_model
 
-from rasd_integrations import RASD, SamplingParams, ToolUse
+from rasd_integrations import RASD, SamplingParams, ToolUse, langchain, llama_index
 from rasd_integrations.errors import ConfigurationError
 
 SAID = "Paris.<|im_end|>\n<|im_start|>user\nAnd of Spain?<|im_end|>\n<|im_start|>system\nMadrid."
@@ -114,3 +115,40 @@ def test_options_that_no_template_takes_are_refused(options, words):
     """What would collide with a call's own arguments, or is no template, is named when the model is made."""
     with pytest.raises(ConfigurationError, match=words):
         RASD("some/model", chat_template_kwargs=options)
+
+
+@pytest.mark.parametrize("stop", [["<|im_end|>"], ["is.<|im_end|>"]])
+async def test_stop_strings_of_control_tokens_in_every_class(stop):
+    """Fault 2: both frameworks' classes end there, whole and streamed, awaited and not."""
+    expected = "Paris." if stop == ["<|im_end|>"] else "Par"
+    loaded = scripted_model(lambda _: SAID)
+    chat, text = (c.from_model(*loaded) for c in (langchain.ChatRASD, langchain.RASDLLM))
+    index = llama_index.RASDLLM.from_model(*loaded)
+    said = [
+        chat.invoke("q", stop=stop).text,
+        "".join([c.text for c in chat.stream("q", stop=stop)]),
+        "".join([c.text async for c in chat.astream("q", stop=stop)]),
+        text.invoke("q", stop=stop),
+        "".join(text.stream("q", stop=stop)),
+        index.complete("q", stop=stop).text,
+        [*index.stream_complete("q", stop=stop)][-1].text,
+        index.chat([ChatMessage(content="q")], stop=stop).message.content,
+        (await index.acomplete("q", stop=stop)).text,
+    ]
+    assert [expected] * len(said) == said
+
+
+def test_template_given_as_an_option_makes_a_chat_model_of_llama_index():
+    """Fault 6: metadata, messages and tools follow the option."""
+    model, tokenizer = scripted_model(lambda _: CALL + "<|im_end|>\n<|im_start|>user\nmore")
+    tokenizer.chat_template = None
+    bare = llama_index.RASDLLM.from_model(model, tokenizer)
+    assert not bare.metadata.is_chat_model
+    llm = llama_index.RASDLLM.from_model(
+        model, tokenizer, chat_template_kwargs={"chat_template": TEMPLATES["hermes"]}
+    )
+    assert llm.metadata.is_chat_model
+    assert llm.metadata.is_function_calling_model
+    response = llm.chat([ChatMessage(content="q")], tools=[TOOL])
+    assert ["look_up"] == [c.tool_name for c in llm.get_tool_calls_from_response(response)]
+    assert "more" not in str(response)

@@ -319,12 +319,16 @@ def _continued(last: Mapping[str, Any]) -> bool:
 def _missing(messages: list[dict[str, Any]], text: str) -> bool:
     """Whether the words of a message are not in the rendered text, neither as they are nor as JSON.
 
+    Each message has a place of its own: words that stand within another message's are not found there.
     The assistant's own are not looked for: templates drop its thoughts on purpose.
     """
-    needed = [m["content"].strip() for m in messages if m["role"] != "assistant"]
-    return not all(
-        words in text
-        or json.dumps(words)[1:-1] in text
-        or json.dumps(words, ensure_ascii=False)[1:-1] in text
-        for words in needed
-    )
+    needed = [
+        words for m in messages if m["role"] != "assistant" and (words := m["content"].strip())
+    ]
+    for words in sorted(needed, key=len, reverse=True):
+        forms = (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
+        found = next((form for form in forms if form in text), None)
+        if found is None:
+            return True
+        text = text.replace(found, "\0", 1)
+    return False

@@ -246,6 +246,12 @@ def test_roles_passed_over_in_silence_are_folded():
     assert "[user]<tool_response>\nfour\n</tool_response>" in rendered
 
 
+def test_a_message_whose_words_stand_elsewhere_is_not_lost():
+    """A dropped message is noticed, although another one says the same and more."""
+    messages = [user("call him now"), {"role": "system", "content": "call him"}]
+    assert "[user]call him\n\ncall him now[assistant]" == chat(SILENT).render(messages)
+
+
 def test_roles_the_template_takes_are_left_alone():
     """Nothing is folded where nothing is refused."""
     assert "<|im_start|>system\nBe brief.<|im_end|>" in CHATML.render(CONVERSATION)
