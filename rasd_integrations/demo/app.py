@@ -49,7 +49,7 @@ class Options:
     store: str = ".rasd/chroma"
     model: str | None = None
     dtype: str | None = None
-    context_tokens: int = 4096
+    context_tokens: int = 2048
     max_tokens: int = 96
 
     def llm_options(self, namespace: str) -> dict[str, Any]:

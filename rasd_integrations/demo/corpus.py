@@ -20,8 +20,8 @@ OWN_TOPICS = {
         "What is a bonus token?",
     ),
     "context=documents: the target reads the whole documents of the chunks; access rights": (
-        "Which documents does the target read?",
-        "When should this mode not be used?",
+        "What comes first when the documents exceed the window?",
+        "How many chunks does a usual RAG chain send?",
     ),
 }
 
