@@ -36,6 +36,7 @@ from rasd_integrations.drafters.base import Drafter, drafter_name
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain.attach import find_source
 from rasd_integrations.langchain.capture import CAPTURE
+from rasd_integrations.langchain.engines import Engines
 from rasd_integrations.langchain.errors import langchain_errors
 from rasd_integrations.langchain.hints import prompt_hints
 from rasd_integrations.langchain.loaded import LoadedName
@@ -143,8 +144,11 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     """Most that the folder may hold; None takes the engine's default."""
     namespace: str = Field(default="", frozen=True, repr=False)
     """Prompts of one namespace never reuse the KV of another's."""
+    engines: Engines = Field(default_factory=Engines, frozen=True, exclude=True, repr=False)
+    """What answers: shared with the copies that LangChain builds of a model's fields."""
 
     _rasd: RASD = PrivateAttr()
+    _owns_engines: bool = PrivateAttr()
     _alive: _Alive = PrivateAttr(default_factory=_Alive)
 
     def __init__(self, **options: Any) -> None:
@@ -161,7 +165,8 @@ class RASDModel(BaseLanguageModel[Any], ABC):
             faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors()]
             raise ConfigurationError("; ".join(faults)) from err
         self._sampling(None, {})
-        self._rasd = self._new_engine()
+        self._owns_engines = "engines" not in options
+        self._rasd = self.engines.get(self._engine_options())
         CAPTURE.watch_for(self._alive)
 
     @model_validator(mode="after")
@@ -192,30 +197,10 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         kinds = {"retrieval": RetrievalConfig(), "speculation": SpeculationConfig()}
         return updated(kinds[info.field_name], value, info.field_name)
 
-    def _new_engine(self) -> RASD:
-        options: dict[str, Any] = {
-            "drafter": self.drafter,
-            "drafter_device": self.drafter_device,
-            "executor": self.executor,
-            "store": self.store,
-            "context": self.context,
-            "knowledge_transfer": self.knowledge_transfer,
-            "deterministic": self.deterministic,
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "retrieval": self.retrieval,
-            "speculation": self.speculation.with_draft_tokens(self.num_draft_tokens),
-            "namespace": self.namespace,
-        }
-        for name in ("prefix_cache_bytes", "prefix_cache_dir", "prefix_cache_dir_bytes"):
-            if (value := getattr(self, name)) is not None:
-                options[name] = value
-        loaded = self.model
-        if not isinstance(loaded, LoadedName):
-            return RASD(loaded, model_kwargs=self.model_kwargs, **options)
-        if self.model_kwargs:
-            msg = f"model_kwargs {sorted(self.model_kwargs)} come too late: the model is loaded."
-            raise ConfigurationError(msg)
-        return RASD.from_model(loaded.model, loaded.tokenizer, loaded.drafter_model, **options)
+    def _engine_options(self) -> dict[str, Any]:
+        """Return what decides the engine."""
+        names = (name for name, field in type(self).model_fields.items() if field.frozen)
+        return {name: getattr(self, name) for name in names if name != "engines"}
 
     # --- the public face beyond the framework's ---
 
@@ -240,6 +225,7 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         self._rasd.attach(source)
         # Past the freeze: a copy that LangChain builds of the fields must have the store as well.
         self.__dict__["store"] = source
+        self.engines.rename(self._rasd, self._engine_options())
         return self
 
     def load(self) -> Self:
@@ -270,8 +256,10 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         return self._rasd.stats
 
     def close(self) -> None:
-        """Give the weights and caches back, unless another model shares them."""
+        """Give the weights and caches back, unless another model shares them; copies of this one are closed, too."""
         self._rasd.close()
+        if self._owns_engines:
+            self.engines.close()
 
     def __enter__(self) -> Self:
         """Return the model; leaving the block closes it."""
@@ -290,7 +278,7 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         """Return a copy that shares the engine, or has its own where ``update`` asks for another."""
         fields = type(self).model_fields
         if any(fields[name].frozen for name in update or () if name in fields):
-            own = {name: getattr(self, name) for name in fields}
+            own = {name: getattr(self, name) for name in fields if name != "engines"}
             return type(self)(**{**own, **(update or {})})
         return super().model_copy(update=update, deep=deep)
 

@@ -70,9 +70,15 @@ def weights_state(model: PreTrainedModel) -> Hashable:
     Cheap enough for every answer: where each weight lies, torch's counter of changes in place, and a few of its
     values, because changes through ``.data`` and of tensors made in inference mode are not counted.
     """
+    buffers = (
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()  # noqa: SLF001 -- the rest is made of the config
+        if buffer is not None and name not in module._non_persistent_buffers_set  # noqa: SLF001
+    )
     weights = [
         getattr(w, "to_local", w.detach)()  # of a shard, what this process has
-        for w in chain(model.parameters(), model.buffers())
+        for w in chain(model.parameters(), buffers)
         if not w.is_meta
     ]
     counts = tuple(0 if w.is_inference() else w._version for w in weights)  # noqa: SLF001 -- has no public name

@@ -29,6 +29,7 @@ from rasd_integrations.errors import (
     ModelLoadError,
 )
 from rasd_integrations.loading.gguf import LOADING, model_folder, tokenizer_folder
+from rasd_integrations.loading.options import load_options
 from rasd_integrations.loading.packaged import packaged_model
 from rasd_integrations.loading.progress import transformers_stage
 from rasd_integrations.option_names import advice
@@ -79,13 +80,13 @@ def load_model(
         device: Where all of it goes, in the place of ``device_map`` and ``tp_plan``.
 
     Raises:
-        ConfigurationError: torch does not know the device, or has none here.
+        ConfigurationError: torch does not know the device, or has none here; or ``model_kwargs`` cannot be honoured.
         ModelLoadError: Names what is missing or broken, and the next step.
         DeviceMemoryError: The weights do not fit.
         MissingDependencyError: A GGUF file needs the extra ``gguf``.
     """
     check_device(device)
-    options = {"dtype": torch.bfloat16, **(model_kwargs or {})}
+    options = load_options(model_kwargs or {})
     if device is not None:
         options = {key: value for key, value in options.items() if key not in _PLACING}
     tokenizer = load_tokenizer(name, options)
@@ -205,7 +206,7 @@ def _weights(name: str | Path, options: Mapping[str, Any]) -> Iterator[tuple[str
     source = _source(name)
     where = _hub_kwargs(source, options)
     if _is_gguf(source):
-        with model_folder(Path(source), options.get("dtype")) as folder:
+        with model_folder(Path(source), load_options(options)["dtype"]) as folder:
             yield str(folder), where
     else:
         yield source, where
@@ -266,7 +267,7 @@ def _explained(name: str | Path, part: str = "model") -> Iterator[None]:
     """Turn whatever the readers of files raise into one error that says what to do."""
     try:
         yield
-    except (ModelLoadError, MissingDependencyError, DeviceMemoryError):
+    except (ModelLoadError, MissingDependencyError, DeviceMemoryError, ConfigurationError):
         raise
     except torch.OutOfMemoryError as err:
         msg = (

@@ -24,6 +24,7 @@ from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.loading import load_model
 from rasd_integrations.loading.gguf import cache_folder
 from rasd_integrations.loading.identity import ModelIdentity, model_identity, weights_state
+from rasd_integrations.loading.options import load_options
 from rasd_integrations.runtime.own_thread import in_own_thread
 
 
@@ -63,12 +64,9 @@ class SharedModel:
         self.tokenizer = tokenizer
         self.name = name
         self._owned = owned
-        # What such an executor runs is a copy of the weights, or stands where they stood.
-        self._built_from = (
-            None
-            if owned or executor is None or isinstance(executor, EagerExecutor)
-            else weights_state(model)
-        )
+        # Modules and parameters are shared with what runs the steps; compiled and recorded steps have their own.
+        self._follows = executor is None or type(executor) is EagerExecutor
+        self._built_from = None if owned else self._state_of_build()
         self._identity: tuple[Hashable, ModelIdentity] | None = (
             None if identity is None else (None, identity)
         )
@@ -107,14 +105,23 @@ class SharedModel:
         """
         if self._owned:
             return None
-        state = weights_state(self.target.model)
-        if self._built_from is not None and state != self._built_from:
-            msg = (
-                f"The weights of {self.name!r} were changed after their steps were compiled or recorded. Make a new "
-                f"instance with from_model, or use executor='eager'."
+        if self.is_stale:
+            how = (
+                "put in others' place" if self._follows else "changed after its steps were compiled"
             )
+            msg = f"Weights of {self.name!r} were {how}. Make a new instance with from_model."
             raise DecodingError(msg)
-        return state
+        return weights_state(self.target.model)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its steps run other weights than the model has by now."""
+        return not self._owned and self._built_from != self._state_of_build()
+
+    def _state_of_build(self) -> Hashable:
+        """Return what must not change; parameters that the steps hold on to cannot give their id to others."""
+        model = self.target.model
+        return tuple(map(id, model.parameters())) if self._follows else weights_state(model)
 
     def prefix_cache(
         self, max_bytes: int, folder: PrefixFolder | None = None, *, deterministic: bool = False
@@ -199,8 +206,10 @@ def shared_model(
 
     Raises:
         ModelLoadError: The model is missing or broken.
-        ConfigurationError: Its architecture cannot run speculative steps, or there is no such device.
+        ConfigurationError: Its architecture cannot run speculative steps, there is no such device, or
+            ``model_kwargs`` cannot be honoured.
     """
+    model_kwargs = load_options(model_kwargs)
     options = repr(sorted(model_kwargs.items(), key=lambda item: item[0]))
     key = (str(name), options, device or "", executor)
     with _loading:  # two first calls at once must not load twice
@@ -250,7 +259,8 @@ def wrapped_model(
     key = id(model), executor
     with _loading:
         known = _wrapped.get(key)
-        if known is None or known.target.model is not model or known.tokenizer is not tokenizer:
+        fits = known is not None and known.target.model is model and known.tokenizer is tokenizer
+        if known is None or not fits or known.is_stale:
             run = make_executor(executor, model)
             known = _wrapped[key] = SharedModel(model, tokenizer, name, run)
         return known

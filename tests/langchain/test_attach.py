@@ -29,7 +29,7 @@ from rasd_integrations.types import Chunk
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", FakeRASD)
+    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
 
 
 LLM = "org/one"
@@ -137,7 +137,8 @@ def test_an_attached_store_survives_a_rebuild_of_the_model():
     """LangChain copies a model through its fields; the copy drafts from the same store."""
     llm = ChatRASD(model=LLM).attach(RETRIEVER)
     fields = {name: getattr(llm, name) for name in type(llm).model_fields}
-    assert type(llm)(**fields)._rasd.options["store"] is RETRIEVER
+    assert type(llm)(**fields)._rasd is llm._rasd
+    assert type(llm)(**{**fields, "namespace": "b"})._rasd.options["store"] is RETRIEVER
 
 
 class Source:

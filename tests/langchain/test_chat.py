@@ -15,7 +15,7 @@ from rasd_integrations.types import Chunk
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", FakeRASD)
+    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from rasd_integrations.langchain.capture import _recent_roots
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", RecordingRASD)
+    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", RecordingRASD)
     _recent_roots.set(())  # what other tests retrieved in this context
 
 

@@ -20,7 +20,7 @@ LONG = "word " * 5000
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", FakeRASD)
+    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
 
 
 @pytest.fixture

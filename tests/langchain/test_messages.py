@@ -22,7 +22,7 @@ from rasd_integrations.runtime.rasd import RASD
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", FakeRASD)
+    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_the_engine_reads_every_valid_history():
     for template in ("hermes", "plain", "strict"):
         script = lambda prompt: seen.append(prompt) or "The answer is one."  # noqa: E731
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("rasd_integrations.langchain.base.RASD", RASD)
+            patch.setattr("rasd_integrations.langchain.engines.RASD", RASD)
             llm = ChatRASD.from_model(*scripted_model(script, template=template))
         assert " is one." == llm.invoke(history).text
     assert 3 == len(seen)

@@ -28,7 +28,7 @@ from rasd_integrations.response_format import Grammar
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", FakeRASD)
+    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
 
 
 @pytest.fixture
@@ -75,6 +75,7 @@ def test_constructor_hands_every_engine_option_on():
         "store": store,
         "context": "documents",
         "knowledge_transfer": 10.0,
+        "deterministic": False,
         "model_kwargs": {"dtype": "bfloat16"},
         "chat_template_kwargs": {"enable_thinking": False},
         "retrieval": RetrievalConfig(k=32),

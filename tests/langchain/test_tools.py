@@ -26,7 +26,7 @@ ASSISTANT = functools.cache(standard_model)
 @pytest.fixture
 def llm(monkeypatch):
     """Return a model over an engine that records what it is asked."""
-    monkeypatch.setattr("rasd_integrations.langchain.base.RASD", FakeRASD)
+    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
     return ChatRASD(model="org/one")
 
 

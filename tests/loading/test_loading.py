@@ -14,7 +14,12 @@ import pytest
 import torch
 from tiny import WINDOW, tiny_llama, tiny_tokenizer
 
-from rasd_integrations.errors import DeviceMemoryError, MissingDependencyError, ModelLoadError
+from rasd_integrations.errors import (
+    ConfigurationError,
+    DeviceMemoryError,
+    MissingDependencyError,
+    ModelLoadError,
+)
 from rasd_integrations.loading import gguf as gguf_cache
 from rasd_integrations.loading.model import (
     AutoModelForCausalLM,
@@ -395,3 +400,47 @@ def test_a_chat_model_of_a_gguf_ends_plain_text_too():
     tokenizer.eos_token = "<|im_end|>"
     ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert sorted(ends) == gguf_cache._end_ids(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, torch.bfloat16),
+        ({"torch_dtype": torch.float32}, torch.float32),
+        ({"torch_dtype": "float32"}, torch.float32),
+        ({"dtype": "torch.float16"}, torch.float16),
+        ({"dtype": "auto"}, torch.float32),
+        ({"dtype": torch.float32, "torch_dtype": "float32"}, torch.float32),
+        ({"attn_implementation": "sdpa"}, torch.bfloat16),
+        ({"local_files_only": True, "trust_remote_code": False, "token": None}, torch.bfloat16),
+        ({"revision": "main", "cache_dir": "nowhere", "device_map": "cpu"}, torch.bfloat16),
+    ],
+)
+def test_every_name_of_an_option_is_honoured(folder, options, expected):
+    """Fault 10: the user's dtype counts by either of its names, as a type or as a string."""
+    assert load_model(folder, options).model.dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"torch_dtype": torch.float32, "dtype": torch.float16}, "two names of one option"),
+        ({"dtype": "float33"}, r"dtype in model_kwargs is 'float33'.*'auto'"),
+        ({"dtype": 16}, "no type of torch"),
+        ({"attn_implementation": "flash_attention_2"}, "Leave it out"),
+        ({"output_loading_info": True}, "sets itself"),
+        ({"gguf_file": "m.gguf"}, "sets itself"),
+    ],
+)
+def test_an_option_that_cannot_be_honoured_is_refused(folder, options, words):
+    """Fault 10: a contradiction, an unknown type and what the engine sets itself are named."""
+    with pytest.raises(ConfigurationError, match=words):
+        load_model(folder, options)
+
+
+def test_gguf_is_converted_once_whatever_the_name_of_its_type(gguf_file, cache):
+    """Fault 10: the window is asked first, and in the precision that the weights will have."""
+    options = {"torch_dtype": torch.float32}
+    load_window(gguf_file, options)
+    assert load_model(gguf_file, options).model.dtype == torch.float32
+    assert ["float32", "tokenizer"] == kept(cache)

@@ -41,7 +41,7 @@ class Adapted(nn.Module):
     def merge(self) -> None:
         """As peft does: past torch's counter of changes."""
         self.base_layer.weight.data += self.delta
-        self.merged_adapters = ["a"]
+        self.merged_adapters.append("a")
 
 
 def adapted(model) -> Adapted:
@@ -93,7 +93,7 @@ def merge(model) -> None:
 
 
 CHANGES = [
-    train, replace, through_data, in_inference_mode, load_other, switch_on, scale, merge,
+    train, through_data, in_inference_mode, load_other, switch_on, scale, merge,
 ]  # fmt: skip
 
 
@@ -149,6 +149,17 @@ def test_a_change_in_mid_answer_keeps_nothing():
     list(stream)
     found = rasd.generate(ASK, PARAMS)
     assert (found.text, found.stats.cached_prompt_tokens) == (cold(model, tokenizer), 0)
+
+
+def test_weights_put_in_others_place_are_refused():
+    """Fault 24: steps hold on to the parameters they were made with; a new instance takes the new ones."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    rasd = RASD.from_model(model, tokenizer, drafter=None, executor="eager")
+    before = rasd.generate(ASK, PARAMS).text
+    replace(model)
+    with pytest.raises(DecodingError, match="Make a new instance"):
+        rasd.generate(ASK, PARAMS)
+    assert cold(model, tokenizer) != before
 
 
 def test_compiled_steps_of_changed_weights_are_refused(tmp_path):
