@@ -287,9 +287,10 @@ def test_what_cannot_be_kept_is_refused(monkeypatch):
         out.logits.add_(float(ids.sum()))
         return out
 
+    target = TargetModel(tiny_llama())
     monkeypatch.setattr(EagerExecutor, "step", leaks)
     with pytest.raises(ConfigurationError, match="other tokens stand behind it"):
-        FixedSteps(TargetModel(tiny_llama()))
+        FixedSteps(target)
 
 
 def test_rows_of_both_kinds_are_kept_apart(tmp_path):
