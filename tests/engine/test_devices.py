@@ -337,14 +337,14 @@ def test_layers_keep_their_keys_where_they_stand():
 def test_processes_that_could_part_are_refused(drafter, config, params, message):
     """What depends on a clock, or on a draw of its own, would leave the processes waiting for one another."""
     with pytest.raises(ConfigurationError, match=message):
-        check_lockstep(drafter, SpeculationConfig(**config), SamplingParams(**params))
+        check_lockstep(drafter, SpeculationConfig(**config), SamplingParams(**params).settled({}))
 
 
 def test_processes_in_lockstep_are_let_through():
     """Fixed drafts and seeds are the same everywhere."""
-    check_lockstep(None, SpeculationConfig(), SamplingParams())
+    check_lockstep(None, SpeculationConfig(), SamplingParams().settled({}))
     fixed = SpeculationConfig(num_draft_tokens=4)
-    check_lockstep(SuffixDrafter(), fixed, SamplingParams(temperature=0.5, seed=1))
+    check_lockstep(SuffixDrafter(), fixed, SamplingParams(temperature=0.5, seed=1).settled({}))
 
 
 SHARDED = """
