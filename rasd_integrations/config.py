@@ -16,6 +16,7 @@ from rasd_integrations.response_format import Grammar
 StorePolicy = Literal["prompt", "any"]
 ContextMode = Literal["prompt", "documents"]
 ExecutorName = Literal["auto", "eager", "openvino", "openvino-kv8", "cuda-graphs"]
+OnCut = Literal["close", "raise"]
 _T = TypeVar("_T")
 
 DEFAULT_PREFIX_CACHE_BYTES = 2 << 30
@@ -201,6 +202,8 @@ class SamplingParams:
         drafting: Whether to draft at all; ``False`` is plain decoding.
         use_generation_config: Whether what is ``None`` is the checkpoint's own, and its masks
             (``suppress_tokens``, ``bad_words_ids``, ...) are applied.
+        on_cut: Of an answer whose form is bound, when ``max_tokens`` ends it: ``"close"`` ends JSON with the
+            shortest values that its schema allows, warns and names them; ``"raise"`` is an error instead.
     """
 
     temperature: float | None = None
@@ -217,6 +220,7 @@ class SamplingParams:
     knowledge_transfer: float | None = None
     drafting: bool = True
     use_generation_config: bool = True
+    on_cut: OnCut = "close"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -233,6 +237,7 @@ class SamplingParams:
             _check(value is None or ok(value), name, value, limit)
         grammar = self.grammar
         _check(grammar is None or isinstance(grammar, Grammar), "grammar", grammar, "a Grammar")
+        _check(self.on_cut in get_args(OnCut), "on_cut", self.on_cut, "'close' or 'raise'")
 
     def settled(self, checkpoint: Mapping[str, Any]) -> Sampling:
         """Return the options with nothing left open.

@@ -37,11 +37,24 @@ class Grammar:
         if not self.source:
             msg = f"A {self.kind} grammar needs its source as text, not {self.source!r}."
             raise ConfigurationError(msg)
+        if self.kind == "json_schema":
+            _check_schema(self.source)
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Self:
-        """Return the grammar of the JSON values that ``schema`` allows."""
-        return cls("json_schema", json.dumps(schema))
+        """Return the grammar of the JSON values that ``schema`` allows.
+
+        Raises:
+            ConfigurationError: It is no JSON schema, or the one that allows nothing.
+        """
+        try:
+            source = json.dumps(schema)
+        except (TypeError, ValueError, RecursionError) as err:
+            msg = (
+                f"A JSON schema must be plain JSON, but this one cannot be written as such: {err}."
+            )
+            raise ConfigurationError(msg) from err
+        return cls("json_schema", source)
 
     @classmethod
     def json_object(cls) -> Self:
@@ -164,6 +177,23 @@ class ToolUse:
             parallel=choice == "auto" if parallel is None else parallel,
             strict=own if strict is None else strict,
         )
+
+
+def _check_schema(source: str) -> None:
+    try:
+        schema = json.loads(source)
+    except (TypeError, ValueError, RecursionError) as err:
+        msg = f"A JSON schema must be JSON text, but this one cannot be read: {err}."
+        raise ConfigurationError(msg) from err
+    if schema is False:
+        msg = "The JSON schema is false, which allows no answer. Leave it out, or give an object."
+        raise ConfigurationError(msg)
+    if schema is not True and not isinstance(schema, dict):
+        msg = (
+            f"A JSON schema must be an object, but this one is {type(schema).__name__}: {source[:80]}. "
+            f"A list of values is {{'enum': [...]}}, of alternatives {{'anyOf': [...]}}."
+        )
+        raise ConfigurationError(msg)
 
 
 def _choice(given: object) -> str:

@@ -35,6 +35,7 @@ class DecodingStats:
     num_chunks: int = 0
     off_reason: str | None = None
     faults: tuple[str, ...] = ()
+    closed_fields: tuple[str, ...] = ()
     omitted_tokens: int = 0
     tv_bound: float | None = None
     retrieve_s: float = 0.0
@@ -91,6 +92,7 @@ class DecodingStats:
             for name, d in self.drafters.items()
         }
         out["faults"] = list(self.faults)
+        out["closed_fields"] = list(self.closed_fields)
         out["acceptance_rate"] = self.acceptance_rate
         out["mean_acceptance_length"] = self.mean_acceptance_length
         for optional in ("off_reason", "tv_bound", "question_source", "chunk_source"):

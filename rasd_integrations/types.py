@@ -226,6 +226,11 @@ class GrammarState(Protocol):
         """Whether the answer had to be closed because its room ended."""
         ...
 
+    @property
+    def closed_tokens(self) -> int:
+        """How many tokens were written since then; 0 where it was not."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class DraftContext:

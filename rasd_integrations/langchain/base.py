@@ -25,6 +25,7 @@ from rasd_integrations._version import __version__
 from rasd_integrations.config import (
     ContextMode,
     ExecutorName,
+    OnCut,
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 
 _ANSWER_OPTIONS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "max_tokens",
-    "stop", "seed", "use_generation_config",
+    "stop", "seed", "use_generation_config", "on_cut",
 )  # fmt: skip
 _KEPT_IF_NONE = ("seed", "drafter")  # for every other option None means the instance's own
 
@@ -116,6 +117,8 @@ class RASDModel(BaseLanguageModel[Any], ABC):
     """Strings that end the answer; a call's own `stop` takes their place."""
     use_generation_config: bool = True
     """Whether the checkpoint's own options and masks count where none are set."""
+    on_cut: OnCut = "close"
+    """Of structured answers and forced calls that max_tokens ends: close them and warn, or "raise"."""
     seed: int | None = None
     """Seed of the draws; None takes a fresh one for each answer."""
     context: ContextMode = Field(default="prompt", frozen=True)

@@ -26,6 +26,7 @@ from typing_extensions import Self
 from rasd_integrations.config import (
     ContextMode,
     ExecutorName,
+    OnCut,
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 _ALIAS = "max_new_tokens"
 _SAMPLING_OPTIONS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "max_tokens",
-    "stop", "seed", "use_generation_config",
+    "stop", "seed", "use_generation_config", "on_cut",
 )  # fmt: skip
 _ENGINE_OPTIONS = (
     "drafter",
@@ -101,6 +102,8 @@ class RASDOptions(FunctionCallingLLM):
     seed: int | None = None
     use_generation_config: bool = True
     """Whether the checkpoint's own options and masks count where none are set."""
+    on_cut: OnCut = "close"
+    """Of structured answers and forced calls that max_tokens ends: close them and warn, or "raise"."""
     context: ContextMode = Field(default="prompt", frozen=True)
     """What the target reads: ``"prompt"`` as sent, or the ``"documents"`` that its chunks came from."""
     knowledge_transfer: float = Field(default=0.0, frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from rasd_integrations.config import (
     SamplingParams,
     SpeculationConfig,
 )
-from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import ChunkSource
 from rasd_integrations.stats import DecodingStats
+from rasd_integrations.text.answer.closed import closed_fields
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.answer.stop import ended_at
 from rasd_integrations.text.answer.stream import stream_text
@@ -36,6 +38,8 @@ from rasd_integrations.types import (
 
 if TYPE_CHECKING:
     from rasd_integrations.decoding.decoder import SpeculativeDecoder
+
+logger = logging.getLogger(__name__)
 
 _SPARE_TOKENS = 8  # pieces counted one by one may merge differently when joined
 
@@ -215,6 +219,35 @@ class Pipeline:
             request.params.grammar, request.tools, template.tool_format,
             thought_end=thought_end, room=max_tokens,
         )  # fmt: skip
+
+    def _looked_after(
+        self, chunks: Iterator[TextChunk], grammar: GrammarState, params: Sampling
+    ) -> Generator[TextChunk, None, None]:
+        """Pass on a bound answer; where ``max_tokens`` cut it, warn with the fields that were closed, or raise."""
+        ids: list[int] = []
+        with closing(chunks) if isinstance(chunks, Generator) else nullcontext():
+            for chunk in chunks:
+                ids += chunk.token_ids
+                if chunk.finish_reason == "length":
+                    fields = self._closed_fields(ids, grammar)
+                    if chunk.stats is not None:
+                        chunk.stats.closed_fields = fields
+                    told = (
+                        f"The answer was cut at max_tokens, {params.max_tokens} tokens"
+                        f"{', and these values were closed: ' + ', '.join(fields) if fields else ''}. Raise "
+                        f"max_tokens, or limit the length of texts and lists in the schema."
+                    )
+                    if params.on_cut == "raise":
+                        raise DecodingError(told)
+                    logger.warning("%s", told)
+                yield chunk
+
+    def _closed_fields(self, ids: Sequence[int], grammar: GrammarState) -> tuple[str, ...]:
+        if not grammar.squeezed:
+            return ()
+        decode = self.template.tokenizer.decode
+        text, kept = (decode([*part]) for part in (ids, ids[: len(ids) - grammar.closed_tokens]))
+        return closed_fields(str(text), len(str(kept)))
 
     def _count_tokens(self, text: str) -> int:
         return len(self.template.encode_chunk(text))

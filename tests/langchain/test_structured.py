@@ -19,7 +19,7 @@ from pydantic.v1 import BaseModel as BaseModelV1
 from scripted import scripted_model
 from typing_extensions import TypedDict
 
-from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.langchain import ChatRASD
 from rasd_integrations.langchain.structured_output import StructuredParser
 
@@ -178,26 +178,37 @@ def test_strict_is_heard_by_both_methods(method, strict):
 
 @pytest.mark.parametrize(("method", "room"), [("function_calling", 66), ("json_schema", 20), ("json_mode", 1)])  # fmt: skip
 @pytest.mark.parametrize("schema", [Joke, JokeDict])
-async def test_a_cut_answer_names_max_tokens(method, room, schema):
-    """Half an object is no object: the error says what to raise, invoked and at the end of a stream."""
+async def test_a_room_too_small_is_told_before_the_answer(method, room, schema):
+    """Fault 7: the error says what the shortest object needs, invoked and streamed, and is no parser's."""
     llm = stubborn('{"setup": "A long question', max_tokens=room)
     chain = llm.with_structured_output(schema, method=method)
-    with pytest.raises(OutputParserException, match="max_tokens"):
+    told = f"max_tokens is {room}, but the shortest answer that the schema allows needs"
+    with pytest.raises(ConfigurationError, match=told):
         chain.invoke("Hello!")
-    with pytest.raises(OutputParserException, match="max_tokens"):
+    with pytest.raises(ConfigurationError, match=told):
         await chain.ainvoke("Hello!")
-    with pytest.raises(OutputParserException, match="max_tokens"):
+    with pytest.raises(ConfigurationError, match=told):
         list(chain.stream("Hello!"))
-    raw = llm.with_structured_output(schema, method=method, include_raw=True)
-    for both in (raw.invoke("Hello!"), list(raw.stream("Hello!"))[-1]):
-        message = both["raw"]
-        assert f"max_tokens, {room} tokens" in str(both["parsing_error"])
-        assert None is both["parsed"]
-        assert "length" == message.response_metadata["finish_reason"]
-        broken = message.additional_kwargs.get("invalid_tool_calls") or message.invalid_tool_calls
-        written = broken[0]["args"] if method == "function_calling" else message.text
-        assert '{"setup": "", "punch'.startswith(written[:11])
-        assert written
+
+
+def test_closed_fields_are_named_or_an_error(caplog):
+    """Fault 8: a cut answer is warned of and names what the model did not write; `on_cut="raise"` is an error."""
+    for method in ("json_schema", "function_calling"):
+        room = 60 if method == "json_schema" else 130
+        said = '{"setup": "A long' + " and on" * 90
+        if method == "function_calling":
+            said = '<tool_call>\n{"name": "Joke", "arguments": ' + said
+        bound = stubborn(said, max_tokens=room)
+        chain = bound.with_structured_output(Joke, method=method, include_raw=True)
+        answer = chain.invoke("Hello!")
+        assert answer["parsed"].setup.startswith("A long")
+        closed = answer["raw"].response_metadata["rasd"]["closed_fields"]
+        assert closed == ["setup", "punchline"], method
+        assert "these values were closed: setup, punchline" in caplog.text
+        caplog.clear()
+        strict = bound.model_copy(update={"on_cut": "raise"})
+        with pytest.raises(DecodingError, match=f"cut at max_tokens, {room} tokens, .*punchline"):
+            strict.with_structured_output(Joke, method=method).invoke("Hello!")
 
 
 @pytest.mark.parametrize(("method", "room"), [("function_calling", 94), ("json_schema", 34)])
@@ -253,7 +264,7 @@ def test_a_classs_own_rules_are_reported(method):
 
 def test_parser_errors_are_langchains(llm):
     """`with_retry` and `with_fallbacks` on parser errors work as with any model."""
-    short = stubborn('{"setup": "A long question, much too long"}', max_tokens=8)
+    short = stubborn('{"setup": "A long question", "punchline": ""}', stop=["question"])
     chain = short.with_structured_output(Joke, method="json_schema").with_fallbacks(
         [llm.with_structured_output(Joke, method="json_schema")],
         exceptions_to_handle=(OutputParserException,),

@@ -11,6 +11,7 @@ class TableGrammar:
     """Allows after `path` what `follows(path)` says; finished where that is nothing."""
 
     squeezed = False
+    closed_tokens = 0
 
     def __init__(self, follows: Callable[[tuple[int, ...]], Sequence[int]], vocab: int, path=()):
         self.follows, self.vocab, self.path = follows, vocab, list(path)

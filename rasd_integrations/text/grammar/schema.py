@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from rasd_integrations.errors import ConfigurationError
+
 # What llguidance enforces. By JSON Schema's own rule any other format is a remark, not a limit.
 _FORMATS = frozenset(
     {
@@ -30,8 +32,15 @@ def prepared(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
 
     An object with named properties that says nothing of others gets no others: a model that may invent
     properties does not stop.
+
+    Raises:
+        ConfigurationError: It is nested too deeply.
     """
-    root = {} if schema is True else _closed(schema, schema)
+    try:
+        root = {} if schema is True else _closed(schema, schema)
+    except RecursionError as err:
+        msg = "The schema is nested too deeply. Nest its objects and lists less: 100 levels are followed."
+        raise ConfigurationError(msg) from err
     return {"x-guidance": _WRITING, **root}
 
 
@@ -74,13 +83,13 @@ def _with_named_keys(schema: dict[str, Any], root: Any) -> dict[str, Any]:
     names = schema.get("propertyNames")
     if not isinstance(names, Mapping) or "properties" in schema or "patternProperties" in schema:
         return schema
-    names = _resolved(names, root)
+    names = resolved(names, root)
     values = schema.get("additionalProperties", True)
     rest = {k: v for k, v in schema.items() if k != "propertyNames"}
     if isinstance(names.get("enum"), list):
         return {
             **rest,
-            "properties": dict.fromkeys(names["enum"], values),
+            "properties": dict.fromkeys((n for n in names["enum"] if isinstance(n, str)), values),
             "additionalProperties": False,
         }
     if isinstance(names.get("pattern"), str):
@@ -92,7 +101,7 @@ def _with_named_keys(schema: dict[str, Any], root: Any) -> dict[str, Any]:
     return schema
 
 
-def _resolved(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
+def resolved(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
     """Return what a reference into the same document points at, or ``schema`` itself."""
     steps = str(schema.get("$ref", "")).removeprefix("#/").split("/")
     found: Any = root

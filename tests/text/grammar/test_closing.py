@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 
+import numpy as np
 import pytest
 from fakes import ScriptedDrafter, random_tokens
 from scripted import scripted_model
 from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 
-from rasd_integrations import RASD, Grammar, SamplingParams, ToolUse
+from rasd_integrations import RASD, ConfigurationError, Grammar, SamplingParams, ToolUse
 from rasd_integrations.text.grammar.compiler import GrammarCompiler
 
 ITEM = {
@@ -28,7 +30,7 @@ SCHEMA = {
     },
     "required": ["title", "items", "mood", "note", "day"],
 }
-LEAST = '{"title": "", "items": [], "mood": "happy", "note": "", "day": "1111-11"}'
+LEAST = '{"title": "", "items": [], "mood": "sad", "note": "", "day": "1111-11"}'
 ASKED = [{"role": "user", "content": "Fill in the form."}]
 ENDLESS = {
     "string": '{"title": "' + "the cat and " * 80,
@@ -66,12 +68,13 @@ def test_an_answer_that_fits_is_left_alone():
     assert got.finish_reason == "stop"
 
 
-def test_a_room_too_small_for_any_answer_is_cut():
-    """Nothing can be done; the reason says so."""
-    got = fill(ENDLESS["string"], len(LEAST) - 20)
-    assert got.finish_reason == "length"
-    with pytest.raises(ValueError, match=r"Expecting|Unterminated|delimiter"):
-        json.loads(got.text)
+def test_a_room_too_small_for_any_answer_is_refused():
+    """Fault 7: before the answer begins, with what it needs and what there is."""
+    with pytest.raises(
+        ConfigurationError, match=rf"max_tokens is 50, .* needs {len(LEAST)} tokens"
+    ):
+        fill(ENDLESS["string"], 50)
+    assert json.loads(fill(ENDLESS["string"], len(LEAST)).text)["title"] == ""
 
 
 @pytest.mark.parametrize("room", [110, 170])
@@ -115,14 +118,97 @@ def test_the_way_out_leaves_the_state_where_it_was():
     state = compiler.state(Grammar.json_schema(SCHEMA), room=90)
     before = state.mask().tobytes()
     way = compiler._closer.way_out(state._matcher)
-    assert tokenizer.decode(way) == LEAST
+    assert len(way) == len(LEAST)
+    assert list(json.loads(tokenizer.decode(way))) == SCHEMA["required"]
     assert state.mask().tobytes() == before
 
 
-def test_a_schema_without_an_end_is_left_to_itself():
-    """Where every object needs another, there is no way out to keep open."""
+def test_a_schema_without_an_end_is_refused():
+    """Fault 31: where every object needs another, no answer can be whole."""
     endless = {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"]}}}  # fmt: skip
     compiler = GrammarCompiler(tiny_tokenizer(), VOCAB, {EOS})
-    state = compiler.state(Grammar.json_schema(endless), room=50)
-    assert state.mask().any()
-    assert not state.squeezed
+    with pytest.raises(ConfigurationError, match=r"no whole answer|no answer at all"):
+        compiler.state(Grammar.json_schema(endless), room=50)
+
+
+def one(**schema):
+    return {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+
+
+NODE = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "next": {"anyOf": [{"$ref": "#/$defs/N"}, {"type": "null"}]}},
+    "required": ["name", "next"],
+}  # fmt: skip
+SHORTEST = {
+    "kilometres": (one(type="string", pattern=r"^\d+ (km|mi)$"), 4),
+    "no anchors": (one(type="string", pattern=r"\d{3}-[A-Z]{2}|kilo"), 4),
+    "late end": (one(type="string", pattern="^[a-zA-Z]+Q$"), 2),
+    "repeated": (one(type="string", pattern="^(.*a){20}$"), 20),
+    "umlauts": (one(type="string", pattern="^[äöü]{2}$"), 4),
+    "least length": (one(type="string", minLength=30), 30),
+    "email": (one(type="string", format="email"), 3),
+    "duration": (one(type="string", format="duration"), 3),
+    "uri": (one(type="string", format="uri"), 2),
+    "date-time": (one(type="string", format="date-time"), 20),
+    "uuid": (one(type="string", format="uuid"), 36),
+    "words": (one(enum=["happy", "sad", "serene"]), 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(SHORTEST))
+def test_the_shortest_answer_is_found(kind):
+    """Fault 7: in bytes, which are this tokenizer's tokens; one token less is refused, with the number."""
+    schema, size = SHORTEST[kind]
+    least = len('{"x": ""}') + size
+    tokenizer = tiny_tokenizer()
+    compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
+    state = compiler.state(Grammar.json_schema(schema), room=least)
+    assert len(state._places[0].way) == least
+    with pytest.raises(ConfigurationError, match=f"needs {least} tokens"):
+        compiler.state(Grammar.json_schema(schema), room=least - 1)
+
+
+DEEP = {
+    "bill": one(type="array", items=one(type="string", pattern=r"^\d+ (km|mi)$"), minItems=1),
+    "recursive": {"$defs": {"N": NODE}, "$ref": "#/$defs/N"},
+    "traps": one(anyOf=[{"type": "array", "items": {"$ref": "#/properties/x"}, "minItems": 1}, {"type": "integer", "minimum": 100}]),
+    "large parts": {
+        "type": "object",
+        "properties": {
+            "items": {"type": "array", "items": {
+                "type": "object",
+                "properties": {f"property_{n}": {"type": "string", "minLength": 3} for n in range(6)},
+                "required": [f"property_{n}" for n in range(6)],
+            }},
+        },
+        "required": ["items"],
+    },
+    "formats": {
+        "type": "object",
+        "properties": {f: {"type": "string", "format": f} for f in ("email", "duration", "uri", "date-time")},
+        "required": ["email", "duration", "uri", "date-time"],
+    },
+    "alternatives": one(type="string", pattern="^(a|b[0-9]{40}|c[a-z]*(km|kilometres))$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(DEEP))
+def test_whatever_is_written_is_closed_in_time(kind):
+    """Fault 7: random tokens of what may follow, at every room from the least on, end in whole JSON."""
+    tokenizer = tiny_tokenizer()
+    compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
+    grammar = Grammar.json_schema(DEEP[kind])
+    least = len(compiler.state(grammar, room=4000)._places[0].way)
+    for extra in (0, 7, 60):
+        rnd = random.Random(extra)
+        state, written = compiler.state(grammar, room=least + extra), []
+        while not state.finished:
+            may = np.flatnonzero(np.unpackbits(state.mask().view(np.uint8), bitorder="little"))
+            token = int(rnd.choice(may))
+            if token == EOS:
+                break
+            assert state.push(token)
+            written.append(token)
+            assert len(written) <= least + extra
+        json.loads(tokenizer.decode(written), strict=False)

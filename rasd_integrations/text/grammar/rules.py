@@ -1,0 +1,139 @@
+"""The Lark rules of an answer: its text, its thought, and the calls that it may or must make."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.response_format import Grammar, ToolUse
+from rasd_integrations.text.grammar.schema import prepared, without_unique_items
+from rasd_integrations.text.tool_formats import ToolFormat
+
+ANSWER = "answer"
+"""Name of a grammar of the user's own, beside the rules made here."""
+
+
+def answer_rules(
+    grammar: Grammar | None,
+    tools: ToolUse | None,
+    tool_format: ToolFormat | None,
+    thought_end: str | None,
+    control: Mapping[str, int],
+) -> tuple[list[str], str | None]:
+    """Return the Lark rules of an answer, and a grammar of the user's own that they name.
+
+    Raises:
+        ConfigurationError: A grammar is given beside calls that must be made.
+    """
+    rules: list[str] = []
+    own: str | None = None
+    answers: list[str] = []
+    if tools is not None and tool_format is not None and (tools.forced or tools.visible):
+        if tools.forced and grammar is not None:
+            msg = (
+                f"A grammar is given, but tool_choice {tools.choice!r} demands a call. Leave out one "
+                f"of them, or use tool_choice='auto'."
+            )
+            raise ConfigurationError(msg)
+        rules += _call_rules(tools, tool_format, control)
+        answers.append("calls")
+        if not tools.forced and grammar is None:
+            answers = ["free"]
+            rules += _free_rules(tools, tool_format, control)
+    if grammar is not None:
+        rules.append(f"text: {_text_rule(grammar)}")
+        own = grammar.source if grammar.kind == "lark" else None
+        answers.append("text")
+    start = f"({' | '.join(answers)})"
+    if thought_end is not None:
+        rules += [f"thought[lazy]: /(?s:.*){_escaped(thought_end)}/", "SPACE: /\\s+/"]
+        start = f"thought SPACE? {start}"
+    return [f"start: {start}", *rules], own
+
+
+def _text_rule(grammar: Grammar) -> str:
+    if grammar.kind == "json_schema":
+        return f"%json {json.dumps(prepared(json.loads(grammar.source)))}"
+    if grammar.kind == "regex":
+        pattern = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", grammar.source)
+        return f"/{pattern}/"
+    return f"@{ANSWER}"
+
+
+def _call_rules(tools: ToolUse, form: ToolFormat, control: Mapping[str, int]) -> list[str]:
+    """Return the rules of one call or more: ``calls``."""
+    functions = tools.forced or tools.functions
+    rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}"]
+    more = f"({_terms(form.separator, control)} call)*" if tools.parallel else ""
+    rules.append(
+        _rule("calls", _terms(form.opening, control), "call", more, _terms(form.closing, control))
+    )
+    for place, function in enumerate(functions):
+        parts = (
+            _terms(_before(form, function), control),
+            arguments_rule(function),
+            _terms(form.tail, control),
+        )
+        rules.append(_rule(f"call_{place}", *parts))
+    return rules
+
+
+def _free_rules(tools: ToolUse, form: ToolFormat, control: Mapping[str, int]) -> list[str]:
+    """Return the rules of an answer that may call: ``free``, text in which what opens a call begins one."""
+    mark = form.mark
+    if mark in control:  # no text holds it
+        return ["free: TEXT | TEXT? calls", "TEXT: /(?s:.+)/"]
+    if not mark:  # bare JSON is a call only where the answer begins with it
+        return ["free: TEXT | calls", "TEXT: /[^{](?s:.*)/"]
+    functions = tools.functions
+    several = f"({_terms(form.separator, control)} call)*" if tools.parallel else ""
+    hops = "hop*" if tools.parallel else "hop?"
+    firsts = " | ".join(f"first_{i}" for i in range(len(functions)))
+    rules = [
+        f"free: {hops} TEXT?",
+        "TEXT: /(?s:.+)/",
+        _rule("hop", "trigger", f"({firsts})", several, _terms(form.closing, control)),
+        f"trigger[lazy]: /(?s:.*){_escaped(mark)}/",
+    ]
+    for place, function in enumerate(functions):
+        before = (form.opening + _before(form, function)).removeprefix(mark)
+        parts = (_terms(before, control), arguments_rule(function), _terms(form.tail, control))
+        rules.append(_rule(f"first_{place}", *parts))
+    return rules
+
+
+def _rule(name: str, *parts: str) -> str:
+    return f"{name}: {' '.join(part for part in parts if part)}"
+
+
+def _before(form: ToolFormat, function: Mapping[str, Any]) -> str:
+    name = json.dumps(function["name"], ensure_ascii=False)[1:-1]
+    return form.begin + form.head.replace("{name}", name)
+
+
+def arguments_rule(function: Mapping[str, Any]) -> str:
+    """Return the JSON of a function's arguments as Lark."""
+    given = function.get("parameters")
+    schema = {"type": "object", "properties": {}, **(given if isinstance(given, Mapping) else {})}
+    # Frameworks read arguments into typed values, in which a set drops its duplicates.
+    return f"%json {json.dumps(prepared(without_unique_items(schema)))}"
+
+
+def _escaped(text: str) -> str:
+    return re.escape(text).replace("/", "\\/")
+
+
+def _terms(text: str, control: Mapping[str, int]) -> str:
+    """Return ``text`` as Lark terms: control tokens by their ids, the rest as strings."""
+    if not text:
+        return ""
+    names = sorted((re.escape(name) for name in control), key=len, reverse=True)
+    parts = re.split(f"({'|'.join(names)})", text) if names else [text]
+    return " ".join(
+        f"<[{control[part]}]>" if part in control else json.dumps(part, ensure_ascii=False)
+        for part in parts
+        if part
+    )
