@@ -144,11 +144,12 @@ class Pipeline:
         kept = () if parser is None else template.kept_control(tools)
         detokenizer = IncrementalDetokenizer(template.tokenizer, kept, stops.marks)
         single = tools is not None and not tools.parallel
-        return stream_text(
+        chunks = stream_text(
             blocks, detokenizer, stops.texts, lambda: stats, parser=parser,
             most_calls=1 if single else None, hidden="".join(stops.marks.values()),
             count_tokens=self._count_tokens,
         )  # fmt: skip
+        return chunks if grammar is None else self._looked_after(chunks, grammar, params)
 
     def warm(self, documents: Sequence[Prompt], progress: Progress | None) -> None:
         """Prefill the heads of prompts and keep their keys and values; all are checked before the first.

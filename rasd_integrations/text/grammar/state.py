@@ -43,6 +43,8 @@ class _Place:
         at: Where in the JSON it is.
         mask: What may follow.
         ways: The ways out behind tokens of the mask.
+        only: Whether the mask leaves the way out alone.
+        closed: Tokens since that was so first.
     """
 
     bound: int
@@ -50,6 +52,8 @@ class _Place:
     at: Place = START
     mask: NDArray[np.int32] | None = None
     ways: dict[int, list[int]] = field(default_factory=dict)
+    only: bool = False
+    closed: int = 0
 
 
 class LLGuidanceState:
@@ -72,7 +76,6 @@ class LLGuidanceState:
         self._closing = closing
         self._room = room
         self._places = [_Place(len(way), [*way])]
-        self._squeezed_from: int | None = None  # the room at which only the way out was left
 
     def mask(self) -> NDArray[np.int32]:
         """Return the bits of the tokens that may follow, ``[ceil(vocab / 32)]``.
@@ -93,7 +96,7 @@ class LLGuidanceState:
     def forced(self) -> Sequence[int]:
         """Return the tokens that must follow."""
         tokens: list[int] = self._matcher.compute_ff_tokens()
-        if not tokens and self._squeezed_from is not None:
+        if not tokens and self.squeezed:
             return self._places[-1].way or ()
         return tokens
 
@@ -115,7 +118,9 @@ class LLGuidanceState:
         way = place.ways.get(token_id)
         if place.way is not None and place.way[:1] == [token_id]:
             way = place.way[1:]
-        return _Place(place.bound + self._closing.growth if way is None else len(way), way, at)
+        bound = place.bound + self._closing.growth if way is None else len(way)
+        closed = place.closed + 1 if place.only or place.closed else 0
+        return _Place(bound, way, at, closed=closed)
 
     def pop(self, count: int) -> None:
         """Take back the last ``count`` tokens."""
@@ -123,13 +128,14 @@ class LLGuidanceState:
             self._matcher.rollback(count)
             del self._places[-count:]
             self._room += count
-            if self._squeezed_from is not None and self._room > self._squeezed_from:
-                self._squeezed_from = None
 
     def fork(self) -> LLGuidanceState:
         """Return a state of its own at the same place."""
         fork = LLGuidanceState(self._matcher.deep_copy(), self._words, self._closing, self._room)
-        fork._places = [_Place(p.bound, p.way, p.at, ways=p.ways) for p in self._places]
+        fork._places = [
+            _Place(p.bound, p.way, p.at, ways=p.ways, only=p.only, closed=p.closed)
+            for p in self._places
+        ]
         return fork
 
     @property
@@ -140,12 +146,12 @@ class LLGuidanceState:
     @property
     def squeezed(self) -> bool:
         """Whether the answer had to be closed because its room ended."""
-        return self._squeezed_from is not None
+        return self._places[-1].only or self.closed_tokens > 0
 
     @property
     def closed_tokens(self) -> int:
         """How many tokens were written since only the way out was left."""
-        return 0 if self._squeezed_from is None else self._squeezed_from - self._room
+        return self._places[-1].closed
 
     def _is_short(self, place: _Place) -> bool:
         """Whether the room may be too short for the way out behind one token more."""
@@ -167,8 +173,7 @@ class LLGuidanceState:
         bits, only, place.ways = closing.closer.narrowed(
             self._matcher, bits, place.way, self._room, closing.texts, place.at
         )
-        if only and self._squeezed_from is None:
-            self._squeezed_from = self._room
+        place.only = only
         return bits
 
 
