@@ -50,7 +50,8 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: It is not there or cannot be read.
         UnusableFileError: It is no file.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder is an OSError of its own
         msg = "it is no file"
         raise UnusableFileError(msg)
     return path.open("rb", buffering=0)

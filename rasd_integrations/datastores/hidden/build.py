@@ -77,7 +77,7 @@ def build(source: Any, model: Reader, folder: Path, progress: Progress | None) -
 
     Raises:
         ConfigurationError: An unusable source or item, ids that the model does not know, or nothing to learn.
-        OSError: The folder cannot be written to.
+        StorageError: The folder cannot be written to, or the disk is full.
     """
     pieces = sorted(set(_pieces(source, model)))
     if not pieces:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
-import tempfile
 import weakref
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rasd_integrations.errors import RetrievalError
+from rasd_integrations.storage.atomic import replaced_file
+from rasd_integrations.storage.tensor_file import (
+    Entry,
+    UnusableFileError,
+    open_regular,
+    read_header,
+)
 
 _FORMAT, _VERSION = "rasd-dense-store", "1"
 _TYPES = {"U32": "<u4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_MOST_HEADER = 1 << 20
 _CHECKSUM = "its checksum does not match its content"
 
 
@@ -44,26 +48,32 @@ class ArrayFile:
         """
         self.path = path
         try:
-            with path.open("rb") as file:
-                header, start = _header(file)
+            with open_regular(path) as file:
+                self.marks, entries = read_header(file, _FORMAT, _VERSION)
                 self._descriptor = os.dup(file.fileno())
             weakref.finalize(self, os.close, self._descriptor)
             self._mark = self._state()
             # Copied on write, which nobody does: torch warns of memory that cannot be written to.
             self._bytes = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
-            self.marks: dict[str, str] = header.pop("__metadata__")
-            self._arrays = {name: self._array(entry, start) for name, entry in header.items()}
-            if verify and _checksum(self._arrays, self.marks) != self.marks["crc32"]:
+            self._arrays = {name: self._array(entry) for name, entry in entries.items()}
+            if verify and _checksum(self._arrays, self.marks) != self.marks.get("crc32"):
                 raise ValueError(_CHECKSUM)  # noqa: TRY301 -- one place says that a file is unusable
         except FileNotFoundError as err:
             msg = f"There is no dense store at {path}. Make one: DenseStore.build(texts, model, folder)."
             raise RetrievalError(msg) from err
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
+        except (OSError, ValueError) as err:
             msg = f"{path} cannot be used as a dense store: {err}. Build it again from its texts."
             raise RetrievalError(msg) from err
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        """Return an array; a view of the file."""
+        """Return an array; a view of the file.
+
+        Raises:
+            RetrievalError: The file has none of this name.
+        """
+        if name not in self._arrays:
+            msg = f"{self.path} cannot be used as a dense store: it has no {name!r}. Build it again from its texts."
+            raise RetrievalError(msg)
         return self._arrays[name]
 
     def check(self) -> None:
@@ -76,11 +86,13 @@ class ArrayFile:
             msg = f"The dense store {self.path} was changed in place while it was open. Build it again."
             raise RetrievalError(msg)
 
-    def _array(self, entry: Mapping[str, Any], start: int) -> NDArray[Any]:
-        first, end = entry["data_offsets"]
-        dtype = np.dtype(_TYPES[entry["dtype"]])
-        flat = np.frombuffer(self._bytes, dtype, (end - first) // dtype.itemsize, start + first)
-        return flat.reshape(entry["shape"])
+    def _array(self, entry: Entry) -> NDArray[Any]:
+        if entry.dtype not in _TYPES:
+            msg = f"it holds {entry.dtype}, which no dense store does"
+            raise UnusableFileError(msg)
+        dtype = np.dtype(_TYPES[entry.dtype])
+        count = (entry.end - entry.start) // dtype.itemsize
+        return np.frombuffer(self._bytes, dtype, count, entry.start).reshape(entry.shape)
 
     def _state(self) -> tuple[int, int]:
         stat = os.fstat(self._descriptor)
@@ -93,7 +105,7 @@ def write(path: Path, arrays: Mapping[str, NDArray[Any]], marks: Mapping[str, st
     The same arrays and marks make the same bytes.
 
     Raises:
-        OSError: The folder cannot be written to.
+        StorageError: The disk is full, or the folder cannot be written to.
     """
     # Wide types first, as safetensors wants them: so all lie at multiples of their size.
     wide_first = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
@@ -107,41 +119,10 @@ def write(path: Path, arrays: Mapping[str, NDArray[Any]], marks: Mapping[str, st
         header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for array in flat.values():
-                file.write(array.data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
-        raise
-
-
-def _header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Return the checked header and where the arrays start."""
-    size = int.from_bytes(file.read(8), "little")
-    if not 2 <= size <= _MOST_HEADER:
-        msg = "it does not begin with a header"
-        raise ValueError(msg)
-    header: dict[str, Any] = json.loads(file.read(size))
-    marks = header["__metadata__"]
-    known = (marks.get("format"), marks.get("version"))
-    if known != (_FORMAT, _VERSION):
-        msg = f"it is {known[0]} version {known[1]}, not {_FORMAT} version {_VERSION}"
-        raise ValueError(msg)
-    entries = [entry for name, entry in header.items() if name != "__metadata__"]
-    end = 8 + size + max(entry["data_offsets"][1] for entry in entries)
-    missing = end - os.fstat(file.fileno()).st_size
-    if missing:
-        msg = f"it is {abs(missing)} bytes too {'short' if missing > 0 else 'long'}"
-        raise ValueError(msg)
-    return header, 8 + size
+    with replaced_file(path, len(head) + end) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for array in flat.values():
+            file.write(array.data)
 
 
 def _checksum(arrays: Mapping[str, NDArray[Any]], marks: Mapping[str, str]) -> str:

@@ -86,7 +86,7 @@ class DenseStore:
         Raises:
             ConfigurationError: A source that cannot list its chunks, an item without a text, or nothing to
                 learn from.
-            OSError: The folder cannot be written to.
+            StorageError: The folder cannot be written to, or the disk is full.
         """
         build.build(texts, model, Path(folder), progress)
         return cls.open(folder, model)
@@ -105,10 +105,10 @@ class DenseStore:
         """
         store = cls(Path(folder) / build.FILE, verify=verify)
         marks = store._file.marks
-        if marks["model"] != model.fingerprint:
+        if marks.get("model") != model.fingerprint:
             msg = (
-                f"The dense store {store.path} was built with {marks['name']} ({marks['model']}), but the target "
-                f"is {model.name} ({model.fingerprint}). Build one for it: DenseStore.build(texts, model, folder)."
+                f"The dense store {store.path} was built with {marks.get('name')} ({marks.get('model')}), but the "
+                f"target is {model.name} ({model.fingerprint}). Build one: DenseStore.build(texts, model, folder)."
             )
             raise RetrievalError(msg)
         return store

@@ -6,11 +6,9 @@ needs, and a checksum over header and content needs both before the first byte i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
-import secrets
 import weakref
 import zlib
 from collections.abc import Iterable, Sequence
@@ -22,6 +20,14 @@ from numpy.typing import NDArray
 
 from rasd_integrations.datastores.tokens.segment import Segment
 from rasd_integrations.errors import RetrievalError
+from rasd_integrations.storage.atomic import replaced_file
+from rasd_integrations.storage.tensor_file import (
+    Entry,
+    UnusableFileError,
+    header_checksum,
+    open_regular,
+    read_header,
+)
 
 _FORMAT, _VERSION = "rasd-token-store", "1"
 # Name, type here and type in the file of a segment's arrays, wide ones first as safetensors wants them.
@@ -33,7 +39,6 @@ _ARRAYS = (
     ("text", ">u4", "U8"),
 )
 _BLOCK = 1 << 20
-_MOST_HEADER = 1 << 24
 
 
 class MappedFile:
@@ -75,7 +80,7 @@ def write(path: Path, segments: Sequence[Segment], tokenizer: str) -> None:
     """Write living chunks to ``path`` in one move: a reader sees the old file or the new one.
 
     Raises:
-        OSError: The folder cannot be written to.
+        StorageError: The disk is full, or the folder cannot be written to.
     """
     kept = [segment.compact() for segment in segments]
     named = [
@@ -91,23 +96,14 @@ def write(path: Path, segments: Sequence[Segment], tokenizer: str) -> None:
         shape = [*array.shape, 4] if kind == "U8" else [*array.shape]
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + array.nbytes]}
         end += array.nbytes
-    header["__metadata__"]["crc32"] = _checksum(header, (array for _, array, _ in named))
+    said = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    header["__metadata__"]["crc32"] = _checksum(said, (array for _, array, _ in named))
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for _, array, _ in named:
-                file.write(array.data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with replaced_file(path, len(head) + end) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for _, array, _ in named:
+            file.write(array.data)
 
 
 def read(path: Path, tokenizer: str, *, verify: bool = True) -> tuple[Segment, ...]:
@@ -122,61 +118,46 @@ def read(path: Path, tokenizer: str, *, verify: bool = True) -> tuple[Segment, .
         RetrievalError: There is no such file, it is damaged, of another format or of another tokenizer.
     """
     try:
-        with path.open("rb") as file:
-            header = _checked_header(file, tokenizer, verify=verify)
-            return tuple(_segments(header, MappedFile(path, file)))
+        with open_regular(path) as file:
+            entries = _checked_entries(file, tokenizer, verify=verify)
+            return tuple(_segments(entries, MappedFile(path, file)))
     except (FileNotFoundError, IsADirectoryError) as err:
         msg = f"There is no token store at {path}. Make one: TokenStore.build(texts, encode).save(path)."
         raise RetrievalError(msg) from err
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
-        reason = err if isinstance(err, _UnusableError) else f"{type(err).__name__}: {err}"
-        msg = f"{path} cannot be used as a token store: {reason}. Build it again from its texts."
+    except (OSError, ValueError, OverflowError) as err:
+        msg = f"{path} cannot be used as a token store: {err}. Build it again from its texts."
         raise RetrievalError(msg) from err
 
 
-class _UnusableError(ValueError):
-    """Why a file is not used."""
-
-
-def _checked_header(file: BinaryIO, tokenizer: str, *, verify: bool) -> dict[str, Any]:
-    size = int.from_bytes(file.read(8), "little")
-    if not 2 <= size <= _MOST_HEADER:
-        msg = "it does not begin with a header"
-        raise _UnusableError(msg)
-    header: dict[str, Any] = json.loads(file.read(size))
-    marks = header["__metadata__"]
-    known = (marks.get("format"), marks.get("version"))
-    if known != (_FORMAT, _VERSION):
-        msg = f"it is {known[0]} version {known[1]}, not {_FORMAT} version {_VERSION}"
-        raise _UnusableError(msg)
-    if marks["tokenizer"] != tokenizer:
-        msg = f"its ids are of another tokenizer, {marks['tokenizer']} instead of {tokenizer}"
-        raise _UnusableError(msg)
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-    missing = 8 + size + end - os.fstat(file.fileno()).st_size
-    if missing:
-        msg = f"it is {abs(missing)} bytes too {'short' if missing > 0 else 'long'}"
-        raise _UnusableError(msg)
-    expected = marks.pop("crc32")
-    if verify and _checksum(header, _blocks(file)) != expected:
+def _checked_entries(file: BinaryIO, tokenizer: str, *, verify: bool) -> dict[str, Entry]:
+    marks, entries = read_header(file, _FORMAT, _VERSION)
+    if marks.get("tokenizer") != tokenizer:
+        msg = f"its ids are of another tokenizer, {marks.get('tokenizer')} instead of {tokenizer}"
+        raise UnusableFileError(msg)
+    expected = {
+        f"{i}.{name}": kind
+        for i in range(len(entries) // len(_ARRAYS))
+        for name, _, kind in _ARRAYS
+    }
+    if {name: entry.dtype for name, entry in entries.items()} != expected:
+        msg = "its arrays are not those of a token store"
+        raise UnusableFileError(msg)
+    if verify and _checksum(header_checksum(marks, entries), _blocks(file)) != marks.get("crc32"):
         msg = "its checksum does not match its content"
-        raise _UnusableError(msg)
-    return header
+        raise UnusableFileError(msg)
+    return entries
 
 
-def _segments(header: dict[str, Any], origin: MappedFile) -> Iterable[Segment]:
-    start = 8 + int.from_bytes(origin.bytes[:8], "little")
-    for i in range(sum(name.endswith(".text") for name in header)):
+def _segments(entries: dict[str, Entry], origin: MappedFile) -> Iterable[Segment]:
+    for i in range(len(entries) // len(_ARRAYS)):
         arrays: dict[str, NDArray[Any]] = {}
-        bases: dict[str, int] = {}
         for name, dtype, _ in _ARRAYS:
-            first, end = header[f"{i}.{name}"]["data_offsets"]
-            count = (end - first) // np.dtype(dtype).itemsize
-            bases[name] = start + first
-            arrays[name] = np.frombuffer(origin.bytes, dtype, count, start + first)
+            entry = entries[f"{i}.{name}"]
+            count = (entry.end - entry.start) // np.dtype(dtype).itemsize
+            arrays[name] = np.frombuffer(origin.bytes, dtype, count, entry.start)
         alive = np.ones(len(arrays["keys"]), bool)
-        yield Segment(**arrays, alive=alive, raw=origin.bytes, base=bases["text"], origin=origin)
+        base = entries[f"{i}.text"].start
+        yield Segment(**arrays, alive=alive, raw=origin.bytes, base=base, origin=origin)
 
 
 def _blocks(file: BinaryIO) -> Iterable[bytes]:
@@ -185,9 +166,8 @@ def _blocks(file: BinaryIO) -> Iterable[bytes]:
         yield block
 
 
-def _checksum(header: dict[str, Any], parts: Iterable[Any]) -> str:
-    """Return the checksum of what a file says and holds, in hex."""
-    crc = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+def _checksum(crc: int, parts: Iterable[Any]) -> str:
+    """Return the checksum of what a file says, ``crc``, and holds, in hex."""
     for part in parts:
         crc = zlib.crc32(part, crc)
     return f"{crc:08x}"

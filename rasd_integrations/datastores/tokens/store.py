@@ -179,7 +179,7 @@ class TokenStore:
         """Write the store to ``path`` in one move; removed texts are not in the file.
 
         Raises:
-            OSError: The folder cannot be written to.
+            StorageError: The folder cannot be written to, or the disk is full.
         """
         file.write(Path(path), self.segments, self.tokenizer)
 
