@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rasd_integrations.config import Sampling, SamplingParams, SpeculationConfig
+from rasd_integrations.decoding.drafts import checked
 from rasd_integrations.decoding.schedule import Experience, Schedule, check_lockstep
 from rasd_integrations.decoding.steps import FreeSteps, Steps
 from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
@@ -354,7 +355,7 @@ class _Answer:
         if self.session is None or (budget <= 0 and self.config.lossless):
             return Draft()
         try:
-            return _trimmed(self.session.propose(max(budget, 0)), budget, self.target.vocab_size)
+            return checked(self.session.propose(max(budget, 0)), budget, self.target.vocab_size)
         except Exception as err:  # noqa: BLE001
             self._drafter_failed(err)
             return Draft()
@@ -391,9 +392,3 @@ class _Answer:
             session.close()
         except Exception:
             logger.exception("closing a drafter's session failed")
-
-
-def _trimmed(draft: Draft, budget: int, vocab_size: int) -> Draft:
-    """Cut a draft to the budget and before the first id that the target does not know."""
-    n = min(len(draft), max(budget, 0))
-    return draft.head(next((i for i in range(n) if not 0 <= draft.token_ids[i] < vocab_size), n))

@@ -51,16 +51,22 @@ def likeliest(logits: Tensor, k: int, token_ids: NDArray[np.int32] | None = None
 
     Args:
         logits: ``[rows, n]``, any float type.
-        k: At least 1; where ``n`` is smaller the rest is -1.
+        k: At least 1; where ``n`` is smaller, or tokens are impossible (-inf), the rest is -1.
         token_ids: ``[n]``, the tokens of the columns; ``None``: column ``i`` is token ``i``.
     """
     found = Candidates.unknown(logits.shape[0], k)
     best = logits.topk(min(k, logits.shape[1]))
     columns, scores = best.indices.cpu().numpy(), best.values.float().cpu().numpy()
     n = columns.shape[1]
-    found.token_ids[:, :n] = columns if token_ids is None else token_ids[columns]
-    weights = np.exp(scores - scores[:, :1])
-    found.probs[:, :n] = weights / weights.sum(axis=1, keepdims=True)
+    # Behind a grammar's end nothing may follow: such a row is all -inf, and nothing is known of it.
+    known = np.isfinite(scores) & np.isfinite(scores[:, :1])
+    found.token_ids[:, :n] = np.where(
+        known, columns if token_ids is None else token_ids[columns], -1
+    )
+    best = np.where(known[:, :1], scores[:, :1], 0.0)
+    weights = np.exp(np.where(known, scores - best, -np.inf))
+    total = weights.sum(axis=1, keepdims=True)  # at least 1 where anything is known
+    found.probs[:, :n] = weights / np.maximum(total, 1.0)
     return found
 
 

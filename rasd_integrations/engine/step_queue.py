@@ -4,6 +4,10 @@ Threads hand in what they want to run; one of them, the leader, runs it and hand
 (flat combining). A step is taken along with an earlier one unless somebody has waited since its own
 thread's last turn. So between two turns of a thread everybody who waited had one, and a step waits for at
 most one piece of a prefill of each other answer.
+
+A thread may be interrupted between any two lines. So shared state changes in locked methods only, a thread
+leaves the queue twice (the second time does nothing unless the first was interrupted), and a thread that
+waits looks now and then whether the leader is still there.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
+
+from rasd_integrations.process import Bell, check_not_ending, is_alive, locked
 
 _W = TypeVar("_W")
 _R = TypeVar("_R")
@@ -22,6 +28,7 @@ _PATIENCE = 0.1
 _AWAY_S = (
     1.0  # a thread that stepped within this time decodes: it drafts now, or its consumer is at work
 )
+_NOTICED_S = 0.05  # within this time a thread that waits notices that its leader is gone
 
 
 class _Turn(Generic[_W, _R]):
@@ -31,14 +38,18 @@ class _Turn(Generic[_W, _R]):
         self.work, self.rows, self.alone = work, rows, alone
         self.thread = threading.get_ident()
         self.arrived = 0  # tick
-        self.woken = threading.Event()
-        self.leads = self.done = False
+        self.bell = Bell()
+        self.done = self.left = False
         self.result: _R | None = None
         self.error: Exception | None = None
 
     def finish(self, result: _R | None = None, error: Exception | None = None) -> None:
         self.result, self.error, self.done = result, error, True
-        self.woken.set()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its thread has ended."""
+        return not is_alive(self.thread)
 
 
 class StepQueue(Generic[_W, _R]):
@@ -67,10 +78,10 @@ class StepQueue(Generic[_W, _R]):
         self.max_rows = max_rows
         self._run = run
         self._patience = patience
-        self._state = threading.Condition()  # guards what follows; told when the expected are back
-        self._led = False
+        self._lock = threading.Lock()  # of what follows
+        self._leader: _Turn[_W, _R] | None = None
         self._queue: list[_Turn[_W, _R]] = []
-        self._running: list[_Turn[_W, _R]] = []
+        self._running: list[_Turn[_W, _R]] = []  # taken out of the queue by the leader
         self._tick = 0
         self._served: dict[
             int, int
@@ -78,9 +89,12 @@ class StepQueue(Generic[_W, _R]):
         self._stepped: dict[int, float] = {}  # its time, where it was a step, for a while
         self._expected: set[int] = set()  # threads of the last batch of steps
         self._began = self._ended = 0.0  # of that batch
+        self._taken = 0.0  # when the batch that runs was taken out of the queue
 
     def submit(self, work: _W, rows: int, *, alone: bool = False) -> _R:
         """Run ``work`` in this thread's turn and return its result.
+
+        After an interrupt nobody runs ``work`` any more, so its memory may be given to others.
 
         Args:
             work: For ``run``.
@@ -89,23 +103,17 @@ class StepQueue(Generic[_W, _R]):
 
         Raises:
             Exception: What ``run`` raised for this work, run by itself.
+            SystemExit: The process ends, and this is not its main thread.
         """
+        check_not_ending()
         turn = _Turn[_W, _R](work, rows, alone=alone)
         try:
-            with self._state:
-                self._tick += 1
-                turn.arrived = self._tick
-                self._queue.append(turn)
-                turn.leads, self._led = not self._led, True
-                if self._all_back():
-                    self._state.notify()
-            if not turn.leads:
-                turn.woken.wait()
-            if not turn.done:
-                self._lead(turn)
-        except BaseException:
-            self._withdraw(turn)
-            raise
+            try:
+                self._take_part(turn)
+            finally:
+                self._leave(turn)
+        finally:  # once more: the first time may have been interrupted
+            self._leave(turn)
         if turn.error is not None:
             try:
                 raise turn.error
@@ -113,41 +121,71 @@ class StepQueue(Generic[_W, _R]):
                 del turn, work
         return turn.result  # type: ignore[return-value]
 
+    @locked
     def leave(self) -> None:
         """Say that this thread steps no more, so that nobody waits for it or takes it for one that decodes."""
-        with self._state:
-            self._stepped.pop(threading.get_ident(), None)
-            self._expected.discard(threading.get_ident())
-            if self._all_back():
-                self._state.notify()
+        self._stepped.pop(threading.get_ident(), None)
+        self._expected.discard(threading.get_ident())
+        self._ring_if_all_back()
 
     @property
     def is_contended(self) -> bool:
         """Whether another thread decodes: it waits for a step, has one, or had one a moment ago."""
-        me, since = threading.get_ident(), time.perf_counter() - _AWAY_S
-        with self._state:
-            steps = {t.thread for t in (*self._queue, *self._running) if not t.alone}
-            steps |= {thread for thread, when in self._stepped.items() if when > since}
-        return bool(steps - {me})
+        return bool(self._decoding() - {threading.get_ident()})
 
-    def _lead(self, mine: _Turn[_W, _R]) -> None:
-        """Serve turns until ``mine`` is done, then pass the lead on."""
-        while not mine.done:
-            with self._state:
-                self._running = self._next_batch()
-                began = time.perf_counter()
-            self._serve(self._running)
-            with self._state:
-                self._note_served(began)
-        with self._state:
-            self._pass_on(mine)
+    @locked
+    def _decoding(self) -> set[int]:
+        since = time.perf_counter() - _AWAY_S
+        steps = {t.thread for t in (*self._queue, *self._running) if not t.alone}
+        return steps | {thread for thread, when in self._stepped.items() if when > since}
 
-    def _next_batch(self) -> list[_Turn[_W, _R]]:
+    def _take_part(self, turn: _Turn[_W, _R]) -> None:
+        """Wait until ``turn`` is done, and lead while nobody else does."""
+        self._line_up(turn)
+        rung = True
+        while not turn.done:
+            if self._leads(turn, look=not rung):
+                self._serve(self._next_batch(turn))
+                self._note_served()
+            else:
+                rung = turn.bell.wait(_NOTICED_S)
+
+    @locked
+    def _line_up(self, turn: _Turn[_W, _R]) -> None:
+        self._tick += 1
+        turn.arrived = self._tick
+        self._queue.append(turn)
+        self._ring_if_all_back()
+
+    @locked
+    def _leads(self, turn: _Turn[_W, _R], *, look: bool) -> bool:
+        """Return whether ``turn``'s thread leads: where nobody does, it does from now on."""
+        leader = self._leader
+        if leader is not None and leader is not turn:
+            # A thread that comes back leads no more.
+            if leader.thread != turn.thread and not (look and leader.is_gone):
+                return False
+            self._pass_on()
+        if turn.done:  # by the leader who is gone
+            return False
+        self._leader = turn
+        return True
+
+    def _next_batch(self, mine: _Turn[_W, _R]) -> list[_Turn[_W, _R]]:
         """Take the first turn out of the queue, and the steps that may run with it."""
-        if not self._queue[0].alone:
-            deadline = self._ended + self._patience * (self._ended - self._began)
-            while not self._all_back() and (left := deadline - time.perf_counter()) > 0:
-                self._state.wait(left)
+        deadline = self._deadline()
+        while not self._all_back() and (left := deadline - time.perf_counter()) > 0:
+            mine.bell.wait(left)
+        return self._take_batch()
+
+    @locked
+    def _deadline(self) -> float:
+        """Return until when a batch stays open for the threads of the last one."""
+        alone = self._queue[0].alone
+        return 0.0 if alone else self._ended + self._patience * (self._ended - self._began)
+
+    @locked
+    def _take_batch(self) -> list[_Turn[_W, _R]]:
         first, *others = self._queue
         batch, rows = [first], first.rows
         rest: list[_Turn[_W, _R]] = []
@@ -159,11 +197,16 @@ class StepQueue(Generic[_W, _R]):
                 rows += turn.rows
             else:
                 rest.append(turn)
-        self._queue = rest
+        self._running, self._queue = batch, rest
+        self._taken = time.perf_counter()
         return batch
 
     def _all_back(self) -> bool:
-        return self._expected <= {t.thread for t in self._queue}
+        return self._expected <= {t.thread for t in tuple(self._queue)}
+
+    def _ring_if_all_back(self) -> None:
+        if self._leader is not None and self._all_back():
+            self._leader.bell.ring()
 
     def _serve(self, turns: Sequence[_Turn[_W, _R]]) -> None:
         try:
@@ -178,7 +221,9 @@ class StepQueue(Generic[_W, _R]):
             for turn, result in zip(turns, results, strict=True):
                 turn.finish(result)
 
-    def _note_served(self, began: float) -> None:
+    @locked
+    def _note_served(self) -> None:
+        """Tell the threads of the batch, and remember when they had their turn."""
         self._tick += 1
         now = time.perf_counter()
         threads = {t.thread for t in self._running}
@@ -188,27 +233,38 @@ class StepQueue(Generic[_W, _R]):
         if not self._running[0].alone:
             self._stepped = {t: at for t, at in self._stepped.items() if at > now - _AWAY_S}
             self._stepped |= dict.fromkeys(threads, now)
-            self._expected, self._began, self._ended = threads, began, now
-
-    def _pass_on(self, mine: _Turn[_W, _R]) -> None:
-        """Give the lead to the next in line, if any; the state is locked."""
-        mine.leads = False
-        unserved = [t for t in self._running if not t.done]  # after an interrupt
-        self._queue = [t for t in (*unserved, *self._queue) if t is not mine]
+            self._expected, self._began, self._ended = threads, self._taken, now
+        for turn in self._running:
+            turn.bell.ring()
         self._running = []
-        self._led = bool(self._queue)
-        if self._led:
-            self._queue[0].leads = True
-            self._queue[0].woken.set()
 
-    def _withdraw(self, turn: _Turn[_W, _R]) -> None:
-        """Leave after an interrupt; the caller may give its work's memory to others afterwards."""
-        while not turn.done:
-            with self._state:
-                if turn.leads:
-                    self._pass_on(turn)
-                    return
-                if turn not in self._running:
-                    self._queue = [t for t in self._queue if t is not turn]
-                    return
-            turn.woken.wait()  # another thread runs it now
+    def _leave(self, turn: _Turn[_W, _R]) -> None:
+        """Pass the lead on and stand in the queue no more; where another thread runs the work, wait for its end."""
+        while not self._has_left(turn):
+            try:
+                turn.bell.wait(_NOTICED_S)
+            except BaseException:  # noqa: BLE001, S112  (a second interrupt; the first is raised once the step is over)
+                continue
+
+    @locked
+    def _has_left(self, turn: _Turn[_W, _R]) -> bool:
+        if turn.left:
+            return True
+        if self._leader is turn:
+            self._pass_on(turn)
+        if turn in self._running and not turn.done:
+            if self._leader is not None and not self._leader.is_gone:
+                return False
+            self._pass_on(turn)
+        self._queue = [t for t in self._queue if t is not turn]
+        turn.left = True
+        return True
+
+    def _pass_on(self, leaving: _Turn[_W, _R] | None = None) -> None:
+        """Give the lead to the next in line, if any; the lock is held."""
+        batch = self._running  # not empty after an interrupt
+        line = [t for t in (*batch, *self._queue) if not t.done and t is not leaving]
+        # In one line: nobody may be lost between queue and batch.
+        self._leader, self._queue, self._running = (line[0] if line else None), line, []
+        for turn in (*batch, *line[:1]):
+            turn.bell.ring()

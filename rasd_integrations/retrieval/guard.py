@@ -11,6 +11,7 @@ from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from rasd_integrations.process import at_work
 from rasd_integrations.retrieval.base import ChunkSource
 from rasd_integrations.types import Chunk
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 MAX_K = 1000
 """No question asks for more chunks than this, whatever ``k`` says."""
 
+_HELD_S = 1.0  # a call that takes longer does not hold up the end of the process
 _MAX_FAULTS = 16  # lines kept for a caller that never takes them
 _SEARCHING: ContextVar[bool] = ContextVar("rasd_searching", default=False)
 _NONE: list[Chunk] = []
@@ -97,7 +99,8 @@ class GuardedSource:
 
         def work() -> None:
             try:
-                results.append(function())
+                with at_work(_HELD_S):
+                    results.append(function())
             except BaseException as error:  # noqa: BLE001 - a store may raise anything, Rust panics too
                 errors.append(error)
 

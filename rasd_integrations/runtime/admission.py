@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -14,14 +14,23 @@ from pathlib import Path
 import torch
 
 from rasd_integrations.errors import DecodingError
+from rasd_integrations.process import Bell, locked
 
 _SHARE = 0.5  # of the memory that is available when a device's gate is made
 _UNKNOWN = 8 << 30  # bytes taken for available where the system does not say
 _HEARD_S = 0.1  # a cancelled request leaves the line within this time
 
-# Whether this context is inside an admitted answer. What an answer itself asks for (a drafter or a store
-# of the user's own that calls a model) must not wait for that answer to end.
-_inside: ContextVar[bool] = ContextVar("rasd_admitted", default=False)
+# The answer that this context is inside of. What an answer itself asks for (a drafter or a store of the
+# user's own that calls a model) must not wait for that answer to end.
+_inside: ContextVar[weakref.ref[_Place] | None] = ContextVar("rasd_admitted", default=None)
+
+
+class _Place:
+    """An answer in the line, or under way; where an interrupt comes before it leaves, it goes with its frames."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.bell = Bell()
 
 
 class Admission:
@@ -37,9 +46,9 @@ class Admission:
     def __init__(self, limit: int) -> None:
         """Admit up to ``limit`` bytes."""
         self.limit = limit
-        self._live: list[int] = []  # bytes of each answer under way
-        self._line: deque[object] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # of both, whose order is that of their coming
+        self._live: weakref.WeakKeyDictionary[_Place, None] = weakref.WeakKeyDictionary()
+        self._line: weakref.WeakKeyDictionary[_Place, None] = weakref.WeakKeyDictionary()
 
     @property
     def live(self) -> int:
@@ -62,35 +71,47 @@ class Admission:
         Raises:
             DecodingError: It was cancelled while it waited.
         """
-        nested = _inside.get()
-        self._enter(nbytes, cancelled, nested=nested)
-        _inside.set(True)
+        place = _Place(nbytes)
+        around = _inside.get()
+        nested = around is not None and around() is not None
         try:
+            self._line_up(place)
+            while not self._enters(place, nested=nested):
+                if cancelled is not None and cancelled.is_set():
+                    msg = "The request was cancelled while it waited for memory."
+                    raise DecodingError(msg)
+                place.bell.wait(_HEARD_S)
+            _inside.set(weakref.ref(place))
             yield
         finally:
-            _inside.set(nested)
-            with self._changed:
-                self._live.remove(nbytes)
-                self._changed.notify_all()
+            _inside.set(around)
+            self._leave(place)
 
-    def _enter(self, nbytes: int, cancelled: threading.Event | None, *, nested: bool) -> None:
-        place = object()
-        with self._changed:
-            if not nested:
-                self._line.append(place)
-                try:
-                    while self._line[0] is not place or not self._fits(nbytes):
-                        if cancelled is not None and cancelled.is_set():
-                            msg = "The request was cancelled while it waited for memory."
-                            raise DecodingError(msg)
-                        self._changed.wait(None if cancelled is None else _HEARD_S)
-                finally:
-                    self._line.remove(place)
-                    self._changed.notify_all()
-            self._live.append(nbytes)
+    @locked
+    def _line_up(self, place: _Place) -> None:
+        self._line[place] = None
 
-    def _fits(self, nbytes: int) -> bool:
-        return not self._live or sum(self._live) + nbytes <= self.limit
+    @locked
+    def _enters(self, place: _Place, *, nested: bool) -> bool:
+        """Let the answer in, if it is its turn."""
+        room = self.limit - sum(live.nbytes for live in self._live)
+        fits = next(iter(self._line)) is place and (not self._live or place.nbytes <= room)
+        if fits or nested:
+            self._live[place] = None
+            del self._line[place]
+            self._call_next()
+        return fits or nested
+
+    @locked
+    def _leave(self, place: _Place) -> None:
+        self._live.pop(place, None)
+        self._line.pop(place, None)
+        self._call_next()
+
+    def _call_next(self) -> None:
+        first = next(iter(self._line), None)
+        if first is not None:
+            first.bell.ring()
 
 
 @cache

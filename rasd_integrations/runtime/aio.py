@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import TypeVar
 
+from rasd_integrations.process import locked
+
 _T = TypeVar("_T")
 
 MAX_WORKERS = 32  # more threads than answers that decode at once bring nothing but their memory
@@ -23,32 +25,52 @@ class Workers:
     def __init__(self, limit: int) -> None:
         """Run at most ``limit`` jobs at a time."""
         self.limit = limit
-        self._running = 0
-        self._queued: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
+        self._running: set[object] = set()  # one token a thread
+        self._queued: deque[Callable[[], None]] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits."""
+        return bool(self._running)
 
     def run(self, job: Callable[[], None]) -> None:
         """Run ``job``, which must not raise, as soon as a thread is free."""
-        with self._lock:
-            if self._running >= self.limit:
-                self._queued.append(job)
-                return
-            self._running += 1
+        token = self._take(job)
+        if token is None:
+            return
         try:
-            start_thread(lambda: self._work(job))
-        except RuntimeError:  # the system gives no more threads
-            with self._lock:
-                self._running -= 1
+            start_thread(lambda: self._work(token))
+        except BaseException:  # the system gives no more threads, or an interrupt came
+            self._take_back(job, token)
             raise
 
-    def _work(self, job: Callable[[], None]) -> None:
-        while True:
+    @locked
+    def _take(self, job: Callable[[], None]) -> object | None:
+        """Queue ``job``; return the token of a new thread, if there may be one."""
+        self._queued.append(job)
+        if len(self._running) >= self.limit:
+            return None
+        token = object()
+        self._running.add(token)
+        return token
+
+    @locked
+    def _take_back(self, job: Callable[[], None], token: object) -> None:
+        self._running.discard(token)
+        if job in self._queued:
+            self._queued.remove(job)
+
+    @locked
+    def _next(self, token: object) -> Callable[[], None] | None:
+        if self._queued:
+            return self._queued.popleft()
+        self._running.discard(token)
+        return None
+
+    def _work(self, token: object) -> None:
+        while (job := self._next(token)) is not None:
             job()
-            with self._lock:
-                if not self._queued:
-                    self._running -= 1
-                    return
-                job = self._queued.popleft()
 
 
 _workers = Workers(MAX_WORKERS)
@@ -58,7 +80,7 @@ _in_worker: contextvars.ContextVar[bool] = contextvars.ContextVar("rasd_worker",
 
 
 def start_thread(work: Callable[[], None]) -> None:
-    """Run ``work`` in a new daemon thread."""
+    """Run ``work`` in a new daemon thread; while it is at work, the end of the process waits for it."""
     threading.Thread(target=work, name="rasd-stream", daemon=True).start()
 
 
@@ -106,8 +128,8 @@ async def iterate_in_thread(
     nested = _in_worker.get()
     context = contextvars.copy_context()
     context.run(_in_worker.set, True)
-    (start_thread if nested else _workers.run)(lambda: context.run(work))
     try:
+        (start_thread if nested else _workers.run)(lambda: context.run(work))
         while True:
             alive, item = await items.get()
             if alive:

@@ -102,7 +102,7 @@ class Pipeline:
 
     def answer(
         self, request: Request, stats: DecodingStats, gate: Gate | None = None
-    ) -> Iterator[TextChunk]:
+    ) -> Generator[TextChunk, None, None]:
         """Check and plan now, decode lazily; ``stats`` are complete when the iterator ends or is closed.
 
         Args:

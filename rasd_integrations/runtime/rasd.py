@@ -7,7 +7,7 @@ join of ``stream``, and the asynchronous forms run the same path in a thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -32,6 +32,7 @@ from rasd_integrations.config import (
 )
 from rasd_integrations.drafters.base import Drafter, check_drafter_spec
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.process import at_work, each_at_work, locked
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
@@ -196,7 +197,8 @@ class RASD:
             VocabularyMismatchError: The drafter model's vocabulary cannot be translated.
             DecodingError: This instance was closed.
         """
-        self._engine.decoder()
+        with at_work():
+            self._engine.decoder()
 
     @property
     def window(self) -> int:
@@ -238,13 +240,13 @@ class RASD:
             drafter=own.drafter, source=self._source,
         )  # fmt: skip
 
+    @locked
     def _prompts(self) -> PromptPlanner:
-        with self._lock:
-            if self._planner is None:
-                self._planner = PromptPlanner(
-                    self._source, self._retrieval, self._context, lambda t: len(self.encode(t))
-                )
-            return self._planner
+        if self._planner is None:
+            self._planner = PromptPlanner(
+                self._source, self._retrieval, self._context, lambda t: len(self.encode(t))
+            )
+        return self._planner
 
     def attach(self, store: object) -> None:
         """Take ``store``, anything ``as_chunk_source`` takes, as the source of chunks.
@@ -253,8 +255,7 @@ class RASD:
             RetrievalError: It cannot be used as one.
         """
         source = GuardedSource(as_chunk_source(store), self._retrieval.timeout_s)
-        with self._lock:
-            self._source, self._planner = source, None
+        self._source, self._planner = source, None
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without special tokens."""
@@ -341,7 +342,8 @@ class RASD:
         Raises:
             ContextOverflowError: A document leaves no room in the window; none was prefilled.
         """
-        self._pipeline().warm(documents, progress)
+        with at_work():
+            self._pipeline().warm(documents, progress)
 
     def clear_cache(self) -> None:
         """Forget the keys and values kept of earlier prompts, in memory, of all who share these weights.
@@ -364,6 +366,7 @@ class RASD:
         """Stream an answer that runs to its end by itself, once there is memory for it."""
         from rasd_integrations.runtime.admission import shared_admission
 
+        self.ensure_loaded()
         admit = shared_admission(self._engine.decoder().target.device).admit
         return self._answer(request, partial(admit, cancelled=cancelled))
 
@@ -371,13 +374,18 @@ class RASD:
         self, request: Request, gate: Gate | None = None
     ) -> Generator[TextChunk, None, None]:
         stats = DecodingStats()
-        return self._counted(self._pipeline().answer(request, stats, gate), stats)
+        with at_work():
+            chunks = self._pipeline().answer(request, stats, gate)
+        return self._counted(chunks, stats)
 
     def _counted(
-        self, chunks: Iterator[TextChunk], stats: DecodingStats
+        self, chunks: Generator[TextChunk, None, None], stats: DecodingStats
     ) -> Generator[TextChunk, None, None]:
         try:
-            yield from chunks
+            yield from each_at_work(chunks)
         finally:
-            with self._lock:
-                self.stats.add(stats)
+            self._count(stats)
+
+    @locked
+    def _count(self, stats: DecodingStats) -> None:
+        self.stats.add(stats)

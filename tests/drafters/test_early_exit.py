@@ -62,6 +62,24 @@ def check_cache(target: TargetModel, buffer: KVBuffer, ids: list[int]) -> None:
     )
 
 
+@pytest.mark.parametrize("n", [4, None])
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_short_prompts_are_drafted_from(length, n):
+    """Fault 33: of a prompt of one token the target has read nothing when the first draft is asked for."""
+    target, stats, drafter = deep_llama(), DecodingStats(), EarlyExitDrafter(1, confidence=0.0)
+    decoders = [
+        SpeculativeDecoder(target, d, config=SpeculationConfig(num_draft_tokens=n))
+        for d in (None, drafter)
+    ]
+    plain, drafted = (
+        [t for b in d.generate(PROMPT[:length], GREEDY, stats=s) for t in b.token_ids]
+        for d, s in zip(decoders, (None, stats), strict=True)
+    )
+    assert plain == drafted
+    assert stats.faults == ()
+    assert n is None or stats.drafted > 0  # the schedule may choose to leave it out
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("n", [1, 2, 5, 16])
 def test_greedy_ids_equal_plain_decoding(family, n):

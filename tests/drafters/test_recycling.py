@@ -62,6 +62,17 @@ def test_shortlist_knows_only_its_tokens(monkeypatch):
     assert (found.token_ids[:, 2:] == -1).all()
 
 
+@pytest.mark.filterwarnings("error")
+def test_impossible_tokens_are_no_candidates():
+    """Fault 14: behind a grammar's end a row is all -inf; nothing is known of it, and nothing warned of."""
+    inf = float("inf")
+    logits = torch.tensor([[-inf] * 4, [2.0, -inf, 1.0, -inf], [float("nan"), 1.0, 2.0, 3.0]])
+    found = likeliest(logits, 3)
+    assert found.token_ids.tolist() == [[-1, -1, -1], [0, 2, -1], [-1, -1, -1]]
+    assert found.probs[0].tolist() == found.probs[2].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(found.probs[1], [0.7311, 0.2689, 0], atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_first_draft_begins_with_what_the_prompt_foretells(family):
     """After tokens that stood in the prompt, the root's children are the target's candidates there."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from interrupts import Place, Tracer
 
+from rasd_integrations import process
 from rasd_integrations.engine import step_queue
 from rasd_integrations.engine.step_queue import StepQueue
+from rasd_integrations.process import Bell
 
 SOON_S = 10.0  # a thread that takes longer than this hangs
 
@@ -38,8 +42,7 @@ class Scripted:
 
     @property
     def waiting(self) -> set[str]:
-        with self.queue._state:
-            return {t.work for t in self.queue._queue}
+        return {t.work for t in tuple(self.queue._queue)}
 
     def start(self, work: str, rows: int = 1, *, alone: bool = False) -> None:
         """Submit ``work`` in a thread of its own and return once it stands in the queue or runs."""
@@ -203,14 +206,14 @@ def test_an_interrupt_of_the_leader_loses_nobody_else():
     assert "X" == held.queue.submit("x", 1)
 
 
-class Interrupted(threading.Event):
-    """An event whose first waiter is interrupted, by :attr:`now` or as soon as it is woken."""
+class Interrupted(Bell):
+    """A bell whose first waiter is interrupted, by :attr:`now` or as soon as it is woken."""
 
     def __init__(self, *, when_woken: bool) -> None:
         super().__init__()
         self.now, self.raised, self.when_woken = threading.Event(), False, when_woken
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float) -> bool:
         if not self.raised:
             assert super().wait(SOON_S) if self.when_woken else self.now.wait(SOON_S)
             self.raised = True
@@ -220,19 +223,19 @@ class Interrupted(threading.Event):
 
 @pytest.fixture
 def interrupted(monkeypatch) -> Callable[..., Interrupted]:
-    """Make the thread that submits ``b`` wait for an event that is interrupted."""
+    """Make the thread that submits ``b`` wait for a bell that is interrupted."""
 
     def patched(*, when_woken: bool = False) -> Interrupted:
-        event = Interrupted(when_woken=when_woken)
+        bell = Interrupted(when_woken=when_woken)
         stock = step_queue._Turn.__init__
 
         def init(turn, work, rows, *, alone):
             stock(turn, work, rows, alone=alone)
             if work == "b":
-                turn.woken = event
+                turn.bell = bell
 
         monkeypatch.setattr(step_queue._Turn, "__init__", init)
-        return event
+        return bell
 
     return patched
 
@@ -307,17 +310,12 @@ def test_a_round_waits_for_the_threads_of_the_last_one():
     assert [["a1"], ["b1", "a2"], ["b2", "a3"]] == scripted.runs
 
 
-def test_a_thread_that_stays_away_is_waited_for_once():
+def test_a_thread_that_stays_away_is_waited_for_once(monkeypatch):
     """A paused consumer costs the others one moment, not one a step."""
+    waits: list[float] = []
+    stock = Bell.wait
+    monkeypatch.setattr(Bell, "wait", lambda bell, t: waits.append(t) or stock(bell, t))
     held = Held(patience=0.5)
-    waits: list[float | None] = []
-    stock = held.queue._state.wait
-
-    def counted(timeout: float | None = None) -> bool:
-        waits.append(timeout)
-        return stock(timeout)
-
-    held.queue._state.wait = counted  # type: ignore[method-assign]
     held.start("a")
     held.release()  # and neither thread comes back
     assert ["B", "C", "D"] == [held.queue.submit(w, 1) for w in "bcd"]
@@ -353,13 +351,13 @@ def test_only_other_threads_that_decode_count_as_contention(monkeypatch):
 def test_who_leaves_is_neither_waited_for_nor_reckoned_with(monkeypatch):
     """An answer that is done costs the next one nothing, whichever thread that runs in."""
     scripted = Scripted(patience=1e6)
-    waits: list[float | None] = []
+    waits: list[float] = []
 
-    def wait(timeout: float | None = None) -> bool:
+    def wait(bell: Bell, timeout: float) -> bool:
         waits.append(timeout)
         raise AssertionError  # else a queue that waits would ask for ever
 
-    monkeypatch.setattr(scripted.queue._state, "wait", wait)
+    monkeypatch.setattr(Bell, "wait", wait)
 
     def answer() -> None:
         scripted.queue.submit("a", 1)
@@ -371,3 +369,83 @@ def test_who_leaves_is_neither_waited_for_nor_reckoned_with(monkeypatch):
     assert not scripted.queue.is_contended
     assert scripted.queue.submit("b", 1) == "B"
     assert waits == []
+
+
+def places_of(role: str) -> list[Place]:
+    """Return every place that a thread passes in the queue: alone, leading others, or led by another."""
+    return interrupted_at(role, None)[0].reached
+
+
+def interrupted_at(role: str, place: Place | None) -> tuple[Tracer, Scripted]:
+    """Submit ``b``, interrupted at ``place``, with ``a`` and ``c`` beside it, which another thread may lead."""
+    tracer = Tracer(step_queue, process)
+    scripted = Scripted()
+    held = Held() if role == "led" else None
+    scripted = held or scripted
+
+    def act(works: Sequence[str]) -> None:
+        if held is not None:
+            held.hold(works)
+        if role == "leads" and "b" in works and len(works) == 1:
+            until(lambda: {"a", "c"} <= scripted.waiting)
+        gone = [w for w in works if isinstance(scripted.results.get(w), KeyboardInterrupt)]
+        assert not gone, "work runs whose thread has left"
+
+    scripted.act = act
+
+    def submit() -> None:
+        def twice() -> str:
+            scripted.queue.submit("b", 1)
+            return scripted.queue.submit("b", 1)
+
+        try:
+            scripted.results["b"] = tracer.run(twice, place)
+        except KeyboardInterrupt as err:
+            scripted.results["b"] = err.with_traceback(None)
+        scripted.queue.leave()
+
+    if held is not None:
+        held.start("a")
+    mine = threading.Thread(target=submit, daemon=True)
+    scripted.threads.append(mine)
+    mine.start()
+    if role == "leads":
+        until(lambda: bool(scripted.runs) or not mine.is_alive())
+        scripted.start("a")
+        scripted.start("c")
+    if held is not None:
+        until(lambda: "b" in held.waiting or not mine.is_alive())
+        held.start("c")
+        held.gate.set()
+    scripted.join()
+    return tracer, scripted
+
+
+@pytest.mark.parametrize("role", ["alone", "leads", "led"])
+def test_an_interrupt_at_any_line_of_the_queue_stops_nobody_else(role):
+    """Fault 18: wherever Ctrl-C comes, the others get their results and the next asks in vain nowhere."""
+    lines = set()
+    for place in places_of(role):
+        tracer, scripted = interrupted_at(role, place)
+        others = {"alone": (), "leads": ("a", "c"), "led": ("a", "c", "first")}[role]
+        assert {w: w.upper() for w in others} == {w: scripted.results[w] for w in others}
+        answers = ThreadPoolExecutor(1).submit(scripted.queue.submit, "next", 1)
+        assert answers.result(SOON_S) == "NEXT"
+        assert ([], []) == (scripted.queue._queue, scripted.queue._running)
+        assert scripted.queue._leader is None
+        if tracer.interrupted:
+            lines.add(place[:3])
+    assert len(lines) > 40
+
+
+def test_a_leader_whose_thread_has_ended_is_noticed():
+    """Fault 18: a lead that nobody gave back is taken over by the next who waits."""
+    scripted = Scripted()
+    lost = step_queue._Turn[str, str]("lost", 1, alone=False)
+    thread = threading.Thread(target=lambda: setattr(lost, "thread", threading.get_ident()))
+    thread.start()
+    thread.join()
+    scripted.queue._leader, scripted.queue._running = lost, [lost]
+    scripted.start("a")
+    scripted.join()
+    assert scripted.results["a"] == "A"

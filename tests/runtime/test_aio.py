@@ -116,7 +116,7 @@ async def test_no_more_streams_run_than_there_are_workers(two_workers):
     assert [[n] for n in range(100)] == await asyncio.gather(*tasks)
     assert 2 >= most
     assert order == sorted(order)
-    await until(lambda: two_workers._running == 0)
+    await until(lambda: not two_workers.busy)
 
 
 async def test_a_request_that_is_cancelled_in_the_queue_never_starts(two_workers):
@@ -217,9 +217,9 @@ def test_a_loop_that_is_closed_ends_its_streams():
         loop.close()
         go_on.set()
         deadline = time.monotonic() + SOON_S
-        while workers._running and time.monotonic() < deadline:
+        while workers.busy and time.monotonic() < deadline:
             time.sleep(0.001)
-    assert (0, [0, 1]) == (workers._running, made)
+    assert (False, [0, 1]) == (workers.busy, made)
 
 
 def test_a_system_without_threads_to_give_loses_no_place(monkeypatch):

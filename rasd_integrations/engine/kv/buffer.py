@@ -49,6 +49,7 @@ class KVBuffer:
         self.origin = 0
         self._arena: KVArena | None = None
         self._by_rows = False
+        self._is_torn = False  # a move has not come to its end, so layers lie differently
         self._places: tuple[int, ...] = ()  # positions of the gathered rows, ascending
         self._capacity = _rounded(capacity)
         self._keys: dict[int, Tensor] = {}
@@ -123,7 +124,9 @@ class KVBuffer:
     def reserve(self, num_rows: int) -> None:
         """Make room for ``num_rows`` tokens behind the committed ones."""
         needed = self.length + num_rows
-        if needed > self._capacity:
+        if self._is_torn:
+            self._move(max(self._capacity, _rounded(needed)))
+        elif needed > self._capacity:
             self._move(_rounded(max(needed, self._capacity * 3 // 2)))
 
     @torch.inference_mode()
@@ -134,6 +137,7 @@ class KVBuffer:
 
     def _move(self, capacity: int) -> None:
         """Take other memory, layer by layer: only one is held twice at a time."""
+        self._is_torn = True
         if self._arena is not None:  # whose memory stays: there is nothing to be won by halves
             stores = dict(self._keys), dict(self._values), dict(self._hidden)
         else:
@@ -143,19 +147,20 @@ class KVBuffer:
                 new = self._place(old, capacity, is_key=store is stores[0])
                 new[:, : self.length] = old[:, : self.length]
                 store[layer] = new
-        # Last: where memory ran out on the way, the buffer is as it was.
+        # Last: where memory ran out on the way, or an interrupt came, the next step moves it once more.
         self._keys, self._values, self._hidden = stores
-        self._capacity, self._arena, self.origin = capacity, None, 0
+        self._capacity, self._arena, self.origin, self._is_torn = capacity, None, 0, False
 
     def _lie_in(self, arena: KVArena, origin: int) -> None:
         """Move keys and values into an arena's rows from ``origin`` on."""
         end = origin + self._capacity
+        self._is_torn = True
         for layer, wholes in enumerate(arena.stores):
             for store, whole in zip((self._keys, self._values), wholes, strict=True):
                 new = whole[:, origin:end]
                 new[:, : self.length] = store[layer][:, : self.length]
                 store[layer] = new
-        self._arena, self.origin = arena, origin
+        self._arena, self.origin, self._is_torn = arena, origin, False
 
     def _place(self, like: Tensor, capacity: int, *, is_key: bool = False) -> Tensor:
         """Return memory for rows such as those of ``like``, with keys as eager steps read them best.
@@ -304,8 +309,9 @@ class KVBuffer:
         new._by_rows, new._arena, new.origin = self._by_rows, self._arena, self.origin
         new.long_rope = self.long_rope
         new.length, new.shift, new._places = self.length, self.shift, self._places
-        new._keys = {layer: self._keys[layer] for layer in range(num_layers)}
-        new._values = {layer: self._values[layer] for layer in range(num_layers)}
+        written = range(min(num_layers, self.num_layers))  # none before the first step
+        new._keys = {layer: self._keys[layer] for layer in written}
+        new._values = {layer: self._values[layer] for layer in written}
         return new
 
     def _stores(self) -> tuple[Tensor, ...]:

@@ -3,11 +3,15 @@
 A second question on the same documents reuses their keys and values instead of prefilling them. Entries
 are buffers: a stream takes an idle one over in place, and copies from one that another stream works on.
 What files hold of earlier processes is read where it is longer than what memory holds.
+
+An entry at work is known by its lease, weakly: where an interrupt comes before the release, it goes with the
+answer's frames instead of staying for ever.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +20,7 @@ import numpy as np
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_files import LEAST_REUSE, PrefixFiles, common_prefix
 from rasd_integrations.engine.kv.prefix_format import Ids
+from rasd_integrations.process import locked
 
 
 @dataclass(eq=False, slots=True)
@@ -23,8 +28,17 @@ class _Entry:
     namespace: str
     ids: Ids
     buffer: KVBuffer
-    in_use: bool
     state: Hashable  # of the weights that computed the rows
+    lease: weakref.ref[Lease] | None = None
+
+    @property
+    def in_use(self) -> bool:
+        return self.lease is not None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its stream has ended without a release."""
+        return self.lease is not None and self.lease() is None
 
 
 class Lease:
@@ -87,8 +101,7 @@ class PrefixCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, idle and at work."""
-        with self._lock:
-            return sum(e.buffer.nbytes for e in self._entries)
+        return sum(e.buffer.nbytes for e in tuple(self._entries))
 
     def __len__(self) -> int:
         """Return the number of buffers, idle and at work."""
@@ -114,21 +127,40 @@ class PrefixCache:
         """
         wanted = np.asarray(ids, dtype=np.int64)
         state = self._weights_state()
-        with self._lock:
-            self._entries = [e for e in self._entries if e.state == state]
+        self._forget_others(state)
         buffer = self._from_files(wanted[:-1], namespace, capacity, keeps_hidden=keeps_hidden)
-        with self._lock:
-            if buffer is None:
-                buffer = self._from_memory(wanted[:-1], namespace, capacity)
-            buffer.keeps_hidden |= keeps_hidden
-            mine = _Entry(namespace, wanted[: buffer.length], buffer, in_use=True, state=state)
-            self._entries.append(mine)
-        return Lease(self, mine)
+        return self._leased(wanted, capacity, namespace, state, buffer, keeps_hidden=keeps_hidden)
 
+    @locked
+    def _forget_others(self, state: Hashable) -> None:
+        """Forget what weights in another state computed, and what was never released."""
+        self._entries = [e for e in self._entries if e.state == state and not e.is_lost]
+
+    @locked
+    def _leased(
+        self,
+        wanted: Ids,
+        capacity: int,
+        namespace: str,
+        state: Hashable,
+        buffer: KVBuffer | None,
+        *,
+        keeps_hidden: bool,
+    ) -> Lease:
+        """Return a lease of ``buffer``, or of what memory holds."""
+        if buffer is None:
+            buffer = self._from_memory(wanted[:-1], namespace, capacity)
+        buffer.keeps_hidden |= keeps_hidden
+        mine = _Entry(namespace, wanted[: buffer.length], buffer, state)
+        lease = Lease(self, mine)
+        mine.lease = weakref.ref(lease)
+        self._entries.append(mine)
+        return lease
+
+    @locked
     def clear(self) -> None:
         """Forget every buffer; streams go on with theirs, which are not kept afterwards."""
-        with self._lock:
-            self._entries = []
+        self._entries = []
 
     def _from_files(
         self, ids: Ids, namespace: str, capacity: int, *, keeps_hidden: bool
@@ -136,8 +168,7 @@ class PrefixCache:
         """Return what a file holds beyond memory; others lease and release meanwhile."""
         if self._files is None:
             return None
-        with self._lock:
-            entry, common = self._nearest(ids, namespace)
+        entry, common = self._nearest(ids, namespace)
         here = 0 if entry is None else common
         return self._files.load(ids, namespace, capacity, beyond=here, keeps_hidden=keeps_hidden)
 
@@ -158,7 +189,7 @@ class PrefixCache:
     def _nearest(self, ids: Ids, namespace: str) -> tuple[_Entry | None, int]:
         best: _Entry | None = None
         length = LEAST_REUSE - 1
-        for entry in self._entries:
+        for entry in tuple(self._entries):
             if entry.namespace != namespace:
                 continue
             common = common_prefix(entry.ids, ids)
@@ -167,22 +198,22 @@ class PrefixCache:
                 best, length = entry, common
         return best, length
 
+    @locked
     def _release(self, entry: _Entry) -> None:
-        with self._lock:
-            if entry not in self._entries:
-                return
-            entry.in_use = False
-            self._entries.remove(entry)
-            self._entries = [e for e in self._entries if e.in_use or not _covers(entry, e)]
-            if len(entry.ids) >= LEAST_REUSE:
-                self._entries.append(entry)
-            idle = [e for e in self._entries if not e.in_use]
-            size = sum(e.buffer.nbytes for e in idle)
-            for old in idle:
-                if size <= self._max_bytes:
-                    break
-                self._entries.remove(old)
-                size -= old.buffer.nbytes
+        if entry not in self._entries:
+            return
+        self._entries.remove(entry)
+        entry.lease = None
+        self._entries = [e for e in self._entries if e.in_use or not _covers(entry, e)]
+        if len(entry.ids) >= LEAST_REUSE:
+            self._entries.append(entry)
+        idle = [e for e in self._entries if not e.in_use]
+        size = sum(e.buffer.nbytes for e in idle)
+        for old in idle:
+            if size <= self._max_bytes:
+                break
+            self._entries.remove(old)
+            size -= old.buffer.nbytes
 
 
 def _covers(entry: _Entry, other: _Entry) -> bool:

@@ -1,0 +1,91 @@
+"""What a drafter hands over is looked at once, where it enters: it may be the user's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
+from numbers import Real
+from operator import index
+
+from torch import Tensor
+
+from rasd_integrations.errors import DecodingError
+from rasd_integrations.types import Draft
+
+
+def checked(draft: object, budget: int, vocab_size: int) -> Draft:
+    """Return ``draft`` cut to ``budget`` tokens and before the first id outside the vocabulary.
+
+    Args:
+        draft: What a session proposed.
+        budget: Most tokens; less than 1 is none.
+        vocab_size: Of the target, and so of ``probs`` and ``logits``.
+
+    Raises:
+        DecodingError: It is no draft, or its parts do not fit one another; says which and how.
+    """
+    if not isinstance(draft, Draft):
+        msg = f"propose() returned a {type(draft).__name__}, but must return a Draft."
+        raise DecodingError(msg)
+    n = len(draft)
+    ids = _integers("token_ids", draft.token_ids)
+    parents = None if draft.parents is None else _integers("parents", draft.parents)
+    if parents is not None:
+        _has_length("parents", parents, n)
+        late = next((i for i, parent in enumerate(parents) if not -1 <= parent < i), None)
+        if late is not None:
+            msg = f"parents[{late}] is {parents[late]}, but must be -1 or the index of an earlier node."
+            raise DecodingError(msg)
+    draft = replace(draft, token_ids=ids, parents=parents)
+    for name, tensor, rows in (("probs", draft.probs, (n,)), ("logits", draft.logits, (n, n + 1))):
+        if tensor is not None:
+            _check_rows(name, tensor, rows, vocab_size, chain=draft.is_chain)
+    _check_names(draft)
+    if draft.likely is not None:
+        _has_length("likely", draft.likely, n)
+        odd = [x for x in draft.likely if not isinstance(x, Real) or not isfinite(x)]
+        if odd:
+            msg = f"likely holds {odd[0]!r}, but must hold numbers."
+            raise DecodingError(msg)
+    most = min(n, max(budget, 0))
+    return draft.head(next((i for i in range(most) if not 0 <= ids[i] < vocab_size), most))
+
+
+def _integers(name: str, values: Sequence[object]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, values))  # type: ignore[arg-type]  # what is no integer is told below
+    except TypeError as err:
+        msg = f"{name} is {values!r}, but must be a tuple of integers."
+        raise DecodingError(msg) from err
+
+
+def _has_length(name: str, values: Sequence[object], n: int) -> None:
+    if len(values) != n:
+        msg = f"{name} has {len(values)} entries for a draft of {n} tokens."
+        raise DecodingError(msg)
+
+
+def _check_rows(
+    name: str, tensor: object, rows: Sequence[int], vocab_size: int, *, chain: bool
+) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        msg = f"{name} is a {kind}, but must be a torch.Tensor of floats."
+        raise DecodingError(msg)
+    if tensor.ndim != 2 or tensor.shape[0] not in rows or tensor.shape[1] != vocab_size:
+        msg = f"{name} has shape {tuple(tensor.shape)}, but must have {(rows[-1], vocab_size)}."
+        raise DecodingError(msg)
+    if not chain:
+        msg = f"A draft with {name} must be a chain, but parents make a tree of it."
+        raise DecodingError(msg)
+
+
+def _check_names(draft: Draft) -> None:
+    """See that the statistics can count by ``source`` and ``sources``."""
+    if draft.sources is not None:
+        _has_length("sources", draft.sources, len(draft))
+    for source in (draft.source, *(draft.sources or ())):
+        if not isinstance(source, str):
+            msg = f"source is {source!r}, but must be a text."
+            raise DecodingError(msg)
