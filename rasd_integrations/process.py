@@ -1,8 +1,9 @@
-"""What the process does to threads: interrupts between any two lines, and its end."""
+"""What the process does to threads: interrupts between any two lines, its forks and its end."""
 
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 import time
@@ -65,6 +66,31 @@ def is_alive(thread: int) -> bool:
     return thread in sys._current_frames()  # noqa: SLF001  (documented, and the only way for threads of any make)
 
 
+# --- forks ---
+
+_worked: set[int] = set()  # threads that have been at work
+_lost_team = False
+
+
+def has_lost_team() -> bool:
+    """Whether this process was forked by a thread that had been at work.
+
+    Torch's helper threads of that thread (OpenMP's team) are not there, and a step would wait for them for ever.
+    """
+    return _lost_team
+
+
+def _after_fork() -> None:
+    global _lost_team  # noqa: PLW0603
+    _lost_team |= threading.get_ident() in _worked
+    _worked.clear()
+    _at_work.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 # --- the end of the process ---
 
 _HELD_S = 30.0
@@ -84,6 +110,7 @@ def at_work(held_s: float = _HELD_S) -> Iterator[None]:
         _registered = True
         atexit.register(_end)
     me = threading.get_ident()
+    _worked.add(me)
     before = _at_work.get(me)
     _at_work[me] = held_s
     try:

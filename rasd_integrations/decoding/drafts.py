@@ -44,7 +44,8 @@ def checked(draft: object, budget: int, vocab_size: int) -> Draft:
     _check_names(draft)
     if draft.likely is not None:
         _has_length("likely", draft.likely, n)
-        odd = [x for x in draft.likely if not isinstance(x, Real) or not isfinite(x)]
+        likely: Sequence[object] = draft.likely
+        odd = [x for x in likely if not isinstance(x, Real) or not isfinite(x)]
         if odd:
             msg = f"likely holds {odd[0]!r}, but must hold numbers."
             raise DecodingError(msg)
@@ -85,7 +86,8 @@ def _check_names(draft: Draft) -> None:
     """See that the statistics can count by ``source`` and ``sources``."""
     if draft.sources is not None:
         _has_length("sources", draft.sources, len(draft))
-    for source in (draft.source, *(draft.sources or ())):
+    names: Sequence[object] = (draft.source, *(draft.sources or ()))
+    for source in names:
         if not isinstance(source, str):
             msg = f"source is {source!r}, but must be a text."
             raise DecodingError(msg)

@@ -63,8 +63,8 @@ def likeliest(logits: Tensor, k: int, token_ids: NDArray[np.int32] | None = None
     found.token_ids[:, :n] = np.where(
         known, columns if token_ids is None else token_ids[columns], -1
     )
-    best = np.where(known[:, :1], scores[:, :1], 0.0)
-    weights = np.exp(np.where(known, scores - best, -np.inf))
+    peak = np.where(known[:, :1], scores[:, :1], 0.0)
+    weights = np.exp(np.where(known, scores - peak, -np.inf))
     total = weights.sum(axis=1, keepdims=True)  # at least 1 where anything is known
     found.probs[:, :n] = weights / np.maximum(total, 1.0)
     return found

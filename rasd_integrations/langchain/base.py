@@ -43,6 +43,7 @@ from rasd_integrations.langchain.hints import prompt_hints
 from rasd_integrations.langchain.loaded import LoadedName
 from rasd_integrations.langchain.messages import template_messages
 from rasd_integrations.langchain.remote import without_remote
+from rasd_integrations.langchain.together import AnswersTogether, until_left
 from rasd_integrations.langchain.tools import answer_grammar, take_tool_use
 from rasd_integrations.runtime.pipeline import Progress
 from rasd_integrations.runtime.rasd import RASD
@@ -80,7 +81,7 @@ class _Request(NamedTuple):
     tools: ToolUse | None
 
 
-class RASDModel(BaseLanguageModel[Any], ABC):
+class RASDModel(AnswersTogether, BaseLanguageModel[Any], ABC):
     """The options of both models, and the calls on the engine behind them.
 
     Options of an answer (``temperature`` to ``seed``) may be set anew on the instance or per call;
@@ -314,7 +315,8 @@ class RASDModel(BaseLanguageModel[Any], ABC):
         """Give the answer's pieces, closed when their consumer goes: decoding stops within a step."""
         with langchain_errors():
             plain, params, hints, tools = self._request(prompt, stop, options)
-            with closing(self._rasd.stream(plain, params, hints=hints, tools=tools)) as pieces:
+            stream = self._rasd.stream(plain, params, hints=hints, tools=tools)
+            with closing(until_left(stream)) as pieces:
                 yield pieces
 
     @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.language_models import BaseChatModel, ModelProfile
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from langchain_core.language_models import LanguageModelInput
     from langchain_core.messages import AIMessage, BaseMessage
     from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-    from langchain_core.runnables import Runnable
+    from langchain_core.runnables import Runnable, RunnableConfig
     from typing_extensions import Self
 
     from rasd_integrations.langchain.tools import Tool
@@ -108,6 +109,20 @@ class ChatRASD(RASDModel, BaseChatModel):
     async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
         """Return the answers to several conversations, as LangChain's base class does."""
         return _settled(await super().agenerate(*args, **kwargs))
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """Answer ``inputs`` at the same time, in their order; see ``batch_as_completed``."""
+        ended = self.batch_as_completed(
+            inputs, config, return_exceptions=return_exceptions, **kwargs
+        )
+        return [answer for _, answer in sorted(ended, key=itemgetter(0))]
 
     # --- tools and structured output ---
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import closing
-from functools import reduce
-from itertools import takewhile
-from operator import add
+from functools import partial, reduce
+from operator import add, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import GenerationChunk, LLMResult
-from langchain_core.runnables.config import ContextThreadPoolExecutor
 
 from rasd_integrations.langchain.base import RASDModel
+from rasd_integrations.langchain.together import MOST_AT_ONCE, as_they_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Sequence
@@ -26,8 +23,6 @@ if TYPE_CHECKING:
     )
 
     from rasd_integrations.types import TextChunk
-
-_MOST_AT_ONCE = 32  # prompts of one call; the engine takes their steps together
 
 
 class RASDLLM(RASDModel, BaseLLM):
@@ -80,23 +75,11 @@ class RASDLLM(RASDModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        stopped = threading.Event()
+        def answer(prompt: str) -> GenerationChunk:
+            return reduce(add, self._stream(prompt, stop, **kwargs))
 
-        def answer(prompt: str) -> list[GenerationChunk]:
-            with closing(self._stream(prompt, stop, **kwargs)) as stream:
-                return list(takewhile(lambda _: not stopped.is_set(), stream))
-
-        with ContextThreadPoolExecutor(min(max(len(prompts), 1), _MOST_AT_ONCE)) as pool:
-            futures = [pool.submit(answer, prompt) for prompt in prompts]
-            try:
-                ended = wait(futures, return_when=FIRST_EXCEPTION).done
-            finally:  # an error in one, or an interrupt here, ends all
-                stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-            failed = next((error for f in ended if (error := f.exception())), None)
-            if failed is not None:
-                raise failed
-            return self._result([_joined(future.result()) for future in futures])
+        with closing(as_they_end([partial(answer, p) for p in prompts], MOST_AT_ONCE)) as ended:
+            return self._result([chunk for _, chunk in sorted(ended, key=itemgetter(0))])
 
     async def _agenerate(
         self,
@@ -105,11 +88,11 @@ class RASDLLM(RASDModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        gate = asyncio.Semaphore(_MOST_AT_ONCE)
+        gate = asyncio.Semaphore(MOST_AT_ONCE)
 
-        async def answer(prompt: str) -> list[GenerationChunk]:
+        async def answer(prompt: str) -> GenerationChunk:
             async with gate:
-                return [chunk async for chunk in self._astream(prompt, stop, **kwargs)]
+                return reduce(add, [chunk async for chunk in self._astream(prompt, stop, **kwargs)])
 
         tasks = [asyncio.create_task(answer(prompt)) for prompt in prompts]
         try:
@@ -118,7 +101,7 @@ class RASDLLM(RASDModel, BaseLLM):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return self._result([_joined(chunks) for chunks in answers])
+        return self._result(answers)
 
     def _chunk(self, piece: TextChunk) -> GenerationChunk | None:
         """Return ``piece`` as LangChain's chunk; ``None`` while text is held back."""
@@ -148,7 +131,3 @@ class RASDLLM(RASDModel, BaseLLM):
     @property
     def _llm_type(self) -> str:
         return "rasd"
-
-
-def _joined(chunks: list[GenerationChunk]) -> GenerationChunk:
-    return reduce(add, chunks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -77,6 +78,15 @@ _workers = Workers(MAX_WORKERS)
 # Whether this context runs in a worker. A stream that is asked for in there (by a drafter or a store that
 # calls a model) gets a thread of its own: its worker may wait for it, and so may all the others.
 _in_worker: contextvars.ContextVar[bool] = contextvars.ContextVar("rasd_worker", default=False)
+
+
+def _after_fork() -> None:
+    global _workers  # noqa: PLW0603  (its threads did not come along)
+    _workers = Workers(MAX_WORKERS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def start_thread(work: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class LazyEngine:
         self._window: int | None = None
         self._max_tokens: int | None = None
         self._closed = False
+        self._loaded_in: int | None = None  # the process
 
     def take(
         self,
@@ -72,6 +74,7 @@ class LazyEngine:
         """Use objects that are loaded already; the drafter model shares the tokenizer."""
         from rasd_integrations.runtime.models import name_of, wrapped_model
 
+        self._loaded_in = os.getpid()
         shared = wrapped_model(model, tokenizer, self.options.model, self.options.executor)
         self._shared, self._window = shared, shared.target.window
         self._taken = True
@@ -102,13 +105,20 @@ class LazyEngine:
             self._decoder = self._template = self._shared = self._drafter_model = None
 
     def check_open(self) -> None:
-        """Raise if it was closed.
+        """Raise if it was closed, or loaded in another process; takes no lock, which that one may have held.
 
         Raises:
-            DecodingError: It was.
+            DecodingError: It was, or it was loaded before this process was forked.
         """
         if self._closed:
             msg = "This model was closed. Make a new instance."
+            raise DecodingError(msg)
+        if self._loaded_in not in (None, os.getpid()):
+            msg = (
+                f"This model was loaded in process {self._loaded_in}, which forked this one ({os.getpid()}). The "
+                f"threads that run its steps did not come along. Load after the fork: make the first call, or "
+                f"load(), in the child. Or start processes with 'spawn' instead."
+            )
             raise DecodingError(msg)
 
     def decoder(self) -> SpeculativeDecoder:
@@ -119,6 +129,8 @@ class LazyEngine:
             VocabularyMismatchError: The drafter model's vocabulary cannot be translated.
             DecodingError: It was closed.
         """
+        self.check_open()
+        self._loaded_in = os.getpid()
         with self._lock:
             self.check_open()
             if self._decoder is None:
@@ -162,6 +174,7 @@ class LazyEngine:
         Raises:
             DecodingError: It was closed.
         """
+        self.check_open()
         with self._lock:
             self.check_open()
             if self._template is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Hashable, Mapping
@@ -9,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rasd_integrations.config import ExecutorName, PrefixFolder
@@ -22,9 +24,11 @@ from rasd_integrations.engine.kv.prefix_format import RowLayout
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.loading import load_model
-from rasd_integrations.loading.gguf import cache_folder
+from rasd_integrations.loading.gguf import LOADING, cache_folder
 from rasd_integrations.loading.identity import ModelIdentity, model_identity, weights_state
 from rasd_integrations.loading.options import load_options
+from rasd_integrations.process import has_lost_team
+from rasd_integrations.runtime.admission import shared_admission
 from rasd_integrations.runtime.own_thread import in_own_thread
 
 
@@ -196,6 +200,33 @@ _wrapped: weakref.WeakValueDictionary[tuple[int, str], SharedModel] = weakref.We
 _loading = threading.Lock()
 
 
+def _after_fork() -> None:
+    """Begin anew in a forked process: what was loaded cannot run here, and locks may have been held."""
+    _loaded.clear()
+    _wrapped.clear()
+    shared_admission.cache_clear()
+    for lock in (_loading, LOADING):
+        lock._at_fork_reinit()  # type: ignore[union-attr]  # noqa: SLF001  (what the standard library does with its own)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _check_can_run() -> None:
+    """See that steps can run in this process.
+
+    Raises:
+        ConfigurationError: It was forked by a thread that had run a model.
+    """
+    if has_lost_team() and torch.get_num_threads() > 1:
+        msg = (
+            "This process was forked by a thread that had run a model, and torch's helper threads of it did not come "
+            "along. Fork before the first answer, start processes with 'spawn', or call torch.set_num_threads(1) here."
+        )
+        raise ConfigurationError(msg)
+
+
 def shared_model(
     name: str | Path,
     model_kwargs: Mapping[str, Any],
@@ -210,6 +241,7 @@ def shared_model(
             ``model_kwargs`` cannot be honoured.
     """
     model_kwargs = load_options(model_kwargs)
+    _check_can_run()
     options = repr(sorted(model_kwargs.items(), key=lambda item: item[0]))
     key = (str(name), options, device or "", executor)
     with _loading:  # two first calls at once must not load twice
@@ -256,6 +288,7 @@ def wrapped_model(
     Raises:
         ConfigurationError: Its architecture cannot run speculative steps, or not by this executor.
     """
+    _check_can_run()
     key = id(model), executor
     with _loading:
         known = _wrapped.get(key)

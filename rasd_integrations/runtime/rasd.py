@@ -254,7 +254,10 @@ class RASD:
         Raises:
             RetrievalError: It cannot be used as one.
         """
-        source = GuardedSource(as_chunk_source(store), self._retrieval.timeout_s)
+        self._take_source(GuardedSource(as_chunk_source(store), self._retrieval.timeout_s))
+
+    @locked
+    def _take_source(self, source: GuardedSource) -> None:
         self._source, self._planner = source, None
 
     def encode(self, text: str) -> list[int]:
@@ -342,6 +345,7 @@ class RASD:
         Raises:
             ContextOverflowError: A document leaves no room in the window; none was prefilled.
         """
+        self._engine.check_open()
         with at_work():
             self._pipeline().warm(documents, progress)
 
@@ -374,6 +378,7 @@ class RASD:
         self, request: Request, gate: Gate | None = None
     ) -> Generator[TextChunk, None, None]:
         stats = DecodingStats()
+        self._engine.check_open()
         with at_work():
             chunks = self._pipeline().answer(request, stats, gate)
         return self._counted(chunks, stats)

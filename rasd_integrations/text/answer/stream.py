@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 
 from rasd_integrations.stats import DecodingStats
@@ -22,7 +22,7 @@ def stream_text(
     most_calls: int | None = None,
     hidden: str = "",
     count_tokens: Callable[[str], int] = len,
-) -> Iterator[TextChunk]:
+) -> Generator[TextChunk, None, None]:
     """Yield the answer in ``blocks``, one chunk a block.
 
     Args:

@@ -1,0 +1,119 @@
+"""Answers of one call at the same time, which all stop within a step once their caller leaves."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from contextvars import ContextVar, copy_context
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from langchain_core.runnables.config import RunnableConfig, get_config_list
+
+from rasd_integrations.errors import DecodingError
+from rasd_integrations.runtime.aio import Workers
+
+_T = TypeVar("_T")
+
+MOST_AT_ONCE = 32  # answers of one call; the engine takes their steps together
+
+# Set once nobody waits any more for the answer that runs in this context.
+_left: ContextVar[threading.Event | None] = ContextVar("rasd_left", default=None)
+
+
+def as_they_end(
+    jobs: Sequence[Callable[[], _T]], limit: int
+) -> Generator[tuple[int, _T], None, None]:
+    """Run ``jobs`` in at most ``limit`` threads and yield each one's number and result as it ends.
+
+    The first error is raised. It, an interrupt, or a caller that leaves ends the others within a step, through
+    :func:`until_left`. A pool of ``concurrent.futures`` would wait for whole answers, also at the end of the process.
+    """
+    left, workers = threading.Event(), Workers(limit)
+    ended: SimpleQueue[tuple[int, _T | None, BaseException | None]] = SimpleQueue()
+
+    def work(number: int, job: Callable[[], _T]) -> None:
+        if left.is_set():
+            return
+        try:
+            ended.put((number, job(), None))
+        except BaseException as err:  # noqa: BLE001  (raised again in the caller's thread)
+            ended.put((number, None, err))
+
+    try:
+        for number, job in enumerate(jobs):
+            context = copy_context()
+            context.run(_left.set, left)
+            workers.run(partial(context.run, work, number, job))
+        for _ in jobs:
+            number, result, error = ended.get()
+            if error is not None:
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame
+            yield number, cast("_T", result)
+    finally:
+        left.set()
+        while workers.busy:
+            try:
+                ended.get(timeout=0.02)
+            except Empty:
+                continue
+
+
+class AnswersTogether:
+    """How LangChain's classes answer several inputs at the same time."""
+
+    if TYPE_CHECKING:
+
+        def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+            """Answer one input."""
+
+    def batch_as_completed(
+        self,
+        inputs: Sequence[Any],
+        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, Any]]:
+        """Answer ``inputs`` at the same time and yield each one's number and answer as it ends.
+
+        As LangChain's own, but an error, an interrupt or a consumer that leaves stops all within a step.
+        """
+        configs = get_config_list(config, len(inputs))
+
+        def answer(number: int) -> Any:
+            try:
+                return self.invoke(inputs[number], configs[number], **kwargs)
+            except Exception as err:
+                if return_exceptions:
+                    return err
+                raise
+
+        if len(inputs) < 2:
+            yield from ((number, answer(number)) for number in range(len(inputs)))
+            return
+        limit = configs[0].get("max_concurrency") or min(MOST_AT_ONCE, (os.cpu_count() or 1) + 4)
+        jobs = [partial(answer, number) for number in range(len(inputs))]
+        with closing(as_they_end(jobs, limit)) as ended:
+            yield from ended
+
+
+def until_left(pieces: Generator[_T, None, None]) -> Generator[_T, None, None]:
+    """Yield ``pieces`` while the caller of :func:`as_they_end` around this context waits.
+
+    Raises:
+        DecodingError: The caller has left.
+    """
+    left = _left.get()
+    with closing(pieces):
+        for piece in pieces:
+            if left is not None and left.is_set():
+                msg = "The call that this answer was a part of has ended."
+                raise DecodingError(msg)
+            yield piece
