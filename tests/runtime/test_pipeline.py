@@ -107,13 +107,12 @@ def test_a_forced_call_is_made_whatever_the_model_wants(choice, drafting):
     assert (answer.text, answer.finish_reason) == ("", "tool_calls")
 
 
-def test_a_forced_call_that_is_cut_says_length():
-    """What there is of it is handed over."""
-    answer = saying("Hello").generate(
-        GREETING, SamplingParams(max_tokens=45), tools=ToolUse.of([ADD], "add")
-    )
-    assert answer.finish_reason == "length"
-    assert answer.tool_calls[0].name == "add"
+def test_a_forced_call_that_cannot_fit_is_refused():
+    """Fault 7: before the answer begins, with what the shortest call needs."""
+    with pytest.raises(ConfigurationError, match="max_tokens is 45, but the shortest answer"):
+        saying("Hello").generate(
+            GREETING, SamplingParams(max_tokens=45), tools=ToolUse.of([ADD], "add")
+        )
 
 
 def test_tool_choice_none_hides_the_tools():
