@@ -187,6 +187,7 @@ def test_engine_options_reach_the_engine():
         "store": ["text"],
         "context": "documents",
         "knowledge_transfer": 2.0,
+        "deterministic": False,
         "model_kwargs": {"dtype": "float32"},
         "chat_template_kwargs": {"enable_thinking": False},
         "retrieval": retrieval,
