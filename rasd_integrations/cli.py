@@ -1,4 +1,4 @@
-"""``demo``, ``ask``, ``warm`` and ``info``. ``demo`` and ``ask`` need the extra ``demo``."""
+"""``demo``, ``ask``, ``warm``, ``cache`` and ``info``. ``demo`` and ``ask`` need the extra ``demo``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
 
 from rasd_integrations._version import __version__
 from rasd_integrations.config import ExecutorName
-from rasd_integrations.errors import MissingDependencyError, RASDError
+from rasd_integrations.errors import ConfigurationError, MissingDependencyError, RASDError
+from rasd_integrations.storage import listing
+from rasd_integrations.storage.cache_folder import cache_folder
 
 PACKAGES = (
     "torch",
@@ -48,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: coder-0.5b, of warm: small)",
     )
     weights.add_argument("--dtype", help="weights' type, for example float32")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|ask|warm|info")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="demo|ask|warm|cache|info"
+    )
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--docs", metavar="PATH", help="folder or file (default: our own docs)")
@@ -77,6 +82,19 @@ def build_parser() -> argparse.ArgumentParser:
     warming.add_argument(
         "--executor", choices=get_args(ExecutorName), help="what runs the model later (auto)"
     )
+    caching = commands.add_parser("cache", help="what is kept between runs; clear removes it")
+    caching.add_argument(
+        "--folder", help="another one, as of prefix_cache_dir (default: $RASD_CACHE)"
+    )
+    clearing = caching.add_subparsers(dest="action", metavar="clear").add_parser(
+        "clear", help="remove files of ours; others are never touched"
+    )
+    clearing.add_argument("models", nargs="*", metavar="MODEL", help="as the list calls it")
+    clearing.add_argument("--all", action="store_true", help="everything of ours")
+    clearing.add_argument(
+        "--older-than", type=float, metavar="DAYS", help="what was not used for so long"
+    )
+    clearing.add_argument("--yes", action="store_true", help="do not ask")
     commands.add_parser("info", help="versions, devices, and the models that are here")
     return parser
 
@@ -89,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "info":
             print(info())
+        elif command == "cache":
+            return cache(given)
         elif command == "warm":
             _quiet()
             from rasd_integrations.demo.warm import warm
@@ -118,6 +138,33 @@ def _run_demo_command(command: str, arguments: dict[str, str]) -> None:
         ask(options, question)
     else:
         run_demo(options)
+
+
+def cache(given: Mapping[str, Any]) -> int:
+    """List what lies in the cache folder, or clear what is chosen of it; return the exit status.
+
+    Raises:
+        ConfigurationError: Nothing is chosen, or a model is not there.
+    """
+    root = cache_folder() if given["folder"] is None else Path(given["folder"])
+    if given["action"] is None:
+        print(listing.table(root))
+        return 0
+    folders = listing.chosen(
+        root, given["models"], everything=given["all"], older_than_days=given["older_than"]
+    )
+    if not folders:
+        print("nothing to remove")
+        return 0
+    if not given["yes"]:
+        print(f"{listing.described(folders)} in {root}")
+        if not sys.stdin.isatty():
+            msg = "There is no terminal to ask whether to remove this. Say --yes."
+            raise ConfigurationError(msg)
+        if input("Remove? [y/N] ").strip().lower() not in ("y", "yes"):
+            return 1
+    print(listing.clear(folders))
+    return 0
 
 
 def _quiet() -> None:

@@ -30,7 +30,7 @@ from report import table
 from tasks import FILES, Example, build_examples, data_or_exit, load_rows, shortened
 
 from rasd_integrations.loading import load_tokenizer, packaged_model
-from rasd_integrations.loading.gguf import cache_folder
+from rasd_integrations.storage.cache_folder import cache_folder
 
 WIDTHS = (1, 2, 4, 8, 9, 12, 16, 32)
 WORKER = Path(__file__).with_name("worker.py")

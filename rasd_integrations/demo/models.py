@@ -19,9 +19,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from rasd_integrations.errors import ModelLoadError, StorageError
 from rasd_integrations.loading import packaged_model
-from rasd_integrations.loading.gguf import cache_folder
 from rasd_integrations.runtime.admission import memory_available
 from rasd_integrations.storage.atomic import replaced_file, temporary_folder
+from rasd_integrations.storage.cache_folder import cache_folder
 from rasd_integrations.storage.marked import mark
 
 SMALL = "small"

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import logging
-import os
 import re
-import shutil
 import tempfile
 import threading
 import warnings
@@ -17,28 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rasd_integrations.errors import MissingDependencyError
 from rasd_integrations.loading.progress import transformers_stage
 from rasd_integrations.loading.turns import turn_end_ids
+from rasd_integrations.storage.cache_folder import cache_folder, file_digest, title_of, whole
+from rasd_integrations.storage.marked import made_folder
 
 logger = logging.getLogger(__name__)
 
 # transformers changes torch's initialisers and default device while it loads: one model at a time.
 LOADING = threading.RLock()
-_HEAD_BYTES = 1 << 20
 _TEXT_END = "<|endoftext|>"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
-
-
-def cache_folder() -> Path:
-    """Return the folder for what is kept between runs: ``$RASD_CACHE``, else the user's cache folder."""
-    given = os.environ.get("RASD_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given or Path(base) / "rasd_integrations").expanduser()
 
 
 @contextlib.contextmanager
@@ -69,10 +59,13 @@ def model_folder(path: Path, dtype: object) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
-    folder = cache_folder() / "gguf" / f"{path.stem}-{_key(path)}-{kind}"
+    """Hand out the folder of what a file's content was made into; where the file lies and its name say nothing."""
     with contextlib.ExitStack() as stack:
         with LOADING:
-            if not _complete(folder):
+            folder = cache_folder() / "gguf" / f"{file_digest(path)[:32]}-{kind}"
+            if whole(folder) is None:
+                if folder.exists():
+                    logger.warning("%s is damaged and is made anew", folder)
                 what = None if kind == "tokenizer" else f"Converting {path.name}, once"
                 with transformers_stage(what):
                     folder = _made(path, folder, make, stack)
@@ -82,8 +75,8 @@ def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
 def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.ExitStack) -> Path:
     made = make()
     try:
-        _keep(made, folder)
-    except (OSError, SafetensorError) as err:
+        _keep(made, folder, path)
+    except Exception as err:  # noqa: BLE001 -- tokenizers says by a plain Exception that a disk is full
         warnings.warn(
             f"Cannot write to {folder.parent} ({err}), so {path.name} is converted anew each time. "
             f"Set RASD_CACHE to a folder with space that is writable.",
@@ -96,42 +89,12 @@ def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.E
     return folder
 
 
-def _key(path: Path) -> str:
-    stat = path.stat()
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    return hashlib.sha256(f"{stat.st_size}-{stat.st_mtime_ns}-".encode() + head).hexdigest()[:16]
-
-
-def _complete(folder: Path) -> bool:
-    if (folder / "tokenizer.json").is_file():
-        return True
-    weights = list(folder.glob("*.safetensors"))
-    try:
-        for file in weights:
-            with safe_open(file, framework="pt"):  # compares the header with the file's size
-                pass
-    except (OSError, SafetensorError):
-        logger.warning("%s is damaged and is made anew", folder)
-        return False
-    return bool(weights) and (folder / "config.json").is_file()
-
-
-def _keep(made: Any, folder: Path) -> None:
-    """Save ``made`` as ``folder`` in one move, so that no process ever sees a part of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=".new-", ignore_cleanup_errors=True
-    ) as work:
-        new = Path(work) / "new"
+def _keep(made: Any, folder: Path, path: Path) -> None:
+    """Save ``made`` as ``folder`` in one move, unless another process was first."""
+    parameters = made.parameters() if isinstance(made, torch.nn.Module) else ()
+    nbytes = sum(weight.nbytes for weight in parameters)
+    with made_folder(folder, "converted", title_of(str(path)), nbytes) as new:
         made.save_pretrained(new)
-        if folder.exists() and not _complete(folder):
-            shutil.rmtree(folder)
-        try:
-            new.rename(folder)
-        except OSError:
-            if not _complete(folder):  # else another process was first, and its folder is as good
-                raise
 
 
 def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:

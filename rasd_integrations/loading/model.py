@@ -104,6 +104,8 @@ def load_model(
                 f"{type(model).__name__}. Use a complete checkpoint of a causal language model."
             )
             raise ModelLoadError(msg)
+        if _is_gguf(_source(name)):
+            model.name_or_path = str(name)  # not the folder that it was converted into
         placed = bool(options.keys() & _PLACING) or getattr(model, "hf_quantizer", None) is not None
         if device is not None:
             model.to(device)

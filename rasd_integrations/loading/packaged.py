@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from rasd_integrations.errors import ModelLoadError
-from rasd_integrations.loading.gguf import cache_folder
+from rasd_integrations.storage.cache_folder import cache_folder, file_digest, title_of, whole
+from rasd_integrations.storage.marked import made_folder
 
 
 def packaged_model(package: str) -> Path:
@@ -56,37 +55,33 @@ def _parts(package: str, root: Path) -> list[Path]:
 
 
 def _joined(parts: list[Path], root: Path) -> Path:
-    """Return the whole file, joined and checked once."""
+    """Return the whole file, joined and checked once for each content of its parts."""
     name = parts[0].name.rpartition(".part")[0]
-    whole = cache_folder() / "packaged" / name
-    if whole.is_file() and whole.stat().st_size == sum(part.stat().st_size for part in parts):
-        return whole
+    where = cache_folder() / "packaged"
     try:
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=whole.parent, prefix=".new-") as work:
-            new = Path(work) / name
-            with new.open("wb") as out:
-                for part in parts:
-                    with part.open("rb") as file:
-                        shutil.copyfileobj(file, out)
-            _check_sum(new, root)
-            os.replace(new, whole)  # noqa: PTH105 -- atomic also where the name is taken, on every system
+        digests = "".join(file_digest(part) for part in parts)
+        folder = where / hashlib.sha256(digests.encode()).hexdigest()[:32]
+        if whole(folder) is None:
+            size = sum(part.stat().st_size for part in parts)
+            with made_folder(folder, "joined", title_of(name), size) as new:
+                with (new / name).open("wb") as out:
+                    for part in parts:
+                        with part.open("rb") as file:
+                            shutil.copyfileobj(file, out)
+                _check_sum(new / name, root)
     except ModelLoadError:
         raise
     except OSError as err:
-        msg = f"Cannot join the parts of {name} in {whole.parent}: {err}. Set RASD_CACHE to a writable folder."
+        msg = f"Cannot join the parts of {name} in {where}: {err} Set RASD_CACHE to a writable folder with room."
         raise ModelLoadError(msg) from err
-    return whole
+    return folder / name
 
 
 def _check_sum(file: Path, root: Path) -> None:
     lines = [line for sums in root.rglob("SHA256SUMS") for line in sums.read_text().splitlines()]
     known = dict(line.split()[::-1] for line in lines if line.strip())
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    expected = known.get(file.name, digest.hexdigest())  # a package need not say
-    if digest.hexdigest() != expected:
-        msg = f"{file.name} is damaged: its SHA-256 is {digest.hexdigest()}, not {expected}. Reinstall its packages."
+    digest = file_digest(file)
+    expected = known.get(file.name, digest)  # a package need not say
+    if digest != expected:
+        msg = f"{file.name} is damaged: its SHA-256 is {digest}, not {expected}. Reinstall its packages."
         raise ModelLoadError(msg)

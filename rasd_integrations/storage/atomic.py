@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from rasd_integrations.errors import StorageError
+from rasd_integrations.errors import RASDError, StorageError
 
 _TEMPORARY = re.compile(r"\.rasd-new-[0-9a-f]{16}")
 _ABANDONED_S = 3600  # what nobody has written to for so long has lost its writer
@@ -91,22 +91,15 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
-def set_aside(path: Path) -> None:
-    """Take a damaged file or folder of ours out of the way; another process may have done so already.
-
-    Raises:
-        OSError: The folder cannot be written to.
-    """
-    aside = _temporary(path)
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(aside)
-        _remove(aside)
+def is_temporary(path: Path) -> bool:
+    """Whether the name is one that writers of this module give to what is not whole yet."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def clear_abandoned(folder: Path) -> None:
     """Remove what writers that were killed left in ``folder``, an hour after its last byte."""
     with contextlib.suppress(OSError):
-        ours = [p for p in folder.iterdir() if _TEMPORARY.fullmatch(p.name) and not p.is_symlink()]
+        ours = [p for p in folder.iterdir() if is_temporary(p) and not p.is_symlink()]
         for path in ours:
             with contextlib.suppress(OSError):  # another process removes it at the same time
                 latest = max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
@@ -139,7 +132,7 @@ def _remove(path: Path) -> None:
 def _explained(path: Path, nbytes: int) -> Iterator[None]:
     try:
         yield
-    except StorageError:
+    except RASDError:  # some are OSErrors, too
         raise
     except OSError as err:
         room = ""

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from rasd_integrations.storage.atomic import clear_abandoned, replaced_file
+from rasd_integrations.storage.atomic import (
+    clear_abandoned,
+    is_temporary,
+    replaced_file,
+    replaced_folder,
+)
 from rasd_integrations.storage.tensor_file import UnusableFileError, parsed
 
 Kind = Literal["converted", "compiled", "joined", "kept prompts", "digests"]
 MARKER = "rasd.json"
 _FORMAT = "rasd-folder"
+_BLOCK = 1 << 20
 # Of folders whose files come and go; those of others are listed in the marker.
 _NAMES = {
     "kept prompts": re.compile(r"[0-9a-f]{32}\.rasd-prefix"),
@@ -33,12 +40,14 @@ class MarkedFolder:
         kind: What its files are.
         model: Which model they belong to, for people.
         names: Of its files, where the marker lists them.
+        digests: SHA-256 by name, of files that do not change.
     """
 
     path: Path
     kind: Kind
     model: str
     names: tuple[str, ...]
+    digests: Mapping[str, str]
 
     def files(self) -> list[tuple[Path, os.stat_result]]:
         """Return its own files that are there, the marker not among them; links are never followed."""
@@ -83,13 +92,54 @@ class MarkedFolder:
         return freed
 
 
-def mark(folder: Path, kind: Kind, model: str, names: Iterable[str] = ()) -> None:
+@contextlib.contextmanager
+def made_folder(path: Path, kind: Kind, model: str, nbytes: int) -> Iterator[Path]:
+    """Hand out an empty folder whose files are ``path`` when the block ends without an error.
+
+    Where ``path`` is there (damaged, or made by another process meanwhile) only files of the same names are
+    replaced; others stay.
+
+    Args:
+        path: Ends up with a marker that has the digests of its files.
+        kind: What the files are.
+        model: Which model they belong to, for people.
+        nbytes: About how many will be written, for the error's message.
+
+    Raises:
+        StorageError: The folder cannot be written to, or the disk is full.
+    """
+    with replaced_folder(path, nbytes) as new:
+        yield new
+        digests = {}
+        for file in sorted(new.iterdir()):
+            digest = hashlib.sha256()
+            with file.open("rb") as content:
+                while block := content.read(_BLOCK):
+                    digest.update(block)
+                os.fsync(content.fileno())
+            digests[file.name] = digest.hexdigest()
+        mark(new, kind, model, digests, digests)
+        if path.is_dir():
+            (path / MARKER).unlink(missing_ok=True)  # not whole until all are there
+            for name in (*digests, MARKER):
+                (new / name).replace(path / name)
+
+
+def mark(
+    folder: Path,
+    kind: Kind,
+    model: str,
+    names: Iterable[str] = (),
+    digests: Mapping[str, str] | None = None,
+) -> None:
     """Say that ``folder`` is ours and holds the files ``names``.
 
     Raises:
         StorageError: It cannot be written to.
     """
-    said = {"format": _FORMAT, "kind": kind, "model": model, "files": sorted(names)}
+    said: dict[str, Any] = {
+        "format": _FORMAT, "kind": kind, "model": model, "files": sorted(names), "sha256": digests or {},
+    }  # fmt: skip
     content = json.dumps(said, indent=1).encode()
     with replaced_file(folder / MARKER, len(content)) as file:
         file.write(content)
@@ -109,11 +159,12 @@ def marked(folder: Path) -> MarkedFolder | None:
             "kind": str(kind),
             "model": str(model),
             "files": list(names),
+            "sha256": dict(digests),
         }:
-            plain = all(isinstance(n, str) and n == Path(n).name != "" for n in names)
+            plain = all(isinstance(n, str) and n == Path(n).name != "" for n in (*names, *digests))
             for known in get_args(Kind):
                 if kind == known and plain:
-                    return MarkedFolder(folder, known, model, tuple(names))
+                    return MarkedFolder(folder, known, model, tuple(names), digests)
     return None
 
 
@@ -128,10 +179,17 @@ def marked_folders(root: Path) -> Iterator[MarkedFolder]:
 
 
 def foreign(root: Path) -> list[str]:
-    """Return the names of what lies in ``root`` and is not ours."""
+    """Return the names of what lies in ``root``, or beside folders of ours in its folders, and is not ours."""
+    found = []
     with contextlib.suppress(OSError):
-        return sorted(p.name for p in root.iterdir() if marked(p) is None)
-    return []
+        for path in sorted(p for p in root.iterdir() if marked(p) is None):
+            inner = [] if path.is_symlink() or not path.is_dir() else sorted(path.iterdir())
+            others = [p for p in inner if marked(p) is None and not is_temporary(p)]
+            if inner and len(others) < len(inner):
+                found += [f"{path.name}/{p.name}" for p in others]
+            elif not is_temporary(path):
+                found.append(path.name)
+    return found
 
 
 def touch(folder: Path) -> None:

@@ -292,6 +292,19 @@ def test_a_finished_build_is_not_repeated_and_new_texts_are(tmp_path):
     assert more.num_tokens == sum(len(t.encode()) for t in TEXTS[:6])
 
 
+def test_a_users_file_among_the_parts_stays(tmp_path, small_parts):
+    """Fault 17: parts are removed by the names that we give them, not the folder with all that lies in it."""
+    mine = tmp_path / "parts" / "notes.safetensors"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    DenseStore.build(TEXTS, model(), tmp_path)
+    assert [p.name for p in mine.parent.iterdir()] == ["notes.safetensors"]
+    mine.unlink()
+    mine.parent.rmdir()
+    DenseStore.build(TEXTS[:-1], model(), tmp_path)
+    assert not mine.parent.exists()
+
+
 def test_a_damaged_part_is_made_again(tmp_path, small_parts):
     """A part that was spoiled between two runs costs time only."""
     whole = DenseStore.build(TEXTS, model(), tmp_path / "whole")

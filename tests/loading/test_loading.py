@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ from rasd_integrations.loading.model import (
     load_window,
     packaged_model,
 )
+from rasd_integrations.storage.cache_folder import file_digest
+from rasd_integrations.storage.marked import MARKER, foreign
 
 
 @pytest.fixture(autouse=True)
@@ -238,32 +241,76 @@ def test_folder_with_one_gguf_is_that_file(gguf_file):
 
 
 def test_changed_gguf_is_converted_again(gguf_file, cache):
-    """A file that changed on disk is not answered from the old folder."""
+    """Fault 32's kind: only the content counts; a file that says something else is not answered from the old folder."""
     load_tokenizer(gguf_file)
     gguf_file.touch()
+    load_tokenizer(gguf_file)
+    assert ["tokenizer"] == kept(cache)
+    stat = gguf_file.stat()
+    _flip(gguf_file)
+    os.utime(gguf_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     load_tokenizer(gguf_file)
     assert ["tokenizer", "tokenizer"] == kept(cache)
 
 
-def test_damaged_cache_is_made_anew(gguf_file, cache):
-    """A kept folder that lost bytes is not trusted."""
-    expected = load_model(gguf_file).model.state_dict()
-    (weights,) = cache.rglob("model.safetensors")
-    half = weights.read_bytes()[:500]
-    weights.unlink()  # the loaded model still reads the old file
-    weights.write_bytes(half)
-    again = load_model(gguf_file).model.state_dict()
-    assert all(torch.equal(expected[k], again[k]) for k in expected)
+def test_a_copy_of_a_gguf_is_not_converted_twice(gguf_file, cache, monkeypatch):
+    """The folder never holds two copies: another place or name of the same content is the same model."""
+    first = load_model(gguf_file)
+    copy = gguf_file.parent / "elsewhere" / "renamed.gguf"
+    copy.parent.mkdir()
+    copy.write_bytes(gguf_file.read_bytes())
+    monkeypatch.setattr(gguf_cache, "_dequantise", None)
+    second = load_model(copy)
+    assert ["bfloat16", "tokenizer"] == kept(cache)
+    assert (str(gguf_file), str(copy)) == (first.model.name_or_path, second.model.name_or_path)
 
 
-def test_second_of_two_processes_takes_the_first_ones_folder(folder, cache):
-    """Who comes second with the same folder leaves it as it is, and nothing half-made beside it."""
-    target = cache / "gguf" / "tiny"
-    gguf_cache._keep(tiny_llama(seed=1), target)
-    before = (target / "model.safetensors").read_bytes()
-    gguf_cache._keep(tiny_llama(seed=2), target)
-    assert before == (target / "model.safetensors").read_bytes()
-    assert ["tiny"] == [p.name for p in target.parent.iterdir()]
+def test_a_gguf_is_read_for_its_digest_once(gguf_file, monkeypatch):
+    """Later processes ask for its size and times alone."""
+    load_tokenizer(gguf_file)
+    monkeypatch.setattr("rasd_integrations.storage.cache_folder._BLOCK", None)
+    load_tokenizer(gguf_file)
+    assert len({file_digest(gguf_file) for _ in range(2)}) == 1
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 64
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", MARKER])
+@pytest.mark.parametrize("spoil", [_cut, _flip, Path.unlink])
+def test_damaged_cache_is_made_anew(gguf_file, cache, caplog, name, spoil):
+    """Faults 17 and 32: a kept folder that was changed is not trusted, said once; a user's file in it stays."""
+    expected = {k: v.clone() for k, v in load_model(gguf_file).model.state_dict().items()}
+    (folder,) = (cache / "gguf").glob("*-bfloat16")
+    for own in folder.iterdir():  # loaded models still read the old files
+        data = own.read_bytes()
+        own.unlink()
+        own.write_bytes(data)
+    (folder / "mine.safetensors").write_bytes(b"weights")
+    spoil(folder / name)
+    for times in (1, 1):
+        again = load_model(gguf_file).model.state_dict()
+        assert all(torch.equal(expected[k], again[k]) for k in expected)
+        assert caplog.text.count("is damaged and is made anew") == times
+    assert (folder / "mine.safetensors").read_bytes() == b"weights"
+
+
+def test_an_older_versions_folder_is_left_alone(gguf_file, cache):
+    """Fault 17: what has no marker of ours is nobody's to remove."""
+    old = cache / "gguf" / "tiny-0123-bfloat16"
+    old.mkdir(parents=True)
+    (old / "model.safetensors").write_bytes(b"weights")
+    (cache / "gguf" / ".new-abc").mkdir()
+    load_model(gguf_file)
+    assert (old / "model.safetensors").read_bytes() == b"weights"
+    assert foreign(cache) == ["gguf/.new-abc", f"gguf/{old.name}"]
 
 
 def test_threads_load_at_once(gguf_file, cache):
@@ -289,7 +336,7 @@ def test_broken_gguf_is_an_explained_error(gguf_file, cache, size):
     gguf_file.write_bytes(gguf_file.read_bytes()[:size])
     with pytest.raises(ModelLoadError, match=r"tiny\.gguf.*Check that"):
         load_model(gguf_file)
-    assert not list(cache.rglob("*"))
+    assert not (cache / "gguf").exists()
 
 
 def test_missing_extra_is_named(gguf_file, monkeypatch):
@@ -338,6 +385,11 @@ def test_file_split_over_packages_is_joined(package, cache):
     assert (whole, "m.gguf") == (first.read_bytes(), first.name)
     before = first.stat().st_mtime_ns
     assert before == packaged_model("split_gguf").stat().st_mtime_ns
+    first.write_bytes(b"one")
+    assert whole == packaged_model("split_gguf").read_bytes()
+    package("split_gguf", {"data/SHA256SUMS": b""})
+    package("split_gguf_part2", {"data/m.gguf.part01": b"two other"})
+    assert packaged_model("split_gguf").read_bytes() == b"one two other"
 
 
 def test_damaged_parts_are_refused(package, cache):

@@ -6,10 +6,11 @@ These keep hidden states, all others keys. The last step sorts the keys by the t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import random
-import shutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,9 @@ from rasd_integrations.retrieval.items import items_of, text_of
 FILE = "store.safetensors"
 SEPARATOR = 0xFFFF_FFFF  # stands behind each piece; no token has this id
 _PARTS = "parts"
+_PART_NAME = re.compile(
+    r"[0-9a-f]{16}-[0-9]{6,}\.safetensors"
+)  # of this job, or of one that was given up
 _PIECE = 1024  # tokens of a text that are read together, as in DReSD
 _PART = 1 << 14  # tokens that a kill loses, at most
 _SAMPLE = 4  # parts whose hidden states are kept until the transform is fitted to them
@@ -117,7 +121,11 @@ def build(source: Any, model: Reader, folder: Path, progress: Progress | None) -
     arrays |= {"mean": transform.mean, "basis": transform.basis}
     marks = {"model": model.fingerprint, "name": model.name, "job": job}
     file.write(folder / FILE, arrays, marks)
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what others put there stays, and so does the folder then
+        for part in (folder / _PARTS).iterdir():
+            if _PART_NAME.fullmatch(part.name):
+                part.unlink()
+        (folder / _PARTS).rmdir()
 
 
 def _pieces(source: Any, model: Reader) -> Iterator[Piece]:

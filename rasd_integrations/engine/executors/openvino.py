@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,8 @@ from rasd_integrations.engine.executors.tracing import Plan, plan_of
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading.progress import stage
+from rasd_integrations.storage.cache_folder import title_of, whole
+from rasd_integrations.storage.marked import made_folder
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +339,7 @@ def _compiled(
     if graph is None:
         graph = paged.traced(model, plan)
         if path is not None:
-            _keep(graph, path)
+            _keep(graph, path, model)
     kind = _DTYPES[model.dtype]
     options = {
         "INFERENCE_PRECISION_HINT": kind,
@@ -375,26 +376,22 @@ def _graph_name(model: PreTrainedModel, identity: str) -> str:
 
 def _kept(path: Path | None) -> ov.Model | None:
     """Return the graph that is kept at ``path``, if one is and it can be read."""
-    if path is None or not path.is_dir():
+    if path is None or not path.exists():
         return None
-    try:
-        return ov.Core().read_model(path / _FILE)
-    except RuntimeError as err:
-        logger.warning("%s is damaged or of another OpenVINO and is made anew (%s)", path, err)
-        return None
+    if whole(path) is not None:
+        with suppress(RuntimeError):  # of another build of OpenVINO
+            return ov.Core().read_model(path / _FILE)
+    logger.warning("%s is damaged or of another OpenVINO and is made anew", path)
+    return None
 
 
-def _keep(graph: ov.Model, path: Path) -> None:
+def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> None:
     """Write a graph in one move, so that no process ever sees a part of it; without room, keep none."""
+    title = title_of(model.name_or_path or type(model).__name__)
+    nbytes = sum(weight.nbytes for weight in model.parameters())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as work:
-            new, old = Path(work) / "new", Path(work) / "old"
+        with made_folder(path, "compiled", title, nbytes) as new:
             ov.save_model(graph, new / _FILE, compress_to_fp16=False)
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
+            ov.Core().read_model(new / _FILE)  # on a full disk it is cut without an error
     except (OSError, RuntimeError) as err:
-        logger.warning(
-            "cannot keep the compiled graph in %s (%s); it is made anew each time", path.parent, err
-        )
+        logger.warning("cannot keep the compiled graph (%s); it is made anew each time", err)

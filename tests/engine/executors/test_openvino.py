@@ -35,6 +35,7 @@ from rasd_integrations.errors import (
     MissingDependencyError,
 )
 from rasd_integrations.stats import DecodingStats
+from rasd_integrations.storage.marked import marked
 
 pytest.importorskip("openvino")
 
@@ -288,7 +289,7 @@ def test_who_moved_out_of_an_arena_keeps_its_place_there(targets):
 
 
 def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatch, caplog):
-    """The second time nothing is traced; a broken file costs time only; other weights have another file."""
+    """Fault 17: the second time nothing is traced; a damaged file is replaced, and said once; a user's file stays."""
     model = tiny_llama()
     CompiledExecutor(model, folder=tmp_path, identity="a")
     (kept,) = tmp_path.iterdir()
@@ -300,11 +301,15 @@ def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatc
     close(loaded.step([1], prefilled(loaded, ids)), eager.step([1], prefilled(eager, ids)))
 
     file = kept / "graph.xml"
+    (kept / "mine.bin").write_bytes(b"mine")
+    assert marked(kept).kind == "compiled"
     file.write_bytes(file.read_bytes()[:1000])
     with caplog.at_level(logging.WARNING):
-        CompiledExecutor(model, folder=tmp_path, identity="a")
-    assert "made anew" in caplog.text
+        for _ in range(2):
+            CompiledExecutor(model, folder=tmp_path, identity="a")
+    assert caplog.text.count("made anew") == 1
     assert file.stat().st_size > 1000
+    assert (kept / "mine.bin").read_bytes() == b"mine"
     CompiledExecutor(tiny_llama(1), folder=tmp_path, identity="b")
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -1,0 +1,103 @@
+"""What ``rasd cache`` prints and removes: folders of ours, by model, kind, size and last use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.storage.marked import MarkedFolder, foreign, marked_folders
+
+_DAY_S = 86400
+_SHOWN = 5  # names of files that are not ours
+_KINDS = {"joined": "fetched", "digests": "index"}  # as people call them
+
+
+def table(root: Path) -> str:
+    """Return the folders of ours in ``root`` as aligned lines, the largest first, and their total."""
+    found = sorted(marked_folders(root), key=lambda own: -own.nbytes)
+    rows = [("model", "kind", "size", "last used")]
+    rows += [(own.model, _kind(own), _size(own.nbytes), _when(own.last_used)) for own in found]
+    rows.append(("total", "", _size(sum(own.nbytes for own in found)), ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{model:<{widths[0]}}  {kind:<{widths[1]}}  {size:>{widths[2]}}  {used}".rstrip()
+        for model, kind, size, used in rows
+    ]
+    lines += ["", f"in {root}"]
+    if others := foreign(root):
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        lines.append(f"not ours, never removed: {', '.join(others[:_SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+def chosen(
+    root: Path,
+    models: Sequence[str] = (),
+    *,
+    everything: bool = False,
+    older_than_days: float | None = None,
+) -> list[MarkedFolder]:
+    """Return the folders of ours in ``root`` that a user asks to clear.
+
+    Args:
+        root: The cache folder.
+        models: As the table calls them; of all models where empty.
+        everything: All folders, if nothing else is said.
+        older_than_days: Only what was not used for so long.
+
+    Raises:
+        ConfigurationError: Nothing is asked for, or there is no such model.
+    """
+    if not models and not everything and older_than_days is None:
+        msg = "Nothing is named to be cleared. Name a model as 'rasd cache' lists it, or --older-than DAYS, or --all."
+        raise ConfigurationError(msg)
+    if models and everything:
+        msg = f"--all is everything, but {models[0]!r} is named, too. Leave one of them out."
+        raise ConfigurationError(msg)
+    found = list(marked_folders(root))
+    known = sorted({own.model for own in found})
+    for model in models:
+        if model not in known:
+            msg = f"There is nothing of {model!r} in {root}. There is: {', '.join(known) or 'nothing'}."
+            raise ConfigurationError(msg)
+    latest = time.time() - (older_than_days or 0) * _DAY_S
+    return [
+        own
+        for own in found
+        if (not models or own.model in models)
+        and (older_than_days is None or own.last_used <= latest)
+    ]
+
+
+def clear(folders: Iterable[MarkedFolder]) -> str:
+    """Remove the files of ``folders`` that are ours, and return what was removed as lines."""
+    lines, freed = [], 0
+    for own in folders:
+        nbytes = own.remove()
+        freed += nbytes
+        lines.append(f"removed {own.model} ({_kind(own)}): {_size(nbytes)}")
+        if own.path.exists():
+            lines.append(
+                f"  {own.path} stays: it holds files that are not ours or cannot be removed"
+            )
+    return "\n".join([*lines, f"{_size(freed)} are free now"])
+
+
+def described(folders: Sequence[MarkedFolder]) -> str:
+    """Return in a few words what would be removed."""
+    names = ", ".join(sorted({f"{own.model} ({_kind(own)})" for own in folders}))
+    return f"{names}: {_size(sum(own.nbytes for own in folders))}"
+
+
+def _kind(own: MarkedFolder) -> str:
+    return _KINDS.get(own.kind, own.kind)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
