@@ -220,7 +220,8 @@ def disk_cases(work: Path, runs: int) -> Iterator[Row]:
             # Full at another byte each time: a page for nothing up to room for a part.
             size = 4096 * (1 + 8 * i)
             with disk(size, read_only=read_only) as folder:
-                cached.judge(run(ask, folder / "kept"), expected)
+                # A folder that cannot be written to is refused before any work.
+                cached.judge(run(ask, folder / "kept"), expected, may_refuse=read_only)
             with disk(size, read_only=read_only) as folder:
                 converted.judge(run(convert, gguf, folder), text)
             with disk(size, read_only=read_only) as folder:
