@@ -23,7 +23,7 @@ DOCS ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install demo test test-newest test-oldest suite lock faults lint format clean
+.PHONY: help install demo test test-newest test-oldest suite soak lock faults lint format clean
 
 help:
 	@echo "make demo    answer long-context questions with LangChain, LlamaIndex and plain transformers"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-newest, make test-oldest"
 	@echo "             the suite with the newest and the lowest versions allowed, in environments of their own"
 	@echo "make lock    renew requirements.lock, the versions that all of these install"
+	@echo "make soak    what takes an hour: 20 ends of a process in every way, thousands of fuzzed prompts, long texts"
 	@echo "make faults  crash, damage and starve the package, and count what goes wrong"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make format  ruff format and its safe fixes"
@@ -68,6 +69,11 @@ test-oldest:
 
 suite: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# What is left out of the suite because it does the same many times: 20 ends of a process in every way, thousands of
+# fuzzed prompts and options, long texts through every family of models.
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 # Resolved on every supported Python, each of which must be on the PATH.
 lock:

@@ -6,7 +6,7 @@ import pytest
 import transformers
 from families import MODEL_TYPES, documented, outcome, variants
 
-LENGTHS = {"quick": ((7, 60), 12), "long": ((150, 700), 32)}
+LENGTHS = {"quick": ((7, 60), 12), "long": ((150, 220), 32)}
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -18,7 +18,7 @@ def test_a_family_is_right_or_refused(model_type):
         assert rows[model_type] == found
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_family_is_right_in_long_texts(model_type):
     """Prompts of several pieces, over windows many times."""

@@ -33,7 +33,7 @@ def test_every_way_is_asked_and_counted(monkeypatch):
 
 
 @pytest.mark.real
-@pytest.mark.slow
+@pytest.mark.soak
 def test_real_questions(data_folder, tmp_path):
     """Fault 11: SmolLM2 in bfloat16 says the same in all ways, eager and compiled, greedy and sampled."""
     pytest.importorskip("openvino")

@@ -22,7 +22,7 @@ def ask(llm, **options):
 
 
 @pytest.mark.parametrize("kind", [ChatRASD, RASDLLM])
-@pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 300), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 300), marks=pytest.mark.soak)])
 def test_options_give_an_answer_or_an_error_of_ours(kind, parts, seeds):
     """Good options are taken; bad names, values and types are refused by name. 300 sets in all."""
     assert [] == faults(partial(kind.from_model, *parts), ask, seeds)

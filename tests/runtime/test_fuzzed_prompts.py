@@ -126,7 +126,7 @@ def test_two_hundred_odd_prompts():
     assert ends["answered"] > 100
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_three_thousand_odd_prompts():
     """The same over 3,100 prompts."""
     ends = Counter(run(seed) for seed in range(200, 3300))

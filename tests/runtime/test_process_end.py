@@ -32,7 +32,7 @@ def test_a_process_that_ends_in_mid_answer_ends_well():
     check_exits("eager", 1, *QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("executor", ["eager", "openvino"])
 def test_processes_end_well_however_often(executor):
     """Fault 5: every case, 20 times."""

@@ -16,7 +16,6 @@ from rasd_integrations.drafters.sparse_kv import SparseKVDrafter
 from rasd_integrations.engine.executors.factory import make_executor
 from rasd_integrations.engine.kv import buffer as kv
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
-from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel, _forward
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.runtime.models import wrapped_model
@@ -139,11 +138,11 @@ def test_kept_prefixes_come_back_and_are_no_others_of_16_bits(tmp_path):
         wrapped_model(model, tiny_tokenizer(), "tiny", name)
         for name in ("openvino-kv8", "openvino")
     )
-    cache = PrefixCache(1 << 30, narrow.prefix_files(folder))
+    cache = narrow.new_cache(1 << 30, folder)
     for _ in SpeculativeDecoder(narrow.target, prefix_cache=cache).prefill(document):
         pass
     found = [
-        PrefixCache(1 << 30, shared.prefix_files(folder)).lease([*document, 0], 300).buffer
+        shared.new_cache(1 << 30, folder).lease([*document, 0], 300).buffer
         for shared in (narrow, wide)
     ]
     assert [buffer.length for buffer in found] == [200, 0]
