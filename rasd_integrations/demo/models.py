@@ -22,7 +22,7 @@ from rasd_integrations.loading import packaged_model
 from rasd_integrations.runtime.admission import memory_available
 from rasd_integrations.storage.atomic import replaced_file, temporary_folder
 from rasd_integrations.storage.cache_folder import cache_folder
-from rasd_integrations.storage.marked import mark
+from rasd_integrations.storage.marked import mark, touch
 
 SMALL = "small"
 DEFAULT = "coder-0.5b"
@@ -128,6 +128,7 @@ def fetch(model: PartedModel) -> Path:
     """
     whole = model.path
     if whole.is_file():
+        touch(whole.parent)
         return whole
     folder = whole.parent
     try:

