@@ -178,7 +178,7 @@ def test_nothing_is_noted_without_an_llm():
     trace.handle(RetrievalEndEvent(str_or_query_bundle="q", nodes=[NodeWithScore(node=NODES[0])]))
 
     assert trace.retrieval_for(shown(NODES[0])) is None
-    assert {} == trace._parents
+    assert {} == trace._spans
 
 
 def test_the_notes_are_bounded():
