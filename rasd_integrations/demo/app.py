@@ -22,7 +22,7 @@ from rasd_integrations.demo.pipelines import (
 )
 from rasd_integrations.demo.report import print_report
 from rasd_integrations.demo.stores import build_faiss, cut, open_chroma
-from rasd_integrations.loading import load_model
+from rasd_integrations.loading import load_model, load_tokenizer
 from rasd_integrations.text.prompt.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -96,11 +96,9 @@ class Tour:
 
     def answers(self) -> dict[str, list[Answer]]:
         """Return each pipeline's answers to the same questions."""
-        return {
-            "LangChain": self._langchain(),
-            "LlamaIndex": self._llama_index(),
-            BASELINE: self._transformers(),
-        }
+        ours = {"LangChain": self._langchain(), "LlamaIndex": self._llama_index()}
+        self.llm.close()  # transformers reads the weights anew: twice at once they may not fit
+        return {**ours, BASELINE: self._transformers()}
 
     def _langchain(self) -> list[Answer]:
         chain = langchain_chain(
@@ -170,9 +168,8 @@ def progress_bars() -> Iterator[Progress]:
         yield progress
 
 
-def open_library(options: Options, bars: Progress) -> Library:
-    """Read, cut and embed the documents; the persistent store spares the embedding next time."""
-    documents = read_documents(options.docs)
+def open_library(documents: list[Document], options: Options, bars: Progress) -> Library:
+    """Cut and embed the documents; the persistent store spares the embedding next time."""
     chunks = cut(documents)
     task = bars.add_task("Index documents", total=len(chunks))
     embed = MiniLM(progress=lambda n: bars.advance(task, n))
@@ -199,9 +196,13 @@ def run_demo(options: Options) -> None:
 
 def opened(options: Options) -> tuple[Options, Library, ChatRASD]:
     """Return the options with the model that answers, the indexed documents, and the loaded LLM over both."""
-    with progress_bars() as bars:
-        library = open_library(options, bars)
+    documents = read_documents(
+        options.docs
+    )  # what is misspelt is said before anything is downloaded or indexed
     options = replace(options, model=demo_model(options.model))
+    load_tokenizer(options.model or "", options.llm_options("")["model_kwargs"])
+    with progress_bars() as bars:
+        library = open_library(documents, options, bars)
     return options, library, chat_model(options, library).load()
 
 

@@ -16,12 +16,12 @@ GENERIC = (
 )
 OWN_TOPICS = {
     "glossary: what the words target, drafter, draft, block and chunk mean": (
-        "What is the window?",
         "What is a bonus token?",
+        "What does lossless mean?",
     ),
     "context=documents: the target reads the whole documents of the chunks; access rights": (
         "What comes first when the documents exceed the window?",
-        "How many chunks does a usual RAG chain send?",
+        "What does this mode change?",
     ),
 }
 
