@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 _T = TypeVar("_T")
+_HEARD_S = 0.2
 
 
 def in_own_thread(work: Callable[[], _T]) -> _T:
@@ -18,21 +19,29 @@ def in_own_thread(work: Callable[[], _T]) -> _T:
     the working thread, which takes it at its next line of Python and cleans up as if it had been the main one.
     """
     done: Future[_T] = Future()
+    stopped = threading.Event()
 
     def run() -> None:
+        if stopped.is_set():  # interrupted while the thread was starting
+            return
         try:
             done.set_result(work())
         except BaseException as err:  # noqa: BLE001 -- raised again where the result is waited for
             done.set_exception(err)
 
     thread = threading.Thread(target=run, name="rasd-load")
-    thread.start()
     try:
+        thread.start()
+        # Not for ever: a signal that comes just before a lock is waited for does not end the waiting. And not by
+        # join(), which takes a thread for ended when it is interrupted.
+        while not wait([done], _HEARD_S).done:
+            pass
+        thread.join()
         return done.result()
     except KeyboardInterrupt:
+        stopped.set()
         if thread.is_alive():
             what = ctypes.py_object(KeyboardInterrupt)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), what)
+            thread.join()
         raise
-    finally:
-        thread.join()

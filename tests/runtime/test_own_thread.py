@@ -32,7 +32,9 @@ def test_ctrl_c_reaches_the_work_which_cleans_up():
         finally:
             cleaned.set()
 
-    def press() -> None:
+    def press() -> (
+        None
+    ):  # as soon as the work begins, so that the main thread may still be starting it
         started.wait()
         os.kill(os.getpid(), signal.SIGINT)
 
