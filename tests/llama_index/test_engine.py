@@ -232,7 +232,8 @@ def test_prompts_packed_to_the_brim_fit(llm, mode):
     nodes = [TextNode(text=f"{FACTS[i % 3]} " * 4) for i in range(24)]
     sizes = prompt_sizes(llm, nodes, response_mode=mode)
 
-    assert WINDOW * 3 // 4 <= max(sizes) <= WINDOW - llm.max_tokens
+    # The packing is LlamaIndex's: 0.14.5 fills 57 % of the window, 0.14.25 over 75 %.
+    assert WINDOW // 2 <= max(sizes) <= WINDOW - llm.max_tokens
 
 
 @pytest.mark.parametrize("opened", [True, False])
