@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import WINDOW, tiny_llama, tiny_tokenizer
@@ -187,10 +188,11 @@ def test_bad_options_of_the_folder_are_refused(options, message):
         RASD("m", **options)
 
 
-def test_a_model_that_cannot_be_told_from_others_is_refused(tmp_path):
+def test_a_model_that_cannot_be_told_from_others_is_refused(tmp_path, monkeypatch):
     """Offloaded weights have no identity: a file could belong to any model."""
     rasd = make(tmp_path, drafter=None)
-    rasd._engine._shared.kv_identity = None
+    unknown = property(lambda _: SimpleNamespace(kv=None))
+    monkeypatch.setattr(type(rasd._engine._shared), "identity", unknown)
     with pytest.raises(ConfigurationError, match="could not be told from another model's"):
         rasd.generate("abc", PARAMS)
 
