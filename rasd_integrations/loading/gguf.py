@@ -25,6 +25,8 @@ from rasd_integrations.storage.marked import made_folder
 
 logger = logging.getLogger(__name__)
 
+# Raise it when a file is converted in another way, so that older results are not read.
+_CONVERTER = 1
 # transformers changes torch's initialisers and default device while it loads: one model at a time.
 LOADING = threading.RLock()
 _TEXT_END = "<|endoftext|>"
@@ -62,7 +64,7 @@ def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
     """Hand out the folder of what a file's content was made into; where the file lies and its name say nothing."""
     with contextlib.ExitStack() as stack:
         with LOADING:
-            folder = cache_folder() / "gguf" / f"{file_digest(path)[:32]}-{kind}"
+            folder = cache_folder() / "gguf" / f"{file_digest(path)[:32]}-{_CONVERTER}-{kind}"
             if whole(folder) is None:
                 if folder.exists():
                     logger.warning("%s is damaged and is made anew", folder)
