@@ -23,12 +23,14 @@ DOCS ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install demo test test-newest test-oldest suite soak lock faults lint format clean
+.PHONY: help install demo test test-all test-newest test-oldest suite soak lock faults lint format clean
 
 help:
 	@echo "make demo    answer long-context questions with LangChain, LlamaIndex and plain transformers"
 	@echo "             (DOCS=folder-or-file for your own documents; MODEL=small, or a hub id, folder or .gguf file)"
-	@echo "make test    lint, then every test (ARGS='-k engine' for some)"
+	@echo "make test    lint, then the tests that are not marked slow (ARGS='-k engine' for some)"
+	@echo "make test-all"
+	@echo "             lint, then every test: what CI runs"
 	@echo "make test-newest, make test-oldest"
 	@echo "             the suite with the newest and the lowest versions allowed, in environments of their own"
 	@echo "make lock    renew requirements.lock, the versions that all of these install"
@@ -55,7 +57,10 @@ demo: export HF_HUB_OFFLINE := $(if $(MODEL),0,1)
 demo: $(STAMP)
 	$(BIN)/python -m rasd_integrations demo $(if $(DOCS),--docs '$(DOCS)') $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
-test: lint suite
+test: lint
+	$(BIN)/python -m pytest -m 'not slow and not soak' $(ARGS)
+
+test-all: lint suite
 
 # The same suite with the newest and with the lowest versions that pyproject.toml allows; not part of CI, since what
 # a dependency publishes tomorrow must not turn an unchanged commit red.
