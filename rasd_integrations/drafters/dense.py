@@ -1,4 +1,4 @@
-"""DReSD's drafter: what followed where the target thought alike (arXiv 2502.15572, algorithms.md 2).
+"""DReSD's drafter: what followed where the target thought alike (arXiv 2502.15572).
 
 The hidden state that gave the last committed token is compared with those of earlier places that gave the
 same token; what followed there is the draft. Places are those of the prompt and the running answer, whose

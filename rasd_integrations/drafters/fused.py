@@ -7,7 +7,7 @@ judge each proposed node, whether it was verified or not. A part whose drafts ga
 asked more rarely.
 
 A model among the parts drafts greedily, whatever the sampling law: the tree is then a function of the
-context, and one drawn token decides at each node (algorithms.md 7.4, 7.5), exact at any temperature.
+context, and the token sampled from the target at each node decides, which is exact at any temperature.
 """
 
 from __future__ import annotations

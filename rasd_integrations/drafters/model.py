@@ -44,7 +44,7 @@ class ModelDrafter:
             needs_own_prompt: Draft only where there is a drafter prompt. True for the target itself:
                 on the target's own prompt it costs as much as it saves.
             confidence: A drafted token less likely than this ends the draft; it stays in the draft,
-                which keeps the stop sound (algorithms.md 8.3).
+                since dropping a token after its draw would bias the output.
             prefix_cache: Keeps the drafter's keys and values between answers.
             namespace: Of the prefix cache.
             allowed: ``[vocab_size]`` bool, the tokens that may be drafted; ``None``: all.

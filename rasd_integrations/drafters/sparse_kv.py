@@ -67,7 +67,7 @@ class SparseKVDrafter:
             window: Last rows of the text, at least 1; ``None``: all that the sink leaves of ``max_rows``
                 with ``"window"``, else a quarter of it.
             confidence: A drafted token less likely than this, 0 to 1, ends the draft; it stays in the
-                draft, which keeps the stop sound (algorithms.md 8.3).
+                draft, since dropping a token after its draw would bias the output.
 
         Raises:
             ConfigurationError: An unknown pattern, or a value out of its range.

@@ -1,6 +1,6 @@
 """What LlamaIndex's own pipelines hand to the LLM, and what the LLM makes of it for the engine.
 
-Each row of LlamaIndex in ``research/ecosystem.md`` 3.1, through real engines over real stores.
+Every shape of a LlamaIndex pipeline, through real engines over real stores.
 """
 
 from __future__ import annotations
