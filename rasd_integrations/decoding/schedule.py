@@ -1,6 +1,6 @@
 """How long the next draft should be, from what this answer and those before it have measured.
 
-Expected tokens per second are ``E(n) / (t(1 + n) + d(n))`` (as in arXiv 2211.17192, theorem 3.8), with the step time ``t`` of
+Expected tokens per second are ``E(n) / (t(1 + n) + d(n))`` (arXiv 2211.17192, theorem 3.8) for step time ``t`` of
 :mod:`.costs`. For a chain of which nothing is said, ``E(n) = (1 - a^(n+1)) / (1 - a)`` with the running acceptance
 ``a`` and a drafting time for each token. For a draft whose nodes carry their likelihood, chain or tree,
 ``E(n) = 1 + sum(likely[:n])`` with likelihoods set right by ``drafters/calibration.py``, and the draft exists already:
