@@ -148,7 +148,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
-class TextChunk:
+class TextDelta:
     """A piece of the answer's text.
 
     Attributes:

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from rasd_integrations.prompting import PromptHints
     from rasd_integrations.response_format import ToolUse
     from rasd_integrations.stats import DecodingStats
-    from rasd_integrations.types import Message, TextChunk
+    from rasd_integrations.types import Message, TextDelta
 
 _ANSWER_OPTIONS = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "max_tokens",
@@ -311,7 +311,7 @@ class RASDModel(AnswersTogether, BaseLanguageModel[Any], ABC):
         prompt: Sequence[BaseMessage] | str,
         stop: Sequence[str] | None,
         options: dict[str, Any],
-    ) -> Iterator[Iterator[TextChunk]]:
+    ) -> Iterator[Iterator[TextDelta]]:
         """Give the answer's pieces, closed when their consumer goes: decoding stops within a step."""
         with langchain_errors():
             plain, params, hints, tools = self._request(prompt, stop, options)
@@ -325,7 +325,7 @@ class RASDModel(AnswersTogether, BaseLanguageModel[Any], ABC):
         prompt: Sequence[BaseMessage] | str,
         stop: Sequence[str] | None,
         options: dict[str, Any],
-    ) -> AsyncIterator[AsyncIterator[TextChunk]]:
+    ) -> AsyncIterator[AsyncIterator[TextDelta]]:
         with langchain_errors():
             # In a thread: a long prompt is hashed and searched for what was captured.
             request = await asyncio.to_thread(self._request, prompt, stop, options)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         CallbackManagerForLLMRun,
     )
 
-    from rasd_integrations.types import TextChunk
+    from rasd_integrations.types import TextDelta
 
 
 class RASDLLM(RASDModel, BaseLLM):
@@ -103,7 +103,7 @@ class RASDLLM(RASDModel, BaseLLM):
             await asyncio.gather(*tasks, return_exceptions=True)
         return self._result(answers)
 
-    def _chunk(self, piece: TextChunk) -> GenerationChunk | None:
+    def _chunk(self, piece: TextDelta) -> GenerationChunk | None:
         """Return ``piece`` as LangChain's chunk; ``None`` while text is held back."""
         if piece.finish_reason is None or piece.stats is None:
             return GenerationChunk(text=piece.text) if piece.text else None

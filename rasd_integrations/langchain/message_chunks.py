@@ -15,7 +15,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from rasd_integrations.langchain.messages import REASONING
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.parser import parsed_arguments
-from rasd_integrations.types import FinishReason, TextChunk, ToolCallDelta
+from rasd_integrations.types import FinishReason, TextDelta, ToolCallDelta
 
 INVALID_CALLS = "invalid_tool_calls"
 """Where a stream's last chunk says which calls are broken: LangChain mends cut JSON when it adds chunks up."""
@@ -38,7 +38,7 @@ class MessageChunks:
         self._first_index = _AFTER_TEXT if output_version == "v1" else 0
         self._calls: dict[int, InvalidToolCall] = {}
 
-    def push(self, piece: TextChunk) -> Iterator[ChatGenerationChunk]:
+    def push(self, piece: TextDelta) -> Iterator[ChatGenerationChunk]:
         """Yield the chunks of ``piece``; none while text is held back."""
         if piece.reasoning:
             yield _chunk(additional_kwargs={REASONING: piece.reasoning})

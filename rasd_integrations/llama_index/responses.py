@@ -19,7 +19,7 @@ from llama_index.core.base.llms.types import (
 from rasd_integrations.llama_index.errors import PipelineErrors
 from rasd_integrations.llama_index.tools import arguments_of
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import FinishReason, Generation, TextChunk, ToolCall
+from rasd_integrations.types import FinishReason, Generation, TextDelta, ToolCall
 
 _Response_co = TypeVar("_Response_co", bound=ChatResponse | CompletionResponse, covariant=True)
 _Response = TypeVar("_Response", bound=ChatResponse | CompletionResponse)
@@ -47,7 +47,7 @@ class Answer:
         self.text, self.reasoning = text, reasoning
         self.calls = list(calls)
 
-    def add(self, chunk: TextChunk) -> None:
+    def add(self, chunk: TextDelta) -> None:
         """Append the next piece."""
         self.text += chunk.text
         self.reasoning += chunk.reasoning
@@ -105,7 +105,7 @@ def whole_response(respond: Respond[_Response], given: Generation) -> _Response:
 
 
 def _next_response(
-    respond: Respond[_Response], answer: Answer, chunk: TextChunk
+    respond: Respond[_Response], answer: Answer, chunk: TextDelta
 ) -> _Response | None:
     answer.add(chunk)
     fields: dict[str, Any] = {"delta": chunk.text}
@@ -119,7 +119,7 @@ def _next_response(
 
 
 def stream_responses(
-    respond: Respond[_Response], chunks: Iterator[TextChunk], errors: PipelineErrors
+    respond: Respond[_Response], chunks: Iterator[TextDelta], errors: PipelineErrors
 ) -> Generator[_Response, None, None]:
     """Yield an answer as it grows, the new text as ``delta``; ``raw`` stands on the last response.
 
@@ -137,7 +137,7 @@ def stream_responses(
 
 
 async def astream_responses(
-    respond: Respond[_Response], chunks: AsyncIterator[TextChunk], errors: PipelineErrors
+    respond: Respond[_Response], chunks: AsyncIterator[TextDelta], errors: PipelineErrors
 ) -> AsyncGenerator[_Response, None]:
     """Yield an answer as it grows, as :func:`stream_responses` does."""
     answer = Answer()

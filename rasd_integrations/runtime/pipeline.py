@@ -31,7 +31,7 @@ from rasd_integrations.types import (
     DraftContext,
     Generation,
     GrammarState,
-    TextChunk,
+    TextDelta,
     TokenBlock,
     ToolCall,
 )
@@ -102,7 +102,7 @@ class Pipeline:
 
     def answer(
         self, request: Request, stats: DecodingStats, gate: Gate | None = None
-    ) -> Generator[TextChunk, None, None]:
+    ) -> Generator[TextDelta, None, None]:
         """Check and plan now, decode lazily; ``stats`` are complete when the iterator ends or is closed.
 
         Args:
@@ -222,8 +222,8 @@ class Pipeline:
         )  # fmt: skip
 
     def _looked_after(
-        self, chunks: Iterator[TextChunk], grammar: GrammarState, params: Sampling
-    ) -> Generator[TextChunk, None, None]:
+        self, chunks: Iterator[TextDelta], grammar: GrammarState, params: Sampling
+    ) -> Generator[TextDelta, None, None]:
         """Pass on a bound answer; where ``max_tokens`` cut it, warn with the fields that were closed, or raise."""
         ids: list[int] = []
         with closing(chunks) if isinstance(chunks, Generator) else nullcontext():
@@ -320,7 +320,7 @@ def head_ids(template: ChatTemplate, document: Prompt) -> list[int]:
     return one[: next((i for i, (a, b) in pairs if a != b), 0)]
 
 
-def joined(chunks: Sequence[TextChunk]) -> Generation:
+def joined(chunks: Sequence[TextDelta]) -> Generation:
     """Return the whole answer of a stream."""
     last = chunks[-1]
     calls: dict[int, ToolCall] = {}

@@ -49,7 +49,7 @@ from rasd_integrations.runtime.pipeline import (
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.prompt.counting import count_messages, count_text
 from rasd_integrations.text.prompt.template import check_template_options
-from rasd_integrations.types import Generation, TextChunk
+from rasd_integrations.types import Generation, TextDelta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -281,7 +281,7 @@ class RASD:
         *,
         hints: PromptHints | None = None,
         tools: ToolUse | None = None,
-    ) -> Generator[TextChunk, None, None]:
+    ) -> Generator[TextDelta, None, None]:
         """Check and plan now, decode lazily; closing the iterator stops within one step.
 
         Args:
@@ -314,7 +314,7 @@ class RASD:
         *,
         hints: PromptHints | None = None,
         tools: ToolUse | None = None,
-    ) -> AsyncGenerator[TextChunk, None]:
+    ) -> AsyncGenerator[TextDelta, None]:
         """Stream without blocking the event loop; cancelling stops decoding within one step.
 
         Many streams at once take turns; those that memory or threads cannot hold wait in line.
@@ -366,7 +366,7 @@ class RASD:
 
     def _gated(
         self, request: Request, cancelled: threading.Event | None = None
-    ) -> Generator[TextChunk, None, None]:
+    ) -> Generator[TextDelta, None, None]:
         """Stream an answer that runs to its end by itself, once there is memory for it."""
         from rasd_integrations.runtime.admission import shared_admission
 
@@ -376,7 +376,7 @@ class RASD:
 
     def _answer(
         self, request: Request, gate: Gate | None = None
-    ) -> Generator[TextChunk, None, None]:
+    ) -> Generator[TextDelta, None, None]:
         stats = DecodingStats()
         self._engine.check_open()
         with at_work():
@@ -384,8 +384,8 @@ class RASD:
         return self._counted(chunks, stats)
 
     def _counted(
-        self, chunks: Generator[TextChunk, None, None], stats: DecodingStats
-    ) -> Generator[TextChunk, None, None]:
+        self, chunks: Generator[TextDelta, None, None], stats: DecodingStats
+    ) -> Generator[TextDelta, None, None]:
         try:
             yield from each_at_work(chunks)
         finally:

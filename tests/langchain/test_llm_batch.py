@@ -13,7 +13,7 @@ from langchain_core.caches import InMemoryCache
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import RASDLLM
 from rasd_integrations.response_format import Grammar
-from rasd_integrations.types import TextChunk
+from rasd_integrations.types import TextDelta
 
 LONG = "word " * 5000
 
@@ -56,7 +56,7 @@ class Waiting(Answer):
         end = time.monotonic() + 30
         while not self.ready():
             assert time.monotonic() < end, "the others never began"
-            yield TextChunk("")
+            yield TextDelta("")
         yield from super().pieces()
 
 
@@ -95,7 +95,7 @@ class Endless(Answer):
     def pieces(self):
         end = time.monotonic() + 10
         while time.monotonic() < end:
-            yield TextChunk(" word")
+            yield TextDelta(" word")
         self.ran_out = True
 
 

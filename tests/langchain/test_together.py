@@ -10,7 +10,7 @@ from fakes_langchain import Answer, FakeRASD
 
 from rasd_integrations.langchain import ChatRASD
 from rasd_integrations.langchain.together import as_they_end
-from rasd_integrations.types import TextChunk
+from rasd_integrations.types import TextDelta
 
 QUESTIONS = ["one", "two", "three"]
 
@@ -21,7 +21,7 @@ class Endless(Answer):
     def pieces(self):
         end = time.monotonic() + 10
         while time.monotonic() < end:
-            yield TextChunk(" word")
+            yield TextDelta(" word")
 
 
 @pytest.fixture

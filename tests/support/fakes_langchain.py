@@ -13,7 +13,7 @@ from rasd_integrations.config import SamplingParams
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import TextChunk, ToolCallDelta
+from rasd_integrations.types import TextDelta, ToolCallDelta
 
 ANSWER = "Ada wrote it."
 
@@ -39,15 +39,15 @@ class Answer:
 
     def pieces(self):
         for place, word in enumerate(words(self.reasoning)):
-            yield TextChunk("", (place,), reasoning=word)
+            yield TextDelta("", (place,), reasoning=word)
         for place, word in enumerate(words(self.text)):
-            yield TextChunk("", (place,))  # bytes held back
-            yield TextChunk(word)
+            yield TextDelta("", (place,))  # bytes held back
+            yield TextDelta(word)
         for index, (name, arguments) in enumerate(self.calls):
-            yield TextChunk("", tool_calls=(ToolCallDelta(index, f"call_{index}", name),))
+            yield TextDelta("", tool_calls=(ToolCallDelta(index, f"call_{index}", name),))
             for at in range(0, len(arguments), 5):
                 delta = ToolCallDelta(index, arguments=arguments[at : at + 5])
-                yield TextChunk("", (at,), tool_calls=(delta,))
+                yield TextDelta("", (at,), tool_calls=(delta,))
 
     @property
     def end(self):
@@ -115,7 +115,7 @@ class FakeRASD:
                 yield piece
             stats.count("suffix", 4, 3)
             self.stats.add(stats)
-            yield TextChunk("", (), answer.end, stats)
+            yield TextDelta("", (), answer.end, stats)
         finally:
             with self._lock:
                 self.open_streams -= 1
@@ -165,7 +165,7 @@ class RecordingRASD(RASD):
         if self.answer is None:
             return super()._answer(request, gate)
         text = self.answer(request.prompt)
-        return (piece for piece in [TextChunk(text, (), "stop", DecodingStats())])
+        return (piece for piece in [TextDelta(text, (), "stop", DecodingStats())])
 
 
 class WordEmbeddings(Embeddings):

@@ -16,21 +16,21 @@ from rasd_integrations.prompting import PromptHints
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.runtime.pipeline import joined
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import FinishReason, Generation, TextChunk, ToolCallDelta
+from rasd_integrations.types import FinishReason, Generation, TextDelta, ToolCallDelta
 
 ANSWER = ("The ", "lighthouse ", "", "was built in 1887.")
 
 
-def thought(text: str) -> TextChunk:
+def thought(text: str) -> TextDelta:
     """Return a piece of a thought."""
-    return TextChunk(text="", reasoning=text)
+    return TextDelta(text="", reasoning=text)
 
 
-def called(name: str, *arguments: str, index: int = 0) -> tuple[TextChunk, ...]:
+def called(name: str, *arguments: str, index: int = 0) -> tuple[TextDelta, ...]:
     """Return the pieces of a tool call: its name, then its arguments."""
     first = ToolCallDelta(index, f"call_{index}", name)
     deltas = [first, *(ToolCallDelta(index, arguments=text) for text in arguments)]
-    return tuple(TextChunk(text="", tool_calls=(delta,)) for delta in deltas)
+    return tuple(TextDelta(text="", tool_calls=(delta,)) for delta in deltas)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class FakeRASD:
         self.options = options
         self.stats = DecodingStats()
         self.calls: list[Call] = []
-        self.answers: Sequence[str | Sequence[str | TextChunk]] = ()
+        self.answers: Sequence[str | Sequence[str | TextDelta]] = ()
         self.ends: FinishReason | None = None
         self.attached: list[Any] = []
         self.warmed: list[str] = []
@@ -105,7 +105,7 @@ class FakeRASD:
             return len(self.encode(prompt)) + 1
         return sum(len(self.encode(message["content"])) + 5 for message in prompt) + 3
 
-    def stream(self, prompt, params=None, *, hints=None, tools=None) -> Iterator[TextChunk]:
+    def stream(self, prompt, params=None, *, hints=None, tools=None) -> Iterator[TextDelta]:
         return _now(self._say("stream", prompt, params, hints, tools))
 
     def generate(self, prompt, params=None, *, hints=None, tools=None) -> Generation:
@@ -114,10 +114,10 @@ class FakeRASD:
     async def agenerate(self, prompt, params=None, *, hints=None, tools=None) -> Generation:
         return joined(self._say("agenerate", prompt, params, hints, tools))
 
-    def astream(self, prompt, params=None, *, hints=None, tools=None) -> AsyncIterator[TextChunk]:
+    def astream(self, prompt, params=None, *, hints=None, tools=None) -> AsyncIterator[TextDelta]:
         return _later(self._say("astream", prompt, params, hints, tools))
 
-    def _say(self, method, prompt, params, hints, tools) -> list[TextChunk]:
+    def _say(self, method, prompt, params, hints, tools) -> list[TextDelta]:
         if not prompt:
             msg = "The prompt is empty."
             raise PromptError(msg)
@@ -125,17 +125,17 @@ class FakeRASD:
         self.calls.append(Call(method, prompt, params, hints, tools))
         answer = self.answers[place] if place < len(self.answers) else ANSWER
         given = (answer,) if isinstance(answer, str) else answer
-        pieces = [TextChunk(text=piece) if isinstance(piece, str) else piece for piece in given]
+        pieces = [TextDelta(text=piece) if isinstance(piece, str) else piece for piece in given]
         by_itself = "tool_calls" if any(piece.tool_calls for piece in pieces) else "stop"
         stats = DecodingStats(prompt_tokens=self.count_tokens(prompt), generated_tokens=7)
-        return [*pieces, TextChunk(text="", finish_reason=self.ends or by_itself, stats=stats)]
+        return [*pieces, TextDelta(text="", finish_reason=self.ends or by_itself, stats=stats)]
 
 
-def _now(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
+def _now(chunks: Iterable[TextDelta]) -> Iterator[TextDelta]:
     yield from chunks
 
 
-async def _later(chunks: Iterable[TextChunk]) -> AsyncIterator[TextChunk]:
+async def _later(chunks: Iterable[TextDelta]) -> AsyncIterator[TextDelta]:
     for chunk in chunks:
         yield chunk
 

@@ -9,7 +9,7 @@ from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.answer.parser import AnswerParser, Parsed
 from rasd_integrations.text.answer.stop import StopMatcher
-from rasd_integrations.types import TextChunk, TokenBlock
+from rasd_integrations.types import TextDelta, TokenBlock
 
 
 def stream_text(
@@ -22,7 +22,7 @@ def stream_text(
     most_calls: int | None = None,
     hidden: str = "",
     count_tokens: Callable[[str], int] = len,
-) -> Generator[TextChunk, None, None]:
+) -> Generator[TextDelta, None, None]:
     """Yield the answer in ``blocks``, one chunk a block.
 
     Args:
@@ -65,13 +65,13 @@ def stream_text(
             calls = tuple(replace(c, arguments=c.arguments.translate(shown)) for c in calls)
             thoughts.append(thought)
             if reason is None:
-                yield TextChunk(text, block.token_ids, reasoning=thought, tool_calls=calls)
+                yield TextDelta(text, block.token_ids, reasoning=thought, tool_calls=calls)
                 continue
             _close(blocks)  # before the statistics are read: the engine ends them when it stops
             final = stats()
             if any(thoughts):
                 final.reasoning_tokens = count_tokens("".join(thoughts))
-            yield TextChunk(text, block.token_ids, reason, final, thought, calls)
+            yield TextDelta(text, block.token_ids, reason, final, thought, calls)
             return
     finally:
         _close(blocks)

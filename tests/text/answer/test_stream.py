@@ -12,7 +12,7 @@ from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.answer.parser import AnswerParser, ReasoningFormat
 from rasd_integrations.text.answer.stream import stream_text
 from rasd_integrations.text.tool_formats import HERMES
-from rasd_integrations.types import TextChunk, TokenBlock
+from rasd_integrations.types import TextDelta, TokenBlock
 
 
 class Source:
@@ -36,7 +36,7 @@ class Source:
             self.closed = True
 
 
-def chunks_of(source: Source, stop: tuple[str, ...] = ()) -> Iterator[TextChunk]:
+def chunks_of(source: Source, stop: tuple[str, ...] = ()) -> Iterator[TextDelta]:
     stats = DecodingStats(target_steps=7)
     return stream_text(
         source.blocks(), IncrementalDetokenizer(tiny_tokenizer()), stop, lambda: stats
