@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from inspect import getclosurevars, isfunction, ismethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import Runnable
@@ -15,11 +14,7 @@ from langchain_core.tools import BaseTool
 from langchain_core.vectorstores import VectorStore, VectorStoreRetriever
 
 from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.retrieval import as_chunk_source
-
-if TYPE_CHECKING:
-    from rasd_integrations.retrieval import ChunkSource
-    from rasd_integrations.types import Chunk
+from rasd_integrations.retrieval import JoinedSource, as_chunk_source
 
 _MOST_OBJECTS = 20_000  # a compiled graph of a large agent has some thousands
 
@@ -49,30 +44,6 @@ def find_source(chain: object) -> object:
         )
         raise ConfigurationError(msg)
     return stores[0] if len(stores) == 1 else JoinedSource([as_chunk_source(s) for s in stores])
-
-
-class JoinedSource:
-    """Several stores as one: their results in turns, best first."""
-
-    def __init__(self, sources: Iterable[ChunkSource]) -> None:
-        """Join ``sources``, in the order of their weight."""
-        self._sources = tuple(sources)
-
-    def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
-        """Return at most ``k`` chunks: every source's first, then every source's second, ..."""
-        found = [source.search(query, k, filter=filter) for source in self._sources]
-        longest = max(map(len, found), default=0)
-        turns = [chunks[i] for i in range(longest) for chunks in found if i < len(chunks)]
-        return [replace(chunk, rank=rank) for rank, chunk in enumerate(turns[:k])]
-
-    def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
-        """Return the document of ``chunk`` from the first source that knows it."""
-        documents = (source.document(chunk, filter=filter) for source in self._sources)
-        return next((document for document in documents if document), [])
-
-    def fingerprint(self) -> str:
-        """Return the identities of all sources."""
-        return "+".join(source.fingerprint() for source in self._sources)
 
 
 def _stores(chain: object) -> Iterable[VectorStore | VectorStoreRetriever]:

@@ -13,12 +13,13 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.prompt_values import PromptValue
 from langchain_core.tracers.context import register_configure_hook
+
+from rasd_integrations.retrieval.items import digest
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -95,13 +96,9 @@ class _Bounded(OrderedDict[Any, _Value]):
 
 def content_key(prompt: Sequence[BaseMessage] | str) -> bytes:
     """Return the hash of what a prompt says: of its text, or of its messages' types and texts."""
-    digest = blake2b(digest_size=16)
-    parts = [prompt] if isinstance(prompt, str) else [p for m in prompt for p in (m.type, m.text)]
-    for part in parts:
-        encoded = part.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little"))
-        digest.update(encoded)
-    return digest.digest()
+    if isinstance(prompt, str):
+        return digest(prompt)
+    return digest(*(part for m in prompt for part in (m.type, m.text)))
 
 
 _recent_roots: ContextVar[tuple[_Root, ...]] = ContextVar("rasd_recent_roots", default=())

@@ -6,10 +6,9 @@ Knows no engine; hands :class:`~rasd_integrations.prompting.PromptHints` on.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from rasd_integrations.config import reject_unknown
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.llama_index.trace import Retrieval, node_chunk
 from rasd_integrations.prompting import Prompt, PromptHints
+from rasd_integrations.retrieval.items import digest
 from rasd_integrations.types import Chunk
 
 Sent = str | Sequence[ChatMessage]
@@ -63,17 +63,9 @@ def same_prompt(one: Sent, other: Sent) -> bool:
 
 
 def _key(sent: Sent) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    parts: Iterable[str] = (
-        ("text", sent)
-        if isinstance(sent, str)
-        else (part for m in sent for part in (m.role.value, m.content or ""))
-    )
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.digest()
+    if isinstance(sent, str):
+        return digest("text", sent)
+    return digest(*(part for m in sent for part in (m.role.value, m.content or "")))
 
 
 class Capture:

@@ -16,9 +16,10 @@ from rasd_integrations.prompting.hints import Prompt, PromptHints
 from rasd_integrations.prompting.locate import Haystack, Located, Needle, PromptIndex
 from rasd_integrations.prompting.prompt_view import PromptView, Span, clean, hulls, without
 from rasd_integrations.prompting.splitting import split
-from rasd_integrations.prompting.token_counts import TokenCounter, digest
+from rasd_integrations.prompting.token_counts import TokenCounter
 from rasd_integrations.retrieval import join_chunks
 from rasd_integrations.retrieval.documents import DOCUMENT_KEYS
+from rasd_integrations.retrieval.items import digest
 from rasd_integrations.types import Chunk
 
 _JOINT = "\n\n"

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from rasd_integrations.prompting.prompt_view import PromptView
+from rasd_integrations.retrieval.items import digest
 
 _EXACT_CHARS = 8192  # longer texts are counted by sample: planning must not tokenise 200 KB
 _SAMPLES = 4
 _T = TypeVar("_T")
-
-
-def digest(*texts: str) -> bytes:
-    """Return a hash of ``texts`` that also tells where each ends."""
-    state = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        state.update(len(data).to_bytes(8, "little"))
-        state.update(data)
-    return state.digest()
 
 
 class ContentCache(Generic[_T]):

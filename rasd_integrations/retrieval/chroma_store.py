@@ -53,7 +53,7 @@ class ChromaDocuments:
         if count > _MOST_IDS:
             return mark
         ids = sorted(collection.get(include=[])["ids"])
-        return f"{mark}-{digest(ids)}"
+        return f"{mark}-{digest(*ids).hex()}"
 
 
 class ChromaSource:

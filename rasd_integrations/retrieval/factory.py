@@ -130,9 +130,9 @@ def _unwrapped(obj: Any, depth: int) -> ChunkSource | None:
     sources = [s for s in (_inner_source(i, depth) for i in inner) if s is not None]
     if len(sources) < 2:
         return sources[0] if sources else None
-    from rasd_integrations.retrieval.function import MergedSource
+    from rasd_integrations.retrieval.function import JoinedSource
 
-    return MergedSource(sources)
+    return JoinedSource(sources)
 
 
 def _inner_source(inner: Any, depth: int) -> ChunkSource | None:

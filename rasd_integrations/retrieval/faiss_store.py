@@ -73,7 +73,7 @@ class FaissSource:
 
     def fingerprint(self) -> str:
         """Return the number of vectors and a hash of the texts."""
-        return f"faiss-{self._index.ntotal}-{digest(c.text for c in self._load())}"
+        return f"faiss-{self._index.ntotal}-{digest(*(c.text for c in self._load())).hex()}"
 
     def _load(self) -> Iterable[Chunk]:
         ids = self._texts if isinstance(self._texts, Mapping) else range(len(self._texts))

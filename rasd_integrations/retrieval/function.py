@@ -57,7 +57,7 @@ class FunctionSource:
         return f"function-{named.__module__}.{named.__qualname__}"
 
 
-class MergedSource:
+class JoinedSource:
     """Several sources as one: their results in turn, each text once."""
 
     def __init__(self, sources: Sequence[ChunkSource]) -> None:

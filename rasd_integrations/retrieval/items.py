@@ -48,10 +48,13 @@ def node_to_chunk(node: Any, rank: int = 0) -> Chunk:
     return Chunk(node.get_content(), node.node_id, rank, metadata)
 
 
-def digest(texts: Iterable[str]) -> str:
-    """Return a short hash of texts or ids, in order."""
-    joined = "\0".join(texts).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(joined).hexdigest()[:16]
+def digest(*texts: str) -> bytes:
+    """Return 16 bytes of hash over ``texts`` and their lengths, in order."""
+    state = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        state.update(len(data).to_bytes(8, "little") + data)
+    return state.digest()
 
 
 def metadata_predicate(filter: Any) -> Callable[[Mapping[str, Any]], bool]:

@@ -75,7 +75,7 @@ class _HeldDocuments:
         return self._documents.document(chunk, self._predicate(filter))
 
     def fingerprint(self) -> str:
-        return digest(self._names())
+        return digest(*self._names()).hex()
 
     def _chunks(self) -> Iterable[Chunk]:
         for name, document in self._load():

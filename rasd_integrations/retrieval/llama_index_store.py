@@ -92,7 +92,7 @@ class LlamaIndexSource:
         """Return the store's class with a hash of its nodes' ids, or with the collection's size."""
         name = type(self._store).__name__
         if self._index is not None and not self._holds_text:
-            return f"{name}-{digest(self._index.index_struct.nodes_dict.values())}"
+            return f"{name}-{digest(*self._index.index_struct.nodes_dict.values()).hex()}"
         client = self._store.client
         if hasattr(client, "count") and hasattr(client, "id"):
             from rasd_integrations.retrieval.chroma_store import ChromaDocuments

@@ -104,7 +104,7 @@ class ListSource:
 
     def fingerprint(self) -> str:
         """Return a hash of the texts."""
-        return f"list-{digest(c.text for c in self._load())}"
+        return f"list-{digest(*(c.text for c in self._load())).hex()}"
 
     def _load(self) -> list[Chunk]:
         chunks = (to_chunk(item) for item in list(self._items))

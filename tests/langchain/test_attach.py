@@ -23,8 +23,6 @@ from langchain_core.vectorstores import InMemoryVectorStore
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.langchain.attach import JoinedSource
-from rasd_integrations.types import Chunk
 
 
 @pytest.fixture(autouse=True)
@@ -139,33 +137,6 @@ def test_an_attached_store_survives_a_rebuild_of_the_model():
     fields = {name: getattr(llm, name) for name in type(llm).model_fields}
     assert type(llm)(**fields)._rasd is llm._rasd
     assert type(llm)(**{**fields, "namespace": "b"})._rasd.options["store"] is RETRIEVER
-
-
-class Source:
-    """A chunk source of fixed results."""
-
-    def __init__(self, name, *found):
-        self.name, self.found = name, [Chunk(text, rank=i) for i, text in enumerate(found)]
-
-    def search(self, query, k, *, filter=None):
-        return self.found[:k]
-
-    def document(self, chunk, *, filter=None):
-        return self.found if chunk in self.found else []
-
-    def fingerprint(self):
-        return self.name
-
-
-def test_two_stores_are_searched_in_turns():
-    """An ensemble's stores count as one source, best results of each first."""
-    joined = JoinedSource([Source("a", "a1", "a2", "a3"), Source("b", "b1")])
-    assert ["a1", "b1", "a2", "a3"] == [c.text for c in joined.search("q", 10)]
-    assert ["a1", "b1"] == [c.text for c in joined.search("q", 2)]
-    assert [0, 1] == [c.rank for c in joined.search("q", 2)]
-    assert ["b1"] == [c.text for c in joined.document(Chunk("b1"))]
-    assert [] == joined.document(Chunk("c1"))
-    assert "a+b" == joined.fingerprint()
 
 
 def test_an_ensembles_stores_are_joined():

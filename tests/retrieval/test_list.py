@@ -6,7 +6,7 @@ import pytest
 from fakes_stores import TEXTS, WordEmbeddings, documents, embed_texts
 
 from rasd_integrations.errors import RetrievalError
-from rasd_integrations.retrieval import as_chunk_source, join_chunks
+from rasd_integrations.retrieval import JoinedSource, as_chunk_source, join_chunks
 from rasd_integrations.types import Chunk
 
 SENTENCES = [s + "." for text in TEXTS.values() for s in text.rstrip(".").split(". ")]
@@ -151,3 +151,19 @@ def test_a_function_that_takes_no_filter_is_not_called_under_one():
 def test_a_functions_fingerprint_is_its_name():
     """The same function is the same store."""
     assert as_chunk_source(embed_texts).fingerprint() == "function-fakes_stores.embed_texts"
+
+
+def test_joined_sources_take_turns():
+    """Each source's best first, every text once; documents come from the source that knows them."""
+    named = documents()
+    joined = JoinedSource(
+        [as_chunk_source(lambda q, k: ["a1", "b1", "a2"]), as_chunk_source(named)]
+    )
+    best = as_chunk_source(named).search("slate", 1)[0]
+    found = joined.search("slate", 4)
+    assert [c.text for c in found[:3]] == ["a1", best.text, "b1"]
+    assert [c.rank for c in found] == [0, 1, 2, 3]
+    assert joined.document(best) == as_chunk_source(named).document(best)
+    twice = JoinedSource([as_chunk_source(lambda q, k: ["a", "b"])] * 2)
+    assert [c.text for c in twice.search("q", 9)] == ["a", "b"]
+    assert len(twice.fingerprint().split("+")) == 2
