@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rasd_integrations.engine.executors.module_copy import shared_copy
+from rasd_integrations.engine.module_copy import shared_copy
 
 ROTARY = "RotaryEmbedding"  # how transformers names the modules that make angles of positions
 

@@ -17,7 +17,7 @@ from tiny import tiny_llama
 from rasd_integrations import RASD, SamplingParams, ToolUse, langchain, llama_index
 from rasd_integrations.errors import RASDError
 from rasd_integrations.runtime import pipeline
-from rasd_integrations.text.prompt.control import ControlTokens
+from rasd_integrations.text.control import ControlTokens
 
 _PLAIN = "{% for m in messages %}{{ m | tojson }}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
 TEMPLATES = {

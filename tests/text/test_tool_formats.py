@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from rasd_integrations.text.answer.parser import AnswerParser, parsed_arguments
-from rasd_integrations.text.prompt.control import ControlTokens
+from rasd_integrations.text.control import ControlTokens
 from rasd_integrations.text.prompt.messages import fold_roles, plain_message
 from rasd_integrations.text.tool_formats import (
     FALLBACK,

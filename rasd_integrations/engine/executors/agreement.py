@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.executors.module_copy import shared_copy
 from rasd_integrations.engine.executors.shrinking import BORDER, longest_border, small_model
 from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.module_copy import shared_copy
 from rasd_integrations.errors import ConfigurationError
 
 if TYPE_CHECKING:

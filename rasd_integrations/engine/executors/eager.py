@@ -1,6 +1,6 @@
 """How a step runs: one small protocol, and eager torch behind it.
 
-An executor runs a copy of the stock transformers module (:mod:`.module_copy`) with our attention
+An executor runs a copy of the stock transformers module (``engine/module_copy.py``) with our attention
 (``engine/attention.py``) and a cache object that keeps nothing, so every architecture written against
 transformers' attention interface works.
 """
@@ -19,9 +19,9 @@ from transformers import Cache, PreTrainedModel
 
 from rasd_integrations.engine.attention import NAME, Segment, StepContext
 from rasd_integrations.engine.executors.agreement import check_agreement, refusal
-from rasd_integrations.engine.executors.module_copy import Switches, shared_copy
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.long_rope import always_long, long_rope_border
+from rasd_integrations.engine.module_copy import Switches, shared_copy
 from rasd_integrations.errors import ConfigurationError
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rasd_integrations.types import TokenBlock
 
 if TYPE_CHECKING:
-    from rasd_integrations.text.prompt.control import ControlTokens
+    from rasd_integrations.text.control import ControlTokens
 
 # Characters that Unicode keeps out of texts: what stands for a control token within a stop string.
 _FIRST_MARK, _NUM_MARKS = 0xFDD0, 32

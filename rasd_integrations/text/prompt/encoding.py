@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from rasd_integrations.text.prompt.control import ControlTokens
+from rasd_integrations.text.control import ControlTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from typing import Any
 
 from rasd_integrations.errors import PromptError
 from rasd_integrations.text.answer.parser import parsed_arguments
+from rasd_integrations.text.control import plain_data
 from rasd_integrations.text.prompt.blocks import blocks_text
-from rasd_integrations.text.prompt.control import plain_data
 from rasd_integrations.text.tool_formats import FALLBACK, ToolFormat, results_as_text
 from rasd_integrations.types import Message
 

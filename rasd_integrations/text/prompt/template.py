@@ -19,7 +19,7 @@ from rasd_integrations.text.answer.parser import (
     reasoning_format,
 )
 from rasd_integrations.text.answer.stop import Stops
-from rasd_integrations.text.prompt.control import plain_data
+from rasd_integrations.text.control import plain_data
 from rasd_integrations.text.prompt.encoding import TextEncoder
 from rasd_integrations.text.prompt.messages import fold_roles, plain_message
 from rasd_integrations.text.tool_formats import (

@@ -15,7 +15,7 @@ from rasd_integrations.config import SamplingParams
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.engine.executors.eager import EagerExecutor
 from rasd_integrations.engine.executors.factory import has_openvino, make_executor
-from rasd_integrations.engine.executors.module_copy import shared_copy
+from rasd_integrations.engine.module_copy import shared_copy
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from rasd_integrations.errors import PromptError
-from rasd_integrations.text.prompt.control import ControlTokens, plain_data
+from rasd_integrations.text.control import ControlTokens, plain_data
 from rasd_integrations.text.prompt.template import ChatTemplate
 
 MARKS = (
