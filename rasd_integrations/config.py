@@ -290,7 +290,7 @@ class SpeculationConfig:
         num_draft_tokens: Draft length; ``None`` lets the schedule choose it from what it measures.
         max_draft_tokens: Longest draft (nodes of a tree) that the schedule may choose.
         knowledge_transfer: RAPID's eta, in nats; 0 is lossless.
-        mixture: Weight of the target in the mixture law, in (0, 1]; 1 is lossless.
+        mixture: Weight of the target in the mixture distribution, in (0, 1]; 1 is lossless.
     """
 
     num_draft_tokens: int | None = None
@@ -299,14 +299,14 @@ class SpeculationConfig:
     mixture: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the ranges and that at most one lossy law is asked for."""
+        """Check the ranges and that at most one lossy distribution is asked for."""
         n = self.num_draft_tokens
         _check(n is None or n >= 0, "num_draft_tokens", n, "at least 0, or None")
         _check(self.max_draft_tokens >= 1, "max_draft_tokens", self.max_draft_tokens, "at least 1")
         _check(self.knowledge_transfer >= 0, "knowledge_transfer", self.knowledge_transfer, ">= 0")
         _check(0 < self.mixture <= 1, "mixture", self.mixture, "in (0, 1]")
         if self.knowledge_transfer and self.mixture < 1:
-            msg = "knowledge_transfer and mixture are two laws; set one of them."
+            msg = "knowledge_transfer and mixture are two distributions; set one of them."
             raise ConfigurationError(msg)
 
     def with_draft_tokens(self, asked: int | None) -> SpeculationConfig:
@@ -327,7 +327,7 @@ class SpeculationConfig:
 
     @property
     def lossless(self) -> bool:
-        """Whether the output follows the target's own law."""
+        """Whether the output follows the target's own distribution."""
         return self.knowledge_transfer == 0 and self.mixture == 1
 
 

@@ -44,14 +44,14 @@ class Draft:
         token_ids: One id a node. A parent stands before its children.
         parents: Index of each node's parent in ``token_ids``, -1 for the root (the last committed
             token). ``None`` is the chain -1, 0, 1, ...
-        probs: ``[num_nodes, vocab]`` float32, the law each token was *sampled* from; ``None`` for a
+        probs: ``[num_nodes, vocab]`` float32, the distribution each token was *sampled* from; ``None`` for a
             deterministic draft. Sampled drafts are chains.
         logits: ``[num_nodes + 1, vocab]`` or ``[num_nodes, vocab]``, the drafter's raw logits at each
             node and after the last one; knowledge transfer needs them. Chains only.
         source: Name of the drafter, for the statistics.
         sources: Name of the drafter of each node, for drafts fused of several.
-        likely: How likely the drafter thinks it that each node is reached and accepted, in 0..1; ``None``
-            where it has no opinion. What a fused draft spends its nodes by.
+        node_probs: How likely the drafter thinks it that each node is reached and accepted, in 0..1; ``None``
+            where it has no estimate. What a fused draft spends its nodes by.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ class Draft:
     logits: torch.Tensor | None = None
     source: str = ""
     sources: tuple[str, ...] | None = None
-    likely: tuple[float, ...] | None = None
+    node_probs: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         """Return the number of drafted tokens."""
@@ -87,7 +87,7 @@ class Draft:
             probs=None if self.probs is None else self.probs[:n],
             logits=None if self.logits is None else self.logits[: n + 1],
             sources=None if self.sources is None else self.sources[:n],
-            likely=None if self.likely is None else self.likely[:n],
+            node_probs=None if self.node_probs is None else self.node_probs[:n],
         )
 
     def to(self, device: torch.device) -> Draft:
@@ -222,7 +222,7 @@ class GrammarState(Protocol):
         ...
 
     @property
-    def squeezed(self) -> bool:
+    def is_closing(self) -> bool:
         """Whether the answer had to be closed because its room ended."""
         ...
 
@@ -241,7 +241,7 @@ class DraftContext:
         chunk_ids: The retrieved chunks as token ids, best first.
         drafter_prompt_ids: The short prompt for a model drafter; ``None``: it reads the target's.
         temperature: 0 is greedy.
-        top_p: Nucleus of the sampling law.
+        top_p: Nucleus of the sampling distribution.
         top_k: 0 is off.
         seed: Seed of the drafter's own draws.
         wants_logits: Knowledge transfer is on: drafts must carry ``Draft.logits``.

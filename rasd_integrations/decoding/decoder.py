@@ -22,7 +22,7 @@ from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.constraints import SOURCE, guide, processed_rows
 from rasd_integrations.engine.verification.exact import Verdict, block_verify, sample_and_walk
-from rasd_integrations.engine.verification.sampling import Law, sampling_law
+from rasd_integrations.engine.verification.sampling import Distribution, sampling_distribution
 from rasd_integrations.engine.verification.transfer import mixture_verify, rapid_verify
 from rasd_integrations.errors import DecodingError, PromptTooLongError
 from rasd_integrations.stats import DecodingStats
@@ -87,7 +87,7 @@ class SpeculativeDecoder:
         Args:
             prompt_ids: The prompt.
             params: How to draw the answer.
-            context: What the drafter may know besides the prompt and the sampling law.
+            context: What the drafter may know besides the prompt and the sampling distribution.
             stats: Counters to fill; complete at every yield.
             namespace: Of the prefix cache.
             config: For this answer, in the place of the decoder's own.
@@ -153,13 +153,17 @@ class _Answer:
         seed = params.seed if params.seed is not None else self.steps.fresh_seed()
         self.generator = torch.Generator().manual_seed(seed)
         self.sampling = params.temperature, params.top_p, params.top_k
-        self.law: Law | None = sampling_law(*self.sampling, params.min_p)
+        self.distribution: Distribution | None = sampling_distribution(*self.sampling, params.min_p)
         eos_ids = self.target.eos_ids
         self.processors = logits_processors(self.target.model, params, len(ids), eos_ids)
         self.decoder = decoder
         most, fixed = self.config.max_draft_tokens, self.config.num_draft_tokens
         self.schedule = Schedule(
-            most, fixed, grain=self.steps.grain, prefix=len(ids), experience=decoder.experience
+            most,
+            fixed,
+            row_multiple=self.steps.row_multiple,
+            prefix=len(ids),
+            experience=decoder.experience,
         )
         self.context = replace(
             context,
@@ -208,7 +212,7 @@ class _Answer:
 
     @torch.inference_mode()
     def _step(self, lease: Lease, room: int, first: Tensor | None = None) -> TokenBlock:
-        """Draft, verify and commit at most ``room`` tokens, or draw the one that the logits ``first`` foretell."""
+        """Draft, verify and commit at most ``room`` tokens, or draw the one that the logits ``first`` predict."""
         started = time.perf_counter()
         aside = first is not None or self._stands_aside()
         budget = 0 if aside or self.session is None else self.schedule.next_budget()
@@ -224,7 +228,7 @@ class _Answer:
         started = time.perf_counter()
         bits = None
         if self.grammar is not None:
-            # A forced token has no law of the drafter's, which a lossy law asks for.
+            # A forced token has no distribution of the drafter's, which a lossy distribution asks for.
             forced = most if self.config.lossless and first is None else 0
             draft, bits = guide(self.grammar, draft, forced, self.target.eos_ids)
         logits = first
@@ -253,14 +257,18 @@ class _Answer:
     def _stands_aside(self) -> bool:
         """Whether to leave the step to the other answers in it: where widths cost, all of them pay for a draft."""
         chosen = self.config.num_draft_tokens is None and self.config.lossless
-        return chosen and self.steps.grain > 1 and self.target.is_contended
+        return chosen and self.steps.row_multiple > 1 and self.target.is_contended
 
     def _verify(self, logits: Tensor, draft: Draft) -> Verdict:
         config, draft = self.config, draft.to(logits.device)
         if config.lossless:
-            if self.law is not None and draft.probs is not None and not self.steps.is_fixed:
-                return block_verify(logits, draft, self.law, self.generator)
-            return sample_and_walk(logits, draft, self.law, self.generator)
+            if (
+                self.distribution is not None
+                and draft.probs is not None
+                and not self.steps.is_fixed
+            ):
+                return block_verify(logits, draft, self.distribution, self.generator)
+            return sample_and_walk(logits, draft, self.distribution, self.generator)
         if draft.logits is None:
             if len(draft):
                 msg = (
@@ -269,9 +277,9 @@ class _Answer:
                 )
                 raise DecodingError(msg)
             self.stats.off_reason = (
-                "the drafter is silent: tokens without its law follow the target's"
+                "the drafter is silent: tokens without its distribution follow the target's"
             )
-            return sample_and_walk(logits, draft, self.law, self.generator)
+            return sample_and_walk(logits, draft, self.distribution, self.generator)
         eta, mixture, min_p = config.knowledge_transfer, config.mixture, self.params.min_p
         rule, weight = (rapid_verify, eta) if eta else (mixture_verify, mixture)
         verdict, bound = rule(logits, draft, *self.sampling, weight, self.generator, min_p)
@@ -294,12 +302,12 @@ class _Answer:
         """Step over committed tokens; the block ends where the grammar does."""
         for i, token in enumerate(tokens):
             if token in self.target.eos_ids:
-                return tokens, "length" if grammar.squeezed else reason
+                return tokens, "length" if grammar.is_closing else reason
             if not grammar.push(token):
                 msg = f"The grammar refuses token {token}, which its own mask allowed. Please report this."
                 raise DecodingError(msg)
             if grammar.finished:
-                return tokens[: i + 1], "length" if grammar.squeezed else "stop"
+                return tokens[: i + 1], "length" if grammar.is_closing else "stop"
         return tokens, reason
 
     def _schedule(

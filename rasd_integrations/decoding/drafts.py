@@ -42,12 +42,12 @@ def checked(draft: object, budget: int, vocab_size: int) -> Draft:
         if tensor is not None:
             _check_rows(name, tensor, rows, vocab_size, chain=draft.is_chain)
     _check_names(draft)
-    if draft.likely is not None:
-        _has_length("likely", draft.likely, n)
-        likely: Sequence[object] = draft.likely
-        odd = [x for x in likely if not isinstance(x, Real) or not isfinite(x)]
+    if draft.node_probs is not None:
+        _has_length("node_probs", draft.node_probs, n)
+        node_probs: Sequence[object] = draft.node_probs
+        odd = [x for x in node_probs if not isinstance(x, Real) or not isfinite(x)]
         if odd:
-            msg = f"likely holds {odd[0]!r}, but must hold numbers."
+            msg = f"node_probs holds {odd[0]!r}, but must hold numbers."
             raise DecodingError(msg)
     most = min(n, max(budget, 0))
     return draft.head(next((i for i in range(most) if not 0 <= ids[i] < vocab_size), most))

@@ -3,7 +3,7 @@
 Expected tokens per second are ``E(n) / (t(1 + n) + d(n))`` (arXiv 2211.17192, theorem 3.8) for step time ``t`` of
 :mod:`.costs`. For a chain of which nothing is said, ``E(n) = (1 - a^(n+1)) / (1 - a)`` with the running acceptance
 ``a`` and a drafting time for each token. For a draft whose nodes carry their likelihood, chain or tree,
-``E(n) = 1 + sum(likely[:n])`` with likelihoods set right by ``drafters/calibration.py``, and the draft exists already:
+``E(n) = 1 + sum(node_probs[:n])`` with calibrated estimates, and the draft exists already:
 only the verify step is to be paid. Such a draft is asked for in each step, and nothing of it verified where that
 does not pay. Drafting that would lose time nonetheless is switched off and tried again now and then. Only time
 depends on it.
@@ -72,14 +72,14 @@ class Experience:
     Attributes:
         costs: Of steps.
         prefix: Tokens of the prompt that they were found over.
-        opinions: How far those of drafts held.
+        estimates: How far those of drafts held.
         lost: Plain steps that drafting cost of late, less what it won.
         draft_s: Seconds of a draft of full length whose nodes carry their likelihood, once known.
     """
 
     costs: CostShape | None = None
     prefix: int = 0
-    opinions: Judgements | None = None
+    calibration: Judgements | None = None
     lost: float = 0.0
     draft_s: float | None = None
 
@@ -104,7 +104,7 @@ class Schedule:
         max_draft_tokens: int,
         fixed: int | None = None,
         *,
-        grain: int = 1,
+        row_multiple: int = 1,
         prefix: int = 0,
         experience: Experience | None = None,
     ) -> None:
@@ -113,20 +113,20 @@ class Schedule:
         Args:
             max_draft_tokens: Longest draft.
             fixed: Length of every draft.
-            grain: Steps are run as ``1 + k * grain`` rows, and changes of their number cost time if above 1.
+            row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
             prefix: Tokens of the prompt.
             experience: Of earlier answers.
         """
         self.rows = 0
         self._max = max_draft_tokens
         self._fixed = fixed
-        self._grain = grain
+        self._row_multiple = row_multiple
         self._accepted, self._tried = _PRIOR_ACCEPTED, _PRIOR_TRIED
         experience = experience or Experience()
-        self._opinions = Calibration(experience.opinions)
+        self._calibration = Calibration(experience.calibration)
         self._prefix = prefix
         elsewhere = abs(prefix - experience.prefix) > _NEAR * max(prefix, experience.prefix)
-        self._costs = StepCosts(experience.costs, changes=grain > 1, elsewhere=elsewhere)
+        self._costs = StepCosts(experience.costs, changes=row_multiple > 1, elsewhere=elsewhere)
         self._draft_s, self._draft_tokens = 0.0, 0.0
         self._asked = 0
         # Of the last draft whose nodes carried their likelihood, and running average of those of full length.
@@ -140,7 +140,7 @@ class Schedule:
         """What the next answer should know."""
         # One that seemed dear is tried anew by the next answer.
         draft_s = self._full_s if self._drafts_cheaply() else None
-        known = self._opinions.known
+        known = self._calibration.known
         return Experience(self._costs.shape, self._prefix, known, self._lost, draft_s)
 
     @property
@@ -154,7 +154,7 @@ class Schedule:
         # A length that is fixed is seldom changed: what the last step ran as will do for a shorter draft.
         self._asked = self._next() if fixed is None else fixed
         if fixed is not None:
-            self.rows = min(self._costs.rows, rows_at(1 + fixed, self._grain))
+            self.rows = min(self._costs.rows, rows_at(1 + fixed, self._row_multiple))
         elif not self._asked:
             self.rows = 0
         return self._asked
@@ -177,10 +177,10 @@ class Schedule:
 
     def head(self, draft: Draft) -> int:
         """Return how many of a draft's nodes are worth verifying, the first ones."""
-        if self._fixed is not None or (draft.likely is None and len(draft)):
+        if self._fixed is not None or (draft.node_probs is None and len(draft)):
             return len(draft)
         options, expected = [_Option(0, 1.0)], 1.0
-        for n, share in enumerate(self._opinions.likely(draft), start=1):
+        for n, share in enumerate(self._calibration.node_probs(draft), start=1):
             expected += share
             options.append(_Option(n, expected))
         return self._chosen(options)
@@ -188,10 +188,10 @@ class Schedule:
     def _chosen(self, options: Sequence[_Option]) -> int:
         """Return the tokens of the best option, and set the rows that it is run as."""
         now = self._costs.rows
-        widths = {rows_at(1 + option.tokens, self._grain) for option in options} | {now or 1}
+        widths = {rows_at(1 + option.tokens, self._row_multiple) for option in options} | {now or 1}
         best = {rows: self._best(options, rows) for rows in widths}
         rows = max(best, key=lambda rows: self._rate(best[rows], rows))
-        if self._grain > 1:
+        if self._row_multiple > 1:
             self.rows = rows
         return best[rows].tokens
 
@@ -229,10 +229,10 @@ class Schedule:
             proposed: What the drafter proposed before its head was chosen.
             committed: The step's tokens, where they tell whether it was right.
         """
-        rows = max(rows_at(1 + drafted if rows is None else rows, self._grain), self.rows)
+        rows = max(rows_at(1 + drafted if rows is None else rows, self._row_multiple), self.rows)
         change_s = self._change_to(rows)
         self._costs.add(rows, step_s)
-        if proposed is None or proposed.likely is None:
+        if proposed is None or proposed.node_probs is None:
             self._note_draft(drafted, draft_s)
         else:
             if self._asked and self._has_proposed:  # the first one builds what later ones read
@@ -243,7 +243,7 @@ class Schedule:
             expected_s = self._costs.at(rows) + change_s
             lost = (draft_s + expected_s) / self._costs.at(1) - 1 - accepted
             self._lost = _MEMORY * self._lost + min(lost, _LOST_AT_ONCE)
-            self._opinions.judge(proposed, committed)
+            self._calibration.judge(proposed, committed)
         if drafted:
             tried = accepted + (accepted < drafted)
             self._accepted = _DECAY * self._accepted + accepted

@@ -33,11 +33,11 @@ class Steps(Protocol):
 
     Attributes:
         is_fixed: Whether each step has the rows that its positions say.
-        grain: Steps are run as ``1 + k * grain`` rows; more than 1 where changes of their number cost time.
+        row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
     """
 
     is_fixed: bool
-    grain: int
+    row_multiple: int
 
     def fresh_seed(self) -> int:
         """Return the seed of an answer that is given none."""
@@ -46,7 +46,7 @@ class Steps(Protocol):
     def prefill(self, ids: Sequence[int], buffer: KVBuffer, *, first: bool) -> Iterator[Tensor]:
         """Append rows of the prompt ``ids``, those that are not there; let others have turns in between.
 
-        With ``first`` all of them, and the last yield is the logits ``[1, vocab]`` that foretell the first token.
+        With ``first`` all of them, and the last yield is the logits ``[1, vocab]`` that predict the first token.
         """
         ...
 
@@ -79,7 +79,7 @@ class FreeSteps:
     def __init__(self, target: TargetModel) -> None:
         """Run steps of ``target``."""
         self._target = target
-        self.grain = target.grain
+        self.row_multiple = target.row_multiple
 
     def fresh_seed(self) -> int:
         """Return another one each time."""
@@ -117,7 +117,7 @@ class FixedSteps:
     """
 
     is_fixed = True
-    grain = 1
+    row_multiple = 1
 
     def __init__(self, target: TargetModel) -> None:
         """Run steps of ``target``, once it was seen that their numbers can be had again.
@@ -151,13 +151,13 @@ class FixedSteps:
         return WIDTH - 1 - (length - 1) % WIDTH
 
     def fitted(self, draft: Draft) -> Draft:
-        """Return the likeliest path of a draft: a token of a tree has another place than its position's."""
+        """Return the most likely path of a draft: a token of a tree has another place than its position's."""
         if draft.is_chain:
             return draft
         best: dict[int, int] = {}
         for node, parent in enumerate(draft.parent_of):
             rival = best.setdefault(parent, node)
-            if draft.likely is not None and draft.likely[node] > draft.likely[rival]:
+            if draft.node_probs is not None and draft.node_probs[node] > draft.node_probs[rival]:
                 best[parent] = node
         path, node = list[int](), -1
         while (node := best.get(node, -1)) >= 0:
@@ -167,7 +167,9 @@ class FixedSteps:
             token_ids=tuple(draft.token_ids[node] for node in path),
             parents=None,
             sources=None if draft.sources is None else tuple(draft.sources[node] for node in path),
-            likely=None if draft.likely is None else tuple(draft.likely[node] for node in path),
+            node_probs=None
+            if draft.node_probs is None
+            else tuple(draft.node_probs[node] for node in path),
         )
 
     def step(self, ids: Sequence[int], draft: Draft, buffer: KVBuffer, rows: int = 0) -> Tensor:

@@ -105,7 +105,7 @@ def drafter_name(drafter: object) -> str | None:
 def check_drafter_spec(
     drafter: object, device: str | None = None, *, lossless: bool = True
 ) -> None:
-    """See that ``drafter`` is something a drafter can be made of, for a lossy law and on a device where asked.
+    """See that ``drafter`` is something a drafter can be made of, for a lossy distribution and on a device where asked.
 
     Raises:
         ConfigurationError: It is not.

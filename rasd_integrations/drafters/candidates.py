@@ -1,4 +1,4 @@
-"""The target's likeliest next tokens at some places: what a logits tree is drafted from.
+"""The target's most likely next tokens at some places: what a logits tree is drafted from.
 
 They steer drafts and never the output, so their probabilities may be rough: over the kept tokens only, and
 before temperature and soft caps.
@@ -26,10 +26,10 @@ _SCORES = (
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The target's likeliest next tokens after each of some rows.
+    """The target's most likely next tokens after each of some rows.
 
     Attributes:
-        token_ids: ``[rows, k]`` int32, likeliest first; -1 fills rows of which less is known.
+        token_ids: ``[rows, k]`` int32, most likely first; -1 fills rows of which less is known.
         probs: ``[rows, k]`` float32, their probabilities among one another; 0 where the id is -1.
     """
 
@@ -46,8 +46,8 @@ class Candidates:
         return Candidates(np.full((rows, k), -1, np.int32), np.zeros((rows, k), np.float32))
 
 
-def likeliest(logits: Tensor, k: int, token_ids: NDArray[np.int32] | None = None) -> Candidates:
-    """Return the ``k`` likeliest tokens of each row.
+def most_likely(logits: Tensor, k: int, token_ids: NDArray[np.int32] | None = None) -> Candidates:
+    """Return the ``k`` most likely tokens of each row.
 
     Args:
         logits: ``[rows, n]``, any float type.
@@ -96,7 +96,7 @@ class Shortlist:
         if self._some is None:
             return self.of_logits(self._head(hidden))
         logits = nn.functional.linear(hidden.to(self._some.device), self._some, self._offset)
-        return likeliest(logits, self._k, self._token_ids)
+        return most_likely(logits, self._k, self._token_ids)
 
     @cached_property
     def _some(self) -> Tensor | None:
@@ -113,7 +113,7 @@ class Shortlist:
         wanted = self._wanted.to(logits.device)  # of a model over several, it may be another
         few = _SCORES // len(wanted) if logits.device.type == "cpu" else len(logits)
         parts = [
-            likeliest(rows.index_select(1, wanted), self._k, self._token_ids)
+            most_likely(rows.index_select(1, wanted), self._k, self._token_ids)
             for rows in logits.split(max(few, 1))
         ]
         return Candidates(

@@ -1,6 +1,6 @@
 """A cheap drafter drafts for the model drafter, so that one drafter forward checks several tokens.
 
-The draft is token for token (sampled: in law) what the model drafter alone would propose; only the
+The draft is token for token (sampled: in distribution) what the model drafter alone would propose; only the
 number of its forwards falls.
 """
 

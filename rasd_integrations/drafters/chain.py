@@ -19,7 +19,7 @@ from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.constraints import chain_masks, forced_after, mask_rows
 from rasd_integrations.engine.verification.exact import sample_and_walk
-from rasd_integrations.engine.verification.sampling import sampling_law, take_back
+from rasd_integrations.engine.verification.sampling import rewind_generator, sampling_distribution
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 _HELPER_TOKENS = 8
@@ -33,7 +33,7 @@ class ChainSession:
     """One answer of a drafter that runs a model.
 
     The draft is the model's own answer, greedy or sampled as the target's: token ``i`` is drawn from its
-    law q after the same processors, and q travels with a sampled draft. A helper drafts for the model.
+    distribution q after the same processors, and q travels with a sampled draft. A helper drafts for the model.
 
     Attributes:
         forwards: Forwards of the model so far, the prefill aside.
@@ -59,7 +59,7 @@ class ChainSession:
         self._helper = helper
         self._grammar = context.grammar
         parameters = context.temperature, context.top_p, context.top_k
-        self._law = sampling_law(*parameters)
+        self._distribution = sampling_distribution(*parameters)
         self._sampler = Sampler(*parameters, fit)
         self._generator = torch.Generator().manual_seed(context.seed)
         self.forwards = 0
@@ -100,7 +100,7 @@ class ChainSession:
             rows.append(logits[:kept])
             buffer.truncate(start + len(pending) + len(tokens) - 1)
         if self._context.wants_logits:
-            # also after the last token: see docs/adr on the transfer law
+            # also after the last token: see docs/adr on the transfer distribution
             unread = [*pending, *tokens][buffer.length - start :]
             rows.append(self._forward(buffer, unread, tokens, 0)[-1])
         if not rows:
@@ -108,10 +108,10 @@ class ChainSession:
         logits = torch.cat(rows)
         return Draft(
             token_ids=tuple(tokens),
-            probs=None if self._law is None else self._law(logits[: len(tokens)]),
+            probs=None if self._distribution is None else self._distribution(logits[: len(tokens)]),
             logits=logits,
             source=self._source,
-            likely=tuple(accumulate(chances, mul)) if self._law is None else None,
+            node_probs=tuple(accumulate(chances, mul)) if self._distribution is None else None,
         )
 
     def _forward(
@@ -134,7 +134,7 @@ class ChainSession:
                 self.forwards += len(new)
                 buffer.commit(range(len(unread) + len(new) - 1))
                 _, kept = self._ends(new, sure)
-                take_back(self._generator, before, kept)  # as if each had been asked for
+                rewind_generator(self._generator, before, kept)  # as if each had been asked for
                 return new[:kept], sure[:kept], drawn.logits[:kept]
         logits = self._model.step([*unread, *guess], buffer)
         self.forwards += 1
@@ -145,14 +145,16 @@ class ChainSession:
         if budget <= 0:
             buffer.commit(range(len(unread)))
             return [], [], logits
-        verdict = sample_and_walk(logits, Draft(guess), self._law, self._generator)
+        verdict = sample_and_walk(logits, Draft(guess), self._distribution, self._generator)
         buffer.commit(range(len(unread) + len(verdict.accepted)))
         new = [*(guess[i] for i in verdict.accepted), verdict.token_id]
         return new, self._chances(new, logits), logits[: len(new)]
 
     def _chances(self, tokens: list[int], logits: Tensor) -> list[float]:
         """Return the model's probability of each of ``tokens``."""
-        probs = logits.float().softmax(-1) if self._law is None else self._law(logits)
+        probs = (
+            logits.float().softmax(-1) if self._distribution is None else self._distribution(logits)
+        )
         chances: list[float] = probs[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
         return chances
 

@@ -28,7 +28,7 @@ class DatastoreDrafter:
     what is said, but how fast it is said tells that a text is there: give tenants stores of their own.
 
     Attributes:
-        gives_logits: It has no law that knowledge transfer could lean towards.
+        gives_logits: It has no distribution that knowledge transfer could lean towards.
     """
 
     gives_logits = False
@@ -108,16 +108,16 @@ class DatastoreSession:
         self._answer: list[int] = []
 
     def propose(self, budget: int) -> Draft:
-        """Return the likeliest continuations as a tree of at most ``budget`` tokens.
+        """Return the most likely continuations as a tree of at most ``budget`` tokens.
 
         Raises:
             RetrievalError: The store's file was changed in place.
         """
-        token_ids, parents, likely = self._grow((), budget, tree=self._drafter.tree)
-        return Draft(token_ids, parents, source=self._drafter.name, likely=likely)
+        token_ids, parents, node_probs = self._grow((), budget, tree=self._drafter.tree)
+        return Draft(token_ids, parents, source=self._drafter.name, node_probs=node_probs)
 
     def propose_after(self, extra: Sequence[int], budget: int) -> tuple[int, ...]:
-        """Return the likeliest continuation of the committed tokens and ``extra``."""
+        """Return the most likely continuation of the committed tokens and ``extra``."""
         return self._grow(extra, budget, tree=False)[0]
 
     def observe(self, block: TokenBlock) -> None:
@@ -154,11 +154,11 @@ def best_tree(
     *,
     width: int | None = None,
 ) -> Tree:
-    """Return the nodes of a trie that are likeliest to be accepted, their parents and probabilities.
+    """Return the nodes of a trie that are most likely to be accepted, their parents and probabilities.
 
     A node's probability is the share of the rows that run through it, times the trust in each step to it:
     n / (n + 3) for the token after n matching ones, the drafted ones included. Of SmolLM2's greedy answers
-    to L-Eval (2700 tokens) this foretells what stands to 0.15; n / (n + 1) was up to five times too sure.
+    to L-Eval (2700 tokens) this predicts what stands to 0.15; n / (n + 1) was up to five times too sure.
     Best first: every head of the result is the best tree of its size.
 
     Args:
@@ -170,7 +170,7 @@ def best_tree(
     """
     token_ids: list[int] = []
     parents: list[int] = []
-    likelies: list[float] = []
+    node_probs: list[float] = []
     # Entries: probability (negative), depth, token, order of finding, rows, parent.
     heap: list[tuple[float, int, int, int, Sequence[Sequence[int]], int]] = []
     found = 0
@@ -186,16 +186,16 @@ def best_tree(
         following.pop(SEPARATOR, None)
         ranked = sorted(following.items(), key=lambda item: (-len(item[1]), item[0]))
         for token, group in ranked[:width]:
-            likely = len(group) / len(rows) * trust
-            if likely >= min_probability:
-                heapq.heappush(heap, (-likely, depth, token, found, group, parent))
+            prob = len(group) / len(rows) * trust
+            if prob >= min_probability:
+                heapq.heappush(heap, (-prob, depth, token, found, group, parent))
                 found += 1
 
     push(rows, 0, _ROOT)
     while heap and len(token_ids) < budget:
-        likely, depth, token, _, group, parent = heapq.heappop(heap)
+        prob, depth, token, _, group, parent = heapq.heappop(heap)
         token_ids.append(token)
         parents.append(parent)
-        likelies.append(-likely)
+        node_probs.append(-prob)
         push(group, depth + 1, len(token_ids) - 1)
-    return tuple(token_ids), tuple(parents), tuple(likelies)
+    return tuple(token_ids), tuple(parents), tuple(node_probs)

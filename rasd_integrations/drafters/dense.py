@@ -36,7 +36,7 @@ class DenseDrafter:
     """Proposes what followed the places where the target's hidden state was like the present one, as a tree.
 
     Attributes:
-        gives_logits: It has no law that knowledge transfer could lean towards.
+        gives_logits: It has no distribution that knowledge transfer could lean towards.
         reads_hidden: The engine keeps the hidden states of prompt and answer for it.
     """
 
@@ -60,7 +60,7 @@ class DenseDrafter:
             store: Places of other texts, built with the target.
             name: Name in the statistics.
             prompt: Draft from the prompt and the running answer.
-            neighbours: Most places that a draft is made of, the likest ones.
+            neighbours: Most places that a draft is made of, the most similar ones.
             max_draft: Most tokens of a draft.
             min_probability: Least estimated probability of a drafted token.
             tree: Draft less likely continuations too; else one chain.
@@ -121,7 +121,7 @@ class DenseSession:
 
     @torch.inference_mode()
     def propose(self, budget: int) -> Draft:
-        """Return the likeliest continuations as a tree of at most ``budget`` tokens.
+        """Return the most likely continuations as a tree of at most ``budget`` tokens.
 
         Raises:
             RetrievalError: The store's file was changed in place.
@@ -138,13 +138,13 @@ class DenseSession:
             state = hidden[-1].float().cpu().numpy()
             found += drafter.store.find(state, self._ids[-1], drafter.neighbours, budget)
         found.sort(key=lambda neighbour: -neighbour.agreement)  # stable: the prompt's own first
-        token_ids, parents, likely = grow(
+        token_ids, parents, node_probs = grow(
             found[: drafter.neighbours],
             budget,
             drafter.min_probability,
             width=None if drafter.tree else 1,
         )
-        return Draft(token_ids, parents, source=drafter.name, likely=likely)
+        return Draft(token_ids, parents, source=drafter.name, node_probs=node_probs)
 
     def observe(self, block: TokenBlock) -> None:
         """Append the committed tokens."""
@@ -155,7 +155,7 @@ class DenseSession:
         self._buffer = None
 
     def _earlier(self, first: int, hidden: Tensor, depth: int) -> list[Neighbour]:
-        """Return the likest of the rows ``first``, ... that gave the last token too and have a follower."""
+        """Return the most similar of the rows ``first``, ... that gave the last token too and have a follower."""
         ids = self._ids
         for place in range(self._num_placed, len(ids) - 2):
             self._places[ids[place + 1]].append(place)
@@ -185,7 +185,7 @@ def grow(
     *,
     width: int | None = None,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
-    """Return the nodes of the neighbours' trie that are likeliest to be accepted, best first.
+    """Return the nodes of the neighbours' trie that are most likely to be accepted, best first.
 
     A node at depth d (1 is the first token) has the likelihood ``share * best ** d``: the share of the
     weights ``exp(5 * agreement)`` that runs through it, and the best neighbour's agreement for each token on
@@ -202,7 +202,7 @@ def grow(
     """
     token_ids: list[int] = []
     parents: list[int] = []
-    likely: list[float] = []
+    node_probs: list[float] = []
     if not neighbours:
         return (), (), ()
     best = neighbours[0].agreement
@@ -234,6 +234,6 @@ def grow(
         share, depth, _, token, group, parent = heapq.heappop(heap)
         token_ids.append(token)
         parents.append(parent)
-        likely.append(min(-share, 1.0))
+        node_probs.append(min(-share, 1.0))
         push(group, depth + 1, len(token_ids) - 1)
-    return tuple(token_ids), tuple(parents), tuple(likely)
+    return tuple(token_ids), tuple(parents), tuple(node_probs)

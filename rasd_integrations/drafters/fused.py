@@ -1,12 +1,12 @@
 """RASD: the drafts of several drafters as one tree (arXiv 2503.03434).
 
 Every part proposes; the tries are merged by longest common prefix, so that a token on which two agree is
-verified once. The nodes of the budget go to the paths that are likeliest to be accepted. What a part says of
-its own nodes (:attr:`Draft.likely`) is set right by what became of its earlier ones: the committed tokens
+verified once. The nodes of the budget go to the paths that are most likely to be accepted. What a part says of
+its own nodes (:attr:`Draft.node_probs`) is set right by what became of its earlier ones: the committed tokens
 judge each proposed node, whether it was verified or not. A part whose drafts gain less time than they take is
 asked more rarely.
 
-A model among the parts drafts greedily, whatever the sampling law: the tree is then a function of the
+A model among the parts drafts greedily, whatever the sampling distribution: the tree is then a function of the
 context, and the token sampled from the target at each node decides, which is exact at any temperature.
 """
 
@@ -27,8 +27,8 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 _CARRIED = 0.5  # share of the judged nodes that counts in the next answer
-_FAITH = 4.0  # a part's own opinion weighs as much as so many judged nodes
-_UNSAID = 0.5  # assumed of each token of a draft without an opinion
+_FAITH = 4.0  # a part's own estimate weighs as much as so many judged nodes
+_UNSAID = 0.5  # assumed of each token of a draft without an estimate
 # Text is copied in bursts: a part that has nothing for ten steps may have all of the next ten.
 _MEMORY = 0.97
 _TRIAL = 16  # drafts of a part before it is judged
@@ -59,7 +59,7 @@ class _Part:
     def __init__(self, session: DraftSession, record: _Record) -> None:
         self.session = session
         self.draft = Draft()
-        self.likely: tuple[float, ...] = ()  # what it said itself
+        self.node_probs: tuple[float, ...] = ()  # what it said itself
         self.answered = False  # whether it was asked for the draft under way
         self.spent = 0.0  # seconds on that draft so far
         self.hits = [_CARRIED * n for n in record.hits]
@@ -81,7 +81,7 @@ class _Part:
             return
         started = time.perf_counter()
         self.draft = self.session.propose(budget)
-        self.likely = self.draft.likely or _unsaid(self.draft)
+        self.node_probs = self.draft.node_probs or _unsaid(self.draft)
         self.asked += 1
         self.spent = time.perf_counter() - started
         self.answered = True
@@ -93,10 +93,10 @@ class _Part:
             self.session.learn(draft, logits)
             self.spent += time.perf_counter() - started
 
-    def expected(self, likely: float) -> float:
-        """Return how likely a node is that the part calls ``likely``."""
-        b = size_of(likely)
-        return (self.hits[b] + _FAITH * likely) / (self.tries[b] + _FAITH)
+    def expected(self, prob: float) -> float:
+        """Return the calibrated acceptance probability of a node that the part gives ``prob``."""
+        b = size_of(prob)
+        return (self.hits[b] + _FAITH * prob) / (self.tries[b] + _FAITH)
 
     def judge(self, tokens: Sequence[int]) -> int:
         """Learn from what was committed instead; return how many tokens the draft had right."""
@@ -104,13 +104,13 @@ class _Part:
         on_path = set(path)
         # What is drafted behind the last committed token, nobody can judge yet.
         unknown = {path[-1]} if path and len(path) == len(tokens) else set()
-        for node, (parent, likely) in enumerate(
-            zip(self.draft.parent_of, self.likely, strict=True)
+        for node, (parent, prob) in enumerate(
+            zip(self.draft.parent_of, self.node_probs, strict=True)
         ):
             if parent in unknown:
                 unknown.add(node)
                 continue
-            b = size_of(likely)
+            b = size_of(prob)
             self.tries[b] += 1
             self.hits[b] += node in on_path
         return len(path)
@@ -149,11 +149,11 @@ class FusedSession:
                 part.session.attach(target, buffer)
 
     def propose(self, budget: int) -> Draft:
-        """Return the likeliest nodes of all parts' drafts together, best first."""
+        """Return the most likely nodes of all parts' drafts together, best first."""
         started = time.perf_counter()
         for part in self._parts:
             part.ask(budget)
-        first = None if self._model is None else _likeliest_first(self._model, self._drafter.top_k)
+        first = None if self._model is None else _first_tokens_of(self._model, self._drafter.top_k)
         tree = _Tree(self._drafter.name)
         for part in self._parts:
             nodes = tree.add(part, None if part is self._model else first)
@@ -181,7 +181,7 @@ class FusedSession:
                 part.account(max(n - known, 0), per_token, step_s)
                 known = max(known, n)
         for part in self._parts:
-            part.draft, part.likely, part.answered = Draft(), (), False
+            part.draft, part.node_probs, part.answered = Draft(), (), False
             part.session.observe(block)
 
     def close(self) -> None:
@@ -193,10 +193,10 @@ class FusedSession:
 
 
 class FusedDrafter:
-    """Joins drafters into one whose draft is a tree of the likeliest of all their nodes.
+    """Joins drafters into one whose draft is a tree of the most likely of all their nodes.
 
     Attributes:
-        gives_logits: Whether there is a model, whose law knowledge transfer can lean towards.
+        gives_logits: Whether there is a model, whose distribution knowledge transfer can lean towards.
         keeps_time: Parts rest by what they cost, so two processes may draft differently.
         reads_hidden: Whether a part does.
         wants_prompt: Whether the model reads a short prompt of its own.
@@ -219,9 +219,9 @@ class FusedDrafter:
             parts: Drafters of deterministic drafts.
             model: A drafter of chains with logits (:class:`ModelDrafter`, :class:`CascadeDrafter`).
             name: In the statistics, for nodes whose part gives no name.
-            top_k: Retrieved continuations whose first token is not among the model's so many likeliest
+            top_k: Retrieved continuations whose first token is not among the model's so many most likely
                 are pruned (RASD); 0 prunes none.
-            siblings: Of each of the model's tokens, how many next likeliest ones are drafted beside it.
+            siblings: Of each of the model's tokens, how many next most likely ones are drafted beside it.
 
         Raises:
             ConfigurationError: No part, or a negative number.
@@ -245,21 +245,21 @@ class FusedDrafter:
         self.wants_prompt = any(getattr(p, "wants_prompt", False) for p in everyone)
 
     def start(self, context: DraftContext) -> DraftSession:
-        """Begin an answer; under a law that leans towards the drafter, the model alone drafts."""
+        """Begin an answer; under a distribution that leans towards the drafter, the model alone drafts."""
         if context.wants_logits and self.model is not None:
             return self.model.start(context)
         return FusedSession(self, context)
 
 
 class _Tree:
-    """The union of tries, each node with the best opinion of it."""
+    """The union of tries, each node with the best estimate of it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._places: dict[tuple[int, int], int] = {}  # parent and token to node
         self._token_ids: list[int] = []
         self._parents: list[int] = []
-        self._likely: list[float] = []
+        self._node_probs: list[float] = []
         self._sources: list[str] = []
 
     def add(self, part: _Part, first: frozenset[int] | None) -> list[int | None]:
@@ -277,12 +277,12 @@ class _Tree:
             if up is None or (parent < 0 and first is not None and token not in first):
                 mine.append(None)
                 continue
-            likely = part.expected(part.likely[node])
-            mine.append(self._put(up, token, likely, sources[node]))
+            prob = part.expected(part.node_probs[node])
+            mine.append(self._put(up, token, prob, sources[node]))
         return mine
 
     def add_siblings(self, model: _Part, chain: Sequence[int | None], count: int) -> None:
-        """Put beside each token of the model's chain the next likeliest of its law."""
+        """Put beside each token of the model's chain the next most likely of its distribution."""
         logits = model.draft.logits
         if logits is None or not count or not chain:
             return
@@ -294,38 +294,38 @@ class _Tree:
             for token, prob in zip(ids, probs, strict=True):
                 self._put(up, token, reached * prob, model.draft.source or self._name)
             if node is not None:  # the model's own chain is never pruned
-                up, reached = node, self._likely[node]
+                up, reached = node, self._node_probs[node]
 
     def best(self, budget: int) -> Draft:
-        """Return the ``budget`` likeliest nodes; parents stand before their children."""
-        likely = self._likely
+        """Return the ``budget`` most likely nodes; parents stand before their children."""
+        node_probs = self._node_probs
         for node, parent in enumerate(self._parents):
             if parent >= 0:
-                likely[node] = min(likely[node], likely[parent])
-        chosen = sorted(range(len(likely)), key=lambda node: (-likely[node], node))[:budget]
+                node_probs[node] = min(node_probs[node], node_probs[parent])
+        chosen = sorted(range(len(node_probs)), key=lambda node: (-node_probs[node], node))[:budget]
         new = {old: i for i, old in enumerate(chosen)} | {-1: -1}
         return Draft(
             token_ids=tuple(self._token_ids[i] for i in chosen),
             parents=tuple(new[self._parents[i]] for i in chosen),
             source=self._name,
             sources=tuple(self._sources[i] for i in chosen),
-            likely=tuple(likely[i] for i in chosen),
+            node_probs=tuple(node_probs[i] for i in chosen),
         )
 
-    def _put(self, parent: int, token: int, likely: float, source: str) -> int:
+    def _put(self, parent: int, token: int, prob: float, source: str) -> int:
         node = self._places.setdefault((parent, token), len(self._token_ids))
         if node == len(self._token_ids):
             self._token_ids.append(token)
             self._parents.append(parent)
-            self._likely.append(likely)
+            self._node_probs.append(prob)
             self._sources.append(source)
-        elif likely > self._likely[node]:
-            self._likely[node], self._sources[node] = likely, source
+        elif prob > self._node_probs[node]:
+            self._node_probs[node], self._sources[node] = prob, source
         return node
 
 
-def _likeliest_first(model: _Part, top_k: int) -> frozenset[int] | None:
-    """Return the model's likeliest first tokens; ``None`` where it has no opinion."""
+def _first_tokens_of(model: _Part, top_k: int) -> frozenset[int] | None:
+    """Return the model's most likely first tokens; ``None`` where it has no estimate."""
     logits = model.draft.logits
     if not top_k or logits is None or not len(logits):
         return None
@@ -333,11 +333,11 @@ def _likeliest_first(model: _Part, top_k: int) -> frozenset[int] | None:
 
 
 def _unsaid(draft: Draft) -> tuple[float, ...]:
-    """Return the opinion of a draft that has none."""
-    likely: list[float] = []
+    """Return the estimate of a draft that has none."""
+    node_probs: list[float] = []
     for parent in draft.parent_of:
-        likely.append(_UNSAID * (1.0 if parent < 0 else likely[parent]))
-    return tuple(likely)
+        node_probs.append(_UNSAID * (1.0 if parent < 0 else node_probs[parent]))
+    return tuple(node_probs)
 
 
 def _path(draft: Draft, tokens: Sequence[int]) -> list[int]:

@@ -1,7 +1,7 @@
 """A tree of what the target itself found likely after the same last tokens. No model, no training.
 
 Every row of logits that the target computes, in the prompt and behind refused drafts too, says what it would
-write next there. Its few likeliest tokens are kept under the last one to four tokens of the place (Token
+write next there. Its few most likely tokens are kept under the last one to four tokens of the place (Token
 Recycling, arXiv 2408.08696; longer keys and the latest occurrence from RACER's copy-logit, arXiv 2604.14885).
 A draft mixes the rows found under all of its last tokens as an interpolated n-gram model does and grows the
 tree best first. Mixing and the row before the last token are ours: docs/explanation/experiments.md.
@@ -29,12 +29,12 @@ from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 # How far a row is trusted that was found under 1, 2, 3 or 4 tokens; what is left goes to the shorter keys.
 _TRUST = (0.45, 0.6, 0.75, 0.85)
-# The law that gave the last token foretells the next one too, where that token is new (LogitSpec).
+# The distribution that gave the last token predicts the next one too, where that token is new (LogitSpec).
 _TRUST_BEFORE = 0.5
 _KEY = len(_TRUST)
 # What did follow in the prompt is a candidate too, with this weight: RAG answers copy.
 _COPIED = 0.4
-# A law of one place is surer of its first token than a guess at another place may be.
+# A distribution of one place is surer of its first token than a guess at another place may be.
 _FLATTENING = 0.7
 # A call costs more than a row: the rows around one are worked out with it, since texts are copied on from there,
 # and those that its node's rivals will ask for.
@@ -91,7 +91,9 @@ class CandidateIndex:
         for start in range(0, len(wanted), _BATCH):
             self._work_out(wanted[start : start + _BATCH])
 
-    def law(self, tail: Tail, ahead: Callable[[], Iterable[Tail]] = tuple) -> dict[int, float]:
+    def distribution(
+        self, tail: Tail, ahead: Callable[[], Iterable[Tail]] = tuple
+    ) -> dict[int, float]:
         """Return how likely each token is to follow ``tail``, as far as rows are known: a score in 0..1.
 
         Where rows must be worked out first, those of the tails that ``ahead`` gives are, too.
@@ -100,20 +102,22 @@ class CandidateIndex:
         if missing := self._missing(rows):
             more = (self._missing(self._rows(other)) for other in ahead())
             self._work_out(np.asarray(sorted(missing.union(*more))))
-        law: dict[int, float] = {}
+        distribution: dict[int, float] = {}
         left = 1.0
         for n, slot in rows:
             if n:
                 share = left * _TRUST[n - 1]
                 left -= share
                 for token, weight in self._row(slot):
-                    law[token] = law.get(token, 0.0) + share * weight
+                    distribution[token] = distribution.get(token, 0.0) + share * weight
             else:
                 for token, weight in self._row(slot):
                     if token != tail[-1]:
-                        law[token] = law.get(token, 0.0) + left * _TRUST_BEFORE * weight
-        law.pop(-1, None)
-        return law
+                        distribution[token] = (
+                            distribution.get(token, 0.0) + left * _TRUST_BEFORE * weight
+                        )
+        distribution.pop(-1, None)
+        return distribution
 
     def _rows(self, tail: Tail) -> list[tuple[int, int]]:
         """Return the slots found under the last 4, 3, 2 and 1 tokens, and as 0 that of the row before."""
@@ -208,7 +212,7 @@ class RecyclingSession:
         self._index.add(tails, self._shortlist.of_logits(logits))
 
     def propose(self, budget: int) -> Draft:
-        """Return the likeliest tree of at most ``budget`` tokens."""
+        """Return the most likely tree of at most ``budget`` tokens."""
         most = min(budget, self._drafter.max_draft)
         token_ids: list[int] = []
         parents: list[int] = []
@@ -221,11 +225,11 @@ class RecyclingSession:
             """Return the tails that will be asked for next."""
             return [_after(tail, token) for _, _, token, _, tail in heapq.nsmallest(_AHEAD, heap)]
 
-        def push(tail: Tail, likely: float, parent: int) -> None:
+        def push(tail: Tail, prob: float, parent: int) -> None:
             nonlocal found
-            for token, score in self._index.law(tail, ahead).items():
-                if likely * score >= self._drafter.min_probability:
-                    heapq.heappush(heap, (-likely * score, found, token, parent, tail))
+            for token, score in self._index.distribution(tail, ahead).items():
+                if prob * score >= self._drafter.min_probability:
+                    heapq.heappush(heap, (-prob * score, found, token, parent, tail))
                     found += 1
 
         if most > 0:
@@ -238,7 +242,7 @@ class RecyclingSession:
             if len(token_ids) < most and -score > 2 * self._drafter.min_probability:
                 push(_after(tail, token), -score, len(token_ids) - 1)
         return Draft(
-            tuple(token_ids), tuple(parents), source=self._drafter.name, likely=tuple(scores)
+            tuple(token_ids), tuple(parents), source=self._drafter.name, node_probs=tuple(scores)
         )
 
     def observe(self, block: TokenBlock) -> None:
@@ -257,7 +261,7 @@ class RecyclingDrafter:
     the prefix cache.
 
     Attributes:
-        gives_logits: It has no law that knowledge transfer could lean towards.
+        gives_logits: It has no distribution that knowledge transfer could lean towards.
         reads_hidden: The engine keeps final hidden states for it, where it looks at the prompt.
     """
 

@@ -200,14 +200,14 @@ class SuffixSession:
         self._index.extend(context.prompt_ids)
 
     def propose(self, budget: int) -> Draft:
-        """Return the likeliest continuation, a chain or a tree, of at most ``budget`` tokens."""
+        """Return the most likely continuation, a chain or a tree, of at most ``budget`` tokens."""
         width = _WIDTH if self._drafter.tree else 1
-        token_ids, parents, likely = self._grow((), budget, width)
+        token_ids, parents, node_probs = self._grow((), budget, width)
         return Draft(
             token_ids,
             parents=parents if self._drafter.tree else None,
             source=self._drafter.name,
-            likely=likely,
+            node_probs=node_probs,
         )
 
     def propose_after(self, extra: Sequence[int], budget: int) -> tuple[int, ...]:
@@ -225,12 +225,12 @@ class SuffixSession:
     def _grow(
         self, extra: Sequence[int], budget: int, width: int
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
-        """Grow the draft node by node, likeliest path first, ``width`` followers a node."""
+        """Grow the draft node by node, most likely path first, ``width`` followers a node."""
         index, drafter = self._index, self._drafter
         state, length = index.with_continuation(*index.match(extra))
         if length < drafter.min_match:
             return (), (), ()
-        # A longer match foretells a longer copy (SuffixDecoding); one token more costs little.
+        # A longer match predicts a longer copy (SuffixDecoding); one token more costs little.
         depth_limit = min(length + 1, drafter.max_draft)
         token_ids: list[int] = []
         parents: list[int] = []
@@ -239,25 +239,25 @@ class SuffixSession:
         heap: list[tuple[float, int, int, int, int, int]] = []
         found = 0
 
-        def push(state: int, likely: float, parent: int, depth: int) -> None:
+        def push(state: int, prob: float, parent: int, depth: int) -> None:
             nonlocal found
             for share, token, target in index.followers(state, width):
-                if likely * share >= drafter.min_probability:
-                    heapq.heappush(heap, (-likely * share, found, token, target, parent, depth))
+                if prob * share >= drafter.min_probability:
+                    heapq.heappush(heap, (-prob * share, found, token, target, parent, depth))
                     found += 1
 
         push(state, 1.0, _NONE, 1)
         while heap and len(token_ids) < min(budget, drafter.max_draft):
-            likely, _, token, state, parent, depth = heapq.heappop(heap)
+            prob, _, token, state, parent, depth = heapq.heappop(heap)
             token_ids.append(token)
             parents.append(parent)
             # After a match of n tokens the next one is right n times of n + 1, as in REST's trie.
-            scores.append(-likely * length / (length + depth))
+            scores.append(-prob * length / (length + depth))
             if depth < depth_limit:
                 # At the text's end the draft goes on from a shorter match: a loop is drafted whole.
                 state, _ = index.with_continuation(state, 0)
                 if state:
-                    push(state, -likely, len(token_ids) - 1, depth + 1)
+                    push(state, -prob, len(token_ids) - 1, depth + 1)
         return tuple(token_ids), tuple(parents), tuple(scores)
 
 
@@ -265,7 +265,7 @@ class SuffixDrafter:
     """Proposes what followed the longest earlier occurrence of the last tokens.
 
     Attributes:
-        gives_logits: It has no law that knowledge transfer could lean towards.
+        gives_logits: It has no distribution that knowledge transfer could lean towards.
     """
 
     gives_logits = False

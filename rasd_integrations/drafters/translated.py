@@ -2,7 +2,7 @@
 
 Greedy, the draft's text is the bridge (SLEM of arXiv 2502.05202, universal assisted generation): the drafter
 keeps its own ids of the same text, and what it drafts is encoded anew for the target. Sampled, the drafter's
-law is projected on the tokens that both know (TLI of the same paper, algorithm 4), which keeps the draft's law
+distribution is projected on the tokens that both know (TLI of the same paper, algorithm 4), which keeps it
 known and block verification exact. Wherever the draft comes from, the answer is the target's.
 """
 
@@ -100,7 +100,7 @@ class TranslatedDrafter:
     Attributes:
         name: In the statistics; drafts are counted as ``bridge`` and ``projection``.
         wants_prompt: Whether a short prompt of its own should be made for each answer.
-        gives_logits: Its law says nothing of the tokens that only the target knows.
+        gives_logits: Its distribution says nothing of the tokens that only the target knows.
     """
 
     name = "translated"
@@ -159,7 +159,7 @@ class TranslatedSession:
         """Return a chain of at most ``budget`` tokens of the target's."""
         if not self._projects:
             return self._bridged(self._inner.propose(budget), budget)
-        if self._held:  # the drafter's law is one of whole characters here
+        if self._held:  # the drafter's distribution is one of whole characters here
             return Draft(source="projection")
         return self._translated(self._inner.propose(budget))
 
@@ -177,7 +177,7 @@ class TranslatedSession:
         self._inner.close()
 
     def _translated(self, draft: Draft) -> Draft:
-        """Return a draft of shared tokens, and its law, in the target's ids.
+        """Return a draft of shared tokens, and its distribution, in the target's ids.
 
         Several of the drafter's tokens may stand for one of the target's: their chances add up.
         """
@@ -209,11 +209,13 @@ class TranslatedSession:
         if stops and translation.end is not None:
             new.append(translation.end)
             said_by.append(spoken)
-        likely = draft.likely
+        node_probs = draft.node_probs
         return Draft(
             token_ids=tuple(new[:budget]),
             source="bridge",
-            likely=None if likely is None else tuple(likely[i] for i in said_by[:budget]),
+            node_probs=None
+            if node_probs is None
+            else tuple(node_probs[i] for i in said_by[:budget]),
         )
 
     def _is_silent(self, token: int) -> bool:

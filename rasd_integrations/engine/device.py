@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def sent(numbers: Tensor, device: torch.device) -> Tensor:
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """Return ``numbers`` of the host on ``device``, without waiting for what the device is at."""
     if device.type != "cuda":
         return numbers.to(device)

@@ -11,7 +11,10 @@ from torch import Tensor
 from rasd_integrations.engine.attention import Segment
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.verification.exact import checked, first_best
-from rasd_integrations.engine.verification.sampling import inverted, sampling_law
+from rasd_integrations.engine.verification.sampling import (
+    sample_by_inverse_cdf,
+    sampling_distribution,
+)
 
 ROOM = 16  # tokens drawn in a row; longer drafts are several such runs
 
@@ -39,12 +42,12 @@ class Sampler:
     def __call__(self, logits: Tensor, uniform: Tensor) -> Choice:
         """Return tokens ``[n]`` (-1 where none may follow), their probabilities ``[n]`` and the fitted logits."""
         logits = self.fit(logits)
-        law = sampling_law(self.temperature, self.top_p, self.top_k)
-        if law is None:
+        distribution = sampling_distribution(self.temperature, self.top_p, self.top_k)
+        if distribution is None:
             tokens, probs = first_best(logits), logits.float().softmax(-1)
         else:
-            probs = law(logits)
-            tokens = inverted(probs, uniform)
+            probs = distribution(logits)
+            tokens = sample_by_inverse_cdf(probs, uniform)
         chances = probs.gather(-1, tokens.clamp(min=0)[:, None]).squeeze(-1)
         return tokens, chances, logits
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.device import sent
+from rasd_integrations.engine.device import to_device
 from rasd_integrations.engine.drawing import ROOM, DrawingExecutor, Drawn, Sampler
 from rasd_integrations.engine.executors.eager import (
     EagerExecutor,
@@ -119,14 +119,14 @@ class TargetModel:
         self._turns.leave()
 
     @property
-    def grain(self) -> int:
-        """Steps are run as ``1 + k * grain`` rows; more than 1 where changes of their number cost time."""
-        return self._executor.grain
+    def row_multiple(self) -> int:
+        """Steps are run as ``1 + k * row_multiple`` rows; more than 1 where changes of their number cost time."""
+        return self._executor.row_multiple
 
     @property
-    def by_rows(self) -> bool:
+    def row_major(self) -> bool:
         """Whether keys had best be laid row by row, also where they lie otherwise by default."""
-        return self._executor.by_rows
+        return self._executor.row_major
 
     @property
     def executor_name(self) -> str:
@@ -292,7 +292,7 @@ class TargetModel:
         if not executor.can_record(buffer, len(ids)):
             return None
         work = self._prepared(ids, None, buffer, 1, spare=n - 1)
-        numbers = sent(uniform_numbers((n,), generator), self.device)
+        numbers = to_device(uniform_numbers((n,), generator), self.device)
         draw = partial(executor.draw, work.tokens, work.segment, sampler, numbers)
         drawn: Drawn = self._turns.submit(replace(work, draw=draw), len(ids), alone=True)
         return drawn
@@ -311,7 +311,7 @@ class TargetModel:
         with _memory_errors(len(ids), buffer, self.device):
             buffer.reserve(len(ids) + spare)
             positions, mask = self._layout(len(ids), parents, buffer.length + buffer.shift)
-            tokens = sent(torch.tensor(ids, dtype=torch.long), self.device)
+            tokens = to_device(torch.tensor(ids, dtype=torch.long), self.device)
             return _Work(tokens, Segment(buffer, positions, mask), num_logits, rows)
 
     def _layout(
@@ -326,7 +326,7 @@ class TargetModel:
             depth.append(depth[parent + 1] + 1)
             mask[node, : parent + 2] = mask[parent + 1, : parent + 2]
         positions = torch.tensor(depth) + length
-        return sent(positions, self.device), sent(torch.from_numpy(mask), self.device)
+        return to_device(positions, self.device), to_device(torch.from_numpy(mask), self.device)
 
 
 @torch.inference_mode()

@@ -11,7 +11,11 @@ from langchain_core.outputs import ChatGeneration
 
 from rasd_integrations.config import SAMPLING_DEFAULTS
 from rasd_integrations.langchain.base import RASDModel
-from rasd_integrations.langchain.message_chunks import MessageChunks, settle, whole_answer
+from rasd_integrations.langchain.message_chunks import (
+    MessageChunks,
+    mark_invalid_calls,
+    whole_answer,
+)
 from rasd_integrations.langchain.messages import template_messages
 from rasd_integrations.langchain.structured_output import Method, structured_output
 from rasd_integrations.langchain.tools import openai_tool, take_tool_use
@@ -238,5 +242,5 @@ def _settled(result: LLMResult) -> LLMResult:
     for generations in result.generations:
         for generation in generations:
             if isinstance(generation, ChatGeneration):
-                settle(generation.message)
+                mark_invalid_calls(generation.message)
     return result

@@ -83,11 +83,11 @@ def whole_answer(chunks: Sequence[ChatGenerationChunk]) -> ChatResult:
     """Return the answer that ``chunks`` add up to."""
     result = generate_from_stream(iter(chunks))
     for generation in result.generations:
-        settle(generation.message)
+        mark_invalid_calls(generation.message)
     return result
 
 
-def settle(message: BaseMessage) -> None:
+def mark_invalid_calls(message: BaseMessage) -> None:
     """File the calls that the last chunk called broken under ``invalid_tool_calls``: nobody is to run them."""
     if not isinstance(message, AIMessage):
         return

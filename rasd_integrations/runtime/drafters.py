@@ -59,14 +59,14 @@ def make_drafter(
         spec: ``"auto"``, ``"self"``, a model's hub id or path, a drafter, or ``None``.
         target: The model that is drafted for.
         drafter_model: The one that it names, or that was given beside it.
-        lossless: Whether the output follows the target alone; a lossy law needs a drafter's law.
+        lossless: Whether the output follows the target alone; a lossy distribution needs a drafter's distribution.
         cache_bytes: Most memory for the drafter model's kept keys and values.
         folder: Where keys and values of warmed documents lie.
         namespace: Whose files there are read.
 
     Raises:
-        VocabularyMismatchError: The drafter model has another vocabulary, which cannot be translated, or the law is
-            not ``lossless``.
+        VocabularyMismatchError: The drafter model has another vocabulary, which cannot be translated, or
+            ``lossless`` is false.
     """
     if spec is None or not isinstance(spec, str | Path):
         return spec
@@ -139,7 +139,7 @@ def _needs_one_vocabulary(
 ) -> VocabularyMismatchError:
     msg = (
         f"Drafter {drafter.name!r} and target {target.name!r} have different vocabularies ({difference}), but "
-        f"knowledge_transfer and mixture need the drafter's law over the target's tokens. Use a drafter of the "
-        f"target's family or 'self', or leave both at their defaults."
+        f"knowledge_transfer and mixture need the drafter's distribution over the target's tokens. Use a drafter of "
+        f"the target's family or 'self', or leave both at their defaults."
     )
     return VocabularyMismatchError(msg)

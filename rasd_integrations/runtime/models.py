@@ -191,7 +191,7 @@ class SharedModel:
             RowLayout(self.target.layer_rows(), self.target.hidden_size),
             folder.max_bytes,
             self.target.device,
-            by_rows=self.target.by_rows or deterministic,
+            row_major=self.target.row_major or deterministic,
             model=self.name,
         )
 

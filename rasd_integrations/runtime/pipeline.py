@@ -86,7 +86,7 @@ class Pipeline:
         planner: Finds question and chunks.
         template: Messages to token ids.
         decoder: Token ids to token ids.
-        speculation: The engine's law, followed where a call asks for no other.
+        speculation: The engine's distribution, followed where a call asks for no other.
         retrieval: Limits of the drafter's prompt.
         context: What the target reads.
         namespace: Of the prefix cache.
@@ -116,7 +116,7 @@ class Pipeline:
         """
         started = time.perf_counter()
         params, tools, template = self._settled(request.params), request.tools, self.template
-        config = self._law(request)
+        config = self._speculation_for(request)
         plan = self._plan(request, params.max_tokens)
         prompt_ids = encode(template, plan.target, tools)
         parser = None
@@ -157,7 +157,7 @@ class Pipeline:
         Raises:
             ContextOverflowError: A document leaves no room in the window.
         """
-        heads = [head_ids(self.template, document) for document in documents]
+        heads = [warm_prefix_ids(self.template, document) for document in documents]
         runs = [self.decoder.prefill(head, namespace=self.namespace) for head in heads]
         before, total = 0, sum(map(len, heads))
         for head, run in zip(heads, runs, strict=True):
@@ -173,8 +173,8 @@ class Pipeline:
 
         return params.settled(checkpoint_sampling(self.decoder.target.model))
 
-    def _law(self, request: Request) -> SpeculationConfig:
-        """Return the law of one answer: the call's, else the engine's; lossless where the form is bound."""
+    def _speculation_for(self, request: Request) -> SpeculationConfig:
+        """Return the distribution of one answer: the call's, else the engine's; lossless where the form is bound."""
         own, eta = self.speculation, request.params.knowledge_transfer
         if eta is None:
             asked = replace(own, knowledge_transfer=0.0, mixture=1.0) if request.bound else own
@@ -191,7 +191,7 @@ class Pipeline:
             return asked
         msg = (
             f"knowledge_transfer is {eta if eta is not None else own.knowledge_transfer}, but this call has "
-            f"no drafter with a law of its own. Build the model with drafter='self' or a small model, and "
+            f"no drafter with a distribution of its own. Build the model with drafter='self' or a small model, and "
             f"leave drafting on."
         )
         raise ConfigurationError(msg)
@@ -244,7 +244,7 @@ class Pipeline:
                 yield chunk
 
     def _closed_fields(self, ids: Sequence[int], grammar: GrammarState) -> tuple[str, ...]:
-        if not grammar.squeezed:
+        if not grammar.is_closing:
             return ()
         decode = self.template.tokenizer.decode
         text, kept = (decode([*part]) for part in (ids, ids[: len(ids) - grammar.closed_tokens]))
@@ -302,7 +302,7 @@ def note(plan: PromptPlan, context: DraftContext, stats: DecodingStats) -> None:
     stats.drafter_prompt_tokens = len(context.drafter_prompt_ids or ())
 
 
-def head_ids(template: ChatTemplate, document: Prompt) -> list[int]:
+def warm_prefix_ids(template: ChatTemplate, document: Prompt) -> list[int]:
     """Return the ids that every prompt beginning with ``document`` shares.
 
     A text is the head of the first user message, or of a plain prompt where there is no template.

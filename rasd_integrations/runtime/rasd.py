@@ -94,7 +94,7 @@ class RASD:
             model_kwargs: Straight to ``from_pretrained``.
             chat_template_kwargs: Straight to the chat template.
             retrieval: How chunks are found and how long the drafter's prompt may be.
-            speculation: Draft lengths and laws.
+            speculation: Draft lengths and distributions.
             prefix_cache_bytes: Most memory for keys and values kept between answers.
             prefix_cache_dir: Folder for those of warmed documents, found again by later processes.
             prefix_cache_dir_bytes: Most that the folder may hold, of all models together.

@@ -24,7 +24,7 @@ def measured(costs: StepCosts, rows: list[int], *, plain: float, change: float =
 
 
 def test_rows_are_filled_up():
-    """A step of one row stays one; others are the next of ``1 + k * grain``."""
+    """A step of one row stays one; others are the next of ``1 + k * row_multiple``."""
     assert [rows_at(n, 4) for n in (1, 2, 5, 6, 17)] == [1, 5, 5, 9, 17]
     assert [rows_at(n, 1) for n in (1, 2, 17)] == [1, 2, 17]
 
@@ -56,10 +56,10 @@ def test_the_shape_holds_for_an_answer_over_another_length():
 
 def test_prompts_of_another_length_are_measured_anew():
     """What wide steps cost over a short prompt is forgotten after a few over a long one, by a plain step of its own."""
-    short = Schedule(8, grain=4, prefix=900)
+    short = Schedule(8, row_multiple=4, prefix=900)
     settled(short, 60, [0.9], change=0.0)
     found = short.experience
-    same, long = (Schedule(8, grain=4, prefix=n, experience=found) for n in (1000, 7200))
+    same, long = (Schedule(8, row_multiple=4, prefix=n, experience=found) for n in (1000, 7200))
     assert same.next_budget() > 0
     assert long.next_budget() == 0  # the plain step is timed first
     costs = StepCosts(found.costs, elsewhere=True)
@@ -82,14 +82,14 @@ def settled(schedule: Schedule, steps: int, yields: list[float], change: float) 
     chance = random.Random(0)
     for step in range(steps):
         share = yields[step % len(yields)]
-        likely = tuple(share ** (1 + depth) for depth in range(4))
+        node_probs = tuple(share ** (1 + depth) for depth in range(4))
         budget = schedule.next_budget()
-        proposed = Draft((0, 1, 2, 3)[:budget], likely=likely[:budget])
+        proposed = Draft((0, 1, 2, 3)[:budget], node_probs=node_probs[:budget])
         n = schedule.head(proposed) if budget else 0
         rows = max(rows_at(1 + n, 4), schedule.rows)
         seconds = {1: 1.0}.get(rows, 1.2 + 0.05 * rows) + change * (rows != last)
         draw = chance.random()
-        right = sum(draw < share for share in likely)
+        right = sum(draw < share for share in node_probs)
         stood = min(n, right)
         how = {"proposed": proposed, "committed": [*range(stood), stood if right > stood else -1]}
         schedule.record(n, stood, 0.001, seconds, **how)
@@ -104,19 +104,19 @@ def changes(rows: list[int]) -> int:
 
 def test_rows_change_where_the_step_pays_for_it():
     """A dear change is made for what lasts, a cheap one for a single good draft; hopeless drafts are run as one row."""
-    cheap = settled(Schedule(8, grain=4), 200, [0.9, 0.1, 0.1], change=0.0)[100:]
-    dear = settled(Schedule(8, grain=4), 200, [0.9, 0.1, 0.1], change=0.9)[100:]
+    cheap = settled(Schedule(8, row_multiple=4), 200, [0.9, 0.1, 0.1], change=0.0)[100:]
+    dear = settled(Schedule(8, row_multiple=4), 200, [0.9, 0.1, 0.1], change=0.9)[100:]
     assert changes(cheap) > 40
     assert changes(dear) < 10
-    good = settled(Schedule(8, grain=4), 200, [0.9] * 3, change=0.5)[100:]
+    good = settled(Schedule(8, row_multiple=4), 200, [0.9] * 3, change=0.5)[100:]
     assert set(good) == {1, 5}
     assert good.count(1) == 2  # the plain step is timed again: the second of these two
-    assert set(settled(Schedule(8, grain=4), 200, [0.05] * 3, change=0.5)[100:]) == {1}
+    assert set(settled(Schedule(8, row_multiple=4), 200, [0.05] * 3, change=0.5)[100:]) == {1}
 
 
 def test_rows_are_not_wider_than_without_drafts():
     """Nothing drafted, nothing added."""
-    schedule = Schedule(8, grain=4)
+    schedule = Schedule(8, row_multiple=4)
     assert schedule.head(Draft()) == 0
     assert schedule.rows == 1
 
@@ -126,7 +126,7 @@ def asked_of(lost: float) -> int:
     schedule, asked = Schedule(8, experience=Experience(CostShape(), lost=lost)), 0
     for _ in range(60):
         asked += (budget := schedule.next_budget()) > 0
-        schedule.record(0, 0, 0.5 * (budget > 0), 1.0, proposed=Draft(likely=()))
+        schedule.record(0, 0, 0.5 * (budget > 0), 1.0, proposed=Draft(node_probs=()))
     return asked
 
 

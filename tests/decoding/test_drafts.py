@@ -30,9 +30,9 @@ MALFORMED = [
     (Draft((1, 2.5, 3)), "token_ids is .*integers"),
     (Draft((1, None, 3)), "token_ids is .*integers"),
     (Draft("abc"), "token_ids is 'abc'"),
-    (Draft(IDS, likely=(0.5, 0.5)), "likely has 2 entries"),
-    (Draft(IDS, likely=(0.5, float("nan"), 0.1)), "likely holds nan"),
-    (Draft(IDS, likely=(0.5, "much", 0.1)), "likely holds 'much'"),
+    (Draft(IDS, node_probs=(0.5, 0.5)), "node_probs has 2 entries"),
+    (Draft(IDS, node_probs=(0.5, float("nan"), 0.1)), "node_probs holds nan"),
+    (Draft(IDS, node_probs=(0.5, "much", 0.1)), "node_probs holds 'much'"),
     (Draft(IDS, probs=ROWS.numpy()), "probs is a ndarray"),
     (Draft(IDS, probs=ROWS.long()), "probs is a torch.int64"),
     (Draft(IDS, probs=ROWS[:2]), r"probs has shape \(2, 259\), but must have \(3, 259\)"),
@@ -78,9 +78,11 @@ def test_a_malformed_draft_is_what_a_failing_drafter_is(target, draft, said, cap
 
 def test_whole_numbers_of_other_libraries_are_ids(target):
     """NumPy's integers come out of arrays; they become plain ones, and ids the target does not know end a draft."""
-    draft = Draft(tuple(np.arange(3)), parents=tuple(np.array([-1, 0, 1])), likely=(1.0, 0.5, 0))
+    draft = Draft(
+        tuple(np.arange(3)), parents=tuple(np.array([-1, 0, 1])), node_probs=(1.0, 0.5, 0)
+    )
     taken = checked(draft, 2, VOCAB)
-    assert (taken.token_ids, taken.parents, taken.likely) == ((0, 1), (-1, 0), (1.0, 0.5))
+    assert (taken.token_ids, taken.parents, taken.node_probs) == ((0, 1), (-1, 0), (1.0, 0.5))
     assert {*map(type, taken.token_ids)} == {int}
     assert checked(Draft((1, VOCAB, 2)), 3, VOCAB).token_ids == (1,)
     assert checked(Draft((1, -1, 2)), 3, VOCAB).token_ids == (1,)

@@ -9,7 +9,7 @@ import fakes
 import pytest
 import torch
 from fakes import ScriptedDrafter
-from fakes_laws import Model, Oracle, distance, outcomes
+from fakes_distributions import Model, Oracle, distance, outcomes
 from tiny import EOS, VOCAB, tiny_gemma3, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation import NoRepeatNGramLogitsProcessor
@@ -22,7 +22,7 @@ from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification import exact
 from rasd_integrations.engine.verification.constraints import processed_rows
 from rasd_integrations.engine.verification.exact import block_verify, sample_and_walk
-from rasd_integrations.engine.verification.sampling import sampling_law
+from rasd_integrations.engine.verification.sampling import sampling_distribution
 from rasd_integrations.types import Draft
 
 PROMPT = [*range(40, 60), *range(45, 55), 7, 8, 45, 46]
@@ -166,11 +166,11 @@ def test_processed_rows_are_followed_exactly(monkeypatch, kind, seed):
     processors = LogitsProcessorList(
         [RepetitionPenaltyLogitsProcessor(1.7), NoRepeatNGramLogitsProcessor(3)]
     )
-    law = sampling_law(0.9, 0.97, 0, 0.05)
+    distribution = sampling_distribution(0.9, 0.97, 0, 0.05)
 
     def p(path):
         row = processed_rows(processors, model.logits(path)[None], [*prompt, *path], Draft(), None)
-        return law(row)[0].double()
+        return distribution(row)[0].double()
 
     tree = Draft((1, 2, 2, 0, 1), parents=(-1, -1, 0, 0, 2))
     draft = tree if kind == "tree" else Draft((2, 1, 3))
@@ -195,7 +195,7 @@ def test_processed_rows_are_followed_exactly(monkeypatch, kind, seed):
             rows = [model.logits(path) for path in paths]
         logits = processed_rows(processors, torch.stack(rows), prompt, drafted, None)
         verify = block_verify if kind == "sampled chain" else sample_and_walk
-        verdict = verify(logits, drafted, law, None)
+        verdict = verify(logits, drafted, distribution, None)
         accepted = [drafted.token_ids[n] for n in verdict.accepted]
         return (*accepted, verdict.token_id)
 
@@ -204,8 +204,8 @@ def test_processed_rows_are_followed_exactly(monkeypatch, kind, seed):
     assert distance(extended(got, p, length), extended({(): 1.0}, p, length)) < 1e-6
 
 
-def extended(law, p, length):
-    full, todo = Counter(), dict(law)
+def extended(distribution, p, length):
+    full, todo = Counter(), dict(distribution)
     while todo:
         prefix, weight = todo.popitem()
         if len(prefix) == length:

@@ -50,22 +50,22 @@ def test_fixed_length_is_kept():
     assert after(Schedule(16, fixed=5), 20, share=0.0, draft_s=1.0, slope=1.0).next_budget() == 5
 
 
-def chain(likely: list[float]) -> Draft:
-    """Return a chain whose nodes are reached and accepted so often, in the drafter's opinion."""
-    return Draft(tuple(range(len(likely))), likely=tuple(likely))
+def chain(node_probs: list[float]) -> Draft:
+    """Return a chain whose nodes are reached and accepted so often, in the drafter's estimate."""
+    return Draft(tuple(range(len(node_probs))), node_probs=tuple(node_probs))
 
 
-def judged(schedule: Schedule, steps: int, likely: list[float], *, kept: float, slope: float):
-    """Run steps whose drafts promise ``likely``, of which the target keeps the share ``kept``."""
+def judged(schedule: Schedule, steps: int, node_probs: list[float], *, kept: float, slope: float):
+    """Run steps whose drafts promise ``node_probs``, of which the target keeps the share ``kept``."""
     heads, chance = [], random.Random(0)
-    law = [kept * share for share in likely]
+    distribution = [kept * share for share in node_probs]
     for step in range(steps):
         most = schedule.next_budget() if step % 4 else 1  # drafts of several widths show the slope
-        proposed = chain(likely[:most])
+        proposed = chain(node_probs[:most])
         n = schedule.head(proposed)
         heads.append(n)
         draw = chance.random()
-        right = sum(draw < share for share in law)
+        right = sum(draw < share for share in distribution)
         stood = min(n, right)
         how = {"proposed": proposed, "committed": [*range(stood), stood if right > stood else -1]}
         schedule.record(n, stood, 0.001, 1.0 + slope * n, **how)
@@ -74,9 +74,9 @@ def judged(schedule: Schedule, steps: int, likely: list[float], *, kept: float, 
 
 def test_nodes_are_taken_while_they_are_worth_their_rows():
     """Steep steps take the sure head of a draft, flat ones all of it."""
-    likely = [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
-    flat = judged(Schedule(8), 60, likely, kept=1.0, slope=0.0)
-    steep = judged(Schedule(8), 60, likely, kept=1.0, slope=0.5)
+    node_probs = [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+    flat = judged(Schedule(8), 60, node_probs, kept=1.0, slope=0.0)
+    steep = judged(Schedule(8), 60, node_probs, kept=1.0, slope=0.5)
     assert flat[-1] >= 6
     assert 2 <= steep[-1] <= 5
 

@@ -242,13 +242,16 @@ def test_a_failed_step_leaves_a_true_buffer(fixed, monkeypatch):
     assert said(decoder, ids) == wanted
 
 
-def test_a_tree_is_cut_to_its_likeliest_path(fixed):
+def test_a_tree_is_cut_to_its_most_likely_path(fixed):
     """A token beside the path would stand at another row than its position says."""
     draft = Draft(
-        (1, 2, 3, 4, 5), (-1, -1, 1, 1, 3), likely=(0.2, 0.7, 0.3, 0.4, 0.1), sources=tuple("abcde")
+        (1, 2, 3, 4, 5),
+        (-1, -1, 1, 1, 3),
+        node_probs=(0.2, 0.7, 0.3, 0.4, 0.1),
+        sources=tuple("abcde"),
     )
     path = fixed().fitted(draft)
-    assert (path.token_ids, path.sources, path.likely) == (
+    assert (path.token_ids, path.sources, path.node_probs) == (
         (2, 4, 5),
         ("b", "d", "e"),
         (0.7, 0.4, 0.1),
@@ -258,7 +261,7 @@ def test_a_tree_is_cut_to_its_likeliest_path(fixed):
 
 
 def test_what_cannot_be_kept_is_refused(monkeypatch):
-    """A law of drafts, an executor and a family whose bits depend on what else is in a step."""
+    """A distribution of drafts, an executor and a family whose bits depend on what else is in a step."""
     for options, says in (
         ({"knowledge_transfer": 2.0}, "contradicts knowledge_transfer"),
         ({"speculation": SpeculationConfig(mixture=0.5)}, "contradicts knowledge_transfer"),

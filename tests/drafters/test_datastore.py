@@ -27,14 +27,14 @@ def propose(store, prompt, budget=16, **options):
 
 
 def test_the_tree_follows_the_counts():
-    """Shares times trust in the match: the likeliest nodes, parents before their children."""
+    """Shares times trust in the match: the most likely nodes, parents before their children."""
     store = ids_store([1, 2, 3, 4], [9, 2, 3, 4, 5], [8, 2, 3, 6], [7, 2, 5])
     draft = propose(store, [0, 0, 2], 9)
     assert draft.token_ids == (3, 5, 4, 6, 5)
     assert draft.parents == (-1, -1, 0, 0, 2)
     one, two, three = 1 / 4, 1 / 4 * 2 / 5, 1 / 4 * 2 / 5 * 3 / 6  # trust at depth 1, 2, 3
     shares = (3 / 4 * one, 1 / 4 * one, 2 / 4 * two, 1 / 4 * two, 1 / 4 * three)
-    assert draft.likely == pytest.approx(shares)
+    assert draft.node_probs == pytest.approx(shares)
     assert draft.source == "datastore"
 
 
@@ -70,23 +70,23 @@ ROWS = st.lists(
 @settings(deadline=None)  # a busy machine is no fault
 @given(ROWS, st.integers(1, 16), st.integers(1, 12))
 def test_every_head_of_a_tree_is_the_best_tree_of_its_size(rows, length, budget):
-    """Cut to any size, the nodes are the likeliest ones of the trie, and form a tree."""
-    tokens, parents, likelies = best_tree(rows, length, budget, 0.0)
+    """Cut to any size, the nodes are the most likely ones of the trie, and form a tree."""
+    tokens, parents, node_probs = best_tree(rows, length, budget, 0.0)
     ends = [next((i for i, t in enumerate(row) if t == SEPARATOR), len(row)) for row in rows]
     nodes: dict[tuple[int, ...], int] = {}
     for row, end in zip(rows, ends, strict=True):
         for depth in range(1, end + 1):
             nodes[tuple(row[:depth])] = nodes.get(tuple(row[:depth]), 0) + 1
     steps = [(length + i) / (length + i + 3) for i in range(3)]
-    likely = {path: n / len(rows) * math.prod(steps[: len(path)]) for path, n in nodes.items()}
+    expected = {path: n / len(rows) * math.prod(steps[: len(path)]) for path, n in nodes.items()}
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tokens, parents, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
-    assert len(set(paths)) == len(paths) == min(budget, len(likely))
-    assert likelies == pytest.approx(tuple(likely[p] for p in paths))
-    assert list(likelies) == sorted(likelies, reverse=True)
-    best = sorted(likely.values(), reverse=True)[: len(paths)]
-    assert [likely[p] for p in paths] == pytest.approx(best)
+    assert len(set(paths)) == len(paths) == min(budget, len(expected))
+    assert node_probs == pytest.approx(tuple(expected[p] for p in paths))
+    assert list(node_probs) == sorted(node_probs, reverse=True)
+    best = sorted(expected.values(), reverse=True)[: len(paths)]
+    assert [expected[p] for p in paths] == pytest.approx(best)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 64, 200])
@@ -159,7 +159,7 @@ def test_what_was_learned_counts_with_what_is_stored():
         ids_store([1, 2, 3], [1, 2, 4]), [1, 2], learned=ids_store([1, 2, 4], max_tokens=9)
     )
     assert draft.token_ids == (4, 3)
-    assert draft.likely == pytest.approx((2 / 3 * 2 / 5, 1 / 3 * 2 / 5))
+    assert draft.node_probs == pytest.approx((2 / 3 * 2 / 5, 1 / 3 * 2 / 5))
 
 
 # --- the face ------------------------------------------------------------------------------------

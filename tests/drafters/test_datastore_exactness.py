@@ -10,7 +10,7 @@ from collections import defaultdict
 import pytest
 import torch
 from fakes_datastore import encode, ids_store, random_ids
-from fakes_laws import Model, Oracle, distance, outcomes, softmax
+from fakes_distributions import Model, Oracle, distance, outcomes, softmax
 from tiny import FAMILIES, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
@@ -30,7 +30,7 @@ SAMPLED = SamplingParams(
     temperature=0.9, top_p=0.95, seed=11, max_tokens=NUM_TOKENS, ignore_eos=True
 )
 PROMPT = random_ids(60, seed=19)  # every family has something to say to it
-LAWS = pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+SAMPLINGS = pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 SHAPES = pytest.mark.parametrize("tree", [True, False], ids=["tree", "chain"])
 
 
@@ -64,7 +64,7 @@ def oracle(monkeypatch):
 
 
 @SHAPES
-@LAWS
+@SAMPLINGS
 @pytest.mark.parametrize("n", [1, 2, 5, 16])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
 def test_ids_equal_plain_decoding(family, n, params, tree):
@@ -128,21 +128,21 @@ def answer(model, drafter, length, budget):
 @SHAPES
 @pytest.mark.parametrize("budget", [1, 2, 5, 16])
 @pytest.mark.parametrize("seed", range(4))
-def test_answers_follow_the_target_law(oracle, seed, budget, tree):
-    """By enumeration of every draw: the law of an answer's first four tokens is the target's own."""
+def test_answers_follow_the_target_distribution(oracle, seed, budget, tree):
+    """By enumeration of every draw: the distribution of an answer's first four tokens is the target's own."""
     model = Model(seed, vocab=3)
     store = ids_store(*(random_ids(12, seed=10 * seed + i, vocab=3) for i in range(4)))
     drafter = DatastoreDrafter(store, tree=tree)
-    law = outcomes(oracle, lambda: answer(model, drafter, 4, budget))
-    assert any(accepted for _, accepted in law)
+    sampling = outcomes(oracle, lambda: answer(model, drafter, 4, budget))
+    assert any(accepted for _, accepted in sampling)
     said: dict[tuple[int, ...], float] = defaultdict(float)
-    for (ids, _), weight in law.items():
+    for (ids, _), weight in sampling.items():
         said[ids[:4]] += weight
     assert distance(said, model.extend({(): 1.0}, 4)) < 1e-6
 
 
-def test_what_was_learned_from_one_answer_leaves_the_law_of_the_next(oracle):
-    """The joint law of two answers, the second drafted from the first, is the product of two laws."""
+def test_what_was_learned_from_one_answer_leaves_the_distribution_of_the_next(oracle):
+    """The joint distribution of two answers, the second drafted from the first, is the product of two distributions."""
     model = Model(3, vocab=3)
 
     def two():
@@ -150,10 +150,10 @@ def test_what_was_learned_from_one_answer_leaves_the_law_of_the_next(oracle):
         (one, _), (other, drafted) = (answer(model, drafter, 2, 4) for _ in range(2))
         return one[:2], other[:2], drafted
 
-    law = outcomes(oracle, two)
-    assert any(drafted for _, _, drafted in law)
+    sampling = outcomes(oracle, two)
+    assert any(drafted for _, _, drafted in sampling)
     joint: dict[tuple[tuple[int, ...], ...], float] = defaultdict(float)
-    for (one, other, _), weight in law.items():
+    for (one, other, _), weight in sampling.items():
         joint[one, other] += weight
     plain = model.extend({(): 1.0}, 2)
     product = {(a, b): plain[a] * plain[b] for a, b in itertools.product(plain, repeat=2)}
@@ -174,7 +174,7 @@ def stream(target, drafter, params, stats, between):
     return ids
 
 
-@LAWS
+@SAMPLINGS
 def test_texts_added_in_mid_stream_are_drafted_from(target, params):
     """The next draft sees them; the answer stays."""
     plain = decode(target, params=params)
@@ -185,7 +185,7 @@ def test_texts_added_in_mid_stream_are_drafted_from(target, params):
     assert stats.faults == ()
 
 
-@LAWS
+@SAMPLINGS
 def test_texts_removed_in_mid_stream_are_not_drafted_from(target, params):
     """The draft after the removal holds nothing of them; the answer stays."""
     plain = decode(target, params=params)
@@ -218,7 +218,7 @@ SPOILED = {
 }
 
 
-@LAWS
+@SAMPLINGS
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
 def test_a_file_spoiled_in_mid_stream_is_a_fault_and_the_answer_stays(
     target, tmp_path, spoil, params

@@ -237,13 +237,13 @@ def session_over(states, ids, **options):
 A, B, C = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.6, 0.8, 0.0]
 
 
-def test_the_likest_place_with_the_same_token_is_followed():
+def test_the_most_similar_place_with_the_same_token_is_followed():
     """Place 0 and 3 gave token 7, the one before the last; place 3 is like the present one."""
     ids = [1, 7, 10, 2, 7, 20, 21, 3, 7]
     states = [A, A, A, C, A, A, A, B]  # the last one gave the last 7
     draft = session_over(states, ids, neighbours=1).propose(3)
     assert draft.token_ids == (20, 21, 3)
-    assert draft.likely == pytest.approx((0.64, 0.64**2, 0.64**3))
+    assert draft.node_probs == pytest.approx((0.64, 0.64**2, 0.64**3))
     both = session_over(states, ids, min_probability=0.0).propose(5)
     assert both.token_ids[0] == 20
     assert both.source == "dense"
@@ -294,9 +294,9 @@ NEIGHBOURS = st.lists(
 @settings(deadline=None)  # a busy machine is no fault
 @given(NEIGHBOURS, st.integers(1, 12))
 def test_every_head_of_a_tree_is_the_best_tree_of_its_size(given_neighbours, budget):
-    """Cut to any size, the nodes are the likeliest ones of the trie, form a tree and say how likely."""
+    """Cut to any size, the nodes are the most likely ones of the trie, form a tree and say how likely."""
     near = sorted((Neighbour(a, tuple(f)) for a, f in given_neighbours), key=lambda n: -n.agreement)
-    tokens, parents, likely = grow(near, budget, 0.0)
+    tokens, parents, node_probs = grow(near, budget, 0.0)
     weights = [math.exp(5 * n.agreement) for n in near]
     nodes: dict[tuple[int, ...], float] = {}
     for neighbour, weight in zip(near, weights, strict=True):
@@ -308,9 +308,9 @@ def test_every_head_of_a_tree_is_the_best_tree_of_its_size(given_neighbours, bud
     for token, parent in zip(tokens, parents, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
     assert len(set(paths)) == len(paths) == min(budget, len(expected))
-    assert list(likely) == pytest.approx([expected[p] for p in paths])
-    assert list(likely) == pytest.approx(sorted(expected.values(), reverse=True)[: len(paths)])
-    assert all(0 <= share <= 1 for share in likely)
+    assert list(node_probs) == pytest.approx([expected[p] for p in paths])
+    assert list(node_probs) == pytest.approx(sorted(expected.values(), reverse=True)[: len(paths)])
+    assert all(0 <= share <= 1 for share in node_probs)
     everything = grow(near, 1000, 0.0)[2]
     assert grow(near, 1000, 0.1)[2] == tuple(share for share in everything if share >= 0.1)
 
@@ -324,7 +324,7 @@ def test_a_draft_keeps_to_the_budget(budget):
 
 
 def test_a_chain_has_one_child_a_node():
-    """Without trees the draft is the likeliest path."""
+    """Without trees the draft is the most likely path."""
     ids = [7, 20, 7, 20, 7, 21, 7]
     draft = session_over([A] * 6, ids, tree=False).propose(4)
     assert draft.is_chain

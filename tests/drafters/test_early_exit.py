@@ -130,8 +130,8 @@ def test_a_draft_is_the_first_layers_own_answer(layers):
     session.attach(target, live)
     draft = session.propose(6)
     assert list(draft.token_ids) == expected[60:]
-    assert draft.likely is not None
-    assert list(draft.likely) == sorted(draft.likely, reverse=True)
+    assert draft.node_probs is not None
+    assert list(draft.node_probs) == sorted(draft.node_probs, reverse=True)
     assert live.length == 59
 
 
@@ -219,7 +219,7 @@ def test_a_helper_saves_forwards_and_changes_no_draft():
     assert session.forwards < first.forwards == 12
 
 
-def test_sampled_answers_follow_the_targets_law():
+def test_sampled_answers_follow_the_targets_distribution():
     """First two tokens of 600 seeded answers lie within five standard errors of p."""
     target, drafter = deep_llama(4), EarlyExitDrafter(2, confidence=0.0)
     cache, stats, runs = PrefixCache(1 << 22), DecodingStats(), 600
@@ -230,20 +230,20 @@ def test_sampled_answers_follow_the_targets_law():
         )
         counts[tuple(decode(target, drafter, params, 2, stats, cache)[:2])] += 1
     assert stats.drafted > runs
-    law: dict[tuple[int, ...], float] = {}
+    distribution: dict[tuple[int, ...], float] = {}
     buffer = filled(target, PROMPT[:-1])
     first = target.step(PROMPT[-1:], buffer)[0].topk(3)
     for i, j in product(range(3), range(3)):
         second = target.step([PROMPT[-1], int(first.indices[i])], buffer)[1].topk(3)
         p = first.values.softmax(0)[i] * second.values.softmax(0)[j]
-        law[int(first.indices[i]), int(second.indices[j])] = float(p)
-    assert set(counts) <= set(law)
-    for pair, p in law.items():
+        distribution[int(first.indices[i]), int(second.indices[j])] = float(p)
+    assert set(counts) <= set(distribution)
+    for pair, p in distribution.items():
         assert abs(counts[pair] / runs - p) <= 5 * math.sqrt(p * (1 - p) / runs)
 
 
-def test_sampled_drafts_carry_their_law():
-    """Each row of probs is a law, and the drafted token has mass in it."""
+def test_sampled_drafts_carry_their_distribution():
+    """Each row of probs is a distribution, and the drafted token has mass in it."""
     target = deep_llama()
     context = DraftContext(prompt_ids=PROMPT, temperature=1.0, top_p=0.9, seed=4)
     session = EarlyExitDrafter(2, confidence=0.0).start(context)
@@ -285,7 +285,7 @@ def test_two_streams_take_turns():
 class Faulty:
     """An executor that fails at a given decoding step."""
 
-    grain = 1
+    row_multiple = 1
 
     def __init__(self, executor: object, at: int) -> None:
         self.executor, self.left = executor, at

@@ -24,7 +24,7 @@ from rasd_integrations.stats import DecodingStats
 
 NUM_TOKENS = 32
 PROMPT = [*range(40, 60), *range(45, 55), 7, 8, 45, 46]
-LAWS = {
+SAMPLINGS = {
     "greedy": SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True),
     "sampled": SamplingParams(
         max_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.9, top_p=0.95, top_k=40, seed=11
@@ -38,14 +38,16 @@ def target(family: str) -> TargetModel:
 
 
 @cache
-def truth(family: str, law: str) -> tuple[int, ...]:
-    return tuple(decode(family, None, law, None))
+def truth(family: str, sampling: str) -> tuple[int, ...]:
+    return tuple(decode(family, None, sampling, None))
 
 
-def decode(family, drafter, law, n, stats=None):
+def decode(family, drafter, sampling, n, stats=None):
     config = SpeculationConfig(num_draft_tokens=n, max_draft_tokens=16)
     decoder = SpeculativeDecoder(target(family), drafter, config=config)
-    return [t for b in decoder.generate(PROMPT, LAWS[law], stats=stats) for t in b.token_ids]
+    return [
+        t for b in decoder.generate(PROMPT, SAMPLINGS[sampling], stats=stats) for t in b.token_ids
+    ]
 
 
 def fused(*scripts: fakes.Propose) -> FusedDrafter:
@@ -74,16 +76,16 @@ MAKERS: dict[str, Callable[[str, tuple[int, ...]], Drafter]] = {
 }
 
 
-@pytest.mark.parametrize("law", sorted(LAWS))
+@pytest.mark.parametrize("sampling", sorted(SAMPLINGS))
 @pytest.mark.parametrize("n", [None, 1, 2, 5, 16])
 @pytest.mark.parametrize("name", sorted(MAKERS))
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_ids_equal_plain_decoding(family, name, n, law):
+def test_ids_equal_plain_decoding(family, name, n, sampling):
     """Greedy, and sampled with one seed, the ids are plain decoding's: one draw decides each node."""
     stats = DecodingStats()
-    expected = truth(family, law)
+    expected = truth(family, sampling)
     drafter = MAKERS[name](family, expected)
-    assert tuple(decode(family, drafter, law, n, stats)) == expected
+    assert tuple(decode(family, drafter, sampling, n, stats)) == expected
     assert not stats.faults
     assert stats.drafted
 
@@ -105,7 +107,7 @@ def test_the_target_s_rows_stay_true(family, name):
 
     decoder.lease = spied
     ids = list(PROMPT)
-    for block in decoder.generate(PROMPT, LAWS["greedy"]):
+    for block in decoder.generate(PROMPT, SAMPLINGS["greedy"]):
         ids += block.token_ids
         if block.token_ids:
             check_rows(target(family), seen[0], ids)

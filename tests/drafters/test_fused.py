@@ -1,4 +1,4 @@
-"""Fusion: tries become one tree, nodes go to the likeliest paths, and opinions are set right."""
+"""Fusion: tries become one tree, nodes go to the most likely paths, and estimates are set right."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ def paths(draft: Draft) -> set[tuple[int, ...]]:
 
 def test_common_prefixes_are_stored_once():
     """Two chains that agree on two tokens become a tree with one stem."""
-    one = Draft((5, 6, 7), likely=(0.9, 0.8, 0.7), source="a")
-    two = Draft((5, 6, 8, 9), likely=(0.9, 0.8, 0.6, 0.5), source="b")
+    one = Draft((5, 6, 7), node_probs=(0.9, 0.8, 0.7), source="a")
+    two = Draft((5, 6, 8, 9), node_probs=(0.9, 0.8, 0.6, 0.5), source="b")
     draft = FusedDrafter([says(one), says(two)]).start(CONTEXT).propose(16)
     assert paths(draft) == {(5,), (5, 6), (5, 6, 7), (5, 6, 8), (5, 6, 8, 9)}
     assert len(draft) == 5
     assert set(draft.sources) == {"a", "b"}
 
 
-def test_nodes_go_to_the_likeliest_paths():
+def test_nodes_go_to_the_most_likely_paths():
     """The budget takes the best nodes of both, parents first."""
-    one = Draft((5, 6), likely=(0.9, 0.1), source="a")
-    two = Draft((7, 8), likely=(0.5, 0.4), source="b")
+    one = Draft((5, 6), node_probs=(0.9, 0.1), source="a")
+    two = Draft((7, 8), node_probs=(0.5, 0.4), source="b")
     session = FusedDrafter([says(one), says(two)]).start(CONTEXT)
     draft = session.propose(3)
     assert paths(draft) == {(5,), (7,), (7, 8)}
     assert draft.parents == (-1, -1, 1)
     assert draft.sources == ("a", "b", "b")
-    assert list(draft.likely) == sorted(draft.likely, reverse=True)
+    assert list(draft.node_probs) == sorted(draft.node_probs, reverse=True)
 
 
 def test_a_draft_without_an_opinion_counts_less_with_depth():
     """Chains of scripted drafters take part, too."""
     draft = FusedDrafter([says(Draft((5, 6, 7), source="a"))]).start(CONTEXT).propose(2)
     assert draft.token_ids == (5, 6)
-    assert draft.likely[0] > draft.likely[1] > 0
+    assert draft.node_probs[0] > draft.node_probs[1] > 0
 
 
 def test_a_boaster_is_found_out():
     """A part that is sure and wrong loses its place to one that is modest and right."""
-    boaster = says(Draft((50,), likely=(0.95,), source="boaster"))
+    boaster = says(Draft((50,), node_probs=(0.95,), source="boaster"))
     modest = ScriptedDrafter(
-        lambda answer, budget: Draft((len(answer) + 10,), likely=(0.3,), source="modest")
+        lambda answer, budget: Draft((len(answer) + 10,), node_probs=(0.3,), source="modest")
     )
     session = FusedDrafter([boaster, modest]).start(CONTEXT)
     assert session.propose(1).sources == ("boaster",)
@@ -76,10 +76,10 @@ def test_a_boaster_is_found_out():
 
 
 def test_the_next_answer_knows_what_was_found_out():
-    """A new session begins with the opinions corrected and the idle part at rest."""
-    boaster = says(Draft((50,), likely=(0.95,), source="boaster"))
+    """A new session begins with the estimates corrected and the idle part at rest."""
+    boaster = says(Draft((50,), node_probs=(0.95,), source="boaster"))
     modest = ScriptedDrafter(
-        lambda answer, budget: Draft((len(answer) + 10,), likely=(0.3,), source="modest")
+        lambda answer, budget: Draft((len(answer) + 10,), node_probs=(0.3,), source="modest")
     )
     drafter = FusedDrafter([boaster, modest])
     session = drafter.start(CONTEXT)
@@ -94,9 +94,9 @@ def test_the_next_answer_knows_what_was_found_out():
 def test_unverified_nodes_are_judged_too():
     """What was cut from the tree still counts: the committed tokens say whether it was right."""
     right = ScriptedDrafter(
-        lambda answer, budget: Draft((len(answer) + 10,), likely=(0.1,), source="right")
+        lambda answer, budget: Draft((len(answer) + 10,), node_probs=(0.1,), source="right")
     )
-    wrong = says(Draft((50,), likely=(0.5,), source="wrong"))
+    wrong = says(Draft((50,), node_probs=(0.5,), source="wrong"))
     session = FusedDrafter([wrong, right]).start(CONTEXT)
     seen = []
     for step in range(12):
@@ -114,9 +114,9 @@ def test_what_lies_behind_the_committed_tokens_is_not_judged():
         session.propose(8)
         session.observe(TokenBlock((token,)))
     # Only first tokens were judged, all of them right: the stated 0.5 has grown.
-    likely = session.propose(8).likely
-    assert likely[0] > 0.8
-    assert likely[7] == pytest.approx(0.5**8, rel=1e-6)
+    node_probs = session.propose(8).node_probs
+    assert node_probs[0] > 0.8
+    assert node_probs[7] == pytest.approx(0.5**8, rel=1e-6)
 
 
 def test_a_part_that_does_not_pay_rests():
@@ -162,7 +162,7 @@ class Modelled:
 
 
 def logits(*favourites: tuple[int, ...]) -> torch.Tensor:
-    """Return rows whose likeliest tokens are these, the first one most."""
+    """Return rows whose most likely tokens are these, the first one most."""
     rows = torch.zeros(len(favourites), 100)
     for row, tokens in enumerate(favourites):
         for rank, token in enumerate(tokens):
@@ -174,8 +174,8 @@ def test_retrieved_branches_that_the_model_does_not_expect_are_pruned():
     """RASD: a continuation stays only if its first token is among the model's top k."""
     model = Modelled((5,), logits((5, 6)))
     parts = [
-        says(Draft((6, 7), likely=(0.9, 0.9), source="kept")),
-        says(Draft((8, 9), likely=(0.9, 0.9), source="pruned")),
+        says(Draft((6, 7), node_probs=(0.9, 0.9), source="kept")),
+        says(Draft((8, 9), node_probs=(0.9, 0.9), source="pruned")),
     ]
     draft = FusedDrafter(parts, model, top_k=2, siblings=0).start(CONTEXT).propose(16)
     assert paths(draft) == {(5,), (6,), (6, 7)}
@@ -183,14 +183,14 @@ def test_retrieved_branches_that_the_model_does_not_expect_are_pruned():
     assert (8, 9) in paths(free)
 
 
-def test_the_model_s_next_likeliest_tokens_stand_beside_its_chain():
+def test_the_model_s_next_most_likely_tokens_stand_beside_its_chain():
     """Each token of the chain has its siblings."""
     model = Modelled((5, 6), logits((5, 15), (6, 16)))
     draft = FusedDrafter([], model, siblings=1).start(CONTEXT).propose(16)
     assert paths(draft) == {(5,), (15,), (5, 6), (5, 16)}
 
 
-def test_the_model_drafts_greedily_under_any_law():
+def test_the_model_drafts_greedily_under_any_distribution():
     """A sampled chain has no place in a deterministic tree."""
     model = Modelled((5,), logits((5,)))
     FusedDrafter([], model).start(DraftContext(prompt_ids=(1,), temperature=0.8)).propose(2)
@@ -198,7 +198,7 @@ def test_the_model_drafts_greedily_under_any_law():
 
 
 def test_knowledge_transfer_takes_the_model_alone():
-    """A law that leans towards the drafter gets the model's own session."""
+    """A distribution that leans towards the drafter gets the model's own session."""
     model = Modelled((5,), logits((5,)))
     context = DraftContext(prompt_ids=(1,), temperature=0.8, wants_logits=True)
     session = FusedDrafter([SuffixDrafter()], model).start(context)

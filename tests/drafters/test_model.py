@@ -120,8 +120,8 @@ def test_confidence_stop_keeps_the_unlikely_token():
     assert strict.propose(12).token_ids == chain[:1]
 
 
-def test_sampled_drafts_carry_their_law(target):
-    """Each row of probs is a law, and the drafted token has mass in it."""
+def test_sampled_drafts_carry_their_distribution(target):
+    """Each row of probs is a distribution, and the drafted token has mass in it."""
     context = DraftContext(prompt_ids=PROMPT, temperature=1.0, top_p=0.9, seed=4)
     draft = ModelDrafter(target, confidence=0.0).start(context).propose(6)
     assert draft.probs is not None
@@ -157,7 +157,7 @@ def test_drafter_cache_is_true_after_rejections(target):
 
 @pytest.mark.parametrize("n", [1, 3, 8])
 def test_greedy_transfer_is_independent_of_the_draft_length(target, n):
-    """The transfer law is a law of the position: draft lengths change time only."""
+    """The transfer distribution is a distribution of the position: draft lengths change time only."""
     config = SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=n)
     drafter = ModelDrafter(TargetModel(tiny_llama(7)), confidence=0.0)
     stats = DecodingStats()

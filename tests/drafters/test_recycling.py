@@ -10,7 +10,7 @@ from tiny import FAMILIES, tiny_llama
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters import candidates
-from rasd_integrations.drafters.candidates import Candidates, Shortlist, likeliest
+from rasd_integrations.drafters.candidates import Candidates, Shortlist, most_likely
 from rasd_integrations.drafters.recycling import CandidateIndex, RecyclingDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
@@ -43,7 +43,7 @@ def test_shortlist_ranks_as_the_whole_output_layer_does():
     """Among all tokens the shortlist finds the same candidates, best first."""
     model = tiny_llama()
     hidden = torch.randn(11, model.config.hidden_size)
-    whole = likeliest(model.get_output_embeddings()(hidden), 4)
+    whole = most_likely(model.get_output_embeddings()(hidden), 4)
     shortlist = Shortlist(model, range(model.config.vocab_size), 4)
     for short in (
         shortlist.of_hidden(hidden),
@@ -67,20 +67,20 @@ def test_impossible_tokens_are_no_candidates():
     """Fault 14: behind a grammar's end a row is all -inf; nothing is known of it, and nothing warned of."""
     inf = float("inf")
     logits = torch.tensor([[-inf] * 4, [2.0, -inf, 1.0, -inf], [float("nan"), 1.0, 2.0, 3.0]])
-    found = likeliest(logits, 3)
+    found = most_likely(logits, 3)
     assert found.token_ids.tolist() == [[-1, -1, -1], [0, 2, -1], [-1, -1, -1]]
     assert found.probs[0].tolist() == found.probs[2].tolist() == [0, 0, 0]
     np.testing.assert_allclose(found.probs[1], [0.7311, 0.2689, 0], atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_first_draft_begins_with_what_the_prompt_foretells(family):
+def test_the_first_draft_begins_with_what_the_prompt_predicts(family):
     """After tokens that stood in the prompt, the root's children are the target's candidates there."""
     target = TargetModel(FAMILIES[family]())
     session, buffer = attached(RecyclingDrafter(num_candidates=3), target, PROMPT)
     draft = session.propose(64)
     roots = {t for t, p in zip(draft.token_ids, draft.parents, strict=True) if p == -1}
-    # [5, 6] ended last at place 9; its row foretells, and 7 followed.
+    # [5, 6] ended last at place 9; its row predicts, and 7 followed.
     hidden = buffer.hidden()[1][9:10]
     best = Shortlist(target.model, PROMPT, 3).of_hidden(hidden).token_ids[0].tolist()
     assert {best[0], best[1], 7} <= roots
@@ -113,9 +113,9 @@ def test_rows_of_a_prompt_are_found_as_learned_ones_are():
     one_by_one.add([tuple(text[: i + 1]) for i in range(7)], rows)
     tails = [(5,), (6,), (5, 6), (7, 5, 6), (5, 6, 7, 5), (6, 5), (8, 5), (9,), (0, 5)]
     for tail in tails:
-        assert whole.law(tail) == one_by_one.law(tail)
-    assert whole.law((5, 6))
-    assert not whole.law((9,))
+        assert whole.distribution(tail) == one_by_one.distribution(tail)
+    assert whole.distribution((5, 6))
+    assert not whole.distribution((9,))
 
 
 def test_all_rows_can_be_worked_out_at_once():
@@ -159,7 +159,7 @@ def test_heads_of_a_tree_are_the_smaller_trees():
     session, _ = attached(RecyclingDrafter(), TargetModel(tiny_llama()), PROMPT)
     whole = session.propose(32)
     assert 16 < len(whole) <= 32
-    assert list(whole.likely) == sorted(whole.likely, reverse=True)
+    assert list(whole.node_probs) == sorted(whole.node_probs, reverse=True)
     small = session.propose(7)
     assert (small.token_ids, small.parents) == (whole.token_ids[:7], whole.parents[:7])
 
@@ -169,8 +169,8 @@ def test_longer_keys_count_for_more():
     index = CandidateIndex(16, 2)
     index.add([(1, 2)], row((10, 1.0), (11, 0.0)))
     index.add([(2,)], row((20, 1.0), (21, 0.0)))
-    law = index.law((1, 2))
-    assert law[10] > law[20] > 0
+    distribution = index.distribution((1, 2))
+    assert distribution[10] > distribution[20] > 0
 
 
 def test_the_oldest_rows_go():
@@ -178,7 +178,7 @@ def test_the_oldest_rows_go():
     index = CandidateIndex(4, 1)
     for token in range(10):
         index.add([(token,)], row((100 + token, 1.0)))
-    assert [bool(index.law((token,))) for token in range(10)] == [False] * 6 + [True] * 4
+    assert [bool(index.distribution((token,))) for token in range(10)] == [False] * 6 + [True] * 4
 
 
 def test_hidden_rows_are_those_of_a_fresh_forward():

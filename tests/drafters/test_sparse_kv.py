@@ -249,7 +249,7 @@ def test_a_helper_saves_forwards_and_changes_no_draft(right):
 
 
 @pytest.mark.parametrize("helped", [False, True], ids=["alone", "cascade"])
-def test_sampled_answers_follow_the_targets_law(helped):
+def test_sampled_answers_follow_the_targets_distribution(helped):
     """First two tokens of 600 seeded answers lie within five standard errors of p."""
     target = TargetModel(tiny_llama(4))
     drafter = SparseKVDrafter("window", max_rows=16, sink=4, confidence=0.0)
@@ -267,39 +267,39 @@ def test_sampled_answers_follow_the_targets_law(helped):
         pair = tuple([t for b in blocks for t in b.token_ids][:2])
         counts[pair] = counts.get(pair, 0) + 1
     assert stats.drafted > runs
-    law = pair_law(target)
-    assert set(counts) <= set(law)
-    for pair, p in law.items():
+    distribution = pair_distribution(target)
+    assert set(counts) <= set(distribution)
+    for pair, p in distribution.items():
         assert abs(counts.get(pair, 0) / runs - p) <= 5 * math.sqrt(p * (1 - p) / runs)
 
 
-def pair_law(target: TargetModel) -> dict[tuple[int, int], float]:
-    """Return the law of the first two tokens at temperature 1, of the three likeliest each."""
+def pair_distribution(target: TargetModel) -> dict[tuple[int, int], float]:
+    """Return the distribution of the first two tokens at temperature 1, of the three most likely each."""
     buffer = filled(target, PROMPT[:-1])
     first = target.step(PROMPT[-1:], buffer)[0].topk(3)
-    law = {}
+    distribution = {}
     for i, j in product(range(3), range(3)):
         second = target.step([PROMPT[-1], int(first.indices[i])], buffer)[1].topk(3)
         p = first.values.softmax(0)[i] * second.values.softmax(0)[j]
-        law[int(first.indices[i]), int(second.indices[j])] = float(p)
-    return law
+        distribution[int(first.indices[i]), int(second.indices[j])] = float(p)
+    return distribution
 
 
-def test_sampled_drafts_carry_their_law(target):
-    """Each row of probs is a law, and the drafted token has mass in it; a greedy draft says how likely it is."""
+def test_sampled_drafts_carry_their_distribution(target):
+    """Each row of probs is a distribution, and the drafted token has mass in it; a greedy draft says how likely it is."""
     session = SparseKVDrafter(**SMALL).start(context(temperature=1.0, top_p=0.9, seed=4))
     session.attach(target, filled(target, PROMPT[:-1]))
     draft = session.propose(6)
     assert draft.probs is not None
     assert draft.probs.shape == (6, VOCAB)
     assert (draft.probs[torch.arange(6), torch.tensor(draft.token_ids)] > 0).all()
-    assert draft.likely is None
+    assert draft.node_probs is None
     session = SparseKVDrafter(**SMALL).start(context())
     session.attach(target, filled(target, PROMPT[:-1]))
-    likely = session.propose(6).likely
-    assert likely is not None
-    assert list(likely) == sorted(likely, reverse=True)
-    assert 0 < likely[-1] <= likely[0] <= 1
+    node_probs = session.propose(6).node_probs
+    assert node_probs is not None
+    assert list(node_probs) == sorted(node_probs, reverse=True)
+    assert 0 < node_probs[-1] <= node_probs[0] <= 1
 
 
 def test_greedy_transfer_is_independent_of_the_draft_length(target):
@@ -333,7 +333,7 @@ def test_two_streams_take_turns(target):
 class Faulty:
     """An executor that fails once, at a given decoding step."""
 
-    grain = 1
+    row_multiple = 1
 
     def __init__(self, executor: object, at: int) -> None:
         self.executor, self.left = executor, at

@@ -180,7 +180,7 @@ def test_the_most_frequent_continuation_wins_and_ties_go_to_the_latest():
 
 
 def test_an_unlikely_continuation_is_not_drafted():
-    """A token that was followed by something else every time foretells nothing."""
+    """A token that was followed by something else every time predicts nothing."""
     prompt = [t for i in range(10, 20) for t in (1, i)] + [1]
     assert session(prompt).propose(4).token_ids == ()
     assert session(prompt, min_probability=0.05).propose(1).token_ids == (19,)

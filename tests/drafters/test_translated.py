@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fakes_laws import Model, Oracle, distance, outcomes, softmax
+from fakes_distributions import Model, Oracle, distance, outcomes, softmax
 from fakes_vocabulary import KINDS, ids_of, merged, model_of, plain_speaker, renumbered
 from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 from tokenizers import normalizers
@@ -179,7 +179,7 @@ def test_it_is_a_part_of_a_fused_drafter(target, as_model, n, params):
 
 @pytest.mark.parametrize("n", [1, 5, 16])
 def test_the_target_under_other_ids_drafts_by_text_what_it_says(n):
-    """With the target's own laws under other numbers every greedy draft is accepted whole."""
+    """With the target's own distributions under other numbers every greedy draft is accepted whole."""
     model = plain_speaker()
     target, stats = TargetModel(model), DecodingStats()
     got = decode(target, translated_drafter("shuffled", renumbered(model)), n=n, stats=stats)
@@ -188,8 +188,8 @@ def test_the_target_under_other_ids_drafts_by_text_what_it_says(n):
     assert stats.target_steps == -(-NUM_TOKENS // (n + 1))
 
 
-def test_the_target_under_other_ids_samples_its_own_law(target):
-    """Projected on all tokens the drafter's law is the target's, so that drafts stand (up to rounding)."""
+def test_the_target_under_other_ids_samples_its_own_distribution(target):
+    """Projected on all tokens the drafter's distribution is the target's, so that drafts stand (up to rounding)."""
     stats = DecodingStats()
     decode(target, translated_drafter("shuffled", renumbered(tiny_llama())), SAMPLED, stats=stats)
     assert stats.drafters["projection"].drafted > 0
@@ -197,8 +197,8 @@ def test_the_target_under_other_ids_samples_its_own_law(target):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_projected_draft_carries_the_projected_law(kind):
-    """Row by row: the drafter's law over shared tokens, made whole and put under the target's ids."""
+def test_a_projected_draft_carries_the_projected_distribution(kind):
+    """Row by row: the drafter's distribution over shared tokens, made whole and put under the target's ids."""
     drafter = translated_drafter(kind)
     model, to_target = drafter._free.model, drafter.translation.to_target
     context = DraftContext(prompt_ids=PROMPT, temperature=0.8, seed=2)
@@ -230,7 +230,7 @@ def oracle(monkeypatch):
     """Draws and flips that take every branch."""
     oracle = Oracle()
     monkeypatch.setattr(verification, "draw", oracle.draw)
-    monkeypatch.setattr(verification, "flip", oracle.flip)
+    monkeypatch.setattr(verification, "bernoulli", oracle.bernoulli)
     return oracle
 
 
@@ -257,7 +257,7 @@ def test_projection_and_block_verification_are_exact(oracle, length, seed):
             if chance:
                 yield from chains((*prefix, token), weight * chance)
 
-    law = defaultdict(float)
+    distribution = defaultdict(float)
     for chain, weight in chains():
         own = Draft(chain, probs=torch.stack([q(chain[:i]) for i in range(length)]))
         inner = SimpleNamespace(propose=lambda budget, own=own: own)
@@ -269,9 +269,9 @@ def test_projection_and_block_verification_are_exact(oracle, length, seed):
             return (*draft.token_ids[: len(verdict.accepted)], verdict.token_id)
 
         for tokens, chance in outcomes(oracle, committed).items():
-            law[tokens] += weight * chance
+            distribution[tokens] += weight * chance
     expected = target.extend({(): 1.0}, length + 1)
-    assert distance(target.extend(law, length + 1), expected) < 1e-6
+    assert distance(target.extend(distribution, length + 1), expected) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -362,10 +362,10 @@ def test_the_drafters_end_is_the_targets():
     """Behind the drafter's end token nothing is drafted, and the end is the target's own id."""
     drafter = vocabulary("merged")
     end = KINDS["merged"]().eos_token_id
-    session, _ = bridge("merged", Draft((*drafter.encode(b"ab"), end), likely=(0.5, 0.25)))
+    session, _ = bridge("merged", Draft((*drafter.encode(b"ab"), end), node_probs=(0.5, 0.25)))
     draft = session.propose(8)
     assert draft.token_ids == (*ids_of("ab"), EOS)
-    assert draft.likely == (0.5, 0.5, 0.25)  # "ab" is one token there, two here
+    assert draft.node_probs == (0.5, 0.5, 0.25)  # "ab" is one token there, two here
 
 
 def test_a_tokenizer_that_composes_characters_is_drafted_for():
@@ -375,10 +375,12 @@ def test_a_tokenizer_that_composes_characters_is_drafted_for():
     target, drafter = Vocabulary(tokenizer, "t", VOCAB), vocabulary("merged")
     translation = Translation(target, drafter, target_ends=(), drafter_ends=())
     letter = "\u0958"
-    said = Said(Draft((said_ids := tuple(drafter.encode(letter.encode()))), likely=(0.5, 0.4, 0.3)))
+    said = Said(
+        Draft((said_ids := tuple(drafter.encode(letter.encode()))), node_probs=(0.5, 0.4, 0.3))
+    )
     draft = TranslatedSession(translation, said, ids_of("so "), projects=False).propose(9)
     assert (len(said_ids), target.join(draft.token_ids)) == (3, "\u0915\u093c".encode())
-    assert draft.likely == (0.5, 0.4, 0.3, 0.3, 0.3, 0.3)
+    assert draft.node_probs == (0.5, 0.4, 0.3, 0.3, 0.3, 0.3)
 
 
 @pytest.mark.parametrize(("ends", "end"), [((3, EOS), EOS), ((9, 3), 3), ((), None)])
@@ -395,13 +397,15 @@ def test_of_several_ends_the_tokenizers_own_is_drafted(ends, end):
 def test_a_draft_keeps_to_its_budget():
     """One token of the drafter's may be many of the target's."""
     drafter = vocabulary("merged")
-    session, _ = bridge("merged", Draft(tuple(drafter.encode(b"abcdef")), likely=(0.9, 0.8, 0.7)))
+    session, _ = bridge(
+        "merged", Draft(tuple(drafter.encode(b"abcdef")), node_probs=(0.9, 0.8, 0.7))
+    )
     draft = session.propose(3)
-    assert (draft.token_ids, draft.likely) == (tuple(ids_of("abc")), (0.9, 0.9, 0.8))
+    assert (draft.token_ids, draft.node_probs) == (tuple(ids_of("abc")), (0.9, 0.9, 0.8))
 
 
 def test_rows_of_padding_are_drafted_for_nobody():
-    """Ids without a token end the text, and no law gives them mass."""
+    """Ids without a token end the text, and no distribution gives them mass."""
     session, translation = bridge("merged", Draft((len(merged()) + 1,)))
     assert session.propose(4).token_ids == ()
     assert not translation.allowed[len(merged()) :].any()

@@ -189,7 +189,7 @@ def test_tensors_of_two_devices_do_not_meet():
 
 
 class Abroad:
-    """A drafter whose law and logits stand on the other device."""
+    """A drafter whose distribution and logits stand on the other device."""
 
     name = "abroad"
     wants_prompt = False
@@ -208,26 +208,30 @@ class Abroad:
                 for n in ("probs", "logits")
             }
             assert all(t is None or t.device == FOREIGN for t in held.values())
-            fields = {n: getattr(draft, n) for n in ("token_ids", "parents", "source", "likely")}
+            fields = {
+                n: getattr(draft, n) for n in ("token_ids", "parents", "source", "node_probs")
+            }
             return type(draft)(**fields, **held)
 
         session.propose = propose
         return session
 
 
-@pytest.mark.parametrize("law", ["greedy", "sampled", "transfer", "sampled_transfer", "mixture"])
-def test_a_draft_is_verified_wherever_its_tensors_stand(law):
-    """Its law and its logits are moved to the target's, in every law; the answer is the same."""
+@pytest.mark.parametrize(
+    "sampling", ["greedy", "sampled", "transfer", "sampled_transfer", "mixture"]
+)
+def test_a_draft_is_verified_wherever_its_tensors_stand(sampling):
+    """Its distribution and its logits are moved to the target's, in every distribution; the answer is the same."""
     params = SamplingParams(
         max_tokens=24,
         ignore_eos=True,
         seed=3,
-        temperature=0.0 if law in ("greedy", "transfer") else 0.8,
+        temperature=0.0 if sampling in ("greedy", "transfer") else 0.8,
     )
     config = SpeculationConfig(
         num_draft_tokens=4,
-        knowledge_transfer=5.0 if "transfer" in law else 0.0,
-        mixture=0.7 if law == "mixture" else 1.0,
+        knowledge_transfer=5.0 if "transfer" in sampling else 0.0,
+        mixture=0.7 if sampling == "mixture" else 1.0,
     )
     target, model = TargetModel(tiny_llama()), TargetModel(tiny_llama(1))
     answers = []

@@ -214,10 +214,10 @@ def test_bound_answers_are_lossless_unless_asked():
         ({"drafter": "self"}, {"knowledge_transfer": 5.0, "drafting": False}),
     ],
 )
-def test_knowledge_transfer_without_a_drafters_law_is_refused(options, call):
+def test_knowledge_transfer_without_a_drafters_distribution_is_refused(options, call):
     """Before anything is decoded, with what to do about it."""
     rasd = RASD.from_model(tiny_llama(), tiny_tokenizer(), **options)
-    with pytest.raises(ConfigurationError, match="no drafter with a law of its own"):
+    with pytest.raises(ConfigurationError, match="no drafter with a distribution of its own"):
         rasd.stream(GREETING, SamplingParams(**call))
 
 

@@ -181,20 +181,22 @@ def test_drafter_model_with_more_tokens_needs_no_translation(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "law", [{"knowledge_transfer": 5.0}, {"speculation": SpeculationConfig(mixture=0.5)}]
+    "lossy", [{"knowledge_transfer": 5.0}, {"speculation": SpeculationConfig(mixture=0.5)}]
 )
-def test_a_law_that_needs_the_drafters_is_refused_with_another_family(saved, foreign, law):
-    """Knowledge transfer leans on a law over the target's tokens, which such a drafter does not have."""
+def test_a_distribution_that_needs_the_drafters_is_refused_with_another_family(
+    saved, foreign, lossy
+):
+    """Knowledge transfer leans on a distribution over the target's tokens, which such a drafter does not have."""
     with pytest.raises(
         VocabularyMismatchError, match=r"token '.*' is id .*target's family or 'self'"
     ):
-        RASD.load(saved, drafter=foreign, **law)
+        RASD.load(saved, drafter=foreign, **lossy)
 
 
 def test_a_call_may_not_lean_towards_a_drafter_of_another_family(saved, foreign):
     """The same for a single call."""
     rasd = RASD.load(saved, drafter=foreign)
-    with pytest.raises(ConfigurationError, match="no drafter with a law of its own"):
+    with pytest.raises(ConfigurationError, match="no drafter with a distribution of its own"):
         rasd.generate(CHAT, replace(PARAMS, knowledge_transfer=2.0))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 class TableGrammar:
     """Allows after `path` what `follows(path)` says; finished where that is nothing."""
 
-    squeezed = False
+    is_closing = False
     closed_tokens = 0
 
     def __init__(self, follows: Callable[[tuple[int, ...]], Sequence[int]], vocab: int, path=()):

@@ -92,7 +92,7 @@ _VISIBLE = frozenset(string.ascii_letters + string.digits + string.punctuation)
 
 
 def renumbered(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the tiny tokenizer as a model of the shuffled one: the same laws."""
+    """Return a model of the tiny tokenizer as a model of the shuffled one: the same distributions."""
     old, new = tiny_tokenizer().get_vocab(), shuffled().get_vocab()
     tokens = [token for token in new if token != "</s>"]
     twin = tiny_llama(vocab_size=len(new), eos_token_id=new["</s>"])

@@ -119,8 +119,8 @@ class GraphExecutor:
     cannot be recorded or give other logits; one warning says so.
     """
 
-    grain = 1
-    by_rows = False
+    row_multiple = 1
+    row_major = False
     in_8_bits = False
 
     def __init__(self, model: PreTrainedModel, *, recorder: Recorder | None = None) -> None:

@@ -42,14 +42,13 @@ class Executor(Protocol):
     """Runs steps of one model.
 
     Attributes:
-        grain: Decoding steps are run as ``1 + k * grain`` rows, and another number of them than the last time
-            costs time of its own; 1 runs them as they come, at no such cost.
-        by_rows: Whether it reads keys as they lie, row by row, wherever they are.
+        row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
+        row_major: Whether it reads keys as they lie, row by row, wherever they are.
         in_8_bits: Whether it keeps keys and values in bytes, which nobody else reads.
     """
 
-    grain: int
-    by_rows: bool
+    row_multiple: int
+    row_major: bool
     in_8_bits: bool
 
     def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
@@ -90,8 +89,8 @@ class EagerExecutor:
         long_rope_border: See :func:`~rasd_integrations.engine.long_rope.long_rope_border`.
     """
 
-    grain = 1
-    by_rows = False
+    row_multiple = 1
+    row_major = False
     in_8_bits = False
 
     def __init__(self, model: PreTrainedModel, *, checked: bool = True) -> None:
@@ -198,6 +197,6 @@ def check_attention(executor: Executor, num_layers: int, device: torch.device) -
     return buffer.row_nbytes
 
 
-def rows_at(n: int, grain: int) -> int:
-    """Return as how many rows a step of ``n`` tokens is run: the next ``1 + k * grain``."""
-    return 1 + grain * -(-(n - 1) // grain)
+def rows_at(n: int, row_multiple: int) -> int:
+    """Return as how many rows a step of ``n`` tokens is run: the next ``1 + k * row_multiple``."""
+    return 1 + row_multiple * -(-(n - 1) // row_multiple)

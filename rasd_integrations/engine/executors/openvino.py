@@ -56,8 +56,8 @@ class CompiledExecutor:
     from ``folder``.
     """
 
-    by_rows = True
-    grain = 4  # fitting the graph to other rows takes a third of a plain step (docs/explanation/experiments.md)
+    row_major = True
+    row_multiple = 4  # fitting the graph to other rows takes a third of a plain step (docs/explanation/experiments.md)
 
     def __init__(
         self, model: PreTrainedModel, *,
@@ -196,7 +196,7 @@ class CompiledExecutor:
 
     def _width(self, n: int, context: StepContext) -> int:
         """Return as how many rows to run a decoding step of ``n`` tokens."""
-        width = rows_at(n, self.grain)
+        width = rows_at(n, self.row_multiple)
         if len(context.segments) == 1:
             return max(width, context.rows)
         # What several answers draft together is another number each time; one row more costs less than a change.
@@ -207,7 +207,7 @@ class CompiledExecutor:
         """Hand the memory of ``buffers`` to the graph, one alone with room for ``rows`` more; return a head's pages."""
         if len(buffers) == 1:
             buffers[0].reserve(rows)
-            buffers[0].settle()
+            buffers[0].leave_arena()
         dtype, more = (torch.uint8, paged.MARKS) if self.in_8_bits else (self._dtype, 0)
         for buffer in buffers:
             buffer.lay_by_rows()
@@ -266,7 +266,7 @@ class CompiledExecutor:
             for buffer in buffers:
                 buffer.commit(range(last - first))
             off.append(float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median()))
-        for rows in range(1, _USUAL_ROWS + 1, self.grain):
+        for rows in range(1, _USUAL_ROWS + 1, self.row_multiple):
             segment = Segment(buffers[0], len(ids) + torch.arange(rows), None)
             self.step(ids[:rows], StepContext(segment.positions, (segment,)), num_logits=rows)
         far = _FAR_IN_8_BITS if self.in_8_bits else _FAR[model.dtype]

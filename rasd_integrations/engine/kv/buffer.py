@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.device import sent
+from rasd_integrations.engine.device import to_device
 
 GRANULE = 256
 
@@ -48,7 +48,7 @@ class KVBuffer:
         self.long_rope = False
         self.origin = 0
         self._arena: KVArena | None = None
-        self._by_rows = False
+        self._row_major = False
         self._is_torn = False  # a move has not come to its end, so layers lie differently
         self._places: tuple[int, ...] = ()  # positions of the gathered rows, ascending
         self._capacity = _rounded(capacity)
@@ -116,8 +116,8 @@ class KVBuffer:
     @torch.inference_mode()
     def lay_by_rows(self) -> None:
         """Lay keys out row by row from now on, for who reads this memory as it lies."""
-        if not self._by_rows:
-            self._by_rows = True
+        if not self._row_major:
+            self._row_major = True
             self._move(self._capacity)
 
     @torch.inference_mode()
@@ -130,7 +130,7 @@ class KVBuffer:
             self._move(_rounded(max(needed, self._capacity * 3 // 2)))
 
     @torch.inference_mode()
-    def settle(self) -> None:
+    def leave_arena(self) -> None:
         """Take memory of its own where it is the last one in an arena."""
         if self._arena is not None and len(self._arena) == 1:
             self._move(self._capacity)
@@ -168,7 +168,7 @@ class KVBuffer:
         On a CPU they lie transposed: scores of a few queries against thousands of keys then run twice as fast
         (docs/explanation/experiments.md). GPU kernels want them row by row.
         """
-        transposed = is_key and not self._by_rows and like.device.type == "cpu"
+        transposed = is_key and not self._row_major and like.device.type == "cpu"
         return _allocate(like, capacity, transposed=transposed)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,7 @@ class KVBuffer:
     def hidden(self, start: int = 0) -> tuple[int, Tensor]:
         """Return the first known row from ``start`` on, and a view ``[rows, hidden]`` of it and all later ones.
 
-        They are what the model's output layer reads: row ``i`` foretells the token after token ``i``.
+        They are what the model's output layer reads: row ``i`` predicts the token after token ``i``.
         """
         first = min(max(start, self._hidden_from), self.length)
         if not self._hidden:
@@ -214,7 +214,9 @@ class KVBuffer:
         n, start = len(rows), self.length
         if list(rows) != list(range(n)):
             places = torch.tensor(rows) + start
-            index = {device: sent(places, device) for device in {s.device for s in self._stores()}}
+            index = {
+                device: to_device(places, device) for device in {s.device for s in self._stores()}
+            }
             for store in self._stores():
                 store[:, start : start + n] = store.index_select(1, index[store.device])
         self.length = start + n
@@ -248,7 +250,7 @@ class KVBuffer:
     def copy(self, length: int, capacity: int) -> KVBuffer:
         """Return a buffer of its own that holds the first ``length`` tokens."""
         new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
-        new._by_rows, new.long_rope = self._by_rows, self.long_rope
+        new._row_major, new.long_rope = self._row_major, self.long_rope
         new.length, new.shift, new._places = self.length, self.shift, self._places
         new.truncate(length)
         if self._hidden and length > self._hidden_from:
@@ -273,7 +275,7 @@ class KVBuffer:
             capacity: Rows to plan for.
         """
         new = KVBuffer(max(capacity, len(rows)))
-        new._by_rows, new.long_rope, new.length = self._by_rows, self.long_rope, len(rows)
+        new._row_major, new.long_rope, new.length = self._row_major, self.long_rope, len(rows)
         new.shift = self.length + self.shift - len(rows)
         index = torch.tensor(rows, dtype=torch.long)
         new._places = tuple(self.positions(0, self.length)[index].tolist())
@@ -306,7 +308,7 @@ class KVBuffer:
         """
         self.reserve(room)
         new = KVBuffer(self._capacity)
-        new._by_rows, new._arena, new.origin = self._by_rows, self._arena, self.origin
+        new._row_major, new._arena, new.origin = self._row_major, self._arena, self.origin
         new.long_rope = self.long_rope
         new.length, new.shift, new._places = self.length, self.shift, self._places
         written = range(min(num_layers, self.num_layers))  # none before the first step

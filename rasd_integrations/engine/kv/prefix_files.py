@@ -70,7 +70,7 @@ class PrefixFiles:
         max_bytes: int,
         device: torch.device,
         *,
-        by_rows: bool = False,
+        row_major: bool = False,
         model: str = "",
     ) -> None:
         """Use ``folder``, and read none of it yet.
@@ -81,7 +81,7 @@ class PrefixFiles:
             layout: Of the model's rows; files with others are not used.
             max_bytes: Most that all files of ours in the folder may hold; the longest unused go first.
             device: Where keys and values are wanted.
-            by_rows: Lay keys out row by row.
+            row_major: Lay keys out row by row.
             model: Its name, for people who look at the folder.
         """
         self._folder = folder
@@ -89,7 +89,7 @@ class PrefixFiles:
         self._layout = layout
         self._max_bytes = max_bytes
         self._device = device
-        self._by_rows = by_rows
+        self._row_major = row_major
         self._model = model
         self._shelves: dict[tuple[str, str], _Shelf] = {}
         self._said_others = False
@@ -119,7 +119,7 @@ class PrefixFiles:
             try:
                 buffer = prefix_format.read(
                     shelf.folder / name, shelf.key, self._layout, ids[:length], capacity, self._device,
-                    keeps_hidden=keeps_hidden, by_rows=self._by_rows,
+                    keeps_hidden=keeps_hidden, row_major=self._row_major,
                 )  # fmt: skip
             except _DAMAGE as err:
                 self._forget(shelf, name, err)

@@ -70,7 +70,7 @@ def read_ids(path: Path, key: str, layout: RowLayout) -> Ids:
 @torch.inference_mode()
 def read(
     path: Path, key: str, layout: RowLayout, ids: Ids, capacity: int, device: torch.device,
-    *, keeps_hidden: bool, by_rows: bool = False,
+    *, keeps_hidden: bool, row_major: bool = False,
 ) -> KVBuffer:  # fmt: skip
     """Return a buffer with the rows of ``ids``, which a file begins with; all of it is checked.
 
@@ -82,7 +82,7 @@ def read(
         capacity: Tokens to plan for.
         device: Where keys and values are wanted.
         keeps_hidden: Read hidden states, too, if the file has them.
-        by_rows: Lay keys out row by row.
+        row_major: Lay keys out row by row.
 
     Raises:
         OSError: The file cannot be read.
@@ -90,7 +90,7 @@ def read(
     """
     length = len(ids)
     buffer = KVBuffer(max(capacity, length))
-    if by_rows:
+    if row_major:
         buffer.lay_by_rows()
     with open_regular(path) as file:
         header = _Header(file, key, layout)

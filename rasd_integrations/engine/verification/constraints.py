@@ -1,7 +1,7 @@
 """A grammar over an answer's tokens: drafts cut to what it allows, logits masked, forced tokens drafted.
 
-The target's law under a grammar is the law of its masked logits. Every rule of verification takes
-logits, so each stays exact for that law; a drafted token that the grammar forbids has probability zero
+The target's distribution under a grammar is the distribution of its masked logits. Every rule of verification takes
+logits, so each stays exact for that distribution; a drafted token that the grammar forbids has probability zero
 under it, so leaving it out of a deterministic draft changes no outcome.
 """
 
@@ -32,7 +32,7 @@ def guide(
 ) -> tuple[Draft, Bits]:
     """Return the draft that the grammar leaves, with what it forces behind the first path, and the masks.
 
-    A sampled draft, or one with logits, keeps its tokens: its law must stay the one they were drawn from.
+    A sampled draft, or one with logits, keeps its tokens: its distribution must stay the one they were drawn from.
 
     Args:
         state: Of the committed tokens; unchanged afterwards.
@@ -191,7 +191,7 @@ def _cut(walker: _Walker, draft: Draft, room: int, eos_ids: Collection[int]) -> 
         token_ids=tuple(token for token, _, _ in nodes),
         parents=tuple(parent for _, parent, _ in nodes),
         sources=tuple(source for _, _, source in nodes),
-        likely=None,
+        node_probs=None,
     )
     return cut, np.stack(masks)
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.device import sent
+from rasd_integrations.engine.device import to_device
 from rasd_integrations.engine.verification.sampling import (
-    Law,
+    Distribution,
+    bernoulli,
     draw,
-    flip,
-    inverted,
     no_token_error,
-    take_back,
+    rewind_generator,
+    sample_by_inverse_cdf,
     uniform_numbers,
 )
 from rasd_integrations.types import Draft
@@ -65,33 +65,38 @@ def walk(draft: Draft, choose: Callable[[int], int]) -> Verdict:
 
 
 def sample_and_walk(
-    logits: Tensor, draft: Draft, law: Law | None, generator: torch.Generator | None = None
+    logits: Tensor,
+    draft: Draft,
+    distribution: Distribution | None,
+    generator: torch.Generator | None = None,
 ) -> Verdict:
     """Verify any chain or tree that depends on the context only: one draw of p a visited node.
 
     Each emitted token takes one draw, so with the same generator the output is the same token by
-    token whatever was drafted. Exact for every law; no exact rule accepts more of a fixed draft.
+    token whatever was drafted. Exact for every distribution; no exact rule accepts more of a fixed draft.
 
     Args:
         logits: ``[1 + num_nodes, vocab]``.
         draft: A deterministic draft.
-        law: The target's law; ``None`` is greedy (no softmax).
+        distribution: The target's distribution; ``None`` is greedy (no softmax).
         generator: Source of the draws.
 
     Raises:
         DecodingError: No token may follow a visited node.
     """
-    if law is not None:
+    if distribution is not None:
         if logits.device.type != "cpu":
-            return drawn_ahead(logits, draft, law, generator or torch.default_generator)
-        return walk(draft, lambda row: int(draw(law(logits[row]), generator)))
+            return drawn_ahead(logits, draft, distribution, generator or torch.default_generator)
+        return walk(draft, lambda row: int(draw(distribution(logits[row]), generator)))
     if logits.device.type == "cpu":  # no transfer to save: only the visited rows are read
         return walk(draft, lambda row: checked(*argmax_rows(logits[row : row + 1])))
     best = argmax_rows(logits)
     return walk(draft, lambda row: checked(best[row]))
 
 
-def drawn_ahead(logits: Tensor, draft: Draft, law: Law, generator: torch.Generator) -> Verdict:
+def drawn_ahead(
+    logits: Tensor, draft: Draft, distribution: Distribution, generator: torch.Generator
+) -> Verdict:
     """Sample and walk with one transfer to the host: a token is drawn behind every node, visited or not.
 
     Nodes of one depth share the number that the walk would draw there, and the generator is left as the walk
@@ -102,34 +107,37 @@ def drawn_ahead(logits: Tensor, draft: Draft, law: Law, generator: torch.Generat
         depths.append(depths[parent + 1] + 1)
     before = generator.get_state()
     numbers = uniform_numbers((max(depths) + 1,), generator)[torch.tensor(depths)]
-    tokens = inverted(law(logits), sent(numbers, logits.device)).tolist()
+    tokens = sample_by_inverse_cdf(distribution(logits), to_device(numbers, logits.device)).tolist()
     verdict = walk(draft, lambda row: checked(tokens[row]))
-    take_back(generator, before, len(verdict.accepted) + 1)
+    rewind_generator(generator, before, len(verdict.accepted) + 1)
     return verdict
 
 
 def block_verify(
-    logits: Tensor, draft: Draft, law: Law, generator: torch.Generator | None = None
+    logits: Tensor,
+    draft: Draft,
+    distribution: Distribution,
+    generator: torch.Generator | None = None,
 ) -> Verdict:
     """Verify a sampled chain as a block (arXiv 2403.10444): exact, and never shorter than by token.
 
     Args:
         logits: ``[1 + num_nodes, vocab]``.
-        draft: A chain with ``probs``, the law that each token was sampled from.
-        law: The target's law.
+        draft: A chain with ``probs``, the distribution that each token was sampled from.
+        distribution: The target's distribution.
         generator: Source of the draws.
 
     Raises:
         DecodingError: No token may follow the accepted path.
     """
     if draft.probs is None:
-        return sample_and_walk(logits, draft, law, generator)
-    p, q = law(logits), draft.probs
+        return sample_and_walk(logits, draft, distribution, generator)
+    p, q = distribution(logits), draft.probs
     reach = reach_probabilities(p, q, draft.token_ids)
     holds = accept_probabilities(p, q, reach)
     if logits.device.type != "cpu":
         return block_ahead(p, q, reach, holds, generator)
-    n = _last_held(flip(holds.tolist(), generator))
+    n = _last_held(bernoulli(holds.tolist(), generator))
     last = p[n] if n == len(draft) else residual(reach[n] * p[n], q[n], otherwise=p[n])
     return Verdict(tuple(range(n)), int(draw(last, generator)))
 
@@ -144,7 +152,9 @@ def block_ahead(
     n = len(holds)
     numbers = uniform_numbers((n + 1,), generator)
     left = residual(reach[:n, None].to(p.dtype) * p[:n], q, otherwise=p[:n])
-    tokens = inverted(torch.cat([left, p[n:]]), sent(numbers[n:], p.device).expand(n + 1))
+    tokens = sample_by_inverse_cdf(
+        torch.cat([left, p[n:]]), to_device(numbers[n:], p.device).expand(n + 1)
+    )
     read = torch.cat([holds, tokens.double()]).tolist()
     pairs = zip(numbers[:n].tolist(), read[:n], strict=True)
     accepted = _last_held([number < chance for number, chance in pairs])
@@ -180,7 +190,7 @@ def accept_probabilities(p: Tensor, q: Tensor, reach: Tensor) -> Tensor:
 def residual(wanted: Tensor, covered: Tensor, otherwise: Tensor) -> Tensor:
     """Return the positive part of ``wanted - covered``, not normalised.
 
-    ``otherwise`` stands in where nothing is left: two laws that agree up to rounding.
+    ``otherwise`` stands in where nothing is left: two distributions that agree up to rounding.
     """
     left = (wanted - covered).clamp(min=0)
     return torch.where(left.sum(-1, keepdim=True) > 0, left, otherwise)

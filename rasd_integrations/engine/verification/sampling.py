@@ -1,4 +1,4 @@
-"""From logits to the law that is sampled, and from the law to a token: pure functions."""
+"""From logits to the distribution that is sampled, and from the distribution to a token: pure functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rasd_integrations.errors import DecodingError
 
-Law = Callable[[Tensor], Tensor]
+Distribution = Callable[[Tensor], Tensor]
 """Turns logits ``[..., vocab]`` into probabilities of the same shape, float32."""
 
 # Sorting a vocabulary of 152K takes 11 ms a row on a CPU core, finding its top 1024 takes 0.6 ms.
@@ -28,7 +28,7 @@ def process_logits(
 
     Args:
         logits: ``[..., vocab]``, any float type; ``-inf`` marks a token that may not follow.
-        temperature: 0 gives the one-hot law of the arg max, the first of ties.
+        temperature: 0 gives the one-hot distribution of the arg max, the first of ties.
         top_p: Nucleus in (0, 1]; 1 is off.
         top_k: Tokens kept; 0 is off.
         min_p: Least probability of a token kept, as a share of the most likely one's; 0 is off.
@@ -54,17 +54,17 @@ def process_logits(
     return probs
 
 
-def sampling_law(
+def sampling_distribution(
     temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
-) -> Law | None:
-    """Return the law of these parameters; ``None`` says greedy, which needs no probabilities."""
+) -> Distribution | None:
+    """Return the distribution of these parameters; ``None`` says greedy, which needs no probabilities."""
     if temperature == 0:
         return None
     return partial(process_logits, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one index a row by inverting the cumulative law: one uniform number a row.
+    """Draw one index a row by inverting the cumulative distribution: one uniform number a row.
 
     The same numbers are drawn on every device where the generator lives on the CPU. Rows need not
     sum to 1.
@@ -80,14 +80,14 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
         DecodingError: A row has no positive mass, or is not a number.
     """
     uniform = uniform_numbers(probs.shape[:-1], generator).to(probs.device)
-    index = inverted(probs, uniform)
+    index = sample_by_inverse_cdf(probs, uniform)
     if bool((index < 0).any()):
         raise no_token_error()
     return index
 
 
-def inverted(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Return the index ``[...]`` where the cumulative law passes ``uniform`` ``[...]``; -1 in a row without mass."""
+def sample_by_inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Return the first index whose cumulative probability exceeds ``uniform``, ``[...]``; -1 in a row without mass."""
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1:].contiguous()
     # A number under 1 times the total never rounds up to it, so the index is one of positive mass.
@@ -95,13 +95,13 @@ def inverted(probs: Tensor, uniform: Tensor) -> Tensor:
     return index.masked_fill(~(total > 0), -1).squeeze(-1)
 
 
-def flip(chances: Sequence[float], generator: torch.Generator | None) -> list[bool]:
+def bernoulli(chances: Sequence[float], generator: torch.Generator | None) -> list[bool]:
     """Return for each chance whether an event of that probability happens; 1 and over is certain."""
     uniform = uniform_numbers((len(chances),), generator).tolist()
     return [u < chance for u, chance in zip(uniform, chances, strict=True)]
 
 
-def take_back(generator: torch.Generator, before: Tensor, used: int) -> None:
+def rewind_generator(generator: torch.Generator, before: Tensor, used: int) -> None:
     """Leave ``generator`` as if of what was drawn since the state ``before`` only ``used`` numbers had been."""
     generator.set_state(before)
     uniform_numbers((used,), generator)

@@ -1,8 +1,8 @@
-"""Knowledge transfer: verification against a law that leans towards the drafter's. Lossy on purpose.
+"""Knowledge transfer: verification against a distribution that leans towards the drafter's. Lossy on purpose.
 
-At every position where the drafter's logits are known, the token follows one law of (target logits,
-drafter logits), whatever was drafted, and what that law moves away from the target's is returned: its
-total variation distance, summed over the emitted positions. Elsewhere it is the target's own law.
+At every position where the drafter's logits are known, the token follows one distribution of (target logits,
+drafter logits), whatever was drafted, and what that distribution moves away from the target's is returned: its
+total variation distance, summed over the emitted positions. Elsewhere it is the target's own distribution.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from rasd_integrations.engine.verification.exact import (
     residual,
     walk,
 )
-from rasd_integrations.engine.verification.sampling import Law, draw, flip, sampling_law
+from rasd_integrations.engine.verification.sampling import (
+    Distribution,
+    bernoulli,
+    draw,
+    sampling_distribution,
+)
 from rasd_integrations.types import Draft
 
-_Laws = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From p and q: the law that drafted tokens are held against, and the law that recovers."""
+_Distributions = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From p and q: the distribution that drafted tokens are held against, and the distribution that recovers."""
 
 
 def guarded_shift(p: Tensor, q: Tensor, eta: float, alpha: float = 0.1) -> Tensor:
@@ -33,8 +38,8 @@ def guarded_shift(p: Tensor, q: Tensor, eta: float, alpha: float = 0.1) -> Tenso
     its code: no shift where q < alpha * max q.
 
     Args:
-        p: Target law ``[..., vocab]``.
-        q: Drafter law, same shape.
+        p: Target distribution ``[..., vocab]``.
+        q: Drafter distribution, same shape.
         eta: Strength, in nats.
         alpha: Share of the drafter's maximum.
     """
@@ -55,7 +60,7 @@ def rapid_verify(
     """Verify a chain by RAPID's rule (arXiv 2502.20330): p shifted by eta * (q - p), guarded.
 
     Greedy takes the arg max of the shifted logits. Sampling accepts x with min(1, p_hat(x) / q(x))
-    and recovers from (p - min(q, p_hat))+; its one-step law is m + (1 - sum m) * norm((p - m)+) with
+    and recovers from (p - min(q, p_hat))+; its one-step distribution is m + (1 - sum m) * norm((p - m)+) with
     m = min(q, p_hat), from which the token after the draft is drawn too.
 
     Args:
@@ -74,14 +79,14 @@ def rapid_verify(
     Raises:
         DecodingError: No token may follow a visited position.
     """
-    law = sampling_law(temperature, top_p, top_k, min_p)
-    if law is None:
+    distribution = sampling_distribution(temperature, top_p, top_k, min_p)
+    if distribution is None:
         return _greedy(logits, draft, lambda z, p, q: z + guarded_shift(p, q, eta))
 
-    def laws(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def distributions(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         return (p.log() + guarded_shift(p, q, eta)).softmax(-1), p
 
-    return _sampled(logits, draft, law, laws, generator)
+    return _sampled(logits, draft, distribution, distributions, generator)
 
 
 def mixture_verify(
@@ -94,23 +99,23 @@ def mixture_verify(
     generator: torch.Generator | None = None,
     min_p: float = 0.0,
 ) -> tuple[Verdict, float]:
-    """Verify a chain against the law weight * p + (1 - weight) * q, which is followed exactly.
+    """Verify a chain against the distribution weight * p + (1 - weight) * q, which is followed exactly.
 
     Arguments, returns and errors are those of :func:`rapid_verify`; ``weight`` is in (0, 1], 1 gives p.
     """
-    law = sampling_law(temperature, top_p, top_k, min_p)
-    if law is None:
+    distribution = sampling_distribution(temperature, top_p, top_k, min_p)
+    if distribution is None:
         return _greedy(logits, draft, lambda _z, p, q: weight * p + (1 - weight) * q)
 
-    def laws(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def distributions(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         mixed = weight * p + (1 - weight) * q
         return mixed, mixed
 
-    return _sampled(logits, draft, law, laws, generator)
+    return _sampled(logits, draft, distribution, distributions, generator)
 
 
-def one_step_law(q: Tensor, held: Tensor, recovery: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the law of the emitted token, and the unnormalised law after a rejection.
+def one_step_distribution(q: Tensor, held: Tensor, recovery: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distribution of the emitted token, and the unnormalised distribution after a rejection.
 
     A token x drawn from ``q`` stands with min(1, held(x) / q(x)), else one is drawn from what
     ``recovery`` has left.
@@ -123,7 +128,7 @@ def one_step_law(q: Tensor, held: Tensor, recovery: Tensor) -> tuple[Tensor, Ten
 def _greedy(
     logits: Tensor, draft: Draft, score: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> tuple[Verdict, float]:
-    """Walk along the arg max of ``score(z, p, q)``, all laws at temperature 1."""
+    """Walk along the arg max of ``score(z, p, q)``, all distributions at temperature 1."""
     known = _rows_known(draft)
     z = logits[:known].float()
     p = z.softmax(-1)
@@ -138,27 +143,35 @@ def _greedy(
 
 
 def _sampled(
-    logits: Tensor, draft: Draft, law: Law, laws: _Laws, generator: torch.Generator | None
+    logits: Tensor,
+    draft: Draft,
+    distribution: Distribution,
+    distributions: _Distributions,
+    generator: torch.Generator | None,
 ) -> tuple[Verdict, float]:
-    """Walk with the one-step law of ``laws``; a sampled token is accepted or recovered from."""
+    """Walk with the one-step distribution of ``distributions``; a sampled token is accepted or recovered from."""
     known = _rows_known(draft)
     moved: list[Tensor] = []
 
     def choose(row: int) -> int:
-        p = law(logits[row])
+        p = distribution(logits[row])
         if row >= known or draft.logits is None:
             return int(draw(p, generator))
         sampled = draft.probs is not None and row < len(draft)
-        source = draft.probs[row] if draft.probs is not None and sampled else law(draft.logits[row])
+        source = (
+            draft.probs[row]
+            if draft.probs is not None and sampled
+            else distribution(draft.logits[row])
+        )
         q = source.nan_to_num(0.0)  # a broken drafter has no say
-        held, recovery = laws(p, _allowed(q, logits[row], p))
-        out, left = one_step_law(q, held, recovery)
+        held, recovery = distributions(p, _allowed(q, logits[row], p))
+        out, left = one_step_distribution(q, held, recovery)
         moved.append((out - p).clamp(min=0).sum())
         if not sampled:
             return int(draw(out, generator))
         token = draft.token_ids[row]
         held_x, q_x = torch.stack([held[token], q[token]]).tolist()
-        if flip([held_x / q_x if q_x > 0 else 0.0], generator)[0]:
+        if bernoulli([held_x / q_x if q_x > 0 else 0.0], generator)[0]:
             return token
         return int(draw(left, generator))
 

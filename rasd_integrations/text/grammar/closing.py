@@ -61,7 +61,7 @@ class Closer:
         self._in_text = _bits((n for _, n in known if n not in self._ending), words)
         self._ends = _bits(eos_ids, words)
 
-    def way_out(
+    def shortest_completion(
         self,
         matcher: LLMatcher,
         opening: Sequence[int] = (),
@@ -104,8 +104,8 @@ class Closer:
             bits: What the grammar allows there.
             way: The way out from there; empty where the answer may end.
             room: Tokens that the answer may still hold.
-            texts: As of :meth:`way_out`.
-            start: As of :meth:`way_out`.
+            texts: As of :meth:`shortest_completion`.
+            start: As of :meth:`shortest_completion`.
 
         Returns:
             The mask, whether the way out alone is left, and the ways out behind tokens that were looked at.

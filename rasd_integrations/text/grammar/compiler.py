@@ -129,7 +129,9 @@ class GrammarCompiler:
         """
         with self._lock:
             if source not in self._ways:
-                self._ways[source] = self._closer.way_out(matcher, closing.opening, closing.texts)
+                self._ways[source] = self._closer.shortest_completion(
+                    matcher, closing.opening, closing.texts
+                )
                 if len(self._ways) > _KEPT:
                     self._ways.popitem(last=False)
             way = self._ways[source]

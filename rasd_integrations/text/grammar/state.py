@@ -96,7 +96,7 @@ class LLGuidanceState:
     def forced(self) -> Sequence[int]:
         """Return the tokens that must follow."""
         tokens: list[int] = self._matcher.compute_ff_tokens()
-        if not tokens and self.squeezed:
+        if not tokens and self.is_closing:
             return self._places[-1].way or ()
         return tokens
 
@@ -144,7 +144,7 @@ class LLGuidanceState:
         return bool(self._matcher.is_stopped())
 
     @property
-    def squeezed(self) -> bool:
+    def is_closing(self) -> bool:
         """Whether the answer had to be closed because its room ended."""
         return self._places[-1].only or self.closed_tokens > 0
 
@@ -164,7 +164,9 @@ class LLGuidanceState:
         if closing is None or not self._is_short(place) or self._matcher.is_stopped():
             return bits
         if place.way is None:
-            found = closing.closer.way_out(self._matcher, closing.opening, closing.texts, place.at)
+            found = closing.closer.shortest_completion(
+                self._matcher, closing.opening, closing.texts, place.at
+            )
             if found is None:  # not met in what is checked before an answer begins
                 return bits
             place.way, place.bound = found, len(found)

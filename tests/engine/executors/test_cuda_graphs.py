@@ -252,7 +252,7 @@ def test_decoding_on_graphs_is_lossless(family, n, shape, recorder):
 
 
 def test_sampled_decoding_on_graphs_draws_the_same_ids():
-    """With a seed the same numbers are drawn from the same laws."""
+    """With a seed the same numbers are drawn from the same distributions."""
     params = SamplingParams(temperature=0.9, top_p=0.95, seed=11, max_tokens=30, ignore_eos=True)
     expected = decode(TargetModel(tiny_llama()), params=params)
     ours = graph_target(tiny_llama, taped)
@@ -329,7 +329,7 @@ def test_a_row_that_pads_is_never_laid_down():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_drafter_models_run_on_graphs_too(temperature):
-    """A drafter's laws, collected over its steps, are its own at every place of the chain."""
+    """A drafter's distributions, collected over its steps, are its own at every place of the chain."""
     params = SamplingParams(temperature=temperature, seed=5, max_tokens=30, ignore_eos=True)
     counted = Counted(taped)
     eager = [TargetModel(tiny_llama(seed)) for seed in (0, 1)]

@@ -1,4 +1,4 @@
-"""Tokens drawn in a row without the host: the drafts, the rows and the laws of drawing them one by one."""
+"""Tokens drawn in a row without the host: the drafts, the rows and the distributions of drawing them one by one."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from rasd_integrations.engine.drawing import ROOM, Drawn, Sampler
 from rasd_integrations.engine.executors import cuda_graphs as graphs
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification.sampling import draw, sampling_law
+from rasd_integrations.engine.verification.sampling import draw, sampling_distribution
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.types import DraftContext, TokenBlock
 
-LAWS = {"greedy": (0.0, 1.0, 0), "sampled": (0.8, 1.0, 0), "nucleus": (1.1, 0.7, 9)}
+SAMPLINGS = {"greedy": (0.0, 1.0, 0), "sampled": (0.8, 1.0, 0), "nucleus": (1.1, 0.7, 9)}
 
 
 def same(logits: torch.Tensor) -> torch.Tensor:
@@ -56,13 +56,13 @@ def drafts(model, context, blocks, budget, confidence=0.0, helper=None):
 
 
 @pytest.mark.parametrize("recorder", sorted(RECORDERS))
-@pytest.mark.parametrize("law", sorted(LAWS))
+@pytest.mark.parametrize("sampling", sorted(SAMPLINGS))
 @pytest.mark.parametrize("budget", [1, 5, ROOM + 5])
 @pytest.mark.parametrize("family", OUR_FAMILIES)
-def test_drafts_are_those_of_drawing_one_by_one(family, budget, law, recorder):
-    """Tokens, laws, logits and likelihoods, over blocks that agree with the draft and that do not."""
+def test_drafts_are_those_of_drawing_one_by_one(family, budget, sampling, recorder):
+    """Tokens, distributions, logits and likelihoods, over blocks that agree with the draft and that do not."""
     make = FAMILIES[family]
-    temperature, top_p, top_k = LAWS[law]
+    temperature, top_p, top_k = SAMPLINGS[sampling]
     context = DraftContext(
         prompt_ids=random_ids(30), temperature=temperature, top_p=top_p, top_k=top_k, seed=3
     )
@@ -73,8 +73,8 @@ def test_drafts_are_those_of_drawing_one_by_one(family, budget, law, recorder):
     for ours, theirs in zip(got, wanted, strict=True):
         assert ours.token_ids == theirs.token_ids
         close(ours.logits, theirs.logits)
-        if law == "greedy":
-            assert ours.likely == pytest.approx(theirs.likely, rel=1e-4)
+        if sampling == "greedy":
+            assert ours.node_probs == pytest.approx(theirs.node_probs, rel=1e-4)
         else:
             torch.testing.assert_close(ours.probs, theirs.probs, atol=1e-4, rtol=1e-3)
     assert session.forwards >= sum(map(len, got))
@@ -294,16 +294,18 @@ def test_what_was_drawn_outlives_the_next_draft():
     assert first.read() != second.read()
 
 
-@pytest.mark.parametrize("law", sorted(LAWS))
-def test_a_sampler_draws_what_the_host_draws(law):
+@pytest.mark.parametrize("sampling", sorted(SAMPLINGS))
+def test_a_sampler_draws_what_the_host_draws(sampling):
     """The same tokens from the same numbers, and the probability of each."""
-    temperature, top_p, top_k = LAWS[law]
+    temperature, top_p, top_k = SAMPLINGS[sampling]
     logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 2
     sampler = Sampler(temperature, top_p, top_k, same)
     numbers = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tokens, chances, _ = sampler(logits, numbers)
-    probs = (sampling_law(temperature, top_p, top_k) or partial(torch.softmax, dim=-1))(logits)
-    if law == "greedy":
+    probs = (sampling_distribution(temperature, top_p, top_k) or partial(torch.softmax, dim=-1))(
+        logits
+    )
+    if sampling == "greedy":
         assert torch.equal(tokens, logits.argmax(-1))
     else:
         assert torch.equal(tokens, draw(probs, torch.Generator().manual_seed(1)))

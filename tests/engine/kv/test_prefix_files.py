@@ -121,15 +121,15 @@ def test_rows_come_back_bit_for_bit(target, tmp_path):
     assert (theirs.length, theirs.num_layers, theirs.shift) == (120, 2, 0)
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
-def test_keys_are_laid_as_they_will_be_read(by_rows, target, tmp_path):
+@pytest.mark.parametrize("row_major", [False, True])
+def test_keys_are_laid_as_they_will_be_read(row_major, target, tmp_path):
     """Rows from disk need not be laid anew by who reads them row by row."""
     warm(target, cache_of(tmp_path, target), DOCUMENT)
-    buffer = files_of(tmp_path, target, by_rows=by_rows).load(np.asarray(DOCUMENT), "", 200)
+    buffer = files_of(tmp_path, target, row_major=row_major).load(np.asarray(DOCUMENT), "", 200)
     memory = buffer.memory
-    assert memory.is_contiguous() == by_rows
+    assert memory.is_contiguous() == row_major
     buffer.lay_by_rows()
-    assert (buffer.memory is memory) == by_rows
+    assert (buffer.memory is memory) == row_major
     fresh = cache_of(tmp_path, target).lease([*DOCUMENT, 1], 200).buffer
     for layer in range(buffer.num_layers):
         for rows, wanted in zip(buffer.rows(layer, 0, 120), fresh.rows(layer, 0, 120), strict=True):

@@ -109,7 +109,7 @@ def test_a_model_drafter_drafts_inside_the_grammar():
     assert stats.acceptance_rate == 1.0
 
 
-def test_a_sampled_model_draft_keeps_the_masked_law():
+def test_a_sampled_model_draft_keeps_the_masked_distribution():
     """Block verification of drafts from a masked q follows the masked p: first two tokens, by frequency."""
 
     def follows(path):
@@ -120,8 +120,8 @@ def test_a_sampled_model_draft_keeps_the_masked_law():
     drafter = ModelDrafter(target, confidence=0.0)
     exact = {}
     for first in (10, 20, 30):
-        p = law_of(model, PROMPT)
-        q = law_of(model, [*PROMPT, first])
+        p = distribution_of(model, PROMPT)
+        q = distribution_of(model, [*PROMPT, first])
         exact |= {(first, t): p[first] * q[t] for t in (10, 20, 30)}
     runs = 1200
     seen = Counter(
@@ -143,7 +143,7 @@ def test_a_sampled_model_draft_keeps_the_masked_law():
         assert abs(seen[outcome] / runs - chance) < bound, outcome
 
 
-def law_of(model, ids):
+def distribution_of(model, ids):
     logits = model(torch.tensor([ids])).logits[0, -1]
     masked = torch.full_like(logits, float("-inf"))
     masked[[10, 20, 30]] = logits[[10, 20, 30]]
@@ -233,7 +233,7 @@ def test_a_grammar_without_a_way_on_is_an_error():
 
 
 def test_knowledge_transfer_stays_inside_the_grammar():
-    """A lossy law under a grammar writes what the grammar allows, and drafts nothing without a law."""
+    """A lossy distribution under a grammar writes what the grammar allows, and drafts nothing without a distribution."""
     target = TargetModel(tiny_llama())
     drafter = ModelDrafter(TargetModel(tiny_llama(7)), confidence=0.0)
     config = SpeculationConfig(num_draft_tokens=4, knowledge_transfer=20.0)
@@ -285,7 +285,7 @@ def test_guide_keeps_within_the_room():
 
 
 def test_a_sampled_draft_is_never_cut():
-    """Its law is the one it was drawn from; behind a forbidden token the rows are left open."""
+    """Its distribution is the one it was drawn from; behind a forbidden token the rows are left open."""
     state = TableGrammar(lambda path: [1], 32)
     draft = Draft((1, 2, 1), probs=torch.full((3, 32), 1 / 32), source="s")
     cut, bits = guide(state, draft, room=9, eos_ids=())

@@ -1,4 +1,4 @@
-"""The exact rules: their output law is the target's, by enumeration of every branch."""
+"""The exact rules: their output distribution is the target's, by enumeration of every branch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
-from fakes_laws import Model, Oracle, distance, outcomes, softmax
+from fakes_distributions import Model, Oracle, distance, outcomes, softmax
 
 from rasd_integrations.engine.verification import exact as verification
 from rasd_integrations.engine.verification.exact import (
@@ -23,7 +23,7 @@ from rasd_integrations.engine.verification.exact import (
     residual,
     sample_and_walk,
 )
-from rasd_integrations.engine.verification.sampling import sampling_law
+from rasd_integrations.engine.verification.sampling import sampling_distribution
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.types import Draft
 
@@ -33,7 +33,7 @@ def oracle(monkeypatch):
     """Draws and flips that take every branch."""
     oracle = Oracle()
     monkeypatch.setattr(verification, "draw", oracle.draw)
-    monkeypatch.setattr(verification, "flip", oracle.flip)
+    monkeypatch.setattr(verification, "bernoulli", oracle.bernoulli)
     return oracle
 
 
@@ -117,12 +117,12 @@ def test_drawing_ahead_minds_visited_rows_only():
 
 @pytest.mark.parametrize("draft", TREES.values(), ids=TREES.keys())
 def test_sample_and_walk_is_exact(oracle, draft):
-    """Whatever chain or tree is drafted, the tokens follow the target's law."""
+    """Whatever chain or tree is drafted, the tokens follow the target's distribution."""
     model = Model(len(draft), vocab=3)
     logits = target_logits(model, draft)
-    law = outcomes(oracle, lambda: emitted(draft, sample_and_walk(logits, draft, softmax)))
-    length = max((len(path) for path in law), default=1)
-    assert distance(model.extend(law, length), model.extend({(): 1.0}, length)) < 1e-6
+    distribution = outcomes(oracle, lambda: emitted(draft, sample_and_walk(logits, draft, softmax)))
+    length = max((len(path) for path in distribution), default=1)
+    assert distance(model.extend(distribution, length), model.extend({(): 1.0}, length)) < 1e-6
 
 
 @pytest.mark.parametrize("draft", TREES.values(), ids=TREES.keys())
@@ -130,10 +130,10 @@ def test_sample_and_walk_accepts_the_mass_of_the_children(oracle, draft):
     """A step past the root happens with the target's probability of the root's children."""
     model = Model(len(draft), vocab=3)
     logits = target_logits(model, draft)
-    law = outcomes(oracle, lambda: emitted(draft, sample_and_walk(logits, draft, softmax)))
-    moved = sum(weight for tokens, weight in law.items() if len(tokens) > 1)
+    distribution = outcomes(oracle, lambda: emitted(draft, sample_and_walk(logits, draft, softmax)))
+    moved = sum(weight for tokens, weight in distribution.items() if len(tokens) > 1)
     firsts = {path[0] for path in paths(draft) if len(path) == 1}
-    assert moved == pytest.approx(sum(model.law(())[t] for t in firsts), abs=1e-6)
+    assert moved == pytest.approx(sum(model.distribution(())[t] for t in firsts), abs=1e-6)
 
 
 @pytest.mark.parametrize("draft", TREES.values(), ids=TREES.keys())
@@ -152,11 +152,11 @@ def test_accepted_nodes_lead_from_the_root_to_the_last(oracle):
     """The accepted indices are a path: each node's parent stands before it."""
     draft = TREES["deep"]
     logits = target_logits(Model(0, vocab=3), draft)
-    law = outcomes(oracle, lambda: sample_and_walk(logits, draft, softmax))
-    for verdict in law:
+    distribution = outcomes(oracle, lambda: sample_and_walk(logits, draft, softmax))
+    for verdict in distribution:
         before = (-1, *verdict.accepted)
         assert all(draft.parents[n] == p for p, n in zip(before, verdict.accepted, strict=False))
-    assert max(len(verdict.accepted) for verdict in law) == 5
+    assert max(len(verdict.accepted) for verdict in distribution) == 5
 
 
 def test_greedy_takes_the_first_of_equal_logits():
@@ -165,15 +165,17 @@ def test_greedy_takes_the_first_of_equal_logits():
     assert sample_and_walk(logits, Draft(), None) == Verdict((), 1)
 
 
-@pytest.mark.parametrize("law", [None, sampling_law(1.0)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "distribution", [None, sampling_distribution(1.0)], ids=["greedy", "sampled"]
+)
 @pytest.mark.parametrize("value", [float("-inf"), float("nan")])
-def test_a_row_without_a_token_is_an_error_only_if_visited(law, value):
+def test_a_row_without_a_token_is_an_error_only_if_visited(distribution, value):
     """A dead row beyond the accepted path does no harm; a visited one is refused."""
     row = torch.tensor([0.0, 50.0])
     logits = torch.stack([row, torch.full((2,), value)])
-    assert sample_and_walk(logits, Draft((0,)), law).token_id == 1
+    assert sample_and_walk(logits, Draft((0,)), distribution).token_id == 1
     with pytest.raises(DecodingError, match="grammar"):
-        sample_and_walk(logits, Draft((1,)), law)
+        sample_and_walk(logits, Draft((1,)), distribution)
 
 
 def test_seeded_output_does_not_depend_on_the_draft():
@@ -195,7 +197,7 @@ def test_seeded_output_does_not_depend_on_the_draft():
 def sampled_chains(drafter, length):
     """Yield every chain that the drafter may sample, with its probability."""
     for tokens in itertools.product(range(drafter.vocab), repeat=length):
-        weight = math.prod(drafter.law(tokens[:i])[t] for i, t in enumerate(tokens))
+        weight = math.prod(drafter.distribution(tokens[:i])[t] for i, t in enumerate(tokens))
         if weight > 0:
             rows = [drafter.logits(tokens[:i]).softmax(-1) for i in range(length)]
             yield Draft(tokens, probs=torch.stack(rows)), weight
@@ -204,25 +206,25 @@ def sampled_chains(drafter, length):
 CASES = [(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3), (8, 1)]
 
 
-def block_law(oracle, target, drafter, length):
-    """Return the law of the tokens that one block verification commits."""
-    law = defaultdict(float)
+def block_distribution(oracle, target, drafter, length):
+    """Return the distribution of the tokens that one block verification commits."""
+    distribution = defaultdict(float)
     for draft, weight in sampled_chains(drafter, length):
         logits = target_logits(target, draft)
         got = outcomes(oracle, lambda d=draft, z=logits: emitted(d, block_verify(z, d, softmax)))
         for tokens, chance in got.items():
-            law[tokens] += weight * chance
-    return law
+            distribution[tokens] += weight * chance
+    return distribution
 
 
 @pytest.mark.parametrize(("vocab", "length"), CASES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_block_verification_is_exact(oracle, vocab, length, seed):
-    """Over every sampled draft and every branch, the tokens follow the target's law."""
+    """Over every sampled draft and every branch, the tokens follow the target's distribution."""
     target, drafter = Model(seed, vocab), Model(seed + 100, vocab)
-    law = block_law(oracle, target, drafter, length)
+    distribution = block_distribution(oracle, target, drafter, length)
     expected = target.extend({(): 1.0}, length + 1)
-    assert distance(target.extend(law, length + 1), expected) < 1e-6
+    assert distance(target.extend(distribution, length + 1), expected) < 1e-6
 
 
 @pytest.mark.parametrize(("vocab", "length"), CASES)
@@ -230,14 +232,16 @@ def test_block_verification_is_exact(oracle, vocab, length, seed):
 def test_block_verification_is_never_worse_than_token_by_token(oracle, vocab, length, seed):
     """Expected tokens are at least those of the token-wise rule, and equal for one token."""
     target, drafter = Model(seed, vocab), Model(seed + 100, vocab)
-    law = block_law(oracle, target, drafter, length)
-    block = sum(weight * len(tokens) for tokens, weight in law.items())
+    distribution = block_distribution(oracle, target, drafter, length)
+    block = sum(weight * len(tokens) for tokens, weight in distribution.items())
     token_wise = 1.0
     for draft, weight in sampled_chains(drafter, length):
         stands = 1.0
         for i, token in enumerate(draft.token_ids):
             prefix = draft.token_ids[:i]
-            stands *= min(1.0, target.law(prefix)[token] / drafter.law(prefix)[token])
+            stands *= min(
+                1.0, target.distribution(prefix)[token] / drafter.distribution(prefix)[token]
+            )
             token_wise += weight * stands
     assert block >= token_wise - 1e-6
     if length == 1:
@@ -245,21 +249,23 @@ def test_block_verification_is_never_worse_than_token_by_token(oracle, vocab, le
 
 
 def test_block_verification_gains_over_token_by_token(oracle):
-    """On some laws the gain is real, so the rule is not the token-wise one in disguise."""
+    """On some distributions the gain is real, so the rule is not the token-wise one in disguise."""
     target, drafter = Model(0, 2), Model(100, 2)
-    law = block_law(oracle, target, drafter, 3)
-    block = sum(weight * len(tokens) for tokens, weight in law.items())
+    distribution = block_distribution(oracle, target, drafter, 3)
+    block = sum(weight * len(tokens) for tokens, weight in distribution.items())
     token_wise = 1.0
     for draft, weight in sampled_chains(drafter, 3):
         stands = 1.0
         for i, token in enumerate(draft.token_ids):
             prefix = draft.token_ids[:i]
-            stands *= min(1.0, target.law(prefix)[token] / drafter.law(prefix)[token])
+            stands *= min(
+                1.0, target.distribution(prefix)[token] / drafter.distribution(prefix)[token]
+            )
             token_wise += weight * stands
     assert block > token_wise + 0.005
 
 
-def test_equal_laws_accept_everything():
+def test_equal_distributions_accept_everything():
     """A drafter that is the target loses nothing, whatever the seed."""
     model = Model(3, vocab=5)
     draft, _ = next(sampled_chains(model, 3))
@@ -278,7 +284,7 @@ def test_block_verification_samples_the_target_with_real_draws():
     for draft, logits, _ in random.Random(0).choices(cases, [w for *_, w in cases], k=n):
         verdict = block_verify(logits, draft, softmax, generator)
         counts[emitted(draft, verdict)[0]] += 1
-    for token, p in enumerate(target.law(())):
+    for token, p in enumerate(target.distribution(())):
         assert abs(counts[token] / n - p) <= 5 * math.sqrt(p * (1 - p) / n) + 1e-9
 
 
@@ -289,8 +295,8 @@ def test_a_token_the_drafter_could_not_draw_is_refused():
     assert accept_probabilities(p, q, reach_probabilities(p, q, (1,))).tolist() == [0.0]
 
 
-def test_residual_of_equal_laws_falls_back():
-    """Nothing left over gives the fallback law instead of a row of zeros."""
+def test_residual_of_equal_distributions_falls_back():
+    """Nothing left over gives the fallback distribution instead of a row of zeros."""
     p = torch.tensor([0.25, 0.75])
     assert residual(p, p, otherwise=p).tolist() == [0.25, 0.75]
     assert residual(p, torch.tensor([0.75, 0.25]), otherwise=p).tolist() == [0.0, 0.5]

@@ -1,4 +1,4 @@
-"""The law of a row of logits, and draws from it."""
+"""The distribution of a row of logits, and draws from it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from transformers.generation.logits_process import (
 )
 
 from rasd_integrations.engine.verification import sampling
-from rasd_integrations.engine.verification.sampling import draw, flip, process_logits, sampling_law
+from rasd_integrations.engine.verification.sampling import (
+    bernoulli,
+    draw,
+    process_logits,
+    sampling_distribution,
+)
 from rasd_integrations.errors import DecodingError
 
 
-def transformers_law(logits, temperature, top_p, top_k):
+def transformers_distribution(logits, temperature, top_p, top_k):
     """Return what `generate` samples from."""
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k:
@@ -39,12 +44,12 @@ def transformers_law(logits, temperature, top_p, top_k):
         (2.0, 0.01, 3),
     ],
 )
-def test_law_equals_transformers_warpers(temperature, top_p, top_k):
-    """Temperature, top-k and top-p give the law that transformers' generate samples from."""
+def test_distribution_equals_transformers_warpers(temperature, top_p, top_k):
+    """Temperature, top-k and top-p give the distribution that transformers' generate samples from."""
     logits = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)) * 3
     logits[logits < -6] = float("-inf")
     actual = process_logits(logits, temperature, top_p, top_k)
-    torch.testing.assert_close(actual, transformers_law(logits, temperature, top_p, top_k))
+    torch.testing.assert_close(actual, transformers_distribution(logits, temperature, top_p, top_k))
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
@@ -52,7 +57,9 @@ def test_as_many_equal_tokens_stay_as_in_transformers(top_k):
     """At the edge of the nucleus as many of equal logits stay as in transformers."""
     logits = torch.randint(0, 3, (200, 40), generator=torch.Generator().manual_seed(1)).float()
     actual = process_logits(logits, 1.0, 0.613, top_k).sort(-1).values
-    torch.testing.assert_close(actual, transformers_law(logits, 1.0, 0.613, top_k).sort(-1).values)
+    torch.testing.assert_close(
+        actual, transformers_distribution(logits, 1.0, 0.613, top_k).sort(-1).values
+    )
 
 
 def test_the_first_of_equal_tokens_stay():
@@ -61,19 +68,21 @@ def test_the_first_of_equal_tokens_stay():
 
 
 def test_nucleus_wider_than_the_candidates_equals_transformers(monkeypatch):
-    """A flat law whose nucleus exceeds the searched candidates is still the right one."""
+    """A flat distribution whose nucleus exceeds the searched candidates is still the right one."""
     monkeypatch.setattr(sampling, "_NUCLEUS_CANDIDATES", 4)
     logits = torch.randn(50, 60, generator=torch.Generator().manual_seed(2)) * 0.1
     logits[0, 0] = 30.0  # one row fits in the candidates, the others do not
     torch.testing.assert_close(
-        process_logits(logits, 1.0, 0.9, 0), transformers_law(logits, 1.0, 0.9, 0)
+        process_logits(logits, 1.0, 0.9, 0), transformers_distribution(logits, 1.0, 0.9, 0)
     )
 
 
 def test_temperature_zero_is_one_hot_at_the_first_arg_max():
     """Greedy puts all mass on the first of equal maxima."""
-    law = process_logits(torch.tensor([[1.0, 3.0, 3.0]], dtype=torch.bfloat16), 0.0, 0.5, 2)
-    assert law.tolist() == [[0.0, 1.0, 0.0]]
+    distribution = process_logits(
+        torch.tensor([[1.0, 3.0, 3.0]], dtype=torch.bfloat16), 0.0, 0.5, 2
+    )
+    assert distribution.tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_tiny_temperature_is_finite():
@@ -84,22 +93,22 @@ def test_tiny_temperature_is_finite():
 def test_masked_tokens_keep_no_mass_under_every_processor():
     """Tokens that a grammar masked stay at zero, also when top-k asks for more than are left."""
     logits = torch.tensor([0.0, float("-inf"), 1.0, float("-inf")])
-    law = process_logits(logits, 1.0, 0.99, 3)
-    assert [law[1].item(), law[3].item()] == [0.0, 0.0]
-    assert law.sum().item() == pytest.approx(1.0)
+    distribution = process_logits(logits, 1.0, 0.99, 3)
+    assert [distribution[1].item(), distribution[3].item()] == [0.0, 0.0]
+    assert distribution.sum().item() == pytest.approx(1.0)
 
 
-def test_sampling_law_of_temperature_zero_is_none():
+def test_sampling_distribution_of_temperature_zero_is_none():
     """Greedy is told by None, so that no probabilities are computed for it."""
-    assert sampling_law(0.0, 0.9, 5) is None
-    law = sampling_law(0.5, 0.9, 5)
+    assert sampling_distribution(0.0, 0.9, 5) is None
+    distribution = sampling_distribution(0.5, 0.9, 5)
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(3))
-    assert law is not None
-    torch.testing.assert_close(law(logits), process_logits(logits, 0.5, 0.9, 5))
+    assert distribution is not None
+    torch.testing.assert_close(distribution(logits), process_logits(logits, 0.5, 0.9, 5))
 
 
-def test_draws_follow_the_law():
-    """Frequencies of 40 000 seeded draws lie within five standard errors of the law."""
+def test_draws_follow_the_distribution():
+    """Frequencies of 40 000 seeded draws lie within five standard errors of the distribution."""
     probs = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
     n = 40_000
     tokens = draw(probs.expand(n, -1), torch.Generator().manual_seed(4))
@@ -136,6 +145,6 @@ def test_draw_refuses_a_row_without_mass(row):
 def test_flips_follow_their_chances():
     """Chances 0 and 1 are certain; others come at their rate, within five standard errors."""
     n = 20_000
-    flips = flip([0.0, 1.0] + [0.3] * n, torch.Generator().manual_seed(7))
+    flips = bernoulli([0.0, 1.0] + [0.3] * n, torch.Generator().manual_seed(7))
     assert flips[:2] == [False, True]
     assert abs(sum(flips[2:]) / n - 0.3) <= 5 * math.sqrt(0.3 * 0.7 / n)

@@ -1,4 +1,4 @@
-"""Knowledge transfer follows its stated law, and reports how far that is from the target's."""
+"""Knowledge transfer follows its stated distribution, and reports how far that is from the target's."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
-from fakes_laws import Model, Oracle, distance, outcomes, softmax
+from fakes_distributions import Model, Oracle, distance, outcomes, softmax
 
 from rasd_integrations.engine.verification import transfer
 from rasd_integrations.engine.verification.exact import Verdict
 from rasd_integrations.engine.verification.transfer import (
     guarded_shift,
     mixture_verify,
-    one_step_law,
+    one_step_distribution,
     rapid_verify,
 )
 from rasd_integrations.errors import DecodingError
@@ -42,14 +42,14 @@ def oracle(monkeypatch):
     """Draws and flips that take every branch."""
     oracle = Oracle()
     monkeypatch.setattr(transfer, "draw", oracle.draw)
-    monkeypatch.setattr(transfer, "flip", oracle.flip)
+    monkeypatch.setattr(transfer, "bernoulli", oracle.bernoulli)
     return oracle
 
 
-def stated_law(rule, p, drawn):
-    """Return the one-step law as RAPID and the mixture state it, in float64.
+def stated_distribution(rule, p, drawn):
+    """Return the one-step distribution as RAPID and the mixture state it, in float64.
 
-    `drawn` is the law that drafts are sampled from; the teacher is its part that the target's mask
+    `drawn` is the distribution that drafts are sampled from; the teacher is its part that the target's mask
     leaves. (The tests' models give every token that is not masked a probability above zero.)
     """
     verify, strength = rule
@@ -94,34 +94,37 @@ def emitted(draft, verdict):
 
 
 @pytest.mark.parametrize(("vocab", "length"), [(2, 0), (2, 2), (2, 3), (3, 2), (4, 1), (8, 1)])
-def test_sampled_rule_follows_its_stated_law(oracle, rule, vocab, length):
-    """Over every draft and branch, tokens up to and with the bonus follow the one-step law."""
+def test_sampled_rule_follows_its_stated_distribution(oracle, rule, vocab, length):
+    """Over every draft and branch, tokens up to and with the bonus follow the one-step distribution."""
     target, drafter = pair(vocab + length, vocab)
-    law = defaultdict(float)
+    distribution = defaultdict(float)
     for draft, weight in chains(drafter, length):
         z = rows(target, draft.token_ids, length + 1)
         got = outcomes(oracle, lambda d=draft, z=z: emitted(d, rule[0](z, d, *PLAIN, rule[1])[0]))
         for tokens, chance in got.items():
-            law[tokens] += weight * chance
+            distribution[tokens] += weight * chance
 
     def step(prefix):
         p, q = softmax(target.logits(prefix)), softmax(drafter.logits(prefix))
-        return stated_law(rule, p, q).tolist()
+        return stated_distribution(rule, p, q).tolist()
 
     stated = Model(0, vocab)
-    stated.law = step
-    assert distance(stated.extend(law, length + 1), stated.extend({(): 1.0}, length + 1)) < 1e-6
+    stated.distribution = step
+    assert (
+        distance(stated.extend(distribution, length + 1), stated.extend({(): 1.0}, length + 1))
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_reported_distance_is_the_total_variation(rule, seed):
-    """The reported number is TV(out, p) of the stated law at the emitted position."""
+    """The reported number is TV(out, p) of the stated distribution at the emitted position."""
     generator = torch.Generator().manual_seed(seed)
     z, z_q = torch.randn(2, 1, 6, generator=generator) * 3
     draft = Draft((), logits=z_q)
     _, bound = rule[0](z, draft, *PLAIN, rule[1], generator)
     p, q = softmax(z[0]), softmax(z_q[0])
-    expected = 0.5 * (stated_law(rule, p, q) - p.double()).abs().sum().item()
+    expected = 0.5 * (stated_distribution(rule, p, q) - p.double()).abs().sum().item()
     assert bound == pytest.approx(expected, abs=1e-6)
 
 
@@ -130,11 +133,11 @@ def test_total_variation_identities(seed):
     """TV(out, p) is sum (min(q, p_hat) - p)+ for RAPID and (1 - w) TV(p, q) for the mixture."""
     p, q = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed)).mul(2).softmax(-1)
     p_hat = (p.log() + guarded_shift(p, q, 10.0)).softmax(-1)
-    out, _ = one_step_law(q, p_hat, p)
+    out, _ = one_step_distribution(q, p_hat, p)
     identity = (torch.minimum(q, p_hat) - p).clamp(min=0).sum()
     torch.testing.assert_close((out - p).abs().sum() / 2, identity, atol=1e-6, rtol=0)
     mixed = 0.3 * p + 0.7 * q
-    out, _ = one_step_law(q, mixed, mixed)
+    out, _ = one_step_distribution(q, mixed, mixed)
     torch.testing.assert_close(out, mixed, atol=1e-6, rtol=0)
     torch.testing.assert_close((out - p).abs().sum() / 2, 0.7 * (q - p).abs().sum() / 2)
 
@@ -160,10 +163,10 @@ def test_distance_adds_up_over_the_emitted_positions(rule):
 
 
 @pytest.mark.parametrize(("verify", "strength"), [(rapid_verify, 0.0), (mixture_verify, 1.0)])
-def test_neutral_strength_is_the_targets_law(oracle, verify, strength):
+def test_neutral_strength_is_the_targets_distribution(oracle, verify, strength):
     """RAPID at eta 0 and the mixture at weight 1 move nothing."""
     target, drafter = pair(8, 3)
-    law = defaultdict(float)
+    distribution = defaultdict(float)
     for draft, weight in chains(drafter, 2):
         z = rows(target, draft.token_ids, 3)
         got = outcomes(
@@ -171,29 +174,33 @@ def test_neutral_strength_is_the_targets_law(oracle, verify, strength):
             lambda d=draft, z=z: (emitted(d, (r := verify(z, d, *PLAIN, strength))[0]), r[1]),
         )
         for (tokens, bound), chance in got.items():
-            law[tokens] += weight * chance
+            distribution[tokens] += weight * chance
             assert bound == pytest.approx(0.0, abs=1e-6)
-    assert distance(target.extend(law, 3), target.extend({(): 1.0}, 3)) < 1e-6
+    assert distance(target.extend(distribution, 3), target.extend({(): 1.0}, 3)) < 1e-6
 
 
-def test_deterministic_draft_follows_the_same_law(oracle, rule):
-    """Without probs the tokens are drawn from the same one-step law."""
+def test_deterministic_draft_follows_the_same_distribution(oracle, rule):
+    """Without probs the tokens are drawn from the same one-step distribution."""
     z, z_q = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(3)) * 2
     draft = Draft((1,), logits=z_q)
-    law = outcomes(oracle, lambda: emitted(draft, rule[0](z, draft, *PLAIN, rule[1])[0])[0])
-    for token, chance in enumerate(stated_law(rule, softmax(z[0]), softmax(z_q[0])).tolist()):
-        assert law[token] == pytest.approx(chance, abs=1e-6)
+    distribution = outcomes(
+        oracle, lambda: emitted(draft, rule[0](z, draft, *PLAIN, rule[1])[0])[0]
+    )
+    for token, chance in enumerate(
+        stated_distribution(rule, softmax(z[0]), softmax(z_q[0])).tolist()
+    ):
+        assert distribution[token] == pytest.approx(chance, abs=1e-6)
 
 
 def test_the_token_after_the_draft_follows_p_where_q_is_unknown(oracle, rule):
     """Without a drafter row after the last token the bonus is the target's, at distance 0."""
     z = torch.tensor([[1.0, 0.5, -1.0]])
     draft = Draft((), logits=torch.empty(0, 3))
-    law = outcomes(
+    distribution = outcomes(
         oracle, lambda: (emitted(draft, (r := rule[0](z, draft, *PLAIN, rule[1]))[0])[0], r[1])
     )
     for token, p in enumerate(softmax(z[0]).tolist()):
-        assert law[token, 0] == pytest.approx(p, abs=1e-6)
+        assert distribution[token, 0] == pytest.approx(p, abs=1e-6)
 
 
 def test_greedy_after_the_draft_is_the_targets_where_q_is_unknown():
@@ -203,14 +210,14 @@ def test_greedy_after_the_draft_is_the_targets_where_q_is_unknown():
     assert rapid_verify(z, draft, *GREEDY, 5.0) == (Verdict((0,), 1), 0.0)
 
 
-def test_truncated_laws_shape_both_p_and_q(oracle, rule):
+def test_truncated_distributions_shape_both_p_and_q(oracle, rule):
     """Top-k and temperature act on target and drafter alike before the rule."""
     z, z_q = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(5)) * 2
     draft = Draft((), logits=z_q)
-    law = outcomes(oracle, lambda: rule[0](z, draft, 0.7, 1.0, 3, rule[1])[0].token_id)
-    p = transfer.sampling_law(0.7, 1.0, 3)
-    for token, chance in enumerate(stated_law(rule, p(z[0]), p(z_q[0])).tolist()):
-        assert law.get(token, 0.0) == pytest.approx(chance, abs=1e-6)
+    distribution = outcomes(oracle, lambda: rule[0](z, draft, 0.7, 1.0, 3, rule[1])[0].token_id)
+    p = transfer.sampling_distribution(0.7, 1.0, 3)
+    for token, chance in enumerate(stated_distribution(rule, p(z[0]), p(z_q[0])).tolist()):
+        assert distribution.get(token, 0.0) == pytest.approx(chance, abs=1e-6)
 
 
 def greedy_scores(rule, z, z_q):
@@ -249,7 +256,7 @@ def test_greedy_output_does_not_depend_on_the_draft(rule):
 
 
 def test_greedy_reports_how_many_tokens_were_changed():
-    """The laws are one-hot, so the distance is the count of tokens that differ from the target's."""
+    """The distributions are one-hot, so the distance is the count of tokens that differ from the target's."""
     z = torch.tensor([[1.0, 0.9], [5.0, 0.0]])
     z_q = torch.tensor([[0.0, 9.0], [0.0, 0.1]])
     verdict, bound = rapid_verify(z, Draft((1,), logits=z_q), *GREEDY, 3.0)
@@ -280,7 +287,7 @@ def test_a_token_that_a_grammar_masks_is_never_emitted(rule, sampling):
 
 @pytest.mark.parametrize("sampling", [PLAIN, GREEDY], ids=["sampled", "greedy"])
 def test_a_drafter_that_is_not_a_number_is_ignored(rule, sampling):
-    """NaN in the drafter's logits leaves the target's own law, at distance 0."""
+    """NaN in the drafter's logits leaves the target's own distribution, at distance 0."""
     z = torch.tensor([[0.0, 60.0, 0.0]])
     draft = Draft((), logits=torch.full((1, 3), float("nan")))
     assert rule[0](z, draft, *sampling, rule[1]) == (Verdict((), 1), 0.0)
@@ -294,8 +301,8 @@ def test_a_target_without_a_token_is_an_error(rule, sampling):
         rule[0](z, Draft((), logits=torch.zeros(1, 3)), *sampling, rule[1])
 
 
-def test_real_draws_follow_the_stated_law(rule):
-    """4 000 seeded runs: the first token lies within five standard errors of the stated law."""
+def test_real_draws_follow_the_stated_distribution(rule):
+    """4 000 seeded runs: the first token lies within five standard errors of the stated distribution."""
     z, z_q = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(9)) * 1.5
     generator = torch.Generator().manual_seed(0)
     n, counts = 4_000, Counter()
@@ -303,5 +310,5 @@ def test_real_draws_follow_the_stated_law(rule):
     for token in probs[0].multinomial(n, replacement=True, generator=generator).tolist():
         draft = Draft((token,), probs=probs, logits=z_q)
         counts[emitted(draft, rule[0](z, draft, *PLAIN, rule[1], generator)[0])[0]] += 1
-    for token, p in enumerate(stated_law(rule, softmax(z[0]), softmax(z_q[0])).tolist()):
+    for token, p in enumerate(stated_distribution(rule, softmax(z[0]), softmax(z_q[0])).tolist()):
         assert abs(counts[token] / n - p) <= 5 * math.sqrt(p * (1 - p) / n) + 1e-9

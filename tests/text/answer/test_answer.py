@@ -21,7 +21,7 @@ from rasd_integrations.text.tool_formats import (
 )
 from rasd_integrations.types import ToolCallDelta
 
-# --- laws --------------------------------------------------------------------------------------------
+# --- distributions --------------------------------------------------------------------------------------------
 
 FRAGMENTS = [
     "<tool_call>", "</tool_call>", "<tool_call>\n", "\n", " ", "[TOOL_CALLS]", "[TOOL_CALLS] [", "[ARGS]",

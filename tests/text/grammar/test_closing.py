@@ -117,7 +117,7 @@ def test_the_way_out_leaves_the_state_where_it_was():
     compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
     state = compiler.state(Grammar.json_schema(SCHEMA), room=90)
     before = state.mask().tobytes()
-    way = compiler._closer.way_out(state._matcher)
+    way = compiler._closer.shortest_completion(state._matcher)
     assert len(way) == len(LEAST)
     assert list(json.loads(tokenizer.decode(way))) == SCHEMA["required"]
     assert state.mask().tobytes() == before

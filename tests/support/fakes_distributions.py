@@ -32,7 +32,7 @@ class Oracle:
         chances = (probs.double() / probs.double().sum()).tolist()
         return torch.tensor(self._branch(chances))
 
-    def flip(self, chances: Sequence[float], generator: object) -> list[bool]:
+    def bernoulli(self, chances: Sequence[float], generator: object) -> list[bool]:
         return [self._branch([1 - min(c, 1), min(c, 1)]) == 1 for c in chances]
 
     def runs(self) -> Iterator[None]:
@@ -48,16 +48,16 @@ class Oracle:
 
 
 def outcomes(oracle: Oracle, function: Callable[[], Hashable]) -> dict[Hashable, float]:
-    """Return the exact law of `function`, whose randomness comes from the oracle."""
-    law: dict[Hashable, float] = defaultdict(float)
+    """Return the exact distribution of `function`, whose randomness comes from the oracle."""
+    distribution: dict[Hashable, float] = defaultdict(float)
     for _ in oracle.runs():
         result = function()
-        law[result] += oracle.weight
-    return law
+        distribution[result] += oracle.weight
+    return distribution
 
 
 class Model:
-    """A random law of the next token for every prefix, with zeros here and there."""
+    """A random distribution of the next token for every prefix, with zeros here and there."""
 
     def __init__(self, seed: int, vocab: int, sharpness: float = 2.0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -73,19 +73,19 @@ class Model:
             self.table[prefix] = row
         return self.table[prefix]
 
-    def law(self, prefix: Path) -> list[float]:
+    def distribution(self, prefix: Path) -> list[float]:
         return self.logits(prefix).double().softmax(-1).tolist()
 
-    def extend(self, law: dict[Path, float], length: int) -> dict[Path, float]:
-        """Return the law of the first `length` tokens, given a law of shorter and longer ones."""
+    def extend(self, distribution: dict[Path, float], length: int) -> dict[Path, float]:
+        """Return the distribution of the first `length` tokens, given a distribution of shorter and longer ones."""
         full: dict[Path, float] = defaultdict(float)
-        todo = dict(law)
+        todo = dict(distribution)
         while todo:
             prefix, weight = todo.popitem()
             if len(prefix) >= length:
                 full[prefix[:length]] += weight
                 continue
-            for token, p in enumerate(self.law(prefix)):
+            for token, p in enumerate(self.distribution(prefix)):
                 if p * weight > 0:
                     longer = (*prefix, token)
                     todo[longer] = todo.get(longer, 0.0) + p * weight
@@ -93,10 +93,10 @@ class Model:
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Return the plain law at temperature 1."""
+    """Return the plain distribution at temperature 1."""
     return logits.float().softmax(-1)
 
 
 def distance(a: dict[Path, float], b: dict[Path, float]) -> float:
-    """Return the largest difference between two laws."""
+    """Return the largest difference between two distributions."""
     return max(abs(a.get(k, 0.0) - b.get(k, 0.0)) for k in a.keys() | b.keys())
