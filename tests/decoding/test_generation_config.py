@@ -178,7 +178,7 @@ def test_processed_rows_are_followed_exactly(monkeypatch, kind, seed):
     for node, parent in enumerate(draft.parent_of):
         paths.append((*paths[parent + 1], draft.token_ids[node]))
     oracle = Oracle()
-    for name in ("draw", "flip"):
+    for name in ("draw", "bernoulli"):
         monkeypatch.setattr(exact, name, getattr(oracle, name))
 
     def one_answer():
