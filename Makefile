@@ -23,7 +23,7 @@ DOCS ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install demo test test-all test-newest test-oldest suite soak lock faults lint format clean
+.PHONY: help install demo test test-all test-newest test-oldest suite soak lock faults mutants lint format clean
 
 help:
 	@echo "make demo    answer long-context questions with LangChain, LlamaIndex and plain transformers"
@@ -36,6 +36,8 @@ help:
 	@echo "make lock    renew requirements.lock, the versions that all of these install"
 	@echo "make soak    what takes an hour: 20 ends of a process in every way, thousands of fuzzed prompts, long texts"
 	@echo "make faults  crash, damage and starve the package, and count what goes wrong"
+	@echo "make mutants put faults into a copy of the package, one at a time, and name those that no test catches"
+	@echo "             (an hour; ARGS='--jobs 4', or words of a row: ARGS='grammar')"
 	@echo "make lint    ruff, mypy --strict, import-linter"
 	@echo "make format  ruff format and its safe fixes"
 	@echo "make clean   remove .venv and the demo's store"
@@ -88,6 +90,10 @@ lock:
 # Crashes, damage, full disks, forks, many threads, short memory: an hour; ARGS='--runs 3 kill' for a part.
 faults: $(STAMP)
 	PYTHONPATH=tests/support $(BIN)/python tests/faults/run.py $(ARGS)
+
+# Deliberate one-line faults, one at a time: the tests must catch each.
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
