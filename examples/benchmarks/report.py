@@ -39,6 +39,11 @@ ENGINE_COLUMNS: tuple[Column, ...] = (
     ("times transformers", f"times_{BASELINE}", ".2f"),
     ("peak memory, MiB", "peak_memory_mib", ".0f"),
 )
+SUMMARY_COLUMNS: tuple[Column, ...] = (
+    ("first token, s", "first_token_cold_s", ".1f"),
+    ("ms a token", "decode_ms_per_token_mean", ".0f"),
+    ("memory, MiB", "peak_memory_mib", ".0f"),
+)
 FLOOR_COLUMNS: tuple[Column, ...] = (
     ("floor of a plain step, ms", "floor_ms", ".1f"),
     ("a step, ms", "step_ms", ".1f"),
@@ -119,6 +124,10 @@ def _by_engine(
 
 def _engines(document: dict[str, Any], context: int) -> list[Row]:
     return _by_engine(document, context, ENGINE_COLUMNS, same=True)
+
+
+def _summary(document: dict[str, Any], context: int) -> list[Row]:
+    return _by_engine(document, context, SUMMARY_COLUMNS, same=False)
 
 
 def _floor(document: dict[str, Any], context: int) -> list[Row]:
@@ -262,6 +271,7 @@ OTHERS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
 }
 TABLES: dict[str, Callable[[dict[str, Any], int], list[Row]]] = {
     "engines": _engines,
+    "summary": _summary,
     "floor": _floor,
     "tasks": _tasks,
     "contexts": _contexts,
