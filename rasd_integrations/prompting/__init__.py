@@ -1,4 +1,4 @@
-"""From the prompt that a framework sends to the two prompts of an answer: the target's and the drafter's."""
+"""Makes the target's and the drafter's prompt from the one that a framework sends."""
 
 from __future__ import annotations
 

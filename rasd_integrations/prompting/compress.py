@@ -1,14 +1,14 @@
-"""The drafter's prompt: the target's, with its context shortened to what the question is about."""
+"""The drafter's prompt: the target's, its context shortened to what the question needs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from rasd_integrations.config import RetrievalConfig
-from rasd_integrations.prompting.chunks import Found
-from rasd_integrations.prompting.hints import Prompt, PromptHints
+from rasd_integrations.prompting.chunks import FoundChunks
+from rasd_integrations.prompting.hints import PromptPlan
 from rasd_integrations.prompting.locate import PromptIndex
 from rasd_integrations.prompting.prompt_view import PromptView, Span, clean, hulls, without
 from rasd_integrations.prompting.question import Question
@@ -18,166 +18,120 @@ from rasd_integrations.types import Chunk
 _JOINT = "\n\n"
 _LONGEST_JOINT = 80  # characters between two neighbours of the prompt that are kept as they are
 _PARAGRAPH = re.compile(r"\n\s*\n|\n[-=_*#]{3,}[^\n]*\n")
-_TAIL = 4  # pieces; text this near a message's ends may be its template's own
-_OPENERS = (
-    ":",
-    "\n",
-    "'",
-    '"',
-    "[",
-    "(",
-    "{",
-    ">",
-)  # what a template writes right before its context
+_TAIL = 4  # pieces; text this near a message's ends may belong to its template
+# What templates write right before and right behind their context.
+_OPENERS = (":", "\n", "'", '"', "[", "(", "{", ">")
 _CLOSERS = ("\n", "'", '"', "]", ")", "}", "<")
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """The prompt's measures.
-
-    Attributes:
-        tokens: About how many tokens the prompt has.
-        chars_per_token: Characters a token, on average.
-        chunk_chars: Characters that make a piece of ``chunk_tokens``.
-    """
-
-    tokens: int
-    chars_per_token: float
-    chunk_chars: int
-
-    @classmethod
-    def of(cls, view: PromptView, tokens: int, retrieval: RetrievalConfig) -> Scale:
-        """Measure ``view``, which has about ``tokens`` tokens."""
-        ratio = view.chars / max(tokens, 1) or 1.0
-        # Rounded, so that the next question on the same documents finds the same pieces.
-        chunk_chars = max(round(retrieval.chunk_tokens * ratio / 32), 1) * 32
-        return cls(tokens, ratio, chunk_chars)
-
-
-@dataclass(frozen=True, slots=True)
-class Compressed:
-    """A short prompt, or why there is none; ``pieces`` are what was cut out of the prompt for it."""
-
-    drafter: Prompt | None = None
-    pieces: tuple[Chunk, ...] = ()
-    off_reason: str | None = None
-    faults: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    spans: list[Span]
-    pieces: list[Span]
-    extra: list[Chunk]
 
 
 class Compressor:
     """Shortens prompts to the drafter's budget."""
 
     def __init__(self, retrieval: RetrievalConfig) -> None:
-        """Keep to the limits of ``retrieval``."""
+        """Keep within the limits of ``retrieval``."""
         self._retrieval = retrieval
         self._ranker = PieceRanker()
 
     def compress(
-        self,
-        view: PromptView,
-        index: PromptIndex,
-        hints: PromptHints,
-        found: Found,
-        question: Question,
-        scale: Scale,
-    ) -> Compressed:
-        """Return the first of the layouts that is short enough.
+        self, plan: PromptPlan, index: PromptIndex, found: FoundChunks, question: Question
+    ) -> PromptPlan:
+        """Return ``plan`` with a drafter prompt: the first layout within ``gate_share``.
 
-        Everything outside the layout's regions stays verbatim; inside, the chosen stretches keep
-        their order. ``hints.rerender`` fills the template again where the region is its context.
+        Text outside the layout's regions is copied verbatim; inside, the chosen spans keep their
+        order. ``hints.rerender`` fills the template again if the only region is its context.
         """
-        allowed = self._retrieval.gate_share * view.chars
+        view = index.view
         shortest = None
-        for regions in self._layouts(view, index, found, question, scale):
-            choice = self._choose(view, regions, found, question, scale)
-            if not choice.spans:
+        for regions in _layouts(index, found, question):
+            spans, pieces, extra = self._choose(index, regions, found, question)
+            if not spans:
                 continue
-            drafter, faults = _render(view, regions, choice, found, index, hints)
+            located = [at.span for at in found.located]
+            contents = [_shortened(view, region, spans, located) for region in regions]
+            contents[-1] = _JOINT.join(filter(None, (contents[-1], *(c.text for c in extra))))
+            drafter, faults = index.refill(regions, contents)
             chars = PromptView.of(drafter).chars
-            if chars <= allowed:
-                pieces = (Chunk(view.text(s), rank=i) for i, s in enumerate(choice.pieces))
-                return Compressed(drafter, tuple(pieces), faults=faults)
+            if chars <= self._retrieval.gate_share * view.chars:
+                plan = replace(plan, drafter=drafter, faults=(*plan.faults, *faults))
+                if plan.chunks or not pieces:
+                    return plan
+                chunks = tuple(Chunk(view.text(span), rank=i) for i, span in enumerate(pieces))
+                return replace(plan, chunks=chunks, chunk_source="prompt")
             shortest = min(shortest or chars, chars)
-        if shortest is None:
-            return Compressed(off_reason="the prompt has no long part that could be shortened")
-        tokens = round(shortest / scale.chars_per_token)
-        return Compressed(
-            off_reason=f"the drafter's prompt would have about {tokens} of {scale.tokens} tokens, "
-            f"over gate_share={self._retrieval.gate_share:g}"
-        )
-
-    def _layouts(
-        self, view: PromptView, index: PromptIndex, found: Found, question: Question, scale: Scale
-    ) -> Iterator[list[Span]]:
-        """Yield what may be shortened: the known context, the captured chunks' frame, ever more long parts."""
-        located = [at.span for at in found.located]
-        inner = {
-            i: _inner(view, i, located, question.text, scale.chunk_chars)
-            for i in range(len(view.texts))
-        }
-        tools = [s for i, spans in inner.items() if view.is_tool(i) for s in spans]
-        if index.context is not None:
-            context = index.context
-            yield clean(view, [context, *(s for s in tools if s.message != context.message)])
-        if found.frame:
-            frames = hulls(found.frame)
-            framed = {frame.message for frame in frames}
-            yield clean(view, [*frames, *(s for s in tools if s.message not in framed)])
-        holders = {span.message for span in located}
-        retrieved = [i for i in inner if i in holders or view.is_tool(i)]
-        asked = [i for i in inner if view.roles[i] != "system"]
-        for messages in (retrieved, asked, list(inner)):  # instructions are cut last
-            yield clean(view, [span for i in messages for span in inner[i]])
+        reason = "the prompt has no long part that could be shortened"
+        if shortest is not None:
+            reason = (
+                f"the drafter's prompt would have about {round(shortest / index.chars_per_token)} of "
+                f"{index.tokens} tokens, over gate_share={self._retrieval.gate_share:g}"
+            )
+        return replace(plan, off_reason=reason)
 
     def _choose(
-        self, view: PromptView, regions: list[Span], found: Found, question: Question, scale: Scale
-    ) -> _Choice:
-        """Choose chunks in rank order, then the regions' other pieces by their words, up to the budget."""
-        left = self._retrieval.drafter_budget(scale.tokens) * scale.chars_per_token
+        self, index: PromptIndex, regions: list[Span], found: FoundChunks, question: Question
+    ) -> tuple[list[Span], list[Span], list[Chunk]]:
+        """Choose chunks by rank, then other pieces by shared words, up to the budget.
+
+        Returns:
+            All spans to keep, those of them that are no chunks, and chunks from outside the prompt.
+        """
+        left = self._retrieval.drafter_budget(index.tokens) * index.chars_per_token
         passages = [
             at
-            for at in found.passages(scale.chunk_chars)
-            if any(r.contains(at.span) for r in regions)
+            for at in found.passages(index.chunk_chars)
+            if any(region.contains(at.span) for region in regions)
         ]
-        choice = _Choice([], [], [])
-        ranked: list[tuple[int, Span | Chunk]] = [(at.chunk.rank, at.span) for at in passages]
-        ranked += [(chunk.rank, chunk) for chunk in found.extra]
-        for _, item in sorted(ranked, key=lambda pair: pair[0]):
-            size = len(item) if isinstance(item, Span) else len(item.text)
-            if size > left and (choice.spans or choice.extra):
+        spans: list[Span] = []
+        extra: list[Chunk] = []
+        ranked: list[tuple[Chunk, Span | None]] = [(at.chunk, at.span) for at in passages]
+        ranked += [(chunk, None) for chunk in found.extra]
+        for chunk, span in sorted(ranked, key=lambda pair: pair[0].rank):
+            size = len(chunk.text if span is None else span)
+            if size > left and (spans or extra):
                 continue
             left -= size
-            if isinstance(item, Span):
-                choice.spans.append(item)
+            if span is None:
+                extra.append(chunk)
             else:
-                choice.extra.append(item)
-        gaps = without(regions, [at.span for at in passages])
-        pieces = self._ranker.rank(
-            view, gaps, question.words, scale.chunk_chars, complete=not choice.spans
-        )
-        for piece in pieces:
-            if len(piece) > left and choice.spans:
+                spans.append(span)
+        pieces: list[Span] = []
+        for piece in self._ranker.rank(
+            index.view,
+            without(regions, [at.span for at in passages]),
+            question.words,
+            index.chunk_chars,
+            complete=not spans,
+        ):
+            if len(piece) > left and (spans or pieces):
                 break
             left -= len(piece)
-            choice.spans.append(piece)
-            choice.pieces.append(piece)
-        return choice
+            pieces.append(piece)
+        return spans + pieces, pieces, extra
 
 
-def _inner(
-    view: PromptView, message: int, located: Sequence[Span], question: str, size: int
-) -> list[Span]:
-    """Return what may be shortened of a message: all but its head, its tail and the question's line."""
-    text = view.texts[message]
-    if view.roles[message] == "assistant" or len(text) <= 3 * size:
+def _layouts(index: PromptIndex, found: FoundChunks, question: Question) -> Iterator[list[Span]]:
+    """Yield regions to shorten: the known context, the captured chunks' hull, ever more messages."""
+    view = index.view
+    located = [at.span for at in found.located]
+    inner = {i: _inner(index, i, located, question.text) for i in range(len(view.texts))}
+    tools = [s for i, spans in inner.items() if view.is_tool(i) for s in spans]
+    if index.context is not None:
+        context = index.context
+        yield clean(view, [context, *(s for s in tools if s.message != context.message)])
+    if found.frame:
+        frames = hulls(found.frame)
+        framed = {frame.message for frame in frames}
+        yield clean(view, [*frames, *(s for s in tools if s.message not in framed)])
+    holders = {span.message for span in located}
+    retrieved = [i for i in inner if i in holders or view.is_tool(i)]
+    asked = [i for i in inner if view.roles[i] != "system"]
+    for messages in (retrieved, asked, list(inner)):  # last resort: instructions too
+        yield clean(view, [span for i in messages for span in inner[i]])
+
+
+def _inner(index: PromptIndex, message: int, located: Sequence[Span], question: str) -> list[Span]:
+    """Return what may be shortened of a message: all but its ends and the question's line."""
+    text, size = index.view.texts[message], index.chunk_chars
+    if index.view.roles[message] == "assistant" or len(text) <= 3 * size:
         return []
     start = boundary(text, size // 2, size, last=True)
     end = boundary(text, len(text) - size, len(text) - size // 2, last=False)
@@ -191,79 +145,39 @@ def _inner(
         end = len(text) - _edge(len(text) - end, len(text) - max(ends, default=end), _TAIL * size)
     region = Span(message, start, end)
     if start <= asked < end:
-        line = Span(message, text.rfind("\n", 0, asked) + 1, text.find("\n", asked + len(question)))
-        return without([region], [line if line.end >= 0 else replace(line, end=len(text))])
+        line_end = text.find("\n", asked + len(question))
+        line = Span(
+            message, text.rfind("\n", 0, asked) + 1, line_end if line_end >= 0 else len(text)
+        )
+        return without([region], [line])
     return [region] if start < end else []
 
 
 def _edge(length: int, before: int, template: int) -> int:
-    """Return how much of a message's end to keep, where ``before`` stands before the first chunk.
+    """Return how much of a message's end to keep, given ``before`` characters outside the chunks.
 
-    All of it where that is no more than a ``template`` has, else the usual ``length``.
+    All of them if a template may be that long, else at most the usual ``length``.
     """
     return before if before <= template else min(length, before)
 
 
 def _paragraph(text: str, start: int, end: int) -> int:
-    """Return where the last paragraph of ``text[start:end]`` starts, its rule included, else the line."""
-    cut = None
-    for cut in _PARAGRAPH.finditer(text, start, end):  # noqa: B007 - the last one counts
-        pass
-    return text.rfind("\n", 0, end) + 1 if cut is None else cut.start()
-
-
-def _render(
-    view: PromptView,
-    regions: Sequence[Span],
-    choice: _Choice,
-    found: Found,
-    index: PromptIndex,
-    hints: PromptHints,
-) -> tuple[Prompt, tuple[str, ...]]:
-    """Return the prompt with each region cut down to the chosen spans, and what went wrong."""
-    located = [at.span for at in found.located]
-    shorts = [_shortened(view, region, choice.spans, located) for region in regions]
-    extra = _JOINT.join(chunk.text for chunk in choice.extra)
-    if extra:
-        shorts[-1] = _JOINT.join(part for part in (shorts[-1], extra) if part)
-    return refill(view, regions, shorts, index, hints)
-
-
-def refill(
-    view: PromptView,
-    regions: Sequence[Span],
-    contents: Sequence[str],
-    index: PromptIndex,
-    hints: PromptHints,
-) -> tuple[Prompt, tuple[str, ...]]:
-    """Return the prompt with other text in ``regions``, and what went wrong.
-
-    Where the only region is the template's context, the template is filled again.
-    """
-    faults: tuple[str, ...] = ()
-    if hints.rerender and index.context and clean(view, [index.context]) == list(regions):
-        try:
-            return hints.rerender(contents[0]), ()
-        except Exception as error:  # noqa: BLE001 - a user's template; what it raises is reported
-            faults = (f"The prompt's template could not be filled again: {error!r}"[:300],)
-    texts: dict[int, str] = {}
-    for region, content in sorted(zip(regions, contents, strict=True), key=lambda p: -p[0].start):
-        text = texts.get(region.message, view.texts[region.message])
-        texts[region.message] = text[: region.start] + content + text[region.end :]
-    return view.edited(texts), faults
+    """Return the start of the last paragraph (or else line) in ``text[start:end]``."""
+    cuts = [cut.start() for cut in _PARAGRAPH.finditer(text, start, end)]
+    return cuts[-1] if cuts else text.rfind("\n", 0, end) + 1
 
 
 def _shortened(
     view: PromptView, region: Span, chosen: Sequence[Span], located: Sequence[Span]
 ) -> str:
-    """Return the chosen spans of a region in their order, joined as they were where they were neighbours."""
+    """Join the chosen spans of a region in order; neighbours keep the text between them."""
     text = view.texts[region.message]
     spans = sorted((s for s in chosen if region.contains(s)), key=lambda s: (s.start, s.end))
     parts: list[str] = []
     at = region.start
     for span in spans:
         if span.end <= at and parts:
-            continue  # overlapping chunks: said already
+            continue  # overlaps what is copied already
         gap = text[at : span.start]
         dropped = any(
             s.message == span.message and at <= s.start < span.start and s not in spans

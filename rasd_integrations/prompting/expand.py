@@ -1,18 +1,17 @@
 """The target's prompt with whole documents in place of their chunks (``context="documents"``).
 
-The documents stand where the chunks stood, ahead of whatever else is there, in an order that no question
-changes: the next question on the same documents finds their keys and values in the prefix cache.
+Documents come before anything else in their region, in an order that does not depend on the question,
+so that the next question on the same documents finds their KV in the prefix cache.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from rasd_integrations.prompting.chunks import Found, StoreSession
-from rasd_integrations.prompting.compress import refill
-from rasd_integrations.prompting.hints import Prompt, PromptHints
+from rasd_integrations.prompting.chunks import FoundChunks, StoreSession
+from rasd_integrations.prompting.hints import Prompt, PromptPlan
 from rasd_integrations.prompting.locate import Haystack, Located, Needle, PromptIndex
 from rasd_integrations.prompting.prompt_view import PromptView, Span, clean, hulls, without
 from rasd_integrations.prompting.splitting import split
@@ -25,16 +24,16 @@ from rasd_integrations.types import Chunk
 _JOINT = "\n\n"
 _JOINT_TOKENS = 4
 _ROUNDS = 3
-_LEAST_CHARS = 24  # a shorter text without an id may stand in any document
+_MIN_CHARS = 24  # a shorter text without an id may occur in any document
 _LONGEST_HEADER = 300
 _LABEL = re.compile(r"\W{0,8}\w[\w .-]{0,40}['\"]?:")
-# What `str` writes round the text of a list of Documents.
+# What `str` writes around the texts of a list of Documents.
 _REPR = re.compile(r"Document\(|(?:id|metadata|page_content)=|\{[^{}]{0,2000}\}|'[^']{0,64}'|None")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Document:
-    """A document, where its chunks stand in the prompt, and where they stand in it."""
+    """A document with its chunks' spans in the prompt and their ranges in its own text."""
 
     text: str
     order: tuple[str, ...]
@@ -43,71 +42,61 @@ class _Document:
     places: list[tuple[int, int]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Expansion:
-    """The target's prompt with documents in it; ``None`` where there are none, or no room for them."""
-
-    target: Prompt | None = None
-    omitted_tokens: int = 0
-    faults: tuple[str, ...] = ()
-
-
 def expand(
-    view: PromptView,
+    plan: PromptPlan,
     index: PromptIndex,
-    hints: PromptHints,
-    found: Found,
+    found: FoundChunks,
     store: StoreSession,
     tokens: TokenCounter,
     *,
     room: int,
-    chunk_chars: int,
-) -> Expansion:
-    """Return the prompt with the documents of which a chunk stands in it, cut to ``room`` tokens.
+) -> PromptPlan:
+    """Return ``plan`` with a target prompt that holds the chunks' documents, cut to ``room`` tokens.
 
     Over ``room``, small documents stay whole and the chunks' surroundings are kept of the others.
+    Without documents, or room for them, the target prompt stays the same object.
     """
     documents = _documents(found.located, store)
     if not documents:
-        return Expansion()
-    regions, placed = _places(view, index, documents)
-    leftovers = [_leftovers(view, r, ds) for r, ds in zip(regions, placed, strict=True)]
+        return plan
+    regions, placed = _regions(index, documents)
+    others = [_other_text(index.view, r, ds) for r, ds in zip(regions, placed, strict=True)]
 
-    def fill(texts: dict[int, str]) -> tuple[Prompt, tuple[str, ...]]:
-        contents = [
-            _JOINT.join([*(texts[id(d)] for d in ds), *rest])
-            for ds, rest in zip(placed, leftovers, strict=True)
-        ]
-        return refill(view, regions, contents, index, hints)
+    def fill(texts: dict[_Document, str]) -> tuple[Prompt, tuple[str, ...]]:
+        filled = zip(placed, others, strict=True)
+        return index.refill(
+            regions, [_JOINT.join([*(texts[d] for d in ds), *rest]) for ds, rest in filled]
+        )
 
     def count(prompt: Prompt) -> int:
         return sum(map(tokens.exact, PromptView.of(prompt).texts))
 
-    sizes = {id(d): tokens.exact(d.text) for d in documents}
-    frame, _ = fill({id(d): "" for d in documents})
+    sizes = {d: tokens.exact(d.text) for d in documents}
+    total = sum(sizes.values())
+    frame, _ = fill(dict.fromkeys(documents, ""))
     left = room - count(frame) - _JOINT_TOKENS * len(documents)
-    if sum(sizes.values()) <= left:
-        target, faults = fill({id(d): d.text for d in documents})
-        return Expansion(target, 0, faults)
+    if total <= left:
+        target, faults = fill({d: d.text for d in documents})
+        return replace(plan, target=target, faults=faults)
     for _ in range(_ROUNDS):
-        texts = _fitted(documents, sizes, left, chunk_chars)
+        texts = _fitted(sizes, left, index.chunk_chars)
         target, faults = fill(texts)
         excess = count(target) - room
         if excess <= 0:
-            omitted = sum(sizes.values()) - sum(map(tokens.exact, texts.values()))
-            return Expansion(target, max(omitted, 0), faults)
+            omitted = max(total - sum(map(tokens.exact, texts.values())), 0)
+            return replace(plan, target=target, faults=faults, omitted_tokens=omitted)
         left -= excess + _JOINT_TOKENS
     fault = (
         f"No room for documents beside the prompt: {room} tokens in all, the prompt stays as sent."
     )
-    return Expansion(omitted_tokens=sum(sizes.values()), faults=(fault,))
+    return replace(plan, omitted_tokens=total, faults=(fault,))
 
 
 def _documents(located: Sequence[Located], store: StoreSession) -> list[_Document]:
-    """Return the documents of ``located``, each once, in an order of their own."""
+    """Return the documents of ``located``, each once, sorted independently of the question."""
     documents: dict[bytes, _Document] = {}
     for at in located:
-        document = next((d for d in documents.values() if _holds(d, at.chunk)), None)
+        document = next((d for d in documents.values() if _contains(d, at.chunk)), None)
         if document is None:
             parts = store.document(at.chunk)
             text = join_chunks(parts).strip()
@@ -115,20 +104,19 @@ def _documents(located: Sequence[Located], store: StoreSession) -> list[_Documen
                 continue
             ids = frozenset(part.id for part in parts if part.id is not None)
             document = documents.get(digest(text)) or _Document(text, _order(parts, text), ids)
-        hay, needle = Haystack(document.text), Needle(at.chunk.text)
-        place = hay.exact(needle) or hay.loose(needle) or hay.similar(needle)
+        place = Haystack(document.text).find(Needle(at.chunk.text))
         if place is None:
-            continue  # another version of the document: the chunk stays where it is
+            continue  # another version of the document: the chunk stays as it is
         documents.setdefault(digest(document.text), document)
         document.spans.append(at.span)
         document.places.append(place)
     return sorted(documents.values(), key=lambda d: d.order)
 
 
-def _holds(document: _Document, chunk: Chunk) -> bool:
+def _contains(document: _Document, chunk: Chunk) -> bool:
     if chunk.id is not None:
         return chunk.id in document.ids
-    return len(chunk.text) >= _LEAST_CHARS and chunk.text in document.text
+    return len(chunk.text) >= _MIN_CHARS and chunk.text in document.text
 
 
 def _order(parts: Sequence[Chunk], text: str) -> tuple[str, ...]:
@@ -137,60 +125,56 @@ def _order(parts: Sequence[Chunk], text: str) -> tuple[str, ...]:
     return (*names, digest(text).hex())
 
 
-def _places(
-    view: PromptView, index: PromptIndex, documents: Sequence[_Document]
+def _regions(
+    index: PromptIndex, documents: Sequence[_Document]
 ) -> tuple[list[Span], list[list[_Document]]]:
-    """Return the regions that documents go into, in order, and which go where: each once, at its first."""
-    spans = [span for d in documents for span in d.spans]
+    """Return the regions to fill, in order, and the documents of each; a document goes to its first."""
     context = [index.context] if index.context is not None else []
+    spans = [span for d in documents for span in d.spans]
     outside = [s for s in spans if not any(c.contains(s) for c in context)]
-    regions, placed, seen = [], [], set[int]()
-    for region in clean(view, [*context, *hulls(outside)]):
-        here = [
-            d
-            for d in documents
-            if id(d) not in seen and any(region.contains(span) for span in d.spans)
-        ]
+    regions, placed = [], []
+    unplaced = list(documents)
+    for region in clean(index.view, [*context, *hulls(outside)]):
+        here = [d for d in unplaced if any(map(region.contains, d.spans))]
         if here:
-            seen.update(map(id, here))
+            unplaced = [d for d in unplaced if d not in here]
             regions.append(region)
             placed.append(here)
     return regions, placed
 
 
-def _leftovers(view: PromptView, region: Span, documents: Sequence[_Document]) -> list[str]:
-    """Return what else stands in the region: chunks of no known document, facts of other kinds."""
+def _other_text(view: PromptView, region: Span, documents: Sequence[_Document]) -> list[str]:
+    """Return the region's other text: chunks of unknown documents, facts of other kinds."""
     gaps = without([region], [span for d in documents for span in d.spans])
     texts = [view.text(gap).strip() for gap in gaps]
-    return [text for text in texts if not _is_scaffold(text)]
+    return [text for text in texts if not _is_separator(text)]
 
 
-def _is_scaffold(text: str) -> bool:
-    """Whether ``text`` only sets chunks apart: rules, "Source: ..." lines, what `repr` adds."""
+def _is_separator(text: str) -> bool:
+    """True for text that only separates chunks: rules, "Source: ..." lines, `repr`'s markup."""
     if "page_content=" in text or "metadata=" in text:
         text = _REPR.sub("", text)
-    said = [line for line in text.split("\n") if any(c.isalnum() for c in line.replace("\\n", ""))]
-    return not said or (len(text) <= _LONGEST_HEADER and all(map(_LABEL.match, said)))
+    lines = [line for line in text.split("\n") if any(map(str.isalnum, line.replace("\\n", "")))]
+    return not lines or (len(text) <= _LONGEST_HEADER and all(map(_LABEL.match, lines)))
 
 
-def _fitted(
-    documents: Sequence[_Document], sizes: dict[int, int], left: int, chunk_chars: int
-) -> dict[int, str]:
-    """Return each document's text, cut so that all take about ``left`` tokens: the short ones whole."""
-    texts: dict[int, str] = {}
-    for n, d in enumerate(sorted(documents, key=lambda d: sizes[id(d)])):
-        size, share = sizes[id(d)], max(left, 0) // (len(documents) - n)
+def _fitted(sizes: dict[_Document, int], left: int, chunk_chars: int) -> dict[_Document, str]:
+    """Return each document's text, the short ones whole, cut to about ``left`` tokens in all."""
+    texts: dict[_Document, str] = {}
+    for n, (document, size) in enumerate(sorted(sizes.items(), key=lambda item: item[1])):
+        share = max(left, 0) // (len(sizes) - n)
         if size <= share:
-            texts[id(d)] = d.text
+            texts[document] = document.text
             left -= size
         else:
-            texts[id(d)] = _surroundings(d, len(d.text) * share // size, chunk_chars)
+            chars = len(document.text) * share // size
+            texts[document] = _surroundings(document, chars, chunk_chars)
             left -= share
     return texts
 
 
 def _surroundings(document: _Document, chars: int, chunk_chars: int) -> str:
-    """Return the chunks' pieces of a document, and as many of their neighbours as ``chars`` allows."""
+    """Return the chunks' pieces of a document and their nearest neighbours, up to ``chars``."""
     text = document.text
     pieces = split(text, 0, len(text), max(chunk_chars, 1))
     far = len(pieces)
@@ -198,10 +182,9 @@ def _surroundings(document: _Document, chars: int, chunk_chars: int) -> str:
         0 if any(low < end and start < high for low, high in document.places) else far
         for start, end in pieces
     ]
-    for i in range(1, far):
-        distance[i] = min(distance[i], distance[i - 1] + 1)
-    for i in range(far - 2, -1, -1):
-        distance[i] = min(distance[i], distance[i + 1] + 1)
+    for order in (range(1, far), range(far - 2, -1, -1)):
+        for i in order:
+            distance[i] = min(distance[i], distance[i - order.step] + 1)
     kept = []
     for i in sorted(range(far), key=lambda i: (distance[i], i)):
         chars -= pieces[i][1] - pieces[i][0]

@@ -1,4 +1,4 @@
-"""What the edges tell the planner of a prompt, and what the planner makes of it."""
+"""What an edge knows about a prompt, and the plan made from it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ Prompt: TypeAlias = str | Sequence[Message]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptHints:
-    """What an edge knows of how a prompt was made. Everything is optional.
+    """What an edge knows about how a prompt was made. Every field is optional.
 
     Attributes:
         question: The user's question.
-        search_query: What the retriever was asked: often the question made standalone.
-        question_source: Where the question was found: ``"explicit"``, ``"template"``,
-            ``"retriever"``, ``"tool_call"``, ...
+        search_query: The retriever's query, often the question made standalone.
+        question_source: ``"explicit"``, ``"template"``, ``"retriever"``, ``"tool_call"``, ...
         chunks: What the pipeline retrieved, best first.
         chunk_source: Where the chunks were found.
-        context: The rendered context as it stands inside the prompt.
-        rerender: Fills the prompt's own template with another context.
+        context: The rendered context, as the prompt has it.
+        rerender: Fills the prompt's template with another context.
         filter: The retriever's own metadata filter.
     """
 
@@ -44,14 +43,14 @@ class PromptPlan:
 
     Attributes:
         target: What the target reads.
-        drafter: What a model drafter reads; ``None``: no prompt of its own.
+        drafter: What a model drafter reads, if it has a prompt of its own.
         chunks: The chunks behind the answer, best first.
         question: The question that the plan was made for.
         question_source: Where the question was found.
-        chunk_source: Where the chunks were found; ``"prompt"``: cut out of the prompt itself.
+        chunk_source: Where the chunks were found; ``"prompt"``: pieces of the prompt itself.
         off_reason: Why the drafter has no prompt of its own.
-        faults: What went wrong on the way, one line each.
-        omitted_tokens: Tokens of the documents that found no room (``context="documents"``).
+        faults: What went wrong, one line each.
+        omitted_tokens: Tokens of documents that did not fit (``context="documents"``).
         retrieve_s: Seconds spent in the store.
     """
 

@@ -1,7 +1,6 @@
-"""Finds retrieved chunks in a prompt: word for word, then up to white space and escapes, then nearly.
+"""Finds retrieved chunks in a prompt: verbatim, then up to white space and escapes, then similar.
 
-Spans are in the original text. All searching is by `str.find` and one pass over words, so the time is
-linear in the prompt's length for each chunk.
+Uses `str.find` and one pass over words: linear in the prompt's length for each chunk.
 """
 
 from __future__ import annotations
@@ -14,42 +13,42 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rasd_integrations.prompting.prompt_view import PromptView, Span
+from rasd_integrations.prompting.hints import Prompt, PromptHints
+from rasd_integrations.prompting.prompt_view import PromptView, Span, clean
 from rasd_integrations.types import Chunk
 
 MAX_CHUNKS = 512
-"""More captured chunks than this are not looked for."""
+"""At most so many captured chunks are searched for."""
 
-_SEPARATOR = re.compile(
-    r"(?:\s|\\[nrt])+"
-)  # `repr` and `str(list)` leave newlines as two characters
-_SHORT = 24  # characters; a shorter chunk must fill its lines, or "Yes" would stand everywhere
+# `repr` and `str(list)` write newlines as two characters.
+_SEPARATOR = re.compile(r"(?:\s|\\[nrt])+")
+_SHORT = 24  # characters; a shorter chunk must fill its lines, or "Yes" would be found everywhere
 _ANCHOR = 8  # words
 _SHINGLE = 4  # words
-_OVERLAP = 0.6  # share of a chunk's shingles that must stand in the prompt
-_TRIES = 4  # places of one anchor that are looked at; repeats are many, and alike
+_OVERLAP = 0.6  # share of a chunk's shingles that must be in the prompt
+_TRIES = 4  # occurrences of an anchor to check; repeats are many and alike
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A chunk that stands in the prompt, and where."""
+    """A chunk found in the prompt, and its span."""
 
     chunk: Chunk
     span: Span
 
 
 class Needle:
-    """A chunk's text, prepared to be looked for."""
+    """A text to search for: as it is, and as `repr` and JSON write it."""
 
     def __init__(self, text: str) -> None:
-        """Prepare ``text``."""
+        """Search for ``text`` without surrounding white space."""
         self.text = text.strip()
         escaped = (repr(self.text)[1:-1], json.dumps(self.text, ensure_ascii=False)[1:-1])
         self.forms = tuple(dict.fromkeys((self.text, *escaped)))
 
     @cached_property
     def words(self) -> list[str]:
-        """The words, as :class:`Haystack` has them."""
+        """The normalised words, as in :class:`Haystack`."""
         return Haystack(self.text).words
 
     @cached_property
@@ -59,11 +58,15 @@ class Needle:
 
 
 class Haystack:
-    """A text to look in. Its words are found once, and only when chunks do not stand there exactly."""
+    """A text to search in. It is split into words only when a chunk is not found verbatim."""
 
     def __init__(self, text: str) -> None:
-        """Look in ``text``."""
+        """Search in ``text``."""
         self.text = text
+
+    def find(self, needle: Needle) -> tuple[int, int] | None:
+        """Return the range of the needle: verbatim, or up to white space, or similar."""
+        return self.exact(needle) or self.loose(needle) or self.similar(needle)
 
     @cached_property
     def _bounds(self) -> list[tuple[int, int]]:
@@ -76,7 +79,7 @@ class Haystack:
 
     @cached_property
     def words(self) -> list[str]:
-        """The words, in one Unicode form."""
+        """The words in Unicode form NFKC."""
         return [_plain(self.text[start:end]) for start, end in self._bounds]
 
     @cached_property
@@ -92,7 +95,7 @@ class Haystack:
         return starts
 
     def exact(self, needle: Needle) -> tuple[int, int] | None:
-        """Return where the chunk stands as it is, or as `repr` or JSON writes it."""
+        """Return the range of the text verbatim, or as `repr` or JSON writes it."""
         for form in needle.forms:
             at = self.text.find(form)
             while at >= 0 and len(form) < _SHORT and not self._fills_lines(at, at + len(form)):
@@ -102,13 +105,13 @@ class Haystack:
         return None
 
     def loose(self, needle: Needle) -> tuple[int, int] | None:
-        """Return where the chunk stands up to white space."""
+        """Return the range of the text up to white space."""
         joined = " ".join(needle.words)
         at = self._joined.find(joined) if len(joined) >= _SHORT else -1
-        return None if at < 0 else (self._start_of(at), self._end_of(at + len(joined)))
+        return None if at < 0 else (self._position(at), self._position(at + len(joined), end=True))
 
     def similar(self, needle: Needle) -> tuple[int, int] | None:
-        """Return where most of the chunk stands, anchored by some words in a row of it."""
+        """Return the range of most of the text, anchored by a run of its words."""
         words = needle.words
         last = len(words) - _ANCHOR
         if last < _SHINGLE:
@@ -125,7 +128,7 @@ class Haystack:
         return None
 
     def _matching(self, needle: Needle, first: int) -> tuple[int, int] | None:
-        """Return the smallest span of the words from ``first`` on that holds enough of the chunk."""
+        """Return the smallest range of the words from ``first`` on with enough of the text."""
         slack = len(needle.words) // 8 + _SHINGLE
         low, high = max(first - slack, 0), first + len(needle.words) + slack
         hits: dict[str, int] = {}
@@ -144,44 +147,51 @@ class Haystack:
         opens = not before or before.endswith(("\n", "\\n", "'", '"', ":"))
         return opens and (not after or after.startswith(("\n", "\\n", "'", '"')))
 
-    def _start_of(self, at: int) -> int:
-        word = bisect_right(self._starts, at) - 1
-        start, end = self._bounds[word]
-        same = end - start == len(self.words[word])
-        return start + at - self._starts[word] if same else start
-
-    def _end_of(self, at: int) -> int:
-        word = bisect_right(self._starts, at - 1) - 1
-        start, end = self._bounds[word]
-        same = end - start == len(self.words[word])
-        return start + at - self._starts[word] if same else end
+    def _position(self, at: int, *, end: bool = False) -> int:
+        """Return the position in the text of one in the joined words."""
+        word = bisect_right(self._starts, at - end) - 1
+        bounds = self._bounds[word]
+        if bounds[1] - bounds[0] == len(self.words[word]):
+            return bounds[0] + at - self._starts[word]
+        return bounds[end]  # normalising changed its length
 
 
 class PromptIndex:
-    """The haystacks of one prompt, those where retrieved text stands most likely first."""
+    """One prompt with its hints and size, and an index to find chunks in it.
 
-    def __init__(self, view: PromptView, context: str | None = None) -> None:
-        """Look into ``context`` first, where it stands in the prompt, then from the last message back.
+    Attributes:
+        view: The prompt.
+        hints: What the edge knows about it.
+        context: Span of the rendered context, if it is known and found.
+        tokens: About how many tokens the prompt has.
+        chars_per_token: Mean characters of a token.
+        chunk_chars: Characters of a piece of ``chunk_tokens``.
+    """
 
-        Assistant messages are left out: an earlier answer may quote a chunk, but is no context.
+    def __init__(
+        self, view: PromptView, hints: PromptHints, tokens: int = 0, chunk_tokens: int = 1
+    ) -> None:
+        """Search the known context first, then messages from the last one back.
+
+        Assistant messages are left out: an earlier answer may quote a chunk, but is not context.
         """
+        self.view, self.hints, self.tokens = view, hints, tokens
+        self.chars_per_token = view.chars / max(tokens, 1) or 1.0
+        # Rounded, so that the next question on the same documents cuts the same pieces.
+        self.chunk_chars = max(round(chunk_tokens * self.chars_per_token / 32), 1) * 32
         last = len(view.texts) - 1
-        places = [i for i in range(last, -1, -1) if view.roles[i] != "assistant"]
-        self._hay = [(Span(i, 0, len(view.texts[i])), Haystack(view.texts[i])) for i in places]
-        self.context = self.find(context) if context and context.strip() else None
+        messages = [i for i in range(last, -1, -1) if view.roles[i] != "assistant"]
+        self._hay = [(Span(i, 0, len(view.texts[i])), Haystack(view.texts[i])) for i in messages]
+        found = self._find(Needle(hints.context)) if (hints.context or "").strip() else None
+        self.context = found[0] if found else None
         if self.context is not None:
             self._hay.insert(0, (self.context, Haystack(view.text(self.context))))
 
-    def find(self, text: str) -> Span | None:
-        """Return where ``text`` stands."""
-        found = self._find(Needle(text))
-        return found[0] if found else None
-
     def locate(self, chunks: Iterable[Chunk]) -> tuple[list[Located], list[Chunk]]:
-        """Return the chunks that stand in the prompt, and those that do not, each text once, in order.
+        """Return the chunks that are in the prompt and those that are not, each text once, in order.
 
-        Of a chunk that is only similar, what stands in the prompt is taken for its text: nothing
-        reaches the drafter that the prompt does not say.
+        The text of a chunk that is only similar is replaced by the prompt's: nothing reaches the
+        drafter that the prompt does not say.
         """
         located: list[Located] = []
         missing: list[Chunk] = []
@@ -197,14 +207,36 @@ class PromptIndex:
                 located.append(Located(chunk if text is None else replace(chunk, text=text), span))
         return located, missing
 
+    def refill(
+        self, regions: Sequence[Span], contents: Sequence[str]
+    ) -> tuple[Prompt, tuple[str, ...]]:
+        """Return the prompt with other text in ``regions``, and what went wrong.
+
+        If the only region is the template's context, the template is filled again.
+        """
+        faults: tuple[str, ...] = ()
+        view, rerender = self.view, self.hints.rerender
+        if rerender and self.context and clean(view, [self.context]) == list(regions):
+            try:
+                return rerender(contents[0]), ()
+            except Exception as error:  # noqa: BLE001 - a user's template; what it raises is reported
+                faults = (f"The prompt's template could not be filled again: {error!r}"[:300],)
+        texts: dict[int, str] = {}
+        for region, content in sorted(
+            zip(regions, contents, strict=True), key=lambda p: -p[0].start
+        ):
+            text = texts.get(region.message, view.texts[region.message])
+            texts[region.message] = text[: region.start] + content + text[region.end :]
+        return view.edited(texts), faults
+
     def _find(self, needle: Needle) -> tuple[Span, str | None] | None:
-        """Return the span, and its own text where it is not the chunk's."""
-        for look in (Haystack.exact, Haystack.loose, Haystack.similar):
+        """Return the span, and its text if it is only similar to the needle's."""
+        for search in (Haystack.exact, Haystack.loose, Haystack.similar):
             for place, hay in self._hay:
-                if found := look(hay, needle):
+                if found := search(hay, needle):
                     start, end = found
                     span = Span(place.message, place.start + start, place.start + end)
-                    return span, hay.text[start:end] if look is Haystack.similar else None
+                    return span, hay.text[start:end] if search is Haystack.similar else None
         return None
 
 

@@ -1,4 +1,4 @@
-"""A prompt of either form as a row of texts, and edits of it. Templates are never touched, only content."""
+"""A text or chat prompt as a list of message texts, with edits of their content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OBSERVATION = "Observation:"  # how ReAct agents hand a tool's result back, as 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of one message's text, in characters."""
+    """A range of one message's text, in characters."""
 
     message: int
     start: int
@@ -26,14 +26,14 @@ class Span:
         return self.end - self.start
 
     def contains(self, other: Span) -> bool:
-        """Whether ``other`` lies within."""
+        """Return True if ``other`` lies within."""
         same = self.message == other.message
         return same and self.start <= other.start and other.end <= self.end
 
 
 @dataclass(frozen=True, slots=True)
 class PromptView:
-    """A prompt and the text of each of its messages; a plain text is one user message."""
+    """A prompt with the text and role of each message; a plain text is one user message."""
 
     prompt: Prompt
     texts: tuple[str, ...]
@@ -41,7 +41,7 @@ class PromptView:
 
     @classmethod
     def of(cls, prompt: Prompt) -> PromptView:
-        """Look at ``prompt``. Content that is not text reads as empty and is left as it is."""
+        """View ``prompt``. Content that is not text reads as empty and stays unchanged."""
         if isinstance(prompt, str):
             return cls(prompt, (prompt,), ("user",))
         contents = [message.get("content") for message in prompt]
@@ -50,15 +50,15 @@ class PromptView:
 
     @property
     def chars(self) -> int:
-        """Length of all texts together."""
+        """Total length of all texts."""
         return sum(map(len, self.texts))
 
     def is_human(self, message: int) -> bool:
-        """Whether the message is the user's own words."""
+        """Return True for the user's own words."""
         return self.roles[message] in _HUMAN_ROLES and not self._is_observation(message)
 
     def is_tool(self, message: int) -> bool:
-        """Whether the message is a tool's result."""
+        """Return True for a tool's result."""
         return self.roles[message] in _TOOL_ROLES or self._is_observation(message)
 
     def _is_observation(self, message: int) -> bool:
@@ -66,16 +66,16 @@ class PromptView:
         return self.roles[message] in _HUMAN_ROLES and text.startswith(_OBSERVATION)
 
     def last_human(self) -> int | None:
-        """Return the place of the last message in the user's own words."""
-        places = reversed(range(len(self.texts)))
-        return next((i for i in places if self.is_human(i) and self.texts[i].strip()), None)
+        """Return the index of the last message in the user's own words."""
+        indices = reversed(range(len(self.texts)))
+        return next((i for i in indices if self.is_human(i) and self.texts[i].strip()), None)
 
     def text(self, span: Span) -> str:
         """Return the text of ``span``."""
         return self.texts[span.message][span.start : span.end]
 
     def edited(self, texts: Mapping[int, str]) -> Prompt:
-        """Return the prompt with other texts in the given messages; the prompt itself stays as it is."""
+        """Return a copy of the prompt with other texts in the given messages."""
         if isinstance(self.prompt, str):
             return texts.get(0, self.prompt)
         return [
@@ -85,7 +85,7 @@ class PromptView:
 
 
 def hulls(spans: Sequence[Span]) -> list[Span]:
-    """Return, for each message, what lies between its first and its last span."""
+    """Return one span per message that covers all of its ``spans``."""
     groups: defaultdict[int, list[Span]] = defaultdict(list)
     for span in spans:
         groups[span.message].append(span)
@@ -93,7 +93,7 @@ def hulls(spans: Sequence[Span]) -> list[Span]:
 
 
 def clean(view: PromptView, regions: Sequence[Span]) -> list[Span]:
-    """Return ``regions`` in order, without the white space at their ends and without empty ones."""
+    """Return ``regions`` sorted, stripped of white space and without empty ones."""
     cleaned = []
     for region in sorted(regions, key=lambda r: (r.message, r.start)):
         text = view.text(region)
@@ -103,7 +103,7 @@ def clean(view: PromptView, regions: Sequence[Span]) -> list[Span]:
 
 
 def without(regions: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
-    """Return what is left of ``regions`` between the spans ``taken``."""
+    """Return the parts of ``regions`` outside the spans ``taken``."""
     gaps = []
     for region in regions:
         at = region.start

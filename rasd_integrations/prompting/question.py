@@ -1,4 +1,4 @@
-"""What kind of call a prompt makes, and which question it asks."""
+"""Classifies a call by its prompt and finds the question it asks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ from rasd_integrations.prompting.prompt_view import PromptView
 CallKind = Literal["plain", "condense", "rag_answer", "refine", "tool_decision", "agent_answer"]
 
 _QUESTION_NAMES = ("query", "question", "input", "query_str", "search_query", "q", "text")
-_SHORT = (
-    1024  # characters, about 256 tokens: a shorter message is a question, a longer one holds one
-)
-_TAIL = (
-    0.2  # share of a message where its question stands; few-shot examples carry the same markers
-)
-_LEAST_TAIL = 2 * _SHORT
+_SHORT = 1024  # characters; a shorter message is a question, a longer one contains one
+_TAIL = 0.2  # share of a message that is searched for markers: few-shot examples carry them too
+_MIN_TAIL = 2 * _SHORT
 
-# What frameworks' default templates say; used only where nothing was captured.
+# Phrases of the frameworks' default templates; used only if nothing was captured.
 _CONDENSE = re.compile(
     r"\b(?:rephrase|reformulate|formulate|rewrite|condense)\b[^.]{0,200}?\bstandalone\b",
     re.IGNORECASE,
@@ -41,11 +37,11 @@ _QUESTION_END = re.compile(r"\n\s*\n|\n(?=[ \t]*[A-Z][A-Za-z ]{0,30}:)|\n[ \t]*[
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question as asked, and as a store is best asked.
+    """A question as asked, and the query to search with.
 
     Attributes:
-        text: The question that the answer is for; it usually stands in the prompt.
-        query: What to search for: the retriever's or the tool's own query where that is known.
+        text: The question to answer; usually part of the prompt.
+        query: The retriever's or tool's own query if known, else ``text``.
         source: Where ``text`` was found.
     """
 
@@ -55,12 +51,12 @@ class Question:
 
     @property
     def words(self) -> str:
-        """Both wordings, for ranking by words."""
+        """Both texts, for ranking by words."""
         return self.text if self.query == self.text else f"{self.text}\n{self.query}"
 
 
 def classify(view: PromptView, hints: PromptHints) -> CallKind:
-    """Return what kind of call ``view`` is, from its shape and the framework's own phrases."""
+    """Return the kind of call, from the prompt's shape and the frameworks' phrases."""
     last = view.last_human()
     turn = range((-1 if last is None else last) + 1, len(view.texts))
     if any(view.is_tool(i) for i in turn):
@@ -77,7 +73,7 @@ def classify(view: PromptView, hints: PromptHints) -> CallKind:
 
 
 def find_question(view: PromptView, hints: PromptHints) -> Question | None:
-    """Return the question, by the first of: hints, a tool call, the user's words, a marker, the end."""
+    """Return the question from hints, a tool call, the user's message, a marker or the end."""
     query = _plain(hints.search_query)
     if text := (hints.question or "").strip():
         return Question(text, query or text, hints.question_source or "explicit")
@@ -91,7 +87,7 @@ def find_question(view: PromptView, hints: PromptHints) -> Question | None:
 
 
 def _asked(view: PromptView, hints: PromptHints) -> tuple[str, str] | None:
-    """Return the question in the user's own words, and where it stands."""
+    """Return the question in the user's own words, and where it was found."""
     humans = [i for i in reversed(range(len(view.texts))) if view.is_human(i)]
     held = [hints.context or "", *(chunk.text for chunk in hints.chunks)]
     for i in humans:
@@ -109,14 +105,12 @@ def _asked(view: PromptView, hints: PromptHints) -> tuple[str, str] | None:
 
 
 def _marked(text: str) -> str | None:
-    """Return what follows the last "Question:" near the end of ``text``."""
-    start = len(text) - max(int(len(text) * _TAIL), _LEAST_TAIL)
-    marker = None
-    for marker in _MARKER.finditer(text, max(start, 0)):  # noqa: B007 - the last one counts
-        pass
-    if marker is None:
+    """Return the text after the last "Question:" near the end of ``text``."""
+    start = len(text) - max(int(len(text) * _TAIL), _MIN_TAIL)
+    markers = [marker.end() for marker in _MARKER.finditer(text, max(start, 0))]
+    if not markers:
         return None
-    asked = text[marker.end() : marker.end() + _LEAST_TAIL]
+    asked = text[markers[-1] : markers[-1] + _MIN_TAIL]
     end = _QUESTION_END.search(asked)
     return asked[: end.start() if end else None].strip() or None
 
@@ -127,7 +121,7 @@ def _tail(text: str) -> str:
 
 
 def _tool_query(view: PromptView) -> str | None:
-    """Return what the agent last searched for in this turn, out of its tool calls."""
+    """Return the agent's last search query of this turn, from its tool calls."""
     if isinstance(view.prompt, str):
         return None
     last = view.last_human()

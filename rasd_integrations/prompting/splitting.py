@@ -1,10 +1,10 @@
-"""Cuts text into pieces at the best boundaries there are, and ranks them against a question by words."""
+"""Cuts text into pieces at paragraphs, lines or sentences, and ranks them by a question's words."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import TypeAlias
 
 from rasd_integrations.prompting.prompt_view import PromptView, Span
 from rasd_integrations.prompting.token_counts import ContentCache
@@ -18,13 +18,14 @@ _BOUNDARIES = (  # best first; what matches belongs to the piece before
     re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])"),
     re.compile(r"\s+"),
 )
-_LEAST = 32  # characters; shorter pieces are headers and rules between chunks
+_MIN_CHARS = 32  # shorter pieces are headers and rules between chunks
+_Piece: TypeAlias = tuple[int, int, int]  # index of its text, start and end in it
 
 
 def split(text: str, start: int, end: int, size: int) -> list[tuple[int, int]]:
-    """Cut ``text[start:end]`` into stretches of at most ``size`` characters, code fences whole.
+    """Cut ``text[start:end]`` into ranges of at most ``size`` characters.
 
-    A code fence may be up to four times as long.
+    Code fences of up to four times the size stay whole.
     """
     pieces: list[tuple[int, int]] = []
     at = start
@@ -38,7 +39,7 @@ def split(text: str, start: int, end: int, size: int) -> list[tuple[int, int]]:
 
 
 def boundary(text: str, start: int, end: int, *, last: bool) -> int:
-    """Return the best place to cut within ``text[start:end]``: the last or first of the best kind."""
+    """Return the last (or first) boundary of the best kind in ``text[start:end]``."""
     for pattern in _BOUNDARIES:
         cuts = [match.end() for match in pattern.finditer(text, start, end)]
         if cuts:
@@ -60,7 +61,7 @@ def _split(text: str, start: int, end: int, size: int, level: int) -> list[tuple
         return [(i, min(i + size, end)) for i in range(start, end, size)]
     pieces: list[tuple[int, int]] = []
     cuts = [m.end() for m in _BOUNDARIES[level].finditer(text, start, end)]
-    at = previous = start  # at: where the open piece starts; previous: the last cut it may end at
+    at = previous = start  # at: start of the open piece; previous: the last cut it may end at
     for cut in (*cuts, end):
         if cut - at > size:
             if previous > at:
@@ -75,20 +76,12 @@ def _split(text: str, start: int, end: int, size: int, level: int) -> list[tuple
     return pieces
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """The pieces of some gaps, as (gap, start, end) relative to each gap, and the index over them."""
-
-    pieces: list[tuple[int, int, int]]
-    index: LexicalIndex
-
-
 class PieceRanker:
-    """Ranks the pieces of a prompt's stretches. What was cut and indexed is kept for the next question."""
+    """Cuts spans of a prompt into pieces and ranks them; pieces and index are cached."""
 
     def __init__(self) -> None:
-        """Start with nothing cut."""
-        self._cuts: ContentCache[_Cut] = ContentCache(8)
+        """Start with an empty cache."""
+        self._cache: ContentCache[tuple[list[_Piece], LexicalIndex]] = ContentCache(8)
 
     def rank(
         self,
@@ -101,30 +94,28 @@ class PieceRanker:
     ) -> list[Span]:
         """Return pieces of about ``size`` characters of ``gaps``, best first.
 
-        ``complete``: those that share no word with the question follow, in reading order.
+        With ``complete``, pieces that share no word with the question follow in reading order.
         """
         texts = [view.text(gap) for gap in gaps]
-        size = max(size, _LEAST)
-        cut = self._cuts.get((str(size), *texts), lambda: _cut(texts, size))
-        order = cut.index.rank(question)
+        size = max(size, _MIN_CHARS)
+        pieces, index = self._cache.get((str(size), *texts), lambda: _cut(texts, size))
+        order = index.rank(question)
         if complete:
-            seen = set(order)
-            order = [*order, *(i for i in range(len(cut.pieces)) if i not in seen)]
-        ranked = (cut.pieces[i] for i in order)
+            order = list(dict.fromkeys((*order, *range(len(pieces)))))
         return [
             Span(gaps[g].message, gaps[g].start + start, gaps[g].start + end)
-            for g, start, end in ranked
+            for g, start, end in (pieces[i] for i in order)
         ]
 
 
-def _cut(texts: Sequence[str], size: int) -> _Cut:
+def _cut(texts: Sequence[str], size: int) -> tuple[list[_Piece], LexicalIndex]:
     pieces = [
         (i, *_trimmed(text, start, end))
         for i, text in enumerate(texts)
         for start, end in split(text, 0, len(text), size)
     ]
-    pieces = [p for p in pieces if p[2] - p[1] >= _LEAST]
-    return _Cut(pieces, LexicalIndex([texts[i][start:end] for i, start, end in pieces]))
+    pieces = [p for p in pieces if p[2] - p[1] >= _MIN_CHARS]
+    return pieces, LexicalIndex([texts[i][start:end] for i, start, end in pieces])
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:

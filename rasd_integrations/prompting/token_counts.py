@@ -1,4 +1,4 @@
-"""Token counts and other facts of texts, remembered by the content's hash, never by the text itself."""
+"""Caches token counts and other facts about texts by the text's hash."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 class ContentCache(Generic[_T]):
-    """The last few values computed from texts, safe under threads."""
+    """A thread-safe LRU cache of values computed from texts."""
 
     def __init__(self, size: int) -> None:
         """Keep at most ``size`` values."""
@@ -25,7 +25,7 @@ class ContentCache(Generic[_T]):
         self._values: OrderedDict[bytes, _T] = OrderedDict()
 
     def get(self, texts: Iterable[str], make: Callable[[], _T]) -> _T:
-        """Return the value for ``texts``, made now if it is not known."""
+        """Return the value for ``texts``, made now if it is not cached."""
         key = digest(*texts)
         with self._lock:
             if key in self._values:
@@ -40,7 +40,7 @@ class ContentCache(Generic[_T]):
 
 
 class TokenCounter:
-    """Counts tokens as seldom as it can."""
+    """Counts tokens and caches the counts."""
 
     def __init__(self, count_tokens: Callable[[str], int]) -> None:
         """Count with ``count_tokens``."""
@@ -52,13 +52,13 @@ class TokenCounter:
         return self._counts.get((text,), lambda: self._count(text)) if text else 0
 
     def estimate(self, text: str) -> int:
-        """Return about that number: exact for short texts, by four samples for long ones."""
+        """Return about that number; long texts are counted by four samples."""
         if len(text) <= _EXACT_CHARS:
             return self.exact(text)
         return self._counts.get(("estimate", text), lambda: self._sampled(text))
 
     def estimate_prompt(self, view: PromptView) -> int:
-        """Return about the number of tokens of all messages' texts."""
+        """Return about the number of tokens of all messages."""
         return sum(map(self.estimate, view.texts))
 
     def _sampled(self, text: str) -> int:

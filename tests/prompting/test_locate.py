@@ -10,7 +10,7 @@ from fakes_prompting import FACTS, assistant, human, system, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rasd_integrations.prompting import Prompt
+from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.prompting.locate import Located, PromptIndex
 from rasd_integrations.prompting.prompt_view import PromptView, Span
 from rasd_integrations.types import Chunk
@@ -19,7 +19,7 @@ TEXT = " ".join(FACTS[:3])
 
 
 def located(prompt: Prompt, *texts: str, context: str | None = None) -> list[Located]:
-    index = PromptIndex(PromptView.of(prompt), context)
+    index = PromptIndex(PromptView.of(prompt), PromptHints(context=context))
     return index.locate(Chunk(text, rank=i) for i, text in enumerate(texts))[0]
 
 
