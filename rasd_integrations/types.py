@@ -1,4 +1,4 @@
-"""The frozen records that travel between the rooms. Imports nothing of the package."""
+"""Records passed between packages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rasd_integrations.stats import DecodingStats
 
 FinishReason = Literal["stop", "length", "tool_calls"]
-"""End token, stop string or grammar's end; the budget; an answer that ended in tool calls."""
+"""``"stop"``: end token, stop string or end of grammar; ``"length"``: max_tokens."""
 Message = Mapping[str, Any]
-"""A chat message as chat templates read it: ``role``, ``content`` (text), and optional tool fields."""
+"""A chat message for templates: ``role``, ``content`` (text), optional tool fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Chunk:
 
     Attributes:
         text: The text as stored.
-        id: The store's id, where it has one.
-        rank: Place in the search result, 0 is best. Scores are not comparable between stores.
+        id: The store's id, if it has one.
+        rank: Position in the search result, 0 is best; scores are not comparable between stores.
         metadata: The store's metadata (``source``, ``ref_doc_id``, ``start_index``, ...).
     """
 
@@ -38,20 +38,20 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens that a drafter proposes: a chain, or a tree where ``parents`` is given.
+    """Tokens that a drafter proposes: a chain, or a tree if ``parents`` is given.
 
     Attributes:
-        token_ids: One id a node. A parent stands before its children.
+        token_ids: One id per node, parents before their children.
         parents: Index of each node's parent in ``token_ids``, -1 for the root (the last committed
             token). ``None`` is the chain -1, 0, 1, ...
-        probs: ``[num_nodes, vocab]`` float32, the distribution each token was *sampled* from; ``None`` for a
-            deterministic draft. Sampled drafts are chains.
+        probs: ``[num_nodes, vocab]`` float32, the distribution each token was *sampled* from; ``None``
+            for a deterministic draft. Sampled drafts are chains.
         logits: ``[num_nodes + 1, vocab]`` or ``[num_nodes, vocab]``, the drafter's raw logits at each
             node and after the last one; knowledge transfer needs them. Chains only.
         source: Name of the drafter, for the statistics.
-        sources: Name of the drafter of each node, for drafts fused of several.
-        node_probs: How likely the drafter thinks it that each node is reached and accepted, in 0..1; ``None``
-            where it has no estimate. What a fused draft spends its nodes by.
+        sources: Name of each node's drafter, if several made the draft.
+        node_probs: Estimated probability that each node is reached and accepted, if the drafter has one;
+            fused drafts rank their nodes by it.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -68,16 +68,16 @@ class Draft:
 
     @property
     def parent_of(self) -> Sequence[int]:
-        """Parent of each node, also of a chain's."""
+        """Index of each node's parent; computed for a chain."""
         return range(-1, len(self) - 1) if self.parents is None else self.parents
 
     @property
     def is_chain(self) -> bool:
-        """Whether every node is the only child of the one before it."""
+        """True if every node is the only child of the one before it."""
         return self.parents is None or all(p == i - 1 for i, p in enumerate(self.parents))
 
     def head(self, n: int) -> Draft:
-        """Return the first ``n`` nodes; parents stand before their children, so they are a draft of their own."""
+        """Return the draft of the first ``n`` nodes."""
         if n >= len(self):
             return self
         return replace(
@@ -91,7 +91,7 @@ class Draft:
         )
 
     def to(self, device: torch.device) -> Draft:
-        """Return the draft with its tensors on ``device``; a drafter may stand on another than the target."""
+        """Return the draft with its tensors on ``device``."""
         probs, logits = (t if t is None else t.to(device) for t in (self.probs, self.logits))
         if probs is self.probs and logits is self.logits:
             return self
@@ -100,12 +100,12 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class TokenBlock:
-    """What one target step committed.
+    """The tokens that one target step committed.
 
     Attributes:
-        token_ids: The committed ids: accepted draft tokens, then the target's own (bonus or recovered) one.
-        num_draft_tokens: Drafted tokens that the step verified.
-        num_accepted_tokens: Drafted tokens among ``token_ids``.
+        token_ids: Accepted draft tokens, then the target's own (bonus or recovered) one.
+        num_draft_tokens: Draft tokens that the step verified.
+        num_accepted_tokens: Draft tokens among ``token_ids``.
         finish_reason: Set on the last block of a stream.
     """
 
@@ -117,13 +117,13 @@ class TokenBlock:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a tool call as it is written.
+    """A streamed piece of a tool call.
 
     Attributes:
-        index: Place of the call in the answer, 0 is the first.
+        index: Index of the call in the answer.
         id: Set on the first piece of a call.
         name: Set on the first piece of a call.
-        arguments: New text of its arguments; the join over all pieces is the model's JSON.
+        arguments: New text of its arguments; all pieces joined are the model's JSON.
     """
 
     index: int
@@ -134,12 +134,12 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool call, whole.
+    """A complete tool call.
 
     Attributes:
-        id: Made here; unique in a process.
-        name: The function; may be one that was not offered, where the model was free.
-        arguments: JSON text as the model wrote it; may be broken where the model was free.
+        id: Generated, unique in a process.
+        name: The function; without a grammar it may be one that was not offered.
+        arguments: The model's JSON text; without a grammar it may be malformed.
     """
 
     id: str
@@ -149,14 +149,14 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of the answer's text.
+    """A streamed piece of an answer.
 
     Attributes:
-        text: New text; may be empty (bytes held back, or the last chunk).
-        token_ids: The ids committed since the chunk before.
-        finish_reason: Set on the last chunk.
-        stats: This answer's statistics, on the last chunk.
-        reasoning: New text of the model's thoughts, which are no part of the answer.
+        text: New text; may be empty (incomplete bytes, or the last piece).
+        token_ids: The ids committed since the previous piece.
+        finish_reason: Set on the last piece.
+        stats: This answer's statistics, on the last piece.
+        reasoning: New text of the model's reasoning, which is not part of ``text``.
         tool_calls: New pieces of tool calls.
     """
 
@@ -170,15 +170,15 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A whole answer: the join of its stream.
+    """A complete answer.
 
     Attributes:
-        text: The answer, without the prompt, cut at the first stop string.
-        token_ids: The ids behind it.
+        text: The answer without the prompt, cut at the first stop string.
+        token_ids: Its ids.
         finish_reason: ``"stop"``, ``"length"`` or ``"tool_calls"``.
         stats: This answer's statistics.
-        reasoning: The model's thoughts, where it writes any.
-        tool_calls: The tools that it calls.
+        reasoning: The model's reasoning, if it writes any.
+        tool_calls: Its tool calls.
     """
 
     text: str
@@ -190,10 +190,10 @@ class Generation:
 
 
 class GrammarState(Protocol):
-    """Where an answer stands in its grammar: token ids only."""
+    """The state of an answer in its grammar."""
 
     def mask(self) -> NDArray[np.int32]:
-        """Return ``[ceil(vocab / 32)]`` words, the bit of each token that may follow set.
+        """Return the token mask ``[ceil(vocab / 32)]`` (``token_mask``) of what may follow.
 
         Raises:
             DecodingError: The grammar became too large to follow.
@@ -201,11 +201,11 @@ class GrammarState(Protocol):
         ...
 
     def forced(self) -> Sequence[int]:
-        """Return the tokens that must follow, as far as the grammar leaves no choice."""
+        """Return the tokens that must follow, while the grammar leaves no choice."""
         ...
 
     def push(self, token_id: int) -> bool:
-        """Step over a token; ``False``, and no step, where it may not follow."""
+        """Advance by one token; return False, and do nothing, if it may not follow."""
         ...
 
     def pop(self, count: int) -> None:
@@ -213,28 +213,28 @@ class GrammarState(Protocol):
         ...
 
     def fork(self) -> GrammarState:
-        """Return a state of its own that stands at the same place."""
+        """Return an independent copy."""
         ...
 
     @property
     def finished(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """True if only the end may follow."""
         ...
 
     @property
     def is_closing(self) -> bool:
-        """Whether the answer had to be closed because its room ended."""
+        """True if the answer is being closed because ``max_tokens`` is near."""
         ...
 
     @property
     def closed_tokens(self) -> int:
-        """How many tokens were written since then; 0 where it was not."""
+        """Tokens written since then; 0 if it is not closing."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class DraftContext:
-    """What a drafter may know of an answer before it starts.
+    """What a drafter is given when an answer starts.
 
     Attributes:
         prompt_ids: The target's prompt.
@@ -243,10 +243,10 @@ class DraftContext:
         temperature: 0 is greedy.
         top_p: Nucleus of the sampling distribution.
         top_k: 0 is off.
-        seed: Seed of the drafter's own draws.
-        wants_logits: Knowledge transfer is on: drafts must carry ``Draft.logits``.
-        grammar: What the answer must match, at its start; the session's own, to be stepped over what it
-            observes. Drafted tokens that the grammar forbids are cut, so a drafter may leave it unread.
+        seed: Seed of the drafter's own sampling.
+        wants_logits: Knowledge transfer is on: drafts must have ``Draft.logits``.
+        grammar: The grammar's initial state, owned by the session, which advances it over what it
+            observes. Optional to use: tokens that the grammar forbids are cut from drafts.
     """
 
     prompt_ids: Sequence[int]

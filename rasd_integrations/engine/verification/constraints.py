@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from typing_extensions import Self
 
+from rasd_integrations.token_mask import flags_of, has_token
 from rasd_integrations.types import Draft, GrammarState
 
 SOURCE = "grammar"  # of forced tokens, in the statistics
@@ -69,7 +70,7 @@ def forced_after(state: GrammarState, token_ids: Sequence[int]) -> tuple[int, ..
 def mask_rows(logits: Tensor, bits: Bits) -> Tensor:
     """Set the logits ``[rows, vocab]`` of forbidden tokens to ``-inf``, in place, and return them."""
     rows, vocab = logits.shape
-    allowed = np.unpackbits(bits[:rows].view(np.uint8), axis=1, bitorder="little")[:, :vocab]
+    allowed = flags_of(bits[:rows])[:, :vocab]
     forbidden = torch.from_numpy(allowed).to(logits.device) == 0
     return logits.masked_fill_(forbidden, float("-inf"))
 
@@ -163,7 +164,7 @@ def _cut(walker: _Walker, draft: Draft, room: int, eos_ids: Collection[int]) -> 
     sources = draft.sources or (draft.source,) * len(draft)
     for old, (parent, token) in enumerate(zip(draft.parent_of, draft.token_ids, strict=True)):
         up = kept.get(parent)
-        if up is None or up in ended or not _allows(masks[up + 1], token):
+        if up is None or up in ended or not has_token(masks[up + 1], token):
             continue
         new = len(nodes)
         if token in eos_ids:
@@ -209,10 +210,6 @@ def _mask(state: GrammarState) -> NDArray[np.int32]:
     """Return what may follow; behind the grammar's end the row is not read, and must only not be empty."""
     mask = state.mask()
     return _everything(mask) if state.finished else mask
-
-
-def _allows(mask: NDArray[np.int32], token: int) -> bool:
-    return bool(int(mask[token // 32]) >> (token % 32) & 1)
 
 
 def _everything(like: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -1,45 +1,54 @@
-"""The shortest way to end a JSON answer, and what may still be begun so that it fits.
+"""The shortest completion of a JSON answer, and the tokens after which it still fits.
 
-Small models may fill an unlimited string or list until ``max_tokens``, and half a JSON value is worth nothing. So a
-token is allowed only if the answer can be ended behind it in the tokens that are left. This is part of the grammar's
-mask, a function of the tokens so far and of the room: drafting changes nothing in it.
+A small model may fill a string or list until ``max_tokens``, and half a JSON value is worthless. So a token
+is allowed only if the answer can be completed behind it within the remaining tokens. This is a function
+of the tokens so far and of ``max_tokens``, part of the grammar's mask: drafting does not change it.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import count
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
+from rasd_integrations.token_mask import Mask, flags_of, has_token, mask_of, tokens_of
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-_MOST_STATES = 8_000  # looked at in one search for a way out
-_MOST_TOKENS = 8_192  # of a way out
-_FEW_STATES = 500  # the same, for one of many tokens
-_MOST_CHECKED = 1024  # tokens of a mask whose way out is looked for; others may not follow
-_MOST_SEARCHED = 32
-_EXITS = 6  # shortest ways through a text, or what stands between two, that are gone on from
-_TRIED = 2  # characters of a text or number for which each choice is looked at
-_SPARE = 4  # a character of four bytes, or an escape, may have to be finished first
+_MAX_STATES = 8_000  # visited in one search
+_FEW_STATES = 500  # visited in the search behind one of many tokens
+_MAX_TOKENS = 8_192  # of a completion
+_MAX_CHECKED = 1024  # tokens of a mask to check; all others are forbidden
+_MAX_SEARCHED = 32  # of those, tokens that need a search of their own
+_EXITS = 6  # shortest ways through a string, or between two, that are continued
+_ALL_CHOICES = 2  # characters of a string or number in which every choice is tried
+_SPARE = 4  # a four-byte character, or an escape, may have to be finished first
 _CLASSES = ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-_LETTERS = "az AZ09,}-"  # a text that may go on with each of these is free
+_LETTERS = "az AZ09,}-"  # a string that allows each of these is free
 _Path: TypeAlias = "tuple[_Path | None, list[int]] | None"
-Place: TypeAlias = "tuple[bool, bool, int, int, int]"
-"""Whether inside a text and behind a backslash, brackets open, separators passed, characters since: tells states of
-one mask apart."""
-
-START: Place = (False, False, 0, 0, 0)
 
 
-class Closer:
-    """Knows how to end the JSON answers of one tokenizer."""
+class JsonPosition(NamedTuple):
+    """How far a JSON text has come; distinguishes grammar states that have the same mask."""
+
+    in_string: bool = False
+    escaped: bool = False
+    depth: int = 0
+    separators: int = 0
+    since: int = 0  # characters since the last bracket, quote or separator
+
+
+START = JsonPosition()
+
+
+class CompletionSearch:
+    """Finds completions of JSON answers in the tokens of one tokenizer."""
 
     def __init__(
         self,
@@ -48,7 +57,7 @@ class Closer:
         words: int,
         eos_ids: Sequence[int],
     ) -> None:
-        """Read the vocabulary; ``words`` is the length of a mask."""
+        """Read the vocabulary; masks have ``words`` words."""
         self._vocabulary, self._words = vocabulary, words
         ascii_ = sorted(map(chr, range(32, 127)), key=lambda char: not char.isalnum())
         singles = ((char, vocabulary.tokenize_str(char)) for char in ascii_)
@@ -56,216 +65,220 @@ class Closer:
         self._chars = np.array([*self._ids.values()], dtype=np.int64)
         self._letters = [self._ids[char] for char in _LETTERS if char in self._ids]
         self._quote = self._ids.get('"', -1)
-        known = tokenizer.get_vocab().items()
-        self._ending = {n: token for token, n in known if '"' in token or "\\" in token}
-        self._in_text = _bits((n for _, n in known if n not in self._ending), words)
-        self._ends = _bits(eos_ids, words)
+        vocab = tokenizer.get_vocab().items()
+        self._ending = {i: token for token, i in vocab if '"' in token or "\\" in token}
+        self._in_string = mask_of((i for _, i in vocab if i not in self._ending), words)
+        self._ends = mask_of(eos_ids, words)
 
     def shortest_completion(
         self,
         matcher: LLMatcher,
         opening: Sequence[int] = (),
         texts: Sequence[str] = (),
-        start: Place = START,
+        start: JsonPosition = START,
     ) -> list[int] | None:
-        """Return the fewest tokens that end the answer from where ``matcher`` stands, which is left alone.
+        """Return the fewest tokens that complete the answer; ``matcher`` is not changed.
 
-        States are told apart by their masks and by how far the JSON has come, so where a schema has values whose
-        choice matters later, a way may be longer than the shortest.
+        Grammar states are identified by mask and JSON position, so a completion may be longer than the
+        shortest if an earlier choice in the schema decides what is needed later.
 
         Args:
-            matcher: Its place in the grammar.
-            opening: Tokens that may have to come first and are not found letter by letter: the end of a thought.
-            texts: Such texts, for strings that may not end yet.
-            start: Where in the JSON it stands.
+            matcher: The state in the grammar.
+            opening: Tokens that may have to come first: the end of a thought.
+            texts: Example strings, for strings that may not end yet.
+            start: The position in the JSON.
 
         Returns:
-            The tokens, none where the answer may end; ``None`` if no way is found.
+            The tokens, empty if the answer may end here; ``None`` if no completion is found.
         """
         for every in (False, True):
-            way = self._search(matcher, opening, texts, start, _MOST_STATES, every=every)
-            if way is not None:
-                return way
+            found = self._search(matcher, opening, texts, start, _MAX_STATES, every=every)
+            if found is not None:
+                return found
         return None
 
-    def narrowed(
+    def closable(
         self,
         matcher: LLMatcher,
-        bits: NDArray[np.int32],
-        way: Sequence[int],
+        mask: Mask,
+        completion: Sequence[int],
         room: int,
         texts: Sequence[str] = (),
-        start: Place = START,
-    ) -> tuple[NDArray[np.int32], bool, dict[int, list[int]]]:
-        """Return the mask of tokens behind which the answer can be ended.
+        start: JsonPosition = START,
+    ) -> tuple[Mask, bool, dict[int, list[int]]]:
+        """Return the tokens of ``mask`` after which the answer can be completed in time.
 
         Args:
-            matcher: Its place in the grammar, left alone.
-            bits: What the grammar allows there.
-            way: The way out from there; empty where the answer may end.
-            room: Tokens that the answer may still hold.
-            texts: As of :meth:`shortest_completion`.
-            start: As of :meth:`shortest_completion`.
+            matcher: The state in the grammar; not changed.
+            mask: What the grammar allows.
+            completion: The shortest completion; empty if the answer may end here.
+            room: Tokens that the answer may still have.
+            texts: As in :meth:`shortest_completion`.
+            start: As in :meth:`shortest_completion`.
 
         Returns:
-            The mask, whether the way out alone is left, and the ways out behind tokens that were looked at.
+            The mask, whether only the completion is left, and the completions behind checked tokens.
         """
-        kept = _bits(way[:1], self._words) if way else bits & self._ends
-        if room - len(way) <= _SPARE:
+        kept = mask_of(completion[:1], self._words) if completion else mask & self._ends
+        if room - len(completion) <= _SPARE:
             return kept, True, {}
-        free = self._is_free(bits) and self._ends_by(matcher, self._letters[:1], way)
-        kept |= bits & (self._ends | (self._in_text if free else 0))
-        found: dict[str | int, list[int] | None] = {}
+        free = self._is_free(mask) and self._ends_by(matcher, self._letters[:1], completion)
+        kept |= mask & (self._ends | (self._in_string if free else 0))
+        known: dict[str | int, list[int] | None] = {}
         searches = 0
-        ways: dict[int, list[int]] = {}
-        for token in _tokens(bits & ~kept)[:_MOST_CHECKED]:
+        completions: dict[int, list[int]] = {}
+        for token in tokens_of(mask & ~kept)[:_MAX_CHECKED]:
             name = self._ending.get(token, "")
-            # In a free text only what follows the letters matters.
+            # In a free string only what follows the quote matters.
             kind = name[name.index('"') :] if free and '"' in name and "\\" not in name else token
-            if kind not in found:
-                found[kind] = None
-                if self._ends_by(matcher, [token], way):
-                    found[kind] = [*way]
-                elif searches < _MOST_SEARCHED:
+            if kind not in known:
+                known[kind] = None
+                if self._ends_by(matcher, [token], completion):
+                    known[kind] = [*completion]
+                elif searches < _MAX_SEARCHED:
                     searches += 1
-                    found[kind] = self._way_behind(matcher, token, room - 1, texts, start)
-            if (behind := found[kind]) is not None:
-                ways[token] = behind
-        return kept | _bits(ways, self._words), False, ways
+                    known[kind] = self._completion_behind(matcher, token, room - 1, texts, start)
+            if (behind := known[kind]) is not None:
+                completions[token] = behind
+        return kept | mask_of(completions, self._words), False, completions
 
-    def _ends_by(self, matcher: LLMatcher, tokens: Sequence[int], way: Sequence[int]) -> bool:
-        """Whether ``way`` ends the answer behind ``tokens`` too."""
-        probe, run = matcher.deep_copy(), [*tokens, *way]
+    def text(self, tokens: list[int]) -> str:
+        """Return the text of ``tokens``."""
+        text: str = self._vocabulary.decode_str(tokens)
+        return text
+
+    def _ends_by(
+        self, matcher: LLMatcher, tokens: Sequence[int], completion: Sequence[int]
+    ) -> bool:
+        """Return True if ``completion`` completes the answer behind ``tokens`` too."""
+        probe, run = matcher.deep_copy(), [*tokens, *completion]
         return probe.try_consume_tokens(run) == len(run) and bool(probe.is_accepting())
 
-    def _way_behind(
-        self, matcher: LLMatcher, token: int, room: int, texts: Sequence[str], start: Place
+    def _completion_behind(
+        self, matcher: LLMatcher, token: int, room: int, texts: Sequence[str], start: JsonPosition
     ) -> list[int] | None:
         probe = matcher.deep_copy()
         if probe.try_consume_tokens([token]) != 1:
             return None
-        way = self._search(
-            probe, (), texts, walked(start, self.text([token])), _FEW_STATES, every=False
-        )
-        return way if way is not None and len(way) <= room else None
+        start = advanced(start, self.text([token]))
+        found = self._search(probe, (), texts, start, _FEW_STATES, every=False)
+        return found if found is not None and len(found) <= room else None
 
     def _search(  # noqa: C901 - one loop over states
         self,
         matcher: LLMatcher,
         opening: Sequence[int],
         texts: Sequence[str],
-        start: Place,
-        most: int,
+        start: JsonPosition,
+        max_states: int,
         *,
         every: bool,
     ) -> list[int] | None:
-        """Look for the way with the fewest tokens, the nearest states first."""
+        """Find the completion with the fewest tokens by uniform-cost search."""
         order = count()
-        heap: list[tuple[int, int, LLMatcher, _Path, Place, int]] = []
-        seen: set[tuple[int, Place]] = set()
-        bits = np.zeros(self._words, dtype=np.int32)
-        # Of what may stand between two quotes only the shortest few are gone on from.
-        before: list[int] = [-1]
+        heap: list[tuple[int, int, LLMatcher, _Path, JsonPosition, int]] = []
+        seen: set[tuple[int, JsonPosition]] = set()
+        mask = np.zeros(self._words, dtype=np.int32)
+        # Parts end at a quote or separator; of each only the shortest few ways out are continued.
+        previous: list[int] = [-1]
         exits: Counter[int] = Counter()
-        most_exits = 16 * _EXITS if every else _EXITS
+        max_exits = 16 * _EXITS if every else _EXITS
 
-        def reach(
-            cost: int, state: LLMatcher, path: _Path, place: Place, part: int, tokens: list[int]
+        def push(
+            cost: int,
+            state: LLMatcher,
+            path: _Path,
+            position: JsonPosition,
+            part: int,
+            tokens: list[int],
         ) -> None:
             taken = state.try_consume_tokens(tokens)
-            if taken and cost + taken <= _MOST_TOKENS and not state.is_error():
-                then = walked(place, self.text(tokens[:taken]))
-                if then[0] != place[0] or then[3] != place[3]:
-                    before.append(part)
-                    part = len(before) - 1
+            if taken and cost + taken <= _MAX_TOKENS and not state.is_error():
+                then = advanced(position, self.text(tokens[:taken]))
+                if then.in_string != position.in_string or then.separators != position.separators:
+                    previous.append(part)
+                    part = len(previous) - 1
                 step = cost + taken, next(order), state, (path, tokens[:taken]), then, part
                 heapq.heappush(heap, step)
 
-        start = *start[:-1], 0
+        start = start._replace(since=0)
         heapq.heappush(heap, (0, next(order), matcher.deep_copy(), None, start, 0))
         if opening:
-            reach(0, matcher.deep_copy(), None, start, 0, list(opening))
-        looked = 0
-        while heap and looked < most:
-            cost, _, state, path, place, part = heapq.heappop(heap)
+            push(0, matcher.deep_copy(), None, start, 0, list(opening))
+        visited = 0
+        while heap and visited < max_states:
+            cost, _, state, path, position, part = heapq.heappop(heap)
             if state.is_accepting():
-                return self._fewest(matcher, _unrolled(path))
-            if exits[part] >= most_exits:
+                return self._retokenized(matcher, _unrolled(path))
+            if exits[part] >= max_exits:
                 continue
-            looked += 1
-            if before[part] >= 0:
-                exits[before[part]] += 1
-                before[part] = -1  # counted
+            visited += 1
+            if previous[part] >= 0:
+                exits[previous[part]] += 1
+                previous[part] = -1  # counted
             if forced := state.compute_ff_tokens():
-                reach(cost, state, path, place, part, forced)
+                push(cost, state, path, position, part, forced)
                 continue
-            state.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-            key = hash(bits.tobytes()), place
+            state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            key = hash(mask.tobytes()), position
             if state.is_error() or key in seen:
                 continue
             seen.add(key)
-            if texts and place[-1] == 0 and not _holds(bits, self._quote):
+            if texts and position.since == 0 and not has_token(mask, self._quote):
                 for text in texts:
                     tokens = self._vocabulary.tokenize_str(text)
-                    reach(cost, state.deep_copy(), path, place, part, tokens)
-            for token in self._choices(bits, place, every=every):
-                reach(cost, state.deep_copy(), path, place, part, [token])
+                    push(cost, state.deep_copy(), path, position, part, tokens)
+            for token in self._choices(mask, position, every=every):
+                push(cost, state.deep_copy(), path, position, part, [token])
         return None
 
-    def _choices(self, bits: NDArray[np.int32], place: Place, *, every: bool) -> list[int]:
-        """Return tokens to go on with: every character at first, then one of those that may be alike."""
-        every = every or place[-1] < _TRIED
-        free = self._is_free(bits)
-        if free and _holds(bits, self._quote):  # a text that may end is ended
+    def _choices(self, mask: Mask, position: JsonPosition, *, every: bool) -> list[int]:
+        """Return tokens to try: at first every character, later one of each equivalent class."""
+        every = every or position.since < _ALL_CHOICES
+        free = self._is_free(mask)
+        if free and has_token(mask, self._quote):  # a string that may end is ended
             return [self._quote]
         if free and not every:
             return self._letters[:1]
-        allowed = (bits[self._chars // 32] >> (self._chars % 32)) & 1
+        allowed = flags_of(mask)[self._chars]
         ids = dict(zip(self._ids, allowed.tolist(), strict=True))
         if not any(ids.values()):
-            return _tokens(bits)[:64]
+            return tokens_of(mask)[:64]
         for alike in () if every else _CLASSES:
             if all(ids.get(char) for char in alike):
                 ids |= dict.fromkeys(alike[2:], 0)
         if any(on for char, on in ids.items() if char != "\\"):
-            ids["\\"] = 0  # an escape is never the shorter way
+            ids["\\"] = 0  # an escape is never shorter
         return [self._ids[char] for char, on in ids.items() if on]
 
-    def text(self, tokens: list[int]) -> str:
-        """Return what ``tokens`` stand for."""
-        found: str = self._vocabulary.decode_str(tokens)
-        return found
+    def _is_free(self, mask: Mask) -> bool:
+        """Return True if any letter may follow."""
+        return bool(self._letters) and all(has_token(mask, token) for token in self._letters)
 
-    def _is_free(self, bits: NDArray[np.int32]) -> bool:
-        """Whether any letter may follow."""
-        return bool(self._letters) and all(_holds(bits, token) for token in self._letters)
-
-    def _fewest(self, matcher: LLMatcher, way: list[int]) -> list[int]:
-        """Return the same text in the tokens that the tokenizer makes of it, where they are fewer and may follow."""
-        if len(way) < 2:
-            return way
-        if any(self._vocabulary.is_special_token(token) for token in way):
-            return way
-        again = self._vocabulary.tokenize_bytes(self._vocabulary.decode_bytes(way))
-        return again if len(again) < len(way) and self._ends_by(matcher, again, ()) else way
+    def _retokenized(self, matcher: LLMatcher, tokens: list[int]) -> list[int]:
+        """Return the tokenizer's own tokens of the same text if they are fewer and allowed."""
+        if len(tokens) < 2 or any(map(self._vocabulary.is_special_token, tokens)):
+            return tokens
+        again = self._vocabulary.tokenize_bytes(self._vocabulary.decode_bytes(tokens))
+        return again if len(again) < len(tokens) and self._ends_by(matcher, again, ()) else tokens
 
 
-def walked(place: Place, text: str) -> Place:
-    """Return where in the JSON ``text`` leads."""
-    inside, escaped, depth, passed, since = place
+def advanced(position: JsonPosition, text: str) -> JsonPosition:
+    """Return the position after ``text``."""
+    in_string, escaped, depth, separators, since = position
     for char in text:
         since += 1
         if escaped or char == "\\":
             escaped = not escaped
         elif char == '"':
-            inside, since = not inside, 0
-        elif not inside and char in "{[":
+            in_string, since = not in_string, 0
+        elif not in_string and char in "{[":
             depth, since = depth + 1, 0
-        elif not inside and char in "}]":
+        elif not in_string and char in "}]":
             depth, since = depth - 1, 0
-        elif not inside and char in ",:":
-            passed, since = passed + 1, 0
-    return inside, escaped, depth, passed, since
+        elif not in_string and char in ",:":
+            separators, since = separators + 1, 0
+    return JsonPosition(in_string, escaped, depth, separators, since)
 
 
 def _unrolled(path: _Path) -> list[int]:
@@ -274,19 +287,3 @@ def _unrolled(path: _Path) -> list[int]:
         path, tokens = path
         parts.append(tokens)
     return [token for tokens in reversed(parts) for token in tokens]
-
-
-def _holds(bits: NDArray[np.int32], token: int) -> bool:
-    return token >= 0 and bool(int(bits[token // 32]) >> (token % 32) & 1)
-
-
-def _tokens(bits: NDArray[np.int32]) -> list[int]:
-    flags = np.unpackbits(bits.view(np.uint8), bitorder="little")
-    found: list[int] = np.flatnonzero(flags).tolist()
-    return found
-
-
-def _bits(tokens: Iterable[int], words: int) -> NDArray[np.int32]:
-    flags = np.zeros(32 * words, dtype=np.uint8)
-    flags[list(tokens)] = 1
-    return np.packbits(flags, bitorder="little").view(np.int32)

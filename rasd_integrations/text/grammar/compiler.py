@@ -1,4 +1,4 @@
-"""Grammars of answers: schemas, patterns and tool calls compiled by llguidance into states of the engine."""
+"""Compiles schemas, patterns and tool calls with llguidance into grammar states."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ import numpy as np
 
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 from rasd_integrations.response_format import Grammar, ToolUse
-from rasd_integrations.text.grammar.closing import Closer
+from rasd_integrations.text.grammar.closing import CompletionSearch
 from rasd_integrations.text.grammar.examples import examples
 from rasd_integrations.text.grammar.rules import ANSWER, answer_rules, arguments_rule
-from rasd_integrations.text.grammar.size import most_growth
+from rasd_integrations.text.grammar.size import max_growth
 from rasd_integrations.text.grammar.state import Closing, LLGuidanceState
-from rasd_integrations.text.tool_formats import ToolFormat
+from rasd_integrations.text.tool_formats import ToolFormat, added_tokens
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-_KEPT = 64  # compiled grammars a tokenizer; one takes some tens of kilobytes
-_MOST_CHARACTERS = 1 << 18  # of a grammar's source
-# The library's own are met by 500 optional properties. Within these, 2 000 are followed, and a mask takes milliseconds.
+_KEPT = 64  # compiled grammars per tokenizer; one takes some tens of kilobytes
+_MAX_CHARACTERS = 1 << 18  # of a grammar's source
+# llguidance's own limits are reached by 500 optional properties; these allow 2,000, at milliseconds a mask.
 _LIMITS = {"max_items_in_row": 20_000, "step_max_items": 400_000, "step_lexer_fuel": 2_000_000}
 
 
 class GrammarCompiler:
-    """Compiles the grammars of one tokenizer, each once. Safe to use from many threads."""
+    """Compiles and caches the grammars of one tokenizer. Thread-safe."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Collection[int]
     ) -> None:
-        """Read the tokenizer, which is not held on to, for ids below ``vocab_size``.
+        """Read the tokenizer, without keeping it, for ids below ``vocab_size``.
 
-        Takes a third of a second for 49K tokens, five for 262K.
+        Takes a third of a second for 49K tokens, five seconds for 262K.
 
         Raises:
-            ConfigurationError: It is no fast tokenizer.
+            ConfigurationError: It is not a fast tokenizer.
             MissingDependencyError: llguidance is not installed.
         """
         llguidance, hf = _llguidance()
@@ -61,15 +61,14 @@ class GrammarCompiler:
         self._vocabulary: LLTokenizer = hf.from_tokenizer(
             tokenizer, n_vocab=vocab_size, eos_token=self._eos_ids or None
         )
-        self._closer = Closer(tokenizer, self._vocabulary, self._words, self._eos_ids)
+        self._search = CompletionSearch(tokenizer, self._vocabulary, self._words, self._eos_ids)
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._ways: OrderedDict[str, list[int] | None] = OrderedDict()
-        known = getattr(tokenizer, "added_tokens_decoder", {})
-        self._control = {str(t): int(i) for i, t in known.items() if t.special}
+        self._completions: OrderedDict[str, list[int] | None] = OrderedDict()
+        self._control = {str(t): i for i, t in added_tokens(tokenizer).items() if t.special}
 
     def fits(self, vocab_size: int, eos_ids: Collection[int]) -> bool:
-        """Whether this is a compiler for such a model."""
+        """Return True if this compiler serves a model of these sizes."""
         return (self._vocab_size, self._eos_ids) == (vocab_size, sorted(eos_ids))
 
     def state(
@@ -81,14 +80,14 @@ class GrammarCompiler:
         thought_end: str | None = None,
         room: int | None = None,
     ) -> LLGuidanceState | None:
-        """Return the start of what an answer must match; ``None`` where it is free.
+        """Return the initial state of an answer's grammar; ``None`` if the answer is free.
 
         Args:
             grammar: Of the answer's text.
-            tools: Calls that must or may be made; the answer is then either calls or a text.
+            tools: Calls that must or may be made; the answer is then either calls or text.
             tool_format: How this model writes calls.
-            thought_end: Where the prompt has opened a thought, the text that ends it; the thought is free.
-            room: Tokens that the answer may hold; JSON is then closed in time, if it fits at all.
+            thought_end: Text that ends a thought the prompt has opened; the thought itself is free.
+            room: Most tokens of the answer; JSON is closed within them.
 
         Raises:
             ConfigurationError: The grammar, or a tool's parameters, cannot be followed.
@@ -98,10 +97,8 @@ class GrammarCompiler:
         rules, own = answer_rules(grammar, tools, tool_format, thought_end, self._control)
         source = "\n".join(rules)
         if own is not None:
-            parts = [
-                {"name": "main", "lark_grammar": source},
-                {"name": ANSWER, "lark_grammar": own},
-            ]
+            named = {"main": source, ANSWER: own}
+            parts = [{"name": name, "lark_grammar": text} for name, text in named.items()]
             source = json.dumps({"grammars": parts})
         is_json = bool(tools and tools.forced) or (
             grammar is not None and grammar.kind == "json_schema"
@@ -113,45 +110,45 @@ class GrammarCompiler:
             opening = tuple(self._vocabulary.tokenize_str(thought_end)) if thought_end else ()
             schemas = _schemas(grammar, tools)
             texts = tuple(examples(*schemas))
-            closing = Closing(self._closer, most_growth(*schemas), opening, texts)
-            way = self._shortest(source, matcher, closing, room)
-            return LLGuidanceState(matcher, self._words, closing, room, way)
+            closing = Closing(self._search, max_growth(*schemas), opening, texts)
+            completion = self._shortest(source, matcher, closing, room)
+            return LLGuidanceState(matcher, self._words, closing, room, completion)
         except ConfigurationError:
             for function in tools.functions if tools is not None else ():
                 self._check(function)
             raise
 
     def _shortest(self, source: str, matcher: LLMatcher, closing: Closing, room: int) -> list[int]:
-        """Return the shortest answer, searched for once a grammar.
+        """Return the shortest answer; the search runs once per grammar.
 
         Raises:
             ConfigurationError: There is none, or it has more than ``room`` tokens.
         """
         with self._lock:
-            if source not in self._ways:
-                self._ways[source] = self._closer.shortest_completion(
+            if source not in self._completions:
+                self._completions[source] = self._search.shortest_completion(
                     matcher, closing.opening, closing.texts
                 )
-                if len(self._ways) > _KEPT:
-                    self._ways.popitem(last=False)
-            way = self._ways[source]
-        if way is None:
+                if len(self._completions) > _KEPT:
+                    self._completions.popitem(last=False)
+            completion = self._completions[source]
+        if completion is None:
             msg = (
                 "This schema cannot be followed: no whole answer was found for it. Check that each object ends "
                 "somewhere (a $ref to itself needs a null or a list beside it), and that no part must be longer "
                 "than a model can write."
             )
             raise ConfigurationError(msg)
-        if len(way) > room:
+        if len(completion) > room:
             msg = (
-                f"max_tokens is {room}, but the shortest answer that the schema allows needs {len(way)} tokens. "
+                f"max_tokens is {room}, but the shortest answer that the schema allows needs {len(completion)} tokens. "
                 f"Raise max_tokens to several times that, or ask for fewer or shorter parts."
             )
             raise ConfigurationError(msg)
-        return way
+        return completion
 
     def _check(self, function: Mapping[str, Any]) -> None:
-        """Raise what is wrong with the parameters of one function, by its name."""
+        """Raise an error that names the function if its parameters cannot be followed."""
         try:
             self._matcher(f"start: {arguments_rule(function)}")
         except ConfigurationError as err:
@@ -159,10 +156,10 @@ class GrammarCompiler:
             raise ConfigurationError(msg) from err
 
     def _matcher(self, source: str) -> LLMatcher:
-        if len(source) > _MOST_CHARACTERS:
+        if len(source) > _MAX_CHARACTERS:
             msg = (
                 f"This grammar cannot be followed: it has {len(source)} characters, but may have "
-                f"{_MOST_CHARACTERS}. Shorten its patterns and lists of values, or ask for it in parts."
+                f"{_MAX_CHARACTERS}. Shorten its patterns and lists of values, or ask for it in parts."
             )
             raise ConfigurationError(msg)
         with self._lock:
@@ -177,11 +174,7 @@ class GrammarCompiler:
             return found.deep_copy()
 
     def _check_begins(self, matcher: LLMatcher) -> None:
-        """See that a grammar compiled, and that an answer can begin.
-
-        Raises:
-            ConfigurationError: It did not, or it allows nothing.
-        """
+        """Raise unless the grammar compiled and allows a first token."""
         bits = np.zeros(self._words, dtype=np.int32)
         probe = matcher.deep_copy()
         if not probe.is_error():
@@ -200,7 +193,7 @@ _compilers_guard = threading.Lock()
 def grammar_compiler(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_ids: Collection[int]
 ) -> GrammarCompiler:
-    """Return the compiler of a tokenizer, the same for all that use it for such a model."""
+    """Return the shared compiler of a tokenizer and model."""
     with _compilers_guard:
         known = _compilers.get(tokenizer)
         if known is None or not known.fits(vocab_size, eos_ids):
@@ -216,14 +209,14 @@ def _schemas(grammar: Grammar | None, tools: ToolUse | None) -> list[Any]:
 
 
 def _refused(reason: str) -> ConfigurationError:
-    """Return the error of a grammar; of the library's many lines the first tells what, "error:" why."""
+    """Return the error for llguidance's message: its first line, and the one that begins "error:"."""
     first, *rest = reason.splitlines() or [""]
     why = next((line for line in rest if line.startswith("error:")), "")
-    told, step = f"{first} {why}".strip(), _REMEDIES[-1][1]
-    if "NoExtension" in told:
-        told = "it allows no answer at all"
-    step = next((remedy for mark, remedy in _REMEDIES if mark in told), step)
-    return ConfigurationError(f"This grammar cannot be followed: {told[:500]}. {step}")
+    reason = f"{first} {why}".strip()
+    if "NoExtension" in reason:
+        reason = "it allows no answer at all"
+    step = next(remedy for mark, remedy in _REMEDIES if mark in reason)
+    return ConfigurationError(f"This grammar cannot be followed: {reason[:500]}. {step}")
 
 
 _REMEDIES = (

@@ -1,14 +1,16 @@
-"""Short texts that patterns and formats allow, where letter by letter nothing tells which way leads to the end."""
+"""Short example strings for patterns and formats, whose end no search by character finds."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from rasd_integrations.text.grammar.schema import mappings_in
+
 if sys.version_info >= (3, 11):
-    from re import _parser as sre_parse  # type: ignore[attr-defined] # Python's only reader of patterns
+    from re import _parser as sre_parse  # type: ignore[attr-defined] # no public parser of patterns
 else:
     import sre_parse
 
@@ -17,7 +19,7 @@ _OF_FORMATS = {
     "email": "a@b.co", "hostname": "a", "ipv4": "1.1.1.1", "ipv6": "::1", "uri": "a:b",
     "uuid": "00000000-0000-0000-0000-000000000000",
 }  # fmt: skip
-_MOST = 64  # examples of a schema
+_MAX_EXAMPLES = 64
 _LONGEST = 2048  # characters
 _TRIED = "a0A -_.,:/@" + "".join(map(chr, range(33, 127)))
 _CATEGORIES: dict[str, Callable[[str], bool]] = {
@@ -27,19 +29,19 @@ _CATEGORIES: dict[str, Callable[[str], bool]] = {
 
 
 def examples(*schemas: Any) -> list[str]:
-    """Return short texts that the patterns and formats of ``schemas`` allow, as they stand in JSON."""
+    """Return short strings that the patterns and formats of ``schemas`` allow."""
     found: dict[str, None] = {}
-    for part in _parts(list(schemas)):
+    for part in mappings_in(*schemas):
         pattern = part.get("pattern")
         text = shortest_text(pattern) if isinstance(pattern, str) else None
         form = part.get("format")
         named = _OF_FORMATS.get(form) if isinstance(form, str) else None
         found |= dict.fromkeys(t for t in (text, named) if t)
-    return list(found)[:_MOST]
+    return list(found)[:_MAX_EXAMPLES]
 
 
 def shortest_text(pattern: str) -> str | None:
-    """Return a short text that ``pattern`` matches; ``None`` where it cannot be read, or is long."""
+    """Return a short match of ``pattern``; ``None`` if it cannot be parsed, or is long."""
     try:
         text = _of(sre_parse.parse(pattern))
     except (re.error, ValueError, OverflowError, RecursionError, MemoryError):
@@ -71,7 +73,7 @@ def _piece(op: str, value: Any) -> str:
         return next((char for char in _firsts(wanted) if _is_in(char, wanted)), "")
     if op == "AT":
         return ""
-    raise ValueError(op)  # look-around and references, which grammars refuse
+    raise ValueError(op)  # look-around and back-references, which grammars refuse
 
 
 def _firsts(wanted: Any) -> Iterator[str]:
@@ -99,14 +101,3 @@ def _is_in(char: str, wanted: Any) -> bool:
 def _is_of(char: str, category: str) -> bool:
     without = category.replace("_NOT_", "_")
     return bool(_CATEGORIES[without](char)) != (without != category)
-
-
-def _parts(schemas: list[Any]) -> Iterator[Mapping[str, Any]]:
-    todo = schemas
-    while todo:
-        part = todo.pop()
-        if isinstance(part, Mapping):
-            yield part
-            todo += part.values()
-        elif isinstance(part, list):
-            todo += part

@@ -1,4 +1,4 @@
-"""The Lark rules of an answer: its text, its thought, and the calls that it may or must make."""
+"""Writes the Lark rules of an answer: its thought, text and tool calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rasd_integrations.text.grammar.schema import prepared, without_unique_items
 from rasd_integrations.text.tool_formats import ToolFormat
 
 ANSWER = "answer"
-"""Name of a grammar of the user's own, beside the rules made here."""
+"""Name of the user's own Lark grammar, next to the rules made here."""
 
 
 def answer_rules(
@@ -23,10 +23,10 @@ def answer_rules(
     thought_end: str | None,
     control: Mapping[str, int],
 ) -> tuple[list[str], str | None]:
-    """Return the Lark rules of an answer, and a grammar of the user's own that they name.
+    """Return the Lark rules of an answer, and the user's own grammar if they refer to it.
 
     Raises:
-        ConfigurationError: A grammar is given beside calls that must be made.
+        ConfigurationError: Both a grammar and calls that must be made are given.
     """
     rules: list[str] = []
     own: str | None = None
@@ -64,29 +64,25 @@ def _text_rule(grammar: Grammar) -> str:
 
 
 def _call_rules(tools: ToolUse, form: ToolFormat, control: Mapping[str, int]) -> list[str]:
-    """Return the rules of one call or more: ``calls``."""
+    """Return the rules of ``calls``: one call, or several if ``parallel``."""
     functions = tools.forced or tools.functions
     rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}"]
     more = f"({_terms(form.separator, control)} call)*" if tools.parallel else ""
     rules.append(
         _rule("calls", _terms(form.opening, control), "call", more, _terms(form.closing, control))
     )
-    for place, function in enumerate(functions):
-        parts = (
-            _terms(_before(form, function), control),
-            arguments_rule(function),
-            _terms(form.tail, control),
-        )
-        rules.append(_rule(f"call_{place}", *parts))
-    return rules
+    return rules + [
+        _call_rule(f"call_{i}", form.before_arguments(function["name"]), function, form, control)
+        for i, function in enumerate(functions)
+    ]
 
 
 def _free_rules(tools: ToolUse, form: ToolFormat, control: Mapping[str, int]) -> list[str]:
-    """Return the rules of an answer that may call: ``free``, text in which what opens a call begins one."""
+    """Return the rules of ``free``: text in which the opening mark of a call begins one."""
     mark = form.mark
-    if mark in control:  # no text holds it
+    if mark in control:  # text cannot contain it
         return ["free: TEXT | TEXT? calls", "TEXT: /(?s:.+)/"]
-    if not mark:  # bare JSON is a call only where the answer begins with it
+    if not mark:  # bare JSON is a call only at the beginning of the answer
         return ["free: TEXT | calls", "TEXT: /[^{](?s:.*)/"]
     functions = tools.functions
     several = f"({_terms(form.separator, control)} call)*" if tools.parallel else ""
@@ -98,24 +94,29 @@ def _free_rules(tools: ToolUse, form: ToolFormat, control: Mapping[str, int]) ->
         _rule("hop", "trigger", f"({firsts})", several, _terms(form.closing, control)),
         f"trigger[lazy]: /(?s:.*){_escaped(mark)}/",
     ]
-    for place, function in enumerate(functions):
-        before = (form.opening + _before(form, function)).removeprefix(mark)
-        parts = (_terms(before, control), arguments_rule(function), _terms(form.tail, control))
-        rules.append(_rule(f"first_{place}", *parts))
+    for i, function in enumerate(functions):
+        before = (form.opening + form.before_arguments(function["name"])).removeprefix(mark)
+        rules.append(_call_rule(f"first_{i}", before, function, form, control))
     return rules
+
+
+def _call_rule(
+    name: str,
+    before: str,
+    function: Mapping[str, Any],
+    form: ToolFormat,
+    control: Mapping[str, int],
+) -> str:
+    arguments = arguments_rule(function)
+    return _rule(name, _terms(before, control), arguments, _terms(form.tail, control))
 
 
 def _rule(name: str, *parts: str) -> str:
     return f"{name}: {' '.join(part for part in parts if part)}"
 
 
-def _before(form: ToolFormat, function: Mapping[str, Any]) -> str:
-    name = json.dumps(function["name"], ensure_ascii=False)[1:-1]
-    return form.begin + form.head.replace("{name}", name)
-
-
 def arguments_rule(function: Mapping[str, Any]) -> str:
-    """Return the JSON of a function's arguments as Lark."""
+    """Return the Lark rule of a function's arguments."""
     given = function.get("parameters")
     schema = {"type": "object", "properties": {}, **(given if isinstance(given, Mapping) else {})}
     # Frameworks read arguments into typed values, in which a set drops its duplicates.
@@ -127,7 +128,7 @@ def _escaped(text: str) -> str:
 
 
 def _terms(text: str, control: Mapping[str, int]) -> str:
-    """Return ``text`` as Lark terms: control tokens by their ids, the rest as strings."""
+    """Return ``text`` as Lark terms: control tokens as ids, the rest as strings."""
     if not text:
         return ""
     names = sorted((re.escape(name) for name in control), key=len, reverse=True)

@@ -1,20 +1,18 @@
-"""JSON schemas as a grammar reads them: closed objects, one way to write white space, known formats only."""
+"""Prepares JSON schemas for llguidance: closed objects, fixed white space, known formats."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from rasd_integrations.errors import ConfigurationError
 
-# What llguidance enforces. By JSON Schema's own rule any other format is a remark, not a limit.
-_FORMATS = frozenset(
-    {
-        "date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri",
-    }
+# Formats that llguidance enforces; JSON Schema treats any other as an annotation.
+_FORMATS = (
+    "date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri",
 )  # fmt: skip
-# One form only, the one models write most: it forces more tokens, and no model can write spaces for ever.
+# The form models write most: it forces more tokens, and no model can write spaces for ever.
 _WRITING = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -28,10 +26,10 @@ _COMBINED = ("allOf", "anyOf", "oneOf", "$ref")
 
 
 def prepared(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
-    """Return ``schema`` ready for the grammar: every value it allows is valid for ``schema`` too.
+    """Return ``schema`` for llguidance; every value it allows is valid for ``schema`` too.
 
-    An object with named properties that says nothing of others gets no others: a model that may invent
-    properties does not stop.
+    Objects with named properties get ``additionalProperties: false`` unless they say otherwise: a model
+    that may invent properties does not stop.
 
     Raises:
         ConfigurationError: It is nested too deeply.
@@ -45,7 +43,7 @@ def prepared(schema: Mapping[str, Any] | bool) -> dict[str, Any]:
 
 
 def without_unique_items(schema: Any) -> Any:
-    """Return ``schema`` without ``uniqueItems``: for values that are read into sets, which drop duplicates."""
+    """Return ``schema`` without ``uniqueItems``, for values that are read into sets."""
     if isinstance(schema, Mapping):
         kept = {k: v for k, v in schema.items() if not (k == "uniqueItems" and isinstance(v, bool))}
         return {key: without_unique_items(value) for key, value in kept.items()}
@@ -57,7 +55,7 @@ def _closed(schema: Any, root: Any, *, may_close: bool = True) -> Any:
         return schema
     closed = partial(_closed, root=root)
     out: dict[str, Any] = _with_named_keys(dict(schema), root)
-    if out.get("format") not in _FORMATS and isinstance(out.get("format"), str):
+    if isinstance(out.get("format"), str) and out["format"] not in _FORMATS:
         del out["format"]
     for key in _SUBSCHEMAS:
         if key in out:
@@ -70,7 +68,7 @@ def _closed(schema: Any, root: Any, *, may_close: bool = True) -> Any:
         if isinstance(out.get(key), list):
             out[key] = [closed(inner, may_close=alone) for inner in out[key]]
     if isinstance(out.get("allOf"), list):
-        # The parts of a sum must leave room for one another; a single part stands for itself.
+        # allOf parts must not forbid each other's properties; a single part may be closed.
         single = alone and len(out["allOf"]) == 1
         out["allOf"] = [closed(inner, may_close=single) for inner in out["allOf"]]
     if may_close and not alone and not any(key in out for key in _COMBINED):
@@ -79,30 +77,36 @@ def _closed(schema: Any, root: Any, *, may_close: bool = True) -> Any:
 
 
 def _with_named_keys(schema: dict[str, Any], root: Any) -> dict[str, Any]:
-    """Return a schema whose ``propertyNames`` are told as properties, where they are a list or a pattern."""
+    """Rewrite ``propertyNames`` (an enum or a pattern) as properties, which llguidance knows."""
     names = schema.get("propertyNames")
     if not isinstance(names, Mapping) or "properties" in schema or "patternProperties" in schema:
         return schema
     names = resolved(names, root)
     values = schema.get("additionalProperties", True)
     rest = {k: v for k, v in schema.items() if k != "propertyNames"}
-    if isinstance(names.get("enum"), list):
-        return {
-            **rest,
-            "properties": dict.fromkeys((n for n in names["enum"] if isinstance(n, str)), values),
-            "additionalProperties": False,
-        }
-    if isinstance(names.get("pattern"), str):
-        return {
-            **rest,
-            "patternProperties": {names["pattern"]: values},
-            "additionalProperties": False,
-        }
+    listed, pattern = names.get("enum"), names.get("pattern")
+    if isinstance(listed, list):
+        own = dict.fromkeys((name for name in listed if isinstance(name, str)), values)
+        return {**rest, "properties": own, "additionalProperties": False}
+    if isinstance(pattern, str):
+        return {**rest, "patternProperties": {pattern: values}, "additionalProperties": False}
     return schema
 
 
+def mappings_in(*schemas: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield every mapping in ``schemas``, the whole before its parts."""
+    todo = list(schemas)
+    while todo:
+        part = todo.pop()
+        if isinstance(part, Mapping):
+            yield part
+            todo += part.values()
+        elif isinstance(part, list):
+            todo += part
+
+
 def resolved(schema: Mapping[str, Any], root: Any) -> Mapping[str, Any]:
-    """Return what a reference into the same document points at, or ``schema`` itself."""
+    """Return the target of a ``$ref`` into the same document, or ``schema`` itself."""
     steps = str(schema.get("$ref", "")).removeprefix("#/").split("/")
     found: Any = root
     for step in steps:

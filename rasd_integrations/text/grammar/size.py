@@ -1,13 +1,13 @@
-"""How long the values of a schema are at least: what one token of an answer may add to its end."""
+"""Bounds how much one token can add to the shortest completion of a JSON answer."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from rasd_integrations.text.grammar.schema import resolved
+from rasd_integrations.text.grammar.schema import mappings_in, resolved
 
 _NUMBER, _FORMAT, _MARKS, _SPARE = 24, 48, 6, 16  # bytes
 _PLAIN = {"string": 2, "integer": 1, "number": 1, "boolean": 5, "null": 4, "object": 2, "array": 2}
@@ -15,25 +15,22 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multip
 _COUNTS = re.compile(r"\{(\d+)")
 
 
-def most_growth(*schemas: Any) -> int:
-    """Return how many bytes, so no fewer tokens, one token may add to what an answer still needs."""
-    alone = (
-        len(schemas) == 1
-    )  # where nothing is chosen before it, all know that the whole has begun
-    largest = max((_Sizes(schema).largest(begun=alone) for schema in schemas), default=0)
-    return largest + _SPARE
+def max_growth(*schemas: Any) -> int:
+    """Return an upper bound in bytes, and so in tokens, over all parts of ``schemas``."""
+    begun = len(schemas) == 1  # nothing is chosen before it, so the whole has begun already
+    return max((_Sizes(schema).largest(begun=begun) for schema in schemas), default=0) + _SPARE
 
 
 class _Sizes:
-    """The least sizes of a schema's parts, each found once; of alternatives that of the largest."""
+    """Least sizes of a schema's parts in bytes; of alternatives the largest counts."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._known: dict[int, int] = {}
 
     def largest(self, *, begun: bool) -> int:
-        parts = list(_parts(self._root))
-        if begun and "properties" in parts[0]:
+        parts = list(mappings_in(self._root))
+        if begun and parts and "properties" in parts[0]:
             del parts[0]
         return max(map(self.of, parts), default=0)
 
@@ -41,7 +38,7 @@ class _Sizes:
         if not isinstance(schema, Mapping):
             return _MARKS
         if id(schema) not in self._known:
-            self._known[id(schema)] = 0  # within itself
+            self._known[id(schema)] = 0  # for references to itself
             self._known[id(schema)] = self._measured(schema)
         return self._known[id(schema)]
 
@@ -83,17 +80,6 @@ class _Sizes:
         names = [name for name in _listed(schema.get("required")) if isinstance(name, str)]
         size = sum(len(json.dumps(name)) + _MARKS + self.of(known.get(name)) for name in names)
         return size + _whole(schema.get("minProperties")) * (_MARKS + _NUMBER)
-
-
-def _parts(schema: Any) -> Iterator[Any]:
-    todo = [schema]
-    while todo:
-        part = todo.pop()
-        if isinstance(part, Mapping):
-            yield part
-            todo += part.values()
-        elif isinstance(part, list):
-            todo += part
 
 
 def _listed(value: Any) -> list[Any]:

@@ -117,7 +117,7 @@ def test_the_way_out_leaves_the_state_where_it_was():
     compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
     state = compiler.state(Grammar.json_schema(SCHEMA), room=90)
     before = state.mask().tobytes()
-    way = compiler._closer.shortest_completion(state._matcher)
+    way = compiler._search.shortest_completion(state._matcher)
     assert len(way) == len(LEAST)
     assert list(json.loads(tokenizer.decode(way))) == SCHEMA["required"]
     assert state.mask().tobytes() == before
@@ -164,7 +164,7 @@ def test_the_shortest_answer_is_found(kind):
     tokenizer = tiny_tokenizer()
     compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
     state = compiler.state(Grammar.json_schema(schema), room=least)
-    assert len(state._places[0].way) == least
+    assert len(state._steps[0].completion) == least
     with pytest.raises(ConfigurationError, match=f"needs {least} tokens"):
         compiler.state(Grammar.json_schema(schema), room=least - 1)
 
@@ -199,7 +199,7 @@ def test_whatever_is_written_is_closed_in_time(kind):
     tokenizer = tiny_tokenizer()
     compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
     grammar = Grammar.json_schema(DEEP[kind])
-    least = len(compiler.state(grammar, room=4000)._places[0].way)
+    least = len(compiler.state(grammar, room=4000)._steps[0].completion)
     for extra in (0, 7, 60):
         rnd = random.Random(extra)
         state, written = compiler.state(grammar, room=least + extra), []

@@ -66,7 +66,7 @@ def test_odd_schemas_are_refused_or_followed(compiler, part):
         except ConfigurationError:
             continue
         followed += 1
-        text = compiler._vocabulary.decode_str(state._places[0].way)
+        text = compiler._vocabulary.decode_str(state._steps[0].completion)
         json.loads(text)
     assert followed > 10
 
