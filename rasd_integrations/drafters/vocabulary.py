@@ -12,12 +12,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from rasd_integrations.errors import VocabularyMismatchError
+from rasd_integrations.text.prompt.encoding import Continuation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOOK_BEHIND = 12  # tokens that are encoded anew with what follows them
-_ANCHOR = "\n"
 # Spaces, line ends and characters of one to four bytes: a tokenizer that rewrites any of them is not read.
 _PROBE = "\nA probe,  of 12 words:\n\n\tna\u00efve \u6771\u4eac \u0436 \U0001f989 (ok).\r\n  Ok"
 
@@ -63,9 +63,7 @@ class Vocabulary:
             )
             raise VocabularyMismatchError(msg)
         self._singles = {text[0]: i for text, i in self.ids.items() if len(text) == 1}
-        self._anchor = self._plain(_ANCHOR)
-        # Sentencepiece may write a space before every text that it is given.
-        self._adds_space = self._plain("a") != self._plain(_ANCHOR + "a")[len(self._anchor) :]
+        self._continuation = Continuation(self._plain)
         self.eos: int | None = tokenizer.eos_token_id
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
@@ -87,7 +85,7 @@ class Vocabulary:
             except UnicodeDecodeError as err:
                 text, broken = data[: err.start].decode(), data[err.start : err.end]
                 data = data[err.end :]
-            ids += self._continued(text) if text else ()
+            ids += self._continuation.encode(text, self._plain) if text else ()
             ids += (self._singles[byte] for byte in broken if byte in self._singles)
         return ids
 
@@ -133,14 +131,6 @@ class Vocabulary:
         plain = [i for i, text in enumerate(self.texts) if text and i not in self.special]
         self.ids = {self.texts[i]: i for i in sorted(plain, key=lambda i: (i not in bytewise, -i))}
         return True
-
-    def _continued(self, text: str) -> list[int]:
-        """Return the ids of a text that goes on after another, without the space of a beginning."""
-        if self._adds_space:
-            ids = self._plain(_ANCHOR + text)
-            if ids[: len(self._anchor)] == self._anchor:
-                return ids[len(self._anchor) :]
-        return self._plain(text)
 
     def _plain(self, text: str) -> list[int]:
         # Not through the tokenizer: its calls change settings, which other threads may be reading.

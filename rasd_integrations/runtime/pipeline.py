@@ -146,7 +146,7 @@ class Pipeline:
         single = tools is not None and not tools.parallel
         chunks = stream_text(
             blocks, detokenizer, stops.texts, lambda: stats, parser=parser,
-            most_calls=1 if single else None, hidden="".join(stops.marks.values()),
+            max_calls=1 if single else None, hidden="".join(stops.marks.values()),
             count_tokens=self._count_tokens,
         )  # fmt: skip
         return chunks if grammar is None else self._looked_after(chunks, grammar, params)

@@ -1,4 +1,4 @@
-"""Text in, text out: the chat template, incremental detokenising, stop strings."""
+"""Prompts to token ids, and token ids to text, reasoning and tool calls."""
 
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.answer.stop import StopMatcher

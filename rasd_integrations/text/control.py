@@ -1,4 +1,4 @@
-"""Control tokens written inside data: found, and cut in two so that they stay text."""
+"""Finds control tokens inside data and splits them, so that they stay text."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rasd_integrations.text.tool_formats import special_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Private-use characters: no template trims them. Pairs with a number, should a text hold every one.
+# Private-use characters, which no template trims; numbered pairs if a text contains all of them.
 _SINGLE_MARKS = range(0xF8FF, 0xDFFF, -1)
 
-# Of a subclass, an enumeration's say, the value that JSON writes.
+# Converts a subclass (an enumeration, say) to the value that JSON writes.
 _EXACT: dict[type, Callable[[Any], object]] = {str: str.__str__, int: int, float: float}
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer, which must not be parsed inside data.
+    """A tokenizer's control tokens, which must not be parsed inside data.
 
     Attributes:
         texts: The tokens as strings.
-        ids: The id of each, save the unknown token, which any strange character may become.
+        ids: Their ids, without the unknown token, which any rare character may become.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -41,12 +41,11 @@ class ControlTokens:
         self._tails = frozenset(tail for _, tail in parts)
 
     def cut(self, value: Any) -> tuple[Any, re.Pattern[str]]:
-        """Return ``value`` with a mark inside every control token of its strings, and what finds the mark.
+        """Return ``value`` with a mark inside each control token, and a pattern of the mark.
 
-        Strings are found as keys and values, at any depth. A string that begins or ends with part of a
-        control token is marked there too: what a template writes next to it could complete the token.
-        The mark stands nowhere else in ``value``: what a template makes of it is split there again, also
-        where it was escaped as JSON.
+        Covers keys and values at any depth. A string that begins or ends with part of a control token
+        is marked there too, as the template's own text could complete it. The mark occurs nowhere else,
+        so the rendered template can be split at it, also in JSON-escaped form.
         """
         texts = list(_strings(value))
         numbered = (f"\uf8f0{number}\uf8f1" for number in itertools.count())
@@ -56,7 +55,7 @@ class ControlTokens:
         return _map_strings(value, lambda text: self._cut_text(text, mark)), seams
 
     def found(self, text: str) -> list[tuple[int, int]]:
-        """Return where the control tokens of a text begin and end, as a tokenizer splits at them."""
+        """Return the ranges of the control tokens of a text, as a tokenizer splits them."""
         spans: list[tuple[int, int]] = []
         for start in self._starts(text):
             if not spans or start >= spans[-1][1]:
@@ -64,35 +63,35 @@ class ControlTokens:
         return spans
 
     def _starts(self, text: str) -> Iterator[int]:
-        places = (match.start() for match in self._first.finditer(text)) if self._first else ()
-        return (place for place in places if self._length_at(text, place))
+        starts = (match.start() for match in self._first.finditer(text)) if self._first else ()
+        return (start for start in starts if self._length_at(text, start))
 
     def _length_at(self, text: str, start: int) -> int:
-        """Return the length of the longest control token that begins at ``start``, 0 without one."""
-        # A set look-up a length: vocabularies have thousands of these, in a few lengths.
+        """Return the length of the longest control token at ``start``, or 0."""
+        # One set look-up per length: vocabularies have thousands of these, in a few lengths.
         lengths = (n for n in reversed(self._lengths) if text[start : start + n] in self.texts)
         return next(lengths, 0)
 
     def _cut_text(self, text: str, mark: str) -> str:
-        places: set[int] = set()
+        cuts: set[int] = set()
         for start in self._starts(text):
-            # One of a single character cannot be cut: it becomes a piece of its own.
-            places |= {start + 1, start} if text[start] in self.texts else {start + 1}
+            # A single character cannot be split: it becomes a piece of its own.
+            cuts |= {start + 1, start} if text[start] in self.texts else {start + 1}
         longest = max(self._lengths, default=1)
         end = len(text.rstrip())
         if any(text[max(0, end - n) : end] in self._heads for n in range(1, longest)):
-            places.add(end)
+            cuts.add(end)
         begin = len(text) - len(text.lstrip())
         if any(text[begin : begin + n] in self._tails for n in range(1, longest)):
-            places.add(begin)
-        borders = [0, *sorted(places), len(text)]
+            cuts.add(begin)
+        borders = [0, *sorted(cuts), len(text)]
         return mark.join(text[a:b] for a, b in itertools.pairwise(borders))
 
 
 def plain_data(value: Any) -> Any:
-    """Return ``value`` as JSON knows it; what JSON has no form for is written as text.
+    """Return ``value`` as plain JSON types, anything else as text.
 
-    Templates print and escape whatever they are given, and fail at what is no JSON.
+    Templates fail on values that are not JSON.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -109,7 +108,7 @@ def plain_data(value: Any) -> Any:
 
 
 def _forms(mark: str) -> tuple[str, str]:
-    """Return a mark as it is, and as JSON escapes it."""
+    """Return a mark verbatim and as JSON escapes it."""
     return mark, json.dumps(mark)[1:-1]
 
 

@@ -1,1 +1,1 @@
-"""From token ids to text, reasoning and tool calls."""
+"""Turns token ids into text, reasoning and tool calls."""

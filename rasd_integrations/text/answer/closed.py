@@ -1,4 +1,4 @@
-"""Which values of a JSON answer were ended by the grammar because its room ended."""
+"""Names the values of a JSON answer that the grammar closed at ``max_tokens``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _PART = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s"{}\[\],:]+')
 
 
 def closed_fields(text: str, kept: int) -> tuple[str, ...]:
-    """Return the paths of the values that end behind the first ``kept`` characters, innermost ones only.
+    """Return the paths of the innermost values that end after ``kept`` characters.
 
     Args:
-        text: An answer with one JSON object in it, whole: the text itself, or a tool call's markup.
-        kept: Characters that the model wrote freely.
+        text: A complete answer that contains one JSON object, perhaps within a tool call's markup.
+        kept: Characters written before closing began.
     """
     found: dict[str, None] = {}
     stack: list[
         list[str]
-    ] = []  # of each open object or list: bracket, key or number of the value at hand
+    ] = []  # per open object or list: bracket, key or index of the current value
     keyed = False
     for match in _PART.finditer(text, max(text.find("{"), 0)):
         part = match[0]

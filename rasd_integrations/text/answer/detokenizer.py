@@ -1,25 +1,26 @@
-"""Token ids to text, as they come: the join of the pieces is the text of the whole."""
+"""Incremental detokenizer: the pieces joined equal the decoded whole."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rasd_integrations.text.tool_formats import added_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"
-# A character has at most four bytes, so the last four tokens hold the last character whole; a window
-# that starts with them decodes its end as the whole answer would, whatever its first token loses
-# (the leading space of sentencepiece).
+# A character has at most four bytes, so the last four tokens contain the last character; a window that
+# starts with them decodes its end correctly even if its first token loses a leading space (sentencepiece).
 _CONTEXT_TOKENS = 4
 
 
 class IncrementalDetokenizer:
-    """Decode a stream of token ids at a cost that grows with the new tokens only.
+    """Decodes a stream of token ids in time linear in the new tokens.
 
-    The join of everything returned is ``tokenizer.decode(all, skip_special_tokens=True)``, without the
-    clean-up of spaces that some tokenizers ask for (it would change code and quoted text).
+    All pieces joined are ``tokenizer.decode(all, skip_special_tokens=True)`` without the clean-up of
+    spaces that some tokenizers ask for (it would change code and quotes).
     """
 
     def __init__(
@@ -28,17 +29,17 @@ class IncrementalDetokenizer:
         kept: Collection[str] = (),
         marks: Mapping[int, str] | None = None,
     ) -> None:
-        """Start an empty text.
+        """Start with empty text.
 
         Args:
             tokenizer: The model's own.
-            kept: Control tokens that are written out.
-            marks: What is written for other control tokens, by id; those not named are left out.
+            kept: Control tokens that are written as text.
+            marks: What is written for other control tokens, by id; the rest are skipped.
         """
         self._tokenizer = tokenizer
         self._marks = dict(marks or {})
         ids: Any = tokenizer.convert_tokens_to_ids(list(kept))
-        added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+        added = added_tokens(tokenizer).items()
         control = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         self._skipped = frozenset(control) - frozenset(ids)
         self._byte_ids = _byte_fallback_ids(tokenizer)
@@ -46,14 +47,14 @@ class IncrementalDetokenizer:
         self._sent = 0  # characters of the window's text that were returned
 
     def push(self, ids: Sequence[int]) -> str:
-        """Return the text that ``ids`` complete; bytes of an unfinished character are held back."""
-        for place, token in enumerate(ids):
+        """Return the text that ``ids`` complete, without an incomplete last character."""
+        for i, token in enumerate(ids):
             if token in self._marks and token in self._skipped:
-                before, mark = self.push(ids[:place]), self._marks[token]
-                return f"{before}{mark}{self.push(ids[place + 1 :])}"
+                before, mark = self.push(ids[:i]), self._marks[token]
+                return f"{before}{mark}{self.push(ids[i + 1 :])}"
         self._window.extend(i for i in ids if i not in self._skipped)
-        # A run of byte-fallback tokens decodes as one: a single invalid byte spoils all of it, so it
-        # is read only when another token ends it.
+        # A run of byte-fallback tokens decodes as one, and one invalid byte spoils all of it: it is
+        # decoded only when another token ends it.
         end = len(self._window)
         while end and self._window[end - 1] in self._byte_ids:
             end -= 1
@@ -66,7 +67,7 @@ class IncrementalDetokenizer:
         return piece
 
     def flush(self) -> str:
-        """Return what was held back; the text is then at its end."""
+        """Return the held-back text; the answer has ended."""
         return self._take(self._decode(self._window))
 
     def _take(self, text: str) -> str:
@@ -77,14 +78,8 @@ class IncrementalDetokenizer:
     def _decode(self, ids: list[int]) -> str:
         if not ids:
             return ""
-        return str(
-            self._tokenizer.decode(
-                # Those to be skipped were left out when they came.
-                ids,
-                skip_special_tokens=False,
-                clean_up_tokenization_spaces=False,
-            )
-        )
+        options: Any = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(ids, **options))
 
 
 def _byte_fallback_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""An answer taken apart as it is written: its text, the model's thoughts, and the tools it calls."""
+"""Parses a streamed answer into text, reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ARGUMENTS = ("arguments", "parameters")
-# An object without markup round it is a call only if it says nothing else.
+# An object without markup is a call only if it has no other keys.
 _CALL_KEYS = ("name", "type", "id", *_ARGUMENTS)
 _VALUE_STARTS = tuple('{["-0123456789tfn')
 _BETWEEN_CALLS = tuple(",;]}")  # separators, and brackets that models close once too often
@@ -27,21 +27,17 @@ _IN_NAME = re.compile(r'[^\s\[\]{}"<]+')
 _FENCE = "```"
 _IN_FENCE = re.compile(r"\w+")
 _WHOLE_ANSWER = re.compile(r"\s*(?:```\w*\s*)?(\{.*\})\s*(?:```\s*)?", re.DOTALL)
-_THOUGHTS = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-)
+_REASONING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
-    """The markup round a model's thoughts.
+    """The markup of a model's reasoning.
 
     Attributes:
-        begin: Before the thoughts.
-        end: After them.
-        control: Those of the two that are control tokens, which an answer must keep to be parsed.
+        begin: Before it.
+        end: After it.
+        control: Those of the two that are control tokens, which the detokenizer must keep.
     """
 
     begin: str = "<think>"
@@ -51,20 +47,14 @@ class ReasoningFormat:
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What a piece of an answer turned out to be.
-
-    Attributes:
-        text: New text of the answer.
-        reasoning: New text of the model's thoughts.
-        tool_calls: New pieces of calls.
-    """
+    """A parsed piece of an answer: new text, reasoning and pieces of calls."""
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
 
     def joined(self, after: Parsed) -> Parsed:
-        """Return this and what came ``after`` as one."""
+        """Return this piece and the one ``after`` it as one."""
         return Parsed(
             self.text + after.text,
             self.reasoning + after.reasoning,
@@ -75,28 +65,28 @@ class Parsed:
 def reasoning_format(
     tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> ReasoningFormat | None:
-    """Return how the model behind ``tokenizer`` marks its thoughts; ``None`` if it has no such marks."""
+    """Return the model's reasoning markup; ``None`` if it has none."""
     template = template_text(tokenizer, chat_template_kwargs or {})
     added = tokenizer.get_added_vocab()
-    for begin, end in _THOUGHTS:
+    for begin, end in _REASONING:
         if any(mark in template for mark in (begin, end)) or end in added:
             return ReasoningFormat(begin, end, special_among(tokenizer, (begin, end)))
     return None
 
 
 def opens_thought(prompt_text_tail: str, format: ReasoningFormat | None) -> bool:
-    """Return whether a prompt that ends in ``prompt_text_tail`` leaves the model inside a thought.
+    """Return True if a prompt that ends in ``prompt_text_tail`` has opened the reasoning.
 
-    Only a mark at the very end counts: further up it may be the words of a document.
+    Only a mark at the very end counts: further up it may belong to a document.
     """
     return format is not None and prompt_text_tail.rstrip().endswith(format.begin)
 
 
 def parsed_arguments(text: str) -> dict[str, Any] | None:
-    """Return the arguments of a call, ``None`` where its JSON is broken or no object.
+    """Return the arguments of a call; ``None`` if they are not a JSON object.
 
-    No text at all is no arguments. An object written as a JSON string is read; so are line breaks
-    inside strings, which models forget to escape.
+    Empty text is no arguments. Accepts an object written as a JSON string, and unescaped line breaks
+    inside strings.
     """
     if not text.strip():
         return {}
@@ -111,7 +101,7 @@ def parsed_arguments(text: str) -> dict[str, Any] | None:
 
 @dataclass(slots=True)
 class _Call:
-    """The JSON object of a call while it is read; ``start`` is where it begins in the buffer."""
+    """The JSON object of a call while it is read; ``start`` is its position in the buffer."""
 
     start: int
     name: str = ""
@@ -120,10 +110,10 @@ class _Call:
 
 
 class AnswerParser:
-    """Tell text, thoughts and tool calls apart, however the answer arrives in pieces.
+    """Separates text, reasoning and tool calls of a streamed answer.
 
-    Text is held back only while it may be the beginning of markup, or of a call whose name is not yet
-    known. What turns out to be no call is text, unchanged.
+    Text is held back only while it may begin markup, or a call whose name is not known yet. Anything
+    that is not a call is text, unchanged.
 
     Attributes:
         num_calls: Calls begun so far.
@@ -141,33 +131,32 @@ class AnswerParser:
         """Start an answer.
 
         Args:
-            format: How calls are written; ``None`` where the model was offered no tools.
-            names: The tools that were offered. Only bare JSON is held against them: a marked call of
-                another name is a call.
-            reasoning: How thoughts are written; ``None`` where the model has none.
-            thinking: The prompt has already opened the thought.
-            forced: A grammar lets nothing but calls through, so what is left undecided at the end is
-                a piece of markup, and no text.
+            format: How calls are written; ``None`` without tools.
+            names: The offered tools. Only bare JSON must name one of them: with markup, any name is a
+                call.
+            reasoning: How reasoning is written; ``None`` if the model writes none.
+            thinking: The prompt has already opened the reasoning.
+            forced: A grammar allows nothing but calls, so anything undecided at the end is markup.
         """
         self._format = format
         self._names = frozenset(names)
         self._forced = forced
         self.num_calls = 0
         self._reader = TextReader()
-        self._spoken = False
+        self._has_text = False
         self._text: list[str] = []
-        self._thoughts: list[str] = []
+        self._reasoning: list[str] = []
         self._deltas: list[ToolCallDelta] = []
         self._arguments: list[str] = []
         self._run = self._answer(reasoning, thinking=thinking)
 
     def push(self, text: str) -> Parsed:
-        """Return what is certain with ``text``, the next piece of the answer."""
+        """Add the next piece of the answer and return what is certain now."""
         self._reader.buffer += text
         return self._advance()
 
     def flush(self) -> Parsed:
-        """Return what was held back; the answer is at its end."""
+        """Return the held-back rest; the answer has ended."""
         self._reader.ended = True
         parsed = self._advance()
         return Parsed("", parsed.reasoning, parsed.tool_calls) if self._forced else parsed
@@ -175,13 +164,11 @@ class AnswerParser:
     def _advance(self) -> Parsed:
         next(self._run, None)
         self._collect_arguments()
-        parsed = Parsed("".join(self._text), "".join(self._thoughts), tuple(self._deltas))
-        self._spoken = self._spoken or bool(parsed.text)
-        for out in (self._text, self._thoughts, self._deltas):
+        parsed = Parsed("".join(self._text), "".join(self._reasoning), tuple(self._deltas))
+        self._has_text = self._has_text or bool(parsed.text)
+        for out in (self._text, self._reasoning, self._deltas):
             out.clear()
         return parsed
-
-    # --- the answer, from left to right ------------------------------------------------------
 
     def _answer(self, reasoning: ReasoningFormat | None, *, thinking: bool) -> Reading[None]:
         if reasoning is not None:
@@ -191,7 +178,7 @@ class AnswerParser:
             yield from read.pass_until((), "", self._text)
             return
         yield from self._unmarked_calls(form)
-        marks = (form.mark or _PYTHON_TAG,)  # Llama's calls are bare, or stand behind its tag
+        marks = (form.mark or _PYTHON_TAG,)  # Llama's calls are bare or follow its tag
         while (yield from read.pass_until(marks, BLANK, self._text)):
             mark_end = read.at
             if not (yield from self._calls(form, bare=False)):
@@ -203,7 +190,7 @@ class AnswerParser:
             thinking = False
             yield from read.skip("\n")
             read.take()
-            yield from read.pass_until((form.end,), "\n", self._thoughts)
+            yield from read.pass_until((form.end,), "\n", self._reasoning)
             read.take()
             yield from read.skip("\n")
             read.take()
@@ -216,17 +203,17 @@ class AnswerParser:
         return found
 
     def _unmarked_calls(self, form: ToolFormat) -> Reading[None]:
-        """Read calls that the answer begins with although nothing marks them."""
+        """Read unmarked calls at the beginning of the answer."""
         if form.mark:
             yield from self._whole_answer(form)
         else:
             yield from self._calls(form, bare=True)
 
     def _whole_answer(self, form: ToolFormat) -> Reading[None]:
-        """Read an answer that is one call and nothing else, perhaps in a code fence.
+        """Read an answer that is one unmarked call and nothing else, perhaps in a code fence.
 
-        Small models write this where they should have marked it. Nothing is shown before the end,
-        because an answer that goes on is an answer about the JSON.
+        Small models forget the markup. Nothing is emitted before the end: if the answer goes on, it is
+        text about JSON.
         """
         read = self._reader
         yield from read.skip()
@@ -243,10 +230,8 @@ class AnswerParser:
             read.buffer = match[1]
             yield from self._calls(form, bare=True)
 
-    # --- calls -------------------------------------------------------------------------------
-
     def _calls(self, form: ToolFormat, *, bare: bool) -> Reading[bool]:
-        """Read the calls that stand here; without any, nothing is taken from the buffer."""
+        """Read consecutive calls; without any, nothing is taken from the buffer."""
         read = self._reader
         yield from read.skip()
         if not bare and (yield from read.step_over("[")):
@@ -273,10 +258,10 @@ class AnswerParser:
         return any_found
 
     def _trim(self) -> Reading[None]:
-        """Drop the white space after calls, unless it parts what is said before and after them."""
+        """Drop white space after calls, unless there is text before and after them."""
         read = self._reader
         yield from read.skip()
-        if not (yield from read.peek()) or not (self._spoken or any(self._text)):
+        if not (yield from read.peek()) or not (self._has_text or any(self._text)):
             read.take()
         read.at = 0
 
@@ -309,13 +294,13 @@ class AnswerParser:
         while (yield from self._field(call, bare=False)):
             pass
         if call.arguments is None and not call.closed:
-            # Broken before there were arguments: the whole object stands for them, so that the call
-            # is not mistaken for one without any.
+            # Malformed before its arguments: the whole object becomes them, so that the call is not
+            # taken for one without arguments.
             yield from self._stream_arguments(call.start, broken=True)
         return True
 
     def _named_object(self, *, bare: bool) -> Reading[_Call | None]:
-        """Read an object until its name is known; ``None`` where it is no call."""
+        """Read an object until its name is known; ``None`` if it is not a call."""
         read = self._reader
         if (yield from read.peek()) != "{":
             return None
@@ -327,7 +312,7 @@ class AnswerParser:
         return None if bare and call.name not in self._names else call
 
     def _field(self, call: _Call, *, bare: bool) -> Reading[bool]:
-        """Read one field into ``call``; false at the object's end, and where its JSON is broken."""
+        """Read one field into ``call``; False at the object's end or if its JSON is malformed."""
         read = self._reader
         yield from read.skip(BLANK + ",")
         first = yield from read.peek()
@@ -365,11 +350,9 @@ class AnswerParser:
 
     @property
     def _ends(self) -> tuple[str, ...]:
-        """What ends a call whose brackets or quotes are not closed."""
+        """Marks that end a call whose brackets or quotes are not closed."""
         form = self._format
         return tuple(mark for mark in (form.end_mark, form.mark) if mark) if form else ()
-
-    # --- deltas ------------------------------------------------------------------------------
 
     def _begin(self, name: str) -> None:
         self._collect_arguments()
@@ -377,7 +360,7 @@ class AnswerParser:
         self.num_calls += 1
 
     def _stream_arguments(self, start: int, *, broken: bool) -> Reading[bool]:
-        """Pass on what stands from ``start`` as it comes: a value, or all that is left if broken."""
+        """Stream the arguments from ``start``: one value, or the whole rest if ``broken``."""
         read = self._reader
         read.take(start)
         read.at = 0

@@ -1,4 +1,4 @@
-"""Reading a text that is still being written, as if all of it were there."""
+"""A reader for streamed text; its generators pause when they need more of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 Reading = Generator[None, None, _T]
-"""A step of reading; each ``yield`` asks for more of the text."""
+"""A read operation; each ``yield`` asks for more text."""
 
 BLANK = " \t\r\n"
 _IN_STRING = re.compile(r'[^"\\]+')
@@ -17,24 +17,24 @@ _IN_VALUE = re.compile(r'[^"{}\[\],<\s]+')
 
 
 class TextReader:
-    """The part of a text that has come and is not decided yet, and how far into it reading is.
+    """The buffer of streamed text that is not classified yet, with a read position.
 
     Attributes:
-        buffer: The undecided text.
-        at: What stands before it in the buffer is read.
+        buffer: The unclassified text.
+        at: Read position in the buffer.
         ended: No more text comes.
-        passing: What is read from here on is decided at once, and goes to this list.
+        passing: If set, text goes to this list as soon as it is read.
     """
 
     def __init__(self) -> None:
-        """Start before any text."""
+        """Start with an empty buffer."""
         self.buffer = ""
         self.at = 0
         self.ended = False
         self.passing: list[str] | None = None
 
     def take(self, end: int | None = None) -> str:
-        """Return the buffer up to ``end`` (all that is read by default), and drop it."""
+        """Remove and return the buffer up to ``end`` (default: up to the read position)."""
         end = self.at if end is None else end
         text, self.buffer = self.buffer[:end], self.buffer[end:]
         self.at = max(0, self.at - end)
@@ -47,7 +47,7 @@ class TextReader:
         return self.buffer[self.at : self.at + 1]
 
     def next_in(self, marks: tuple[str, ...]) -> Reading[str]:
-        """Return which of ``marks`` stands next; empty if none does."""
+        """Return the one of ``marks`` that comes next, or an empty string."""
         longest = max(map(len, marks), default=0)
         while True:
             for mark in marks:
@@ -59,23 +59,23 @@ class TextReader:
             yield from self._more()
 
     def step_over(self, mark: str) -> Reading[bool]:
-        """Step over ``mark``, and return whether it stood next."""
+        """Skip ``mark`` if it comes next, and return True if it did."""
         found = bool(mark) and bool((yield from self.next_in((mark,))))
         self.at += len(mark) if found else 0
         return found
 
     def skip(self, characters: str = BLANK) -> Reading[None]:
-        """Step over all that is in ``characters``."""
+        """Skip all ``characters``."""
         while (char := (yield from self.peek())) and char in characters:
             self.at += 1
 
     def skip_over(self, pattern: re.Pattern[str]) -> Reading[None]:
-        """Step over characters that match ``pattern``, a class of characters with ``+``."""
+        """Skip characters that match ``pattern``, a character class with ``+``."""
         while (yield from self.peek()) and (found := pattern.match(self.buffer, self.at)):
             self.at = found.end()
 
     def pass_until(self, marks: tuple[str, ...], blank: str, out: list[str]) -> Reading[bool]:
-        """Take text to ``out`` up to the first of ``marks``, and step over that; false without one.
+        """Move text to ``out`` up to the first of ``marks`` and skip that; False without one.
 
         Characters of ``blank`` before the mark stay in the buffer with it: they are text if the mark is.
         """
@@ -94,7 +94,7 @@ class TextReader:
             yield
 
     def string(self) -> Reading[bool]:
-        """Read a JSON string; false where the text ends inside it."""
+        """Read a JSON string; False if the text ends inside it."""
         self.at += 1
         while char := (yield from self.peek()):
             if char == '"':
@@ -102,16 +102,16 @@ class TextReader:
                 return True
             if char == "\\":
                 self.at += 1
-                escaped = yield from self.peek()  # which may move the place that is read
+                escaped = yield from self.peek()  # may move the read position
                 self.at += len(escaped)
             else:
                 yield from self.skip_over(_IN_STRING)
         return False
 
     def value(self, ends: tuple[str, ...]) -> Reading[bool]:
-        """Read a JSON value; false where the text, or one of ``ends`` outside of strings, cuts it off.
+        """Read a JSON value; False if the text, or one of ``ends`` outside strings, cuts it off.
 
-        What stands between its brackets and strings is not looked at.
+        Anything between brackets and strings is accepted.
         """
         depth = 0
         while char := (yield from self.peek()):
@@ -134,13 +134,13 @@ class TextReader:
         return False
 
     def rest(self, ends: tuple[str, ...]) -> Reading[bool]:
-        """Read all up to the first of ``ends``; always false, as nothing whole was read."""
+        """Read up to the first of ``ends``; always False, as no whole value was read."""
         while (yield from self.peek()) and not (yield from self.next_in(ends)):
             self.at += 1
         return False
 
     def pass_on(self) -> None:
-        """Take what is read to :attr:`passing`, if it goes there."""
+        """Move the read text to :attr:`passing`, if that is set."""
         if self.passing is not None and self.at:
             self.passing.append(self.take())
 
@@ -149,7 +149,7 @@ class TextReader:
         yield
 
     def _begun(self, marks: tuple[str, ...]) -> int:
-        """Return how much of the buffer's end may be the beginning of a mark."""
+        """Return the length of the buffer's end that may begin a mark."""
         lengths = (
             n for mark in marks for n in range(1, len(mark)) if self.buffer.endswith(mark[:n])
         )
@@ -157,7 +157,7 @@ class TextReader:
 
 
 def json_text(token: str) -> str:
-    """Return the text of a JSON string; empty where it is none."""
+    """Return the text of a JSON string; empty if it is not one."""
     try:
         value = json.loads(token, strict=False)
     except ValueError:

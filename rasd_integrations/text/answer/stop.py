@@ -1,4 +1,4 @@
-"""What ends an answer besides the model's own end: stop strings over a stream of text, and end tokens."""
+"""Stop strings in streamed text, and tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rasd_integrations.types import TokenBlock
 if TYPE_CHECKING:
     from rasd_integrations.text.control import ControlTokens
 
-# Characters that Unicode keeps out of texts: what stands for a control token within a stop string.
+# Unicode noncharacters: they replace the control tokens within a stop string.
 _FIRST_MARK, _NUM_MARKS = 0xFDD0, 32
 
 
@@ -19,14 +19,14 @@ _FIRST_MARK, _NUM_MARKS = 0xFDD0, 32
 class Stops:
     """What ends one answer.
 
-    A stop string that is a control token is an end token: the answer ends there, also within thoughts
-    and calls. One that holds control tokens among its text is searched for in a text in which marks
-    stand for them, because a detokenizer drops the tokens themselves.
+    A stop string that is a control token ends the answer wherever it occurs, also within reasoning and
+    calls. In one that contains control tokens among text, marks replace them, as the detokenizer drops
+    the tokens themselves.
 
     Attributes:
-        texts: Searched for in the answer's text, as they are given and with marks.
+        texts: Searched for in the answer's text, as given and with marks.
         ends: Token ids that end the answer.
-        marks: What stands in the text for a control token, by its id; not to be shown.
+        marks: The mark of each control token, by id; not to be shown.
     """
 
     texts: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Stops:
 
     @classmethod
     def of(cls, stop: Sequence[str], control: ControlTokens, ends: Collection[int] = ()) -> Stops:
-        """Return what ``stop`` means to a model with these control tokens; ``ends`` end its answers besides."""
+        """Split ``stop`` strings into texts and end tokens; ``ends`` are further end tokens."""
         texts = list(stop)
         ids = {*ends, *(control.ids[text] for text in stop if text in control.ids)}
         marks: dict[int, str] = {}
@@ -54,7 +54,7 @@ class Stops:
 def ended_at(
     blocks: Generator[TokenBlock, None, None], ends: Collection[int]
 ) -> Generator[TokenBlock, None, None]:
-    """Yield ``blocks`` up to the first of the tokens ``ends``, which is the last; then close them."""
+    """Yield ``blocks`` up to and including the first token of ``ends``, then close them."""
     try:
         for block in blocks:
             at = next((i for i, token in enumerate(block.token_ids) if token in ends), None)
@@ -67,16 +67,16 @@ def ended_at(
 
 
 class StopMatcher:
-    """Cut a text before the first occurrence of any stop string, however the text arrives in pieces.
+    """Cuts streamed text before the first occurrence of a stop string.
 
     Text is held back only while it may be the beginning of a stop string.
 
     Attributes:
-        stopped: Whether a stop string was found; the text is then at its end.
+        stopped: A stop string was found; the text has ended.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Watch for ``stops``."""
+        """Search for ``stops``."""
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
@@ -88,26 +88,26 @@ class StopMatcher:
             return ""
         self._held += text
         found, maybe = self._found(), self._may_begin()
-        # A longer stop string that may begin further left must be decided first.
+        # A longer stop string that may begin earlier must be decided first.
         self.stopped = found <= maybe and found < len(self._held)
         safe = self._held[: min(found, maybe)]
         self._held = "" if self.stopped else self._held[len(safe) :]
         return safe
 
     def flush(self) -> str:
-        """Return what was held back, cut at a stop string; no more text comes."""
+        """Return the held-back text, cut at a stop string; the text has ended."""
         found = self._found()
         self.stopped = self.stopped or found < len(self._held)
         safe, self._held = self._held[:found], ""
         return safe
 
     def _found(self) -> int:
-        """Return where the first whole stop string starts, else the length of the held text."""
-        places = (self._held.find(stop) for stop in self._stops)
-        return min((p for p in places if p >= 0), default=len(self._held))
+        """Return the start of the first stop string, else the length of the held text."""
+        starts = (self._held.find(stop) for stop in self._stops)
+        return min((start for start in starts if start >= 0), default=len(self._held))
 
     def _may_begin(self) -> int:
-        """Return the first place from which the held text is the beginning of a stop string."""
+        """Return the first position from which the held text begins a stop string."""
         size = len(self._held)
         for start in range(max(0, size - self._longest + 1), size):
             tail = self._held[start:]

@@ -1,4 +1,4 @@
-"""Blocks of token ids to chunks of an answer: its text, the model's thoughts, the tools it calls."""
+"""Turns blocks of token ids into streamed text, reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def stream_text(
     stats: Callable[[], DecodingStats],
     *,
     parser: AnswerParser | None = None,
-    most_calls: int | None = None,
+    max_calls: int | None = None,
     hidden: str = "",
     count_tokens: Callable[[str], int] = len,
 ) -> Generator[TextDelta, None, None]:
-    """Yield the answer in ``blocks``, one chunk a block.
+    """Yield the answer in ``blocks``, one delta per block.
 
     Args:
         blocks: Closed when the answer ends early, and when the consumer closes this iterator.
-        detokenizer: At its start.
-        stop: The text ends before the first of these; thoughts and calls are not searched.
-        stats: What the last chunk carries, read when decoding has ended.
-        parser: Takes thoughts and calls out of the text; ``None``: all is text.
-        most_calls: The answer ends before one call more.
-        hidden: Characters that stop strings are searched with, but nothing shows.
-        count_tokens: Measures the thoughts, for the statistics.
+        detokenizer: A new one.
+        stop: The text ends before the first of these; reasoning and calls are not searched.
+        stats: Statistics of the last delta, called when decoding has ended.
+        parser: Separates reasoning and calls from the text; ``None``: all is text.
+        max_calls: The answer ends before any further call.
+        hidden: Characters to remove from the output (marks of stop strings).
+        count_tokens: Counts the tokens of the reasoning, for the statistics.
     """
     matcher = StopMatcher(stop)
-    # What stands before a stop string is known token by token only: calls before it count.
+    # Calls before a stop string count, which is only known token by token.
     singly = parser is not None and bool(stop)
     shown = str.maketrans("", "", hidden)
-    thoughts: list[str] = []
+    reasoning = ""
     try:
         for block in blocks:
             reason = block.finish_reason
@@ -49,7 +49,7 @@ def stream_text(
                 found = _parsed(parser, raw, ended=ended)
                 text = matcher.push(found.text) + (matcher.flush() if ended else "")
                 calls = found.tool_calls
-                if matcher.stopped:  # what begins with it is behind it
+                if matcher.stopped:  # calls that begin in the same text come after it
                     calls = tuple(call for call in calls if call.index < begun)
                 piece = piece.joined(Parsed(text, found.reasoning, calls))
                 if matcher.stopped:
@@ -57,21 +57,30 @@ def stream_text(
             calls = piece.tool_calls
             if matcher.stopped:
                 reason = "stop"
-            elif most_calls is not None and any(call.index >= most_calls for call in calls):
-                reason, calls = "tool_calls", tuple(c for c in calls if c.index < most_calls)
+            elif max_calls is not None and any(call.index >= max_calls for call in calls):
+                reason, calls = "tool_calls", tuple(c for c in calls if c.index < max_calls)
             elif reason == "stop" and parser is not None and parser.num_calls:
                 reason = "tool_calls"
-            text, thought = piece.text.translate(shown), piece.reasoning.translate(shown)
-            calls = tuple(replace(c, arguments=c.arguments.translate(shown)) for c in calls)
-            thoughts.append(thought)
+            delta = TextDelta(
+                piece.text.translate(shown),
+                block.token_ids,
+                reason,
+                reasoning=piece.reasoning.translate(shown),
+                tool_calls=tuple(
+                    replace(call, arguments=call.arguments.translate(shown)) for call in calls
+                ),
+            )
+            reasoning += delta.reasoning
             if reason is None:
-                yield TextDelta(text, block.token_ids, reasoning=thought, tool_calls=calls)
+                yield delta
                 continue
-            _close(blocks)  # before the statistics are read: the engine ends them when it stops
+            _close(
+                blocks
+            )  # before the statistics are read: the engine completes them when it stops
             final = stats()
-            if any(thoughts):
-                final.reasoning_tokens = count_tokens("".join(thoughts))
-            yield TextDelta(text, block.token_ids, reason, final, thought, calls)
+            if reasoning:
+                final.reasoning_tokens = count_tokens(reasoning)
+            yield replace(delta, stats=final)
             return
     finally:
         _close(blocks)
@@ -80,7 +89,7 @@ def stream_text(
 def _texts(
     detokenizer: IncrementalDetokenizer, block: TokenBlock, *, singly: bool
 ) -> Iterator[tuple[str, bool]]:
-    """Yield the text of a block, whole or token by token, and whether the answer has ended with it."""
+    """Yield a block's text, at once or by token, and True for the text after its last block."""
     for ids in ((token,) for token in block.token_ids) if singly else (block.token_ids,):
         yield detokenizer.push(ids), False
     if block.finish_reason is not None:

@@ -1,1 +1,1 @@
-"""From messages to token ids."""
+"""Turns messages into token ids."""

@@ -1,4 +1,4 @@
-"""The text of content blocks, in whatever provider's form they come."""
+"""Extracts the text of content blocks, in any provider's format."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from rasd_integrations.errors import PromptError
 logger = logging.getLogger(__name__)
 
 _TEXTS = ("text", "text-plain")
-# Blocks whose text is under their own name: what other providers' models said or ran.
+# Block types of other providers with their text under the type's name.
 _NAMED = ("refusal", "executable_code", "code_execution_result")
-_DEPTH = 8  # of blocks within blocks
+_MAX_DEPTH = 8  # of nested blocks
 
 
 def blocks_text(content: Sequence[Any] | str, role: str, passed_over: Collection[str] = ()) -> str:
     """Return the text of a message's content.
 
-    In what an assistant or a tool said, blocks without text are passed over, with one line in the log:
-    they are what another provider's model did, and no question is asked of them. What a user or a system
-    message shows is asked about, so it must be text; marks for caches say nothing and are left out.
+    Blocks without text in assistant and tool messages (another provider's) are skipped with a log line.
+    In other messages the model is asked about them, so they are refused, except cache markers.
 
     Args:
         content: A text, or blocks.
-        role: Whose message it is.
-        passed_over: Types of blocks that are read elsewhere, and not logged.
+        role: The message's role.
+        passed_over: Block types that are read elsewhere; skipped without a log line.
 
     Raises:
-        PromptError: A block without text in a message that is asked about.
+        PromptError: A block without text in a system or user message.
     """
     if isinstance(content, str):
         return content
@@ -56,13 +55,13 @@ def blocks_text(content: Sequence[Any] | str, role: str, passed_over: Collection
 
 
 def log_passed_over(role: str, kinds: Sequence[str]) -> None:
-    """Say once for a message which of its blocks the model does not read."""
+    """Log the types of a message's blocks that the model does not read."""
     named = ", ".join(map(repr, dict.fromkeys(kinds)))
     logger.warning("A message of the %s has blocks without text, passed over: %s", role, named)
 
 
-def block_text(block: Any, depth: int = _DEPTH) -> str | None:
-    """Return the text that a block holds, also within blocks of its own; ``None`` if it holds none."""
+def block_text(block: Any, depth: int = _MAX_DEPTH) -> str | None:
+    """Return the text of a block and its nested blocks; ``None`` if there is none."""
     if isinstance(block, str) or not isinstance(block, Mapping) or depth == 0:
         return block if isinstance(block, str) else None
     kind = _kind(block)
@@ -71,7 +70,7 @@ def block_text(block: Any, depth: int = _DEPTH) -> str | None:
     if own or kind in _TEXTS:
         return "".join(own[:1])
     source = block.get("source")
-    # Another provider's block in LangChain's wrapping, a document's text, results of tools and searches.
+    # LangChain's wrapper of other providers' blocks, a document's text, results of tools and searches.
     parts = [block.get("value") if kind == "non_standard" else None]
     if isinstance(source, Mapping) and source.get("type") == "text":
         parts.append(source.get("data"))

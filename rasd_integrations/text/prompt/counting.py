@@ -1,4 +1,4 @@
-"""How many tokens a prompt has, or a part of one: counting is not asking, so nothing is refused."""
+"""Counts the tokens of prompts and their parts, without refusing any."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rasd_integrations.types import Message
 
 
 def count_text(template: ChatTemplate, text: str) -> int:
-    """Return the tokens of a prompt that is read as it stands; 0 of an empty one."""
+    """Return the number of tokens of a plain text prompt."""
     return len(template.encode_text(text)) if text else 0
 
 
@@ -21,10 +21,10 @@ def count_messages(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> int:
-    """Return the tokens of messages and tools as the model reads them; 0 of none.
+    """Return the number of tokens of messages and tools in the chat template.
 
-    What cannot be asked (no text, a part that begins in the middle of a conversation, a role that the template
-    refuses) is counted message by message, each with the template's words round a message.
+    Messages that the template refuses (no text, a part of a conversation, an unknown role) are counted one by
+    one, each with the template's own tokens for a message.
 
     Raises:
         ModelLoadError: The model has no chat template.

@@ -1,4 +1,4 @@
-"""Text to token ids: as it stands, or with control tokens in data kept as text."""
+"""Encodes text to token ids; control tokens inside data stay text."""
 
 from __future__ import annotations
 
@@ -6,27 +6,50 @@ import itertools
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rasd_integrations.text.control import ControlTokens
+from rasd_integrations.text.tool_formats import added_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANCHOR = "\n"
 
-# Fast tokenizers raise "Already borrowed" when two threads change their settings at once, and one
-# tokenizer may serve several encoders.
+# Fast tokenizers raise "Already borrowed" if two threads change their settings at once; several encoders
+# may share a tokenizer.
 _locks: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = (
     weakref.WeakKeyDictionary()
 )
 _locks_guard = threading.Lock()
 
 
-class TextEncoder:
-    """Encodes the texts of one tokenizer. Safe to use from many threads.
+class Continuation:
+    """Encodes text that continues other text.
 
-    Lone surrogates, which are no Unicode, are read as question marks.
+    Sentencepiece puts a space before every text it is given, also before the rest of a split one.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        """Find out if ``encode`` adds a space."""
+        self._anchor = encode(_ANCHOR)
+        self._adds_space = encode("a") != encode(f"{_ANCHOR}a")[len(self._anchor) :]
+
+    def encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Return the ids of ``text`` by ``encode``, without a space at its beginning."""
+        if self._adds_space:
+            ids = encode(_ANCHOR + text)
+            if ids[: len(self._anchor)] == self._anchor:
+                return ids[len(self._anchor) :]
+        return encode(text)
+
+
+class TextEncoder:
+    """Encodes texts with one tokenizer. Thread-safe.
+
+    Lone surrogates, which are not Unicode, are read as question marks.
 
     Attributes:
         control: The tokenizer's control tokens.
@@ -38,36 +61,34 @@ class TextEncoder:
         with _locks_guard:
             self._lock = _locks.setdefault(tokenizer, threading.Lock())
         self.control = ControlTokens(tokenizer)
-        known = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        # Sought in normalised text, where characters of another width or case may add up to one.
-        self._normalised = any(t.special and t.normalized for t in known)
+        # Matched in normalised text, where characters of another width or case may form a token.
+        added = added_tokens(tokenizer).values()
+        self._normalised = any(token.special and token.normalized for token in added)
         bos = tokenizer.bos_token_id
         starts_with_bos = bos is not None and self._ids("", special=True)[:1] == [bos]
         self._bos: list[int] = [bos] if starts_with_bos else []
-        self._anchor = self._ids(_ANCHOR)
-        # Sentencepiece writes a space before every text it is given, also before the rest of a cut one.
-        self._adds_space = self._ids("a") != self._ids(f"{_ANCHOR}a")[len(self._anchor) :]
+        self._continuation = Continuation(self._ids)
 
     def whole(self, text: str) -> list[int]:
-        """Return the ids of a prompt, begin-of-sequence once where wanted; control tokens in it are such."""
+        """Return the ids of a prompt with begin-of-sequence if the model has it; parses control tokens."""
         ids = self._ids(text)
         return ids if ids[: len(self._bos)] == self._bos else self._bos + ids
 
     def data(self, text: str) -> list[int]:
-        """Return the ids of a text whose control tokens stay text, without special tokens."""
+        """Return the ids of data: no special tokens, and control tokens in it stay text."""
         cut, seams = self.control.cut(text)
         return self.joined(seams.split(cut))
 
     def joined(self, parts: list[str]) -> list[int]:
-        """Return the ids of a text that is cut wherever data holds part of a control token."""
+        """Return the ids of a text that is split wherever data has part of a control token."""
         ids: list[int] = []
-        for place, part in enumerate(parts):
-            ids += self._part(part, first=place == 0)
+        for i, part in enumerate(parts):
+            ids += self._part(part, first=i == 0)
         return ids
 
     def _part(self, text: str, *, first: bool) -> list[int]:
-        """Return the ids of a text between cuts; the whole control tokens in it are the template's own."""
-        if len(text) == 1 and text in self.control.texts:  # alone between cuts: data
+        """Return the ids of a text between splits; whole control tokens in it are the template's."""
+        if len(text) == 1 and text in self.control.texts:  # alone between splits: data
             return self._following(text, first=first, literal=True)
         ids = self._following(text, first=first)
         if not self._normalised:
@@ -77,7 +98,7 @@ class TextEncoder:
         known = frozenset(self.control.ids.values())
         if not Counter(i for i in ids if i in known) - Counter(own):
             return ids
-        # More than are written there: data became one when it was normalised.
+        # More than the template wrote: normalising turned data into one.
         borders = [0, *itertools.chain.from_iterable(spans), len(text)]
         between = [text[a:b] for a, b in zip(borders[::2], borders[1::2], strict=True)]
         ids = self._following(between[0], first=first, literal=True)
@@ -86,16 +107,13 @@ class TextEncoder:
         return ids
 
     def _following(self, text: str, *, first: bool, literal: bool = False) -> list[int]:
-        """Return the ids of a text, without the space of a beginning unless it comes ``first``."""
-        if self._adds_space and not first:
-            ids = self._ids(_ANCHOR + text, literal=literal)
-            if ids[: len(self._anchor)] == self._anchor:
-                return ids[len(self._anchor) :]
-        return self._ids(text, literal=literal)
+        """Return the ids of a text, without a space at its beginning unless it comes ``first``."""
+        encode = partial(self._ids, literal=literal)
+        return encode(text) if first else self._continuation.encode(text, encode)
 
     def _ids(self, text: str, *, special: bool = False, literal: bool = False) -> list[int]:
-        """Return the ids of a text; ``literal``: control tokens in it are text."""
-        text = text.encode("utf-8", "replace").decode()  # lone surrogates are no text: "?"
+        """Return the ids of a text; with ``literal``, control tokens in it are text."""
+        text = text.encode("utf-8", "replace").decode()  # lone surrogates become "?"
         with self._lock:
             return list(
                 self._tokenizer.encode(

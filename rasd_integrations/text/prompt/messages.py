@@ -1,4 +1,4 @@
-"""Chat messages in the plain form that templates read, and the roles that every template takes."""
+"""Normalises chat messages for templates, and folds roles that a template refuses."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _OPTIONAL = ("tool_calls", "reasoning_content")
 def plain_message(message: Message) -> dict[str, Any]:
     """Return ``message`` with a known role, content as one text, and tool arguments as mappings.
 
-    Fields that are there but empty are left out: templates ask whether they are there.
+    Empty optional fields are dropped: templates only check if they are present.
 
     Raises:
-        PromptError: It is no mapping, the role is unknown, the content has blocks that are not text
-            and are asked about, or a tool call has no name.
+        PromptError: It is not a mapping, its role is unknown, a block is not text, or a tool call has no
+            name.
     """
     given: object = message
     if not isinstance(given, Mapping):
@@ -48,11 +48,11 @@ def plain_message(message: Message) -> dict[str, Any]:
 def fold_roles(
     messages: list[dict[str, Any]], format: ToolFormat = FALLBACK
 ) -> list[dict[str, Any]]:
-    """Return the conversation in alternating user and assistant turns, for templates that take no other.
+    """Return the conversation as alternating user and assistant turns.
 
-    System text goes before the first user text, tool results become user text, tool calls become text
-    of the assistant in the markup of ``format``, and neighbours of the same role are joined. Where the
-    assistant speaks first, it follows an empty turn of the user. Thoughts are left out.
+    System text goes before the first user text, tool results become user text, tool calls become
+    assistant text in the markup of ``format``, and turns of the same role are joined. An assistant's
+    first turn follows an empty user turn. Reasoning is dropped.
     """
     system = "\n\n".join(m["content"] for m in messages if m["role"] in ("system", "developer"))
     turns: list[dict[str, Any]] = [{"role": "user", "content": system}] if system else []
@@ -80,7 +80,7 @@ def _text(content: Any, role: str) -> str:
 
 
 def _plain_call(call: Any) -> dict[str, Any]:
-    """Return a tool call whose arguments are a mapping: templates write them with ``tojson``."""
+    """Return a tool call with its arguments as a mapping, for the template's ``tojson``."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
         msg = (
@@ -91,6 +91,6 @@ def _plain_call(call: Any) -> dict[str, Any]:
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         parsed = parsed_arguments(arguments)
-        # What a model wrote may be broken JSON; the template then quotes it.
+        # A model's JSON may be malformed; the template then quotes it.
         arguments = arguments if parsed is None else parsed
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}

@@ -1,4 +1,4 @@
-"""Messages and text to token ids: the model's chat template, with control tokens in content kept as data."""
+"""Encodes messages with the chat template; control tokens in content stay text."""
 
 from __future__ import annotations
 
@@ -34,33 +34,22 @@ from rasd_integrations.types import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TAIL_TOKENS = 16  # enough for the mark that opens a thought, and white space behind it
-# A template is a program: what it raises besides its own refusals comes of data that it does not expect.
-_REFUSALS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-)
-
-
-# What transformers' `apply_chat_template` and the template itself are given by us.
-_RESERVED = frozenset(
-    {
-        "add_generation_prompt", "continue_final_message", "conversation", "conversations", "max_length", "messages",
-        "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
-        "sanitize_control_tokens", "tokenizer_kwargs", "tools", "truncation",
-    }
-)  # fmt: skip
+_TAIL_TOKENS = 16  # enough for the mark that opens reasoning and white space after it
+# A template is a program: besides its own refusals it may raise any of these on unexpected data.
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+# Arguments of `apply_chat_template` and of the template that each call sets.
+_RESERVED = {
+    "add_generation_prompt", "continue_final_message", "conversation", "conversations", "max_length", "messages",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize",
+    "sanitize_control_tokens", "tokenizer_kwargs", "tools", "truncation",
+}  # fmt: skip
 
 
 def check_template_options(options: Mapping[str, Any]) -> None:
     """Check ``chat_template_kwargs``.
 
     Raises:
-        ConfigurationError: A name that the template is given by a call, or a template that is no text.
+        ConfigurationError: A name that each call sets itself, or a template that is not text.
     """
     if taken := sorted(_RESERVED.intersection(options)):
         msg = (
@@ -76,12 +65,12 @@ def check_template_options(options: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Conversation:
-    """What a template is given.
+    """The input of a template.
 
     Attributes:
-        messages: Plain ones.
-        tools: What it is to tell of, if anything.
-        variables: The options of the caller that are data.
+        messages: Plain messages.
+        tools: The tools that the template writes, if any.
+        variables: The caller's options that are data.
         goes_on: The last message is the beginning of the answer.
     """
 
@@ -92,9 +81,9 @@ class _Conversation:
 
 
 class ChatTemplate:
-    """From messages or text to the token ids a model reads. Safe to use from many threads.
+    """Encodes messages or text for a model. Thread-safe.
 
-    Lone surrogates, which are no Unicode, are read as question marks.
+    Lone surrogates, which are not Unicode, are read as question marks.
 
     Attributes:
         tokenizer: The model's own.
@@ -116,11 +105,11 @@ class ChatTemplate:
     def encode_messages(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Return the ids of a conversation, ready for the answer.
+        """Return the ids of a conversation, up to where the answer begins.
 
-        A last message of the assistant is continued instead of answered. Nothing but the template's own
-        text is read as control tokens: they stay text inside content, tools, calls, and the names and
-        values of ``chat_template_kwargs``, save those that name the tokenizer's own special tokens.
+        A last message of the assistant is continued instead of answered. Control tokens are parsed in the
+        template's own text only: they stay text inside content, tools, calls, and ``chat_template_kwargs``
+        (except those that name the tokenizer's special tokens).
 
         Raises:
             PromptError: No text, an unknown role, content that is not text, or a conversation that the
@@ -130,10 +119,12 @@ class ChatTemplate:
         try:
             given = self._conversation(messages, tools)
             parts = (given.messages, given.tools, given.variables)
-            (told, shown, variables), seams = self._encoder.control.cut(parts)
+            (turns, listed, variables), seams = self._encoder.control.cut(parts)
             # Roles choose the template's own text; they are known words.
-            told = [{**m, "role": old["role"]} for m, old in zip(told, given.messages, strict=True)]
-            cut = replace(given, messages=told, tools=shown, variables=variables)
+            turns = [
+                {**m, "role": old["role"]} for m, old in zip(turns, given.messages, strict=True)
+            ]
+            cut = replace(given, messages=turns, tools=listed, variables=variables)
             return self._encoder.joined(seams.split(self._render(cut)))
         except RecursionError as err:
             raise _too_deep() from err
@@ -141,7 +132,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> str:
-        """Return the conversation as the template writes it; for reading, not for encoding.
+        """Return the rendered conversation, for reading, not for encoding.
 
         Raises:
             PromptError: As :meth:`encode_messages`.
@@ -153,30 +144,28 @@ class ChatTemplate:
             raise _too_deep() from err
 
     def parser(self, tools: ToolUse | None, *, thinking: bool) -> AnswerParser:
-        """Return what takes thoughts and calls out of one answer's text.
+        """Return a parser for one answer that may call ``tools``.
 
-        Args:
-            tools: What the answer may call.
-            thinking: Whether the prompt has opened a thought.
+        ``thinking``: the prompt has opened the reasoning.
         """
-        callable_ = tools is not None and bool(tools.visible)
+        offered = tools if tools is not None and tools.visible else None
         return AnswerParser(
-            self.tool_format if callable_ else None,
-            tools.names if tools is not None and callable_ else (),
+            self.tool_format if offered else None,
+            offered.names if offered else (),
             reasoning=self.reasoning,
             thinking=thinking,
             forced=bool(tools and tools.forced),
         )
 
     def opens_thought(self, prompt_ids: Sequence[int], messages: Sequence[Message]) -> bool:
-        """Whether the prompt of ``messages`` ends inside a thought.
+        """Return True if the prompt of ``messages`` ends inside reasoning.
 
-        The template has begun it, or a last message of the assistant that is continued.
+        Either the template or a continued last message of the assistant has opened it.
         """
         form, last = self.reasoning, plain_message(messages[-1])
         if form is None:
             return False
-        begun = last["content"].strip() if _continued(last) else ""
+        begun = last["content"].strip() if _is_continued(last) else ""
         size = _TAIL_TOKENS + len(self.encode_chunk(begun))
         tail = self.tokenizer.decode(list(prompt_ids[-size:]), skip_special_tokens=False)
         head = str(tail)[: str(tail).rfind(begun)] if begun else str(tail)
@@ -184,25 +173,25 @@ class ChatTemplate:
         return inside and form.end not in begun
 
     def kept_control(self, tools: ToolUse | None) -> tuple[str, ...]:
-        """Return the control tokens that an answer's text must keep for its parser."""
-        thoughts = self.reasoning.control if self.reasoning is not None else ()
+        """Return the control tokens that the parser needs in an answer's text."""
+        reasoning = self.reasoning.control if self.reasoning is not None else ()
         calls = self.tool_format.control if tools is not None and tools.visible else ()
-        return (*thoughts, *calls)
+        return (*reasoning, *calls)
 
     @cached_property
     def tool_format(self) -> ToolFormat:
-        """How this model writes tool calls."""
+        """The model's markup of tool calls."""
         return tool_format(self.tokenizer, self._kwargs)
 
     @cached_property
     def reasoning(self) -> ReasoningFormat | None:
-        """How this model marks its thoughts; ``None`` where it has none."""
+        """The model's markup of reasoning, if it has any."""
         return reasoning_format(self.tokenizer, self._kwargs)
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of a prompt that is used as it stands, begin-of-sequence once where wanted.
+        """Return the ids of a plain text prompt, with begin-of-sequence if the model has it.
 
-        The text is the caller's own template: control tokens in it are control tokens.
+        The text is the caller's own template: control tokens in it are parsed.
 
         Raises:
             PromptError: The prompt is empty.
@@ -213,16 +202,16 @@ class ChatTemplate:
         return self._encoder.whole(text)
 
     def encode_chunk(self, text: str) -> list[int]:
-        """Return the ids of a piece of text: no special tokens, and control tokens in it stay text."""
+        """Return the ids of data: no special tokens, and control tokens in it stay text."""
         return self._encoder.data(text)
 
     def stops(self, stop: Sequence[str], *, chat: bool) -> Stops:
-        """Return what ends an answer: the call's stop strings, and after messages the template's own ends."""
+        """Return what ends an answer: ``stop``, and in a chat the template's end of turn."""
         return Stops.of(stop, self._encoder.control, self.turn_ends if chat else ())
 
     @cached_property
     def turn_ends(self) -> frozenset[int]:
-        """The tokens that end a turn of a template given as an option, which the model's config cannot know."""
+        """Tokens that end a turn of a template given as an option (the config has the model's own)."""
         if not self._own.get("chat_template"):
             return frozenset()
         from rasd_integrations.loading.turns import turn_end_ids  # imports torch
@@ -231,17 +220,17 @@ class ChatTemplate:
 
     @cached_property
     def exists(self) -> bool:
-        """Whether there is a chat template: the tokenizer's own, or one given as an option."""
+        """True if the tokenizer has a chat template or one is given as an option."""
         return bool(template_text(self.tokenizer, self._kwargs))
 
     def _conversation(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> _Conversation:
-        """Return what the template is given; one that knows no tools gets them as text."""
+        """Return the template's input; a template without tools gets them as text."""
         plain, form = _checked(messages), self.tool_format
         listed = [plain_data(tool) for tool in tools or ()]
-        told, shown = with_tool_prompt(plain, listed, form), template_tools(listed, form)
-        return _Conversation(told, shown, self._variables, goes_on=_continued(plain[-1]))
+        turns, shown = with_tool_prompt(plain, listed, form), template_tools(listed, form)
+        return _Conversation(turns, shown, self._variables, goes_on=_is_continued(plain[-1]))
 
     def _render(self, given: _Conversation) -> str:
         if not self.exists:
@@ -256,8 +245,12 @@ class ChatTemplate:
             msg = f"The chat template is broken: {err.message} in line {err.lineno}. Correct it."
             raise ModelLoadError(msg) from err
         except _REFUSALS as refusal:
-            return self._apply_folded(given, refusal)
-        if _missing(given.messages, text):  # a template may pass over roles it does not know
+            try:
+                return self._apply(self._folded(given))
+            except _REFUSALS:
+                msg = f"The model's chat template refuses these messages: {refusal}. Change their roles or order."
+                raise PromptError(msg) from refusal
+        if _missing(given.messages, text):  # a template may ignore roles it does not know
             folded = self._folded(given)
             try:
                 second = self._apply(folded)
@@ -268,13 +261,6 @@ class ChatTemplate:
 
     def _folded(self, given: _Conversation) -> _Conversation:
         return replace(given, messages=fold_roles(given.messages, self.tool_format))
-
-    def _apply_folded(self, given: _Conversation, refusal: Exception) -> str:
-        try:
-            return self._apply(self._folded(given))
-        except _REFUSALS:
-            msg = f"The model's chat template refuses these messages: {refusal}. Change their roles or order."
-            raise PromptError(msg) from refusal
 
     def _apply(self, given: _Conversation) -> str:
         *before, last = given.messages
@@ -294,10 +280,9 @@ class ChatTemplate:
 
 
 def _too_deep() -> PromptError:
-    msg = (
+    return PromptError(
         "The messages, tools or template options are nested too deeply to be written. Flatten them."
     )
-    return PromptError(msg)
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -311,21 +296,19 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return plain
 
 
-def _continued(last: Mapping[str, Any]) -> bool:
-    """Whether the answer goes on with a last message, rather than being one of its own."""
+def _is_continued(last: Mapping[str, Any]) -> bool:
+    """Return True if the answer continues the ``last`` message."""
     return last["role"] == "assistant" and not last.get("tool_calls")
 
 
 def _missing(messages: list[dict[str, Any]], text: str) -> bool:
-    """Whether the words of a message are not in the rendered text, neither as they are nor as JSON.
+    """Return True if a message's content is not in the rendered text, verbatim or as JSON.
 
-    Each message has a place of its own: words that stand within another message's are not found there.
-    The assistant's own are not looked for: templates drop its thoughts on purpose.
+    Each message is found at a position of its own. The assistant's are not checked: templates drop its
+    reasoning on purpose.
     """
-    needed = [
-        words for m in messages if m["role"] != "assistant" and (words := m["content"].strip())
-    ]
-    for words in sorted(needed, key=len, reverse=True):
+    contents = [m["content"].strip() for m in messages if m["role"] != "assistant"]
+    for words in sorted(filter(None, contents), key=len, reverse=True):
         forms = (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
         found = next((form for form in forms if form in text), None)
         if found is None:

@@ -98,13 +98,13 @@ TWO_CALLS = (
 )
 
 
-def answer_of(texts, stop=(), most_calls=None, thinking=False):
+def answer_of(texts, stop=(), max_calls=None, thinking=False):
     """Return the chunks of an answer with tools, and its source."""
     source = Source(list(texts), finish="stop")
     parser = AnswerParser(HERMES, ("f", "g"), reasoning=ReasoningFormat(), thinking=thinking)
     chunks = stream_text(
         source.blocks(), IncrementalDetokenizer(tiny_tokenizer()), stop, DecodingStats,
-        parser=parser, most_calls=most_calls, count_tokens=len,
+        parser=parser, max_calls=max_calls, count_tokens=len,
     )  # fmt: skip
     return list(chunks), source
 
@@ -144,7 +144,7 @@ def test_a_stop_string_before_the_calls_ends_all():
 
 def test_an_answer_of_one_call_ends_before_the_second():
     """Where one call is wanted, decoding stops when another begins."""
-    chunks, source = answer_of(TWO_CALLS, most_calls=1)
+    chunks, source = answer_of(TWO_CALLS, max_calls=1)
     assert calls_of(chunks) == (["f"], '{"a": "END"}')
     assert (chunks[-1].finish_reason, source.closed) == ("tool_calls", True)
 
