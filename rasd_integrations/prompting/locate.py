@@ -182,7 +182,8 @@ class PromptIndex:
         last = len(view.texts) - 1
         messages = [i for i in range(last, -1, -1) if view.roles[i] != "assistant"]
         self._hay = [(Span(i, 0, len(view.texts[i])), Haystack(view.texts[i])) for i in messages]
-        found = self._find(Needle(hints.context)) if (hints.context or "").strip() else None
+        context = hints.context or ""
+        found = self._find(Needle(context)) if context.strip() else None
         self.context = found[0] if found else None
         if self.context is not None:
             self._hay.insert(0, (self.context, Haystack(view.text(self.context))))
