@@ -1,7 +1,7 @@
 """Local LLM classes for LangChain and LlamaIndex with retrieval-augmented speculative decoding.
 
-The framework classes live in :mod:`rasd_integrations.langchain` and :mod:`rasd_integrations.llama_index`.
-This module is the framework-free core; it imports neither them nor any vector store, and torch only when
+The framework classes are in :mod:`rasd_integrations.langchain` and :mod:`rasd_integrations.llama_index`.
+This module is the framework-free core; it imports no framework or vector store, and torch only when
 :class:`RASD` is first used.
 """
 
@@ -94,7 +94,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import the parts that need torch when they are first asked for."""
+    """Import names that need torch on first use."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     msg = f"module {__name__!r} has no attribute {name!r}"

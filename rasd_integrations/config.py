@@ -1,4 +1,4 @@
-"""Options as frozen dataclasses, grouped by who turns them. Every value is checked here, once."""
+"""Options as frozen dataclasses; every value is checked here."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def check_engine(
     deterministic: object,
     lossless: bool,
 ) -> None:
-    """Check the options that are the engine's alone.
+    """Check the engine's own options.
 
     Raises:
-        ConfigurationError: A value out of its range, or two options that contradict one another.
+        ConfigurationError: A value is out of range, or two options contradict each other.
     """
     _check(context in ("prompt", "documents"), "context", context, "'prompt' or 'documents'")
     names = get_args(ExecutorName)
@@ -63,10 +63,9 @@ def check_engine(
 
 
 def check_model_name(model: object, where: str) -> None:
-    """Check that ``model`` can name one; ``where`` is the class it was given to.
+    """Raise ``ConfigurationError`` unless ``model`` is a non-empty text or a path.
 
-    Raises:
-        ConfigurationError: It is no text or path, or empty.
+    ``where`` is the class it was given to.
     """
     if isinstance(model, Path) or (isinstance(model, str) and model):
         return
@@ -82,11 +81,11 @@ def check_model_name(model: object, where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PrefixFolder:
-    """Where warmed documents are kept between processes.
+    """A folder that keeps prefixes between processes.
 
     Attributes:
-        path: Exists and can be written to.
-        max_bytes: Most that all files in it may hold.
+        path: An existing, writable folder.
+        max_bytes: Maximum total size of its files.
     """
 
     path: Path
@@ -94,10 +93,10 @@ class PrefixFolder:
 
     @classmethod
     def of(cls, path: str | Path | None, max_bytes: int) -> PrefixFolder | None:
-        """Return the folder that the options name, made if it is not there; ``None`` where they name none.
+        """Return the folder of the options, created if missing; ``None`` without a ``path``.
 
         Raises:
-            ConfigurationError: It cannot be written to, or a value is out of its range.
+            ConfigurationError: It cannot be written to, or a value is out of range.
         """
         _check(max_bytes > 0, "prefix_cache_dir_bytes", max_bytes, "above 0")
         if path is None:
@@ -119,11 +118,7 @@ class PrefixFolder:
 
 
 def reject_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise for the first of ``names`` that is not ``known``.
-
-    Raises:
-        ConfigurationError: Names the unknown option and the one that was meant.
-    """
+    """Raise ``ConfigurationError`` for the first of ``names`` that is not ``known``, with advice."""
     options = set(known)
     for name in names:
         if name not in options:
@@ -132,11 +127,7 @@ def reject_unknown(names: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def check_passed_on(option: str, names: Iterable[str]) -> None:
-    """Refuse options of the LLM among those that ``option`` passes on to something that would not look at them.
-
-    Raises:
-        ConfigurationError: Names the first.
-    """
+    """Raise ``ConfigurationError`` if ``option``, which is passed on, has an option of the LLM."""
     own = {"max_new_tokens", "do_sample", *(f.name for f in fields(SamplingParams))}
     for name in sorted(own.intersection(names)):
         msg = f"{option} has {name!r}, which would have no effect there. Give it to the LLM itself."
@@ -147,7 +138,7 @@ def updated(options: _T, changes: Mapping[str, Any], where: str) -> _T:
     """Return ``options`` with ``changes`` applied; unknown names are refused.
 
     Raises:
-        ConfigurationError: An unknown name, or a value out of its range.
+        ConfigurationError: A name is unknown, or a value out of range.
     """
     reject_unknown(changes, (f.name for f in fields(options)), where)  # type: ignore[arg-type]
     return replace(options, **changes)  # type: ignore[type-var]
@@ -175,35 +166,34 @@ SAMPLING_DEFAULTS: Mapping[str, Any] = {
     "max_tokens": 512,
     "stop": (),
 }
-"""What an option is that neither the caller nor the checkpoint sets."""
+"""Values of options that neither the caller nor the checkpoint sets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one answer is drawn; turned per call.
+    """How one answer is sampled; set per call.
 
-    Options from ``temperature`` to ``stop`` that are ``None`` are the checkpoint's own, as its
-    ``generation_config`` says them, else those of :data:`SAMPLING_DEFAULTS`.
+    From ``temperature`` to ``stop``, ``None`` means the checkpoint's ``generation_config``, else
+    :data:`SAMPLING_DEFAULTS`.
 
     Attributes:
-        temperature: 0 is greedy, the default; else the logits are divided by it.
-        top_p: Nucleus in (0, 1]; 1 is off, the default.
-        top_k: Most likely tokens kept; 0 is off, the default.
-        min_p: Least probability of a token, as a share of the most likely one's, in [0, 1]; 0 is off, the default.
-        repetition_penalty: Divides the scores of tokens in prompt and answer, above 0; 1 is off, the default.
-        no_repeat_ngram_size: No run of so many tokens occurs twice in prompt and answer; 0 is off, the default.
-        max_tokens: Longest answer, in tokens, at least 1; 512 by default.
-        stop: Strings that end the answer; they are not part of it. A single string is taken as one.
-        seed: Seed of the draws; ``None`` takes a fresh one.
-        ignore_eos: Decode on past end tokens (for benchmarks).
-        grammar: What the answer's text must match; ``None`` is free.
-        knowledge_transfer: RAPID's eta for this answer; ``None`` follows the engine, and is off under a
-            grammar or tools.
-        drafting: Whether to draft at all; ``False`` is plain decoding.
-        use_generation_config: Whether what is ``None`` is the checkpoint's own, and its masks
-            (``suppress_tokens``, ``bad_words_ids``, ...) are applied.
-        on_cut: Of an answer whose form is bound, when ``max_tokens`` ends it: ``"close"`` ends JSON with the
-            shortest values that its schema allows, warns and names them; ``"raise"`` is an error instead.
+        temperature: 0 is greedy; else the logits are divided by it.
+        top_p: Nucleus in (0, 1]; 1 is off.
+        top_k: Number of most likely tokens kept; 0 is off.
+        min_p: Least probability of a token, as a share of the most likely one's, in [0, 1]; 0 is off.
+        repetition_penalty: Divides the scores of tokens in prompt and answer, above 0; 1 is off.
+        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 is off.
+        max_tokens: Maximum length of the answer, in tokens.
+        stop: Strings that end the answer and are not part of it, or one string.
+        seed: Random seed; ``None`` takes a fresh one.
+        ignore_eos: Continue past end tokens (for benchmarks).
+        grammar: Constrains the answer's text.
+        knowledge_transfer: RAPID's eta; ``None`` follows the engine, and is off under a grammar or tools.
+        drafting: ``False`` is plain decoding.
+        use_generation_config: Use the checkpoint's values for ``None``, and its masks
+            (``suppress_tokens``, ``bad_words_ids``, ...).
+        on_cut: When ``max_tokens`` ends a constrained answer, ``"close"`` completes JSON with the shortest values
+            its schema allows, warns and names them; ``"raise"`` is an error instead.
     """
 
     temperature: float | None = None
@@ -240,13 +230,13 @@ class SamplingParams:
         _check(self.on_cut in get_args(OnCut), "on_cut", self.on_cut, "'close' or 'raise'")
 
     def settled(self, checkpoint: Mapping[str, Any]) -> Sampling:
-        """Return the options with nothing left open.
+        """Return the options with every ``None`` resolved.
 
         Args:
-            checkpoint: What the model's ``generation_config`` sets, by the names here.
+            checkpoint: The options that the model's ``generation_config`` sets.
 
         Raises:
-            ConfigurationError: The checkpoint sets a value out of its range.
+            ConfigurationError: The checkpoint sets a value out of range.
         """
         given = {f.name: getattr(self, f.name) for f in fields(SamplingParams)}
         own = checkpoint if self.use_generation_config else {}
@@ -270,7 +260,7 @@ _SAMPLING_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling(SamplingParams):
-    """The options of one answer once nothing is left open; see :meth:`SamplingParams.settled`."""
+    """The resolved options of one answer; see :meth:`SamplingParams.settled`."""
 
     temperature: float = SAMPLING_DEFAULTS["temperature"]
     top_p: float = SAMPLING_DEFAULTS["top_p"]
@@ -284,10 +274,10 @@ class Sampling(SamplingParams):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationConfig:
-    """How drafts are made and judged; turned per engine.
+    """How drafts are made and verified; set per engine.
 
     Attributes:
-        num_draft_tokens: Draft length; ``None`` lets the schedule choose it from what it measures.
+        num_draft_tokens: Draft length; ``None`` lets the schedule choose it by measured times.
         max_draft_tokens: Longest draft (nodes of a tree) that the schedule may choose.
         knowledge_transfer: RAPID's eta, in nats; 0 is lossless.
         mixture: Weight of the target in the mixture distribution, in (0, 1]; 1 is lossless.
@@ -310,7 +300,7 @@ class SpeculationConfig:
             raise ConfigurationError(msg)
 
     def with_draft_tokens(self, asked: int | None) -> SpeculationConfig:
-        """Return this with the draft length that an LLM's own option asks for; ``None`` asks for none.
+        """Return this with the draft length of an LLM's own option, if that is set.
 
         Raises:
             ConfigurationError: Another length is set here.
@@ -327,25 +317,25 @@ class SpeculationConfig:
 
     @property
     def lossless(self) -> bool:
-        """Whether the output follows the target's own distribution."""
+        """True if the output follows the target's own distribution."""
         return self.knowledge_transfer == 0 and self.mixture == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalConfig:
-    """How chunks are found and how long the drafter's prompt may be; turned per engine.
+    """How chunks are found and how long the drafter's prompt may be; set per engine.
 
     Attributes:
-        k: Chunks asked from the store.
-        timeout_s: Seconds that a store may take before decoding goes on without it.
-        store_policy: ``"prompt"``: a chunk reaches the drafter only if it stands in the target's
-            prompt. ``"any"``: whatever the store returns (bypasses filters and tenants).
-        chunk_tokens: Size of the chunks that a prompt without a store is cut into, in tokens.
+        k: Number of chunks to ask the store for.
+        timeout_s: Seconds after which decoding continues without the store.
+        store_policy: ``"prompt"``: only chunks in the target's prompt reach the drafter. ``"any"``:
+            whatever the store returns (bypasses filters and tenants).
+        chunk_tokens: Size of the pieces that a prompt without a store is cut into, in tokens.
         compression: RAPID's lambda, context / retrieval.
         min_tokens: RAPID's least retrieved tokens.
-        max_share: Cap of the drafter's context as a share of the target's prompt.
-        gate_share: No drafter prompt longer than this share of the target's prompt.
-        gate_tokens: No drafter prompt for a target prompt shorter than this, in tokens.
+        max_share: Longest context of the drafter, as a share of the target's prompt.
+        gate_share: Longest prompt of the drafter, as a share of the target's prompt.
+        gate_tokens: Shortest target prompt with a drafter prompt of its own, in tokens.
     """
 
     k: int = 16

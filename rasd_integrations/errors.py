@@ -1,49 +1,49 @@
-"""The errors of the package, one small tree.
+"""The errors of the package.
 
 ::
 
     RASDError
-    ├── ConfigurationError          (also ValueError)    an option, or a combination, that cannot work
-    │   └── VocabularyMismatchError                      the drafter's vocabulary cannot be translated
-    ├── PromptError                 (also ValueError)    a prompt that cannot be decoded from
-    ├── ContextOverflowError        (also RuntimeError)  prompt and answer exceed the target's window
-    │   └── PromptTooLongError      (also PromptError)   the same, from a direct call
-    ├── ModelLoadError              (also OSError)       weights, tokenizer or template missing or broken
-    ├── StorageError                (also OSError)       a file that cannot be written: no room, no right
-    ├── RetrievalError              (also RuntimeError)  a store that cannot be used as a chunk source
-    ├── DecodingError               (also RuntimeError)  a closed engine, a drafter that knowledge transfer needs
-    ├── DeviceMemoryError           (also MemoryError)   a request that does not fit; the engine lives on
-    └── MissingDependencyError      (also ImportError)   names the extra to install
+    ├── ConfigurationError          (also ValueError)
+    │   └── VocabularyMismatchError
+    ├── PromptError                 (also ValueError)
+    ├── ContextOverflowError        (also RuntimeError)
+    │   └── PromptTooLongError      (also PromptError)
+    ├── ModelLoadError              (also OSError)
+    ├── StorageError                (also OSError)
+    ├── RetrievalError              (also RuntimeError)
+    ├── DecodingError               (also RuntimeError)
+    ├── DeviceMemoryError           (also MemoryError)
+    └── MissingDependencyError      (also ImportError)
 
-Every message names the value, the limit and the next step. Inside LlamaIndex's pipelines errors that are
-``ValueError`` here are raised as ``RuntimeError`` (ADR 13): it takes ``ValueError`` for a malformed answer.
+Every message names the value, the limit and the next step. LlamaIndex takes ``ValueError`` for a malformed
+answer, so inside its pipelines such errors are raised as ``RuntimeError`` (ADR 13).
 """
 
 from __future__ import annotations
 
 
 class RASDError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the package's errors."""
 
 
 class ConfigurationError(RASDError, ValueError):
-    """An option, or a combination of options, cannot work."""
+    """An option or a combination of options is invalid."""
 
 
 class VocabularyMismatchError(ConfigurationError):
-    """The drafter's vocabulary is another, and cannot be translated or may not be."""
+    """The drafter has another vocabulary, and it cannot or may not be translated."""
 
 
 class PromptError(RASDError, ValueError):
-    """The prompt cannot be decoded from."""
+    """The prompt is invalid."""
 
 
 class ContextOverflowError(RASDError, RuntimeError):
     """Prompt and answer together exceed the target's window."""
 
     def __init__(self, prompt_tokens: int, max_tokens: int, window: int) -> None:
-        """Keep the sizes; the message says what was asked, what fits and how to shorten it."""
-        super().__init__(prompt_tokens, max_tokens, window)  # args: an error is pickled by them
+        """Keep the sizes, in tokens."""
+        super().__init__(prompt_tokens, max_tokens, window)  # errors are pickled by their args
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.window = window
@@ -66,7 +66,7 @@ class ModelLoadError(RASDError, OSError):
 
 
 class StorageError(RASDError, OSError):
-    """A file cannot be written: names its path, how much it takes and how much is free."""
+    """A file cannot be written; names its path, its size and the free space."""
 
 
 class RetrievalError(RASDError, RuntimeError):
@@ -74,18 +74,18 @@ class RetrievalError(RASDError, RuntimeError):
 
 
 class DecodingError(RASDError, RuntimeError):
-    """Decoding cannot go on."""
+    """Decoding cannot continue: a closed engine, a grammar too large, a missing drafter."""
 
 
 class DeviceMemoryError(RASDError, MemoryError):
-    """A request does not fit in the device's memory."""
+    """A request does not fit in the device's memory; the engine stays usable."""
 
 
 class MissingDependencyError(RASDError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, module: str, extra: str) -> None:
-        """Keep the missing module and the extra that brings it."""
+        """Keep the missing module and the extra that installs it."""
         super().__init__(module, extra)
         self.module = module
         self.extra = extra

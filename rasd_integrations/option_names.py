@@ -1,4 +1,4 @@
-"""What other integrations call the options, so that an error can name the one that was meant."""
+"""Other integrations' names of the options, for the advice in errors."""
 
 from __future__ import annotations
 
@@ -53,15 +53,13 @@ _ADVICE = {
 
 
 def advice(name: str, known: Collection[str]) -> str:
-    """Return a sentence on what to give instead of the unknown option ``name``, if it is found.
+    """Return a sentence on what to use instead of the unknown option ``name``.
 
-    Args:
-        name: What was given.
-        known: The valid names.
+    ``known`` are the valid names.
     """
     if _NAMES.get(name) in known:
         return f"Did you mean {_NAMES[name]!r}?"
-    # Of a model or one of its calls; groups of options beside it have names of their own.
+    # Only for options of a model or a call; other groups of options have names of their own.
     if name in _ADVICE and not {"temperature", "drafter", "dtype"}.isdisjoint(known):
         return _ADVICE[name]
     near = difflib.get_close_matches(str(name), sorted(known), n=1)

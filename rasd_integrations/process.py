@@ -1,4 +1,4 @@
-"""What the process does to threads: interrupts between any two lines, its forks and its end."""
+"""Keeps threads safe from interrupts, forks and the end of the process."""
 
 from __future__ import annotations
 
@@ -27,55 +27,55 @@ _S = TypeVar("_S", bound=_HasLock)
 
 
 def locked(method: Callable[Concatenate[_S, _P], _T]) -> Callable[Concatenate[_S, _P], _T]:
-    """Run ``method`` with ``self._lock`` held, which an interrupt never leaves behind.
+    """Run ``method`` with ``self._lock`` held; an interrupt always releases it.
 
-    The lock must be a plain ``Lock`` or ``RLock``. A ``Condition`` or an ``Event`` is Python code: an interrupt
-    inside of it leaves its lock taken for ever, or releases one that is not held.
+    The lock must be a plain ``Lock`` or ``RLock``. A ``Condition`` or ``Event`` is Python code: an interrupt
+    inside it may leave its lock held for ever, or release one that is not held.
     """
 
     @wraps(method)
     def call(self: _S, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        # On one line, so that not even a tracer finds a place where the lock is held but not yet watched.
+        # On one line, so that no interrupt falls between taking the lock and entering the block.
         with self._lock: return method(self, *args, **kwargs)  # noqa: E701  # fmt: skip
 
     return call
 
 
 class Bell:
-    """Wakes one thread that waits for it; rung before, the wait is over at once."""
+    """Wakes one waiting thread; if it rang before, the wait ends at once."""
 
     def __init__(self) -> None:
-        """Nobody has rung yet."""
+        """Start silent."""
         self._silent = threading.Lock()
         self._silent.acquire()
 
     def ring(self) -> None:
-        """End the wait of now, or the next one; any thread may, and more than once."""
+        """End the current wait, or the next one; callable from any thread, repeatedly."""
         try:
             self._silent.release()
-        except RuntimeError:  # it has been rung already
+        except RuntimeError:  # it rang already
             return
 
     def wait(self, timeout: float) -> bool:
-        """Wait for at most ``timeout`` seconds; return whether it was rung."""
+        """Wait at most ``timeout`` seconds; return True if it rang."""
         return self._silent.acquire(timeout=timeout)
 
 
 def is_alive(thread: int) -> bool:
-    """Whether the thread with this identifier exists; after a fork only the one that forked does."""
-    return thread in sys._current_frames()  # noqa: SLF001  (documented, and the only way for threads of any make)
+    """Return True if this thread exists; after a fork only the forking one does."""
+    return thread in sys._current_frames()  # noqa: SLF001  (documented, and the only way for all kinds of threads)
 
 
 # --- forks ---
 
-_worked: set[int] = set()  # threads that have been at work
+_worked: set[int] = set()  # threads that have computed
 _lost_team = False
 
 
 def has_lost_team() -> bool:
-    """Whether this process was forked by a thread that had been at work.
+    """Return True if this process was forked by a thread that had computed.
 
-    Torch's helper threads of that thread (OpenMP's team) are not there, and a step would wait for them for ever.
+    That thread's OpenMP team does not exist here, and a torch step would wait for it for ever.
     """
     return _lost_team
 
@@ -94,18 +94,18 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 # --- the end of the process ---
 
 _HELD_S = 30.0
-_at_work: dict[int, float] = {}  # by thread: for how long it may hold up the end of the process
+_at_work: dict[int, float] = {}  # seconds that each thread may delay the end of the process
 _ending = _registered = False
 
 
 @contextmanager
 def at_work(held_s: float = _HELD_S) -> Iterator[None]:
-    """Let the end of the process wait, for at most ``held_s``, while this thread is in the block.
+    """Delay the end of the process, at most ``held_s`` seconds, while this thread is in the block.
 
-    A daemon thread that wants to come back to Python out of native code, but finds the interpreter gone, takes the
-    process down with it (``abort``). So the end waits for the threads at work, which hear of it before their next step.
+    A daemon thread that returns from native code after the interpreter is gone aborts the process. So the end waits
+    for threads at work, which check for it before their next step.
     """
-    global _registered  # noqa: PLW0603  (as late as this, so that it runs before what libraries have registered)
+    global _registered  # noqa: PLW0603  (registered late, so that it runs before the libraries' handlers)
     if not _registered:
         _registered = True
         atexit.register(_end)
@@ -123,7 +123,7 @@ def at_work(held_s: float = _HELD_S) -> Iterator[None]:
 
 
 def each_at_work(items: Generator[_T, None, None]) -> Generator[_T, None, None]:
-    """Yield from ``items``, at work while the next one is made."""
+    """Yield from ``items``; this thread is at work while the next one is computed."""
     try:
         while True:
             with at_work():
@@ -138,29 +138,25 @@ def each_at_work(items: Generator[_T, None, None]) -> Generator[_T, None, None]:
 
 
 def check_not_ending() -> None:
-    """End this thread where the process ends; the main one goes on.
-
-    Raises:
-        SystemExit: It ends.
-    """
+    """Raise ``SystemExit`` if the process is ending and this is not the main thread."""
     if _ending and threading.current_thread() is not threading.main_thread():
         raise SystemExit
 
 
 def _end() -> None:
-    """Wait until no other thread is at work. Only daemon threads are left by now."""
+    """Wait until no other thread, all of them daemons by now, is at work."""
     global _ending  # noqa: PLW0603
     _ending = True
     began = time.monotonic()
     while _held_up_for() > time.monotonic() - began:
         try:
             time.sleep(0.002)
-        except KeyboardInterrupt:  # it ends already
+        except KeyboardInterrupt:  # the process is ending anyway
             continue
 
 
 def _held_up_for() -> float:
-    """Return for how many seconds the other threads at work may hold up the end."""
+    """Return for how many seconds the other threads at work may delay the end."""
     me = threading.get_ident()
     others = ((t, held_s) for t, held_s in tuple(_at_work.items()) if t != me)
     return max((held_s for thread, held_s in others if is_alive(thread)), default=0.0)

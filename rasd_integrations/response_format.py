@@ -1,4 +1,4 @@
-"""What an answer must look like: a grammar for its text, and the tools it may or must call."""
+"""Constraints on an answer: a grammar for its text, and the tools to call."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _ANY_OBJECT = {"type": "object"}
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What the text of an answer must match, from its first token to its last.
+    """A grammar that the whole text of an answer must match.
 
     Attributes:
-        kind: How ``source`` is written.
+        kind: The language of ``source``.
         source: A JSON schema as JSON text, a regular expression, or a Lark grammar with ``start``.
     """
 
@@ -42,10 +42,10 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Self:
-        """Return the grammar of the JSON values that ``schema`` allows.
+        """Return the grammar of a JSON schema.
 
         Raises:
-            ConfigurationError: It is no JSON schema, or the one that allows nothing.
+            ConfigurationError: It is not a JSON schema, or allows nothing.
         """
         try:
             source = json.dumps(schema)
@@ -63,10 +63,10 @@ class Grammar:
 
     @classmethod
     def of_response_format(cls, response_format: Mapping[str, Any] | None) -> Self | None:
-        """Return the grammar that OpenAI's ``response_format`` asks for; ``None`` for plain text.
+        """Return the grammar of OpenAI's ``response_format``; ``None`` for plain text.
 
         Raises:
-            ConfigurationError: It is none of the three forms ``text``, ``json_object``, ``json_schema``.
+            ConfigurationError: Its type is not ``text``, ``json_object`` or ``json_schema``.
         """
         given = response_format
         kind = given.get("type") if isinstance(given, Mapping) else None
@@ -88,15 +88,14 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
-    """The tools of one answer, and how free the model is to call them.
+    """The tools of one answer, and whether they must be called.
 
     Attributes:
         tools: In OpenAI's form: ``{"type": "function", "function": {"name", "description", "parameters"}}``.
         choice: ``"auto"`` (text or calls), ``"required"`` (at least one call), ``"none"`` (the model does not
             see them), or the name of the tool that must be called.
-        parallel: Whether one answer may hold several calls.
-        strict: Whether arguments are held to their schemas also where the model is free to call; a
-            call that must be made always is.
+        parallel: One answer may have several calls.
+        strict: Arguments must match their schemas even if no call is required; required ones always do.
     """
 
     tools: tuple[Mapping[str, Any], ...]
@@ -105,7 +104,7 @@ class ToolUse:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        """Check that every tool has a name of its own and that the choice can be met."""
+        """Check that names are unique and that the choice can be met."""
         names = self.names
         if len(set(names)) < len(names):
             msg = f"Two tools share a name: {', '.join(names)}. Give each its own."
@@ -129,12 +128,12 @@ class ToolUse:
 
     @property
     def visible(self) -> tuple[Mapping[str, Any], ...]:
-        """The tools that the prompt tells of."""
+        """The tools shown in the prompt."""
         return () if self.choice == "none" else self.tools
 
     @property
     def forced(self) -> tuple[Mapping[str, Any], ...]:
-        """The functions of which one must be called; empty where the model is free."""
+        """The functions of which one must be called; empty if none must."""
         if self.choice in ("auto", "none"):
             return ()
         functions = [_function(tool) for tool in self.tools]
@@ -142,7 +141,7 @@ class ToolUse:
 
     @property
     def functions(self) -> tuple[Mapping[str, Any], ...]:
-        """The functions that may be called: ``name`` and, where given, ``parameters``, a JSON schema."""
+        """The functions that may be called: ``name``, and a JSON schema ``parameters`` if given."""
         return tuple(_function(tool) for tool in self.visible)
 
     @classmethod
@@ -154,14 +153,14 @@ class ToolUse:
         parallel: bool | None = None,
         strict: bool | None = None,
     ) -> Self | None:
-        """Return what the frameworks' ways to say it mean; ``None`` where there are no tools.
+        """Normalise the frameworks' arguments; ``None`` without tools.
 
         Args:
             tools: In OpenAI's form, with or without the outer ``{"type": "function"}``.
             tool_choice: ``None``, ``"auto"``, ``"none"``, ``"any"``, ``"required"``, a bool, a tool's
                 name, or OpenAI's ``{"type": "function", "function": {"name": ...}}``.
-            parallel: ``None`` allows several calls where the model is free, and one where it must call.
-            strict: ``None`` follows the tools' own ``strict``.
+            parallel: Default: several calls with ``"auto"``, one if a call is required.
+            strict: Default: the tools' own ``strict``.
 
         Raises:
             ConfigurationError: A tool without a name, or a choice that cannot be met.

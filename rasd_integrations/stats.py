@@ -1,4 +1,4 @@
-"""Counters of decoding, in the field's names; rates are derived, never stored."""
+"""Decoding counters; rates are derived."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ class DrafterStats:
 
 @dataclass(slots=True)
 class DecodingStats:
-    """Counters of one answer, or of many when added up.
-
-    Seconds are wall-clock. ``mean_acceptance_length`` follows the convention of vLLM: it includes the
-    bonus token, 1 + accepted / steps.
-    """
+    """Counters of one answer, or the sum of many; seconds are wall-clock."""
 
     mode: str = "lossless"
     drafters: dict[str, DrafterStats] = field(default_factory=dict)
@@ -46,22 +42,22 @@ class DecodingStats:
 
     @property
     def drafted(self) -> int:
-        """Drafted tokens that the target verified."""
+        """Draft tokens that the target verified."""
         return sum(d.drafted for d in self.drafters.values())
 
     @property
     def accepted(self) -> int:
-        """Drafted tokens that the target accepted."""
+        """Draft tokens that the target accepted."""
         return sum(d.accepted for d in self.drafters.values())
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted / drafted; 0 when nothing was drafted."""
+        """Accepted / drafted; 0 if nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens a target step, the bonus token included: 1 + accepted / steps."""
+        """Tokens per target step with the bonus token, as in vLLM: 1 + accepted / steps."""
         return 1 + self.accepted / self.target_steps if self.target_steps else 0.0
 
     def count(self, source: str, drafted: int, accepted: int) -> None:
@@ -71,7 +67,7 @@ class DecodingStats:
         entry.accepted += accepted
 
     def add(self, other: DecodingStats) -> None:
-        """Add the counters of ``other``; texts keep the latest value."""
+        """Add the counters of ``other``; other fields take its values."""
         for f in fields(self):
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if f.name == "drafters":
@@ -85,7 +81,7 @@ class DecodingStats:
                 setattr(self, f.name, theirs)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: what answers carry as ``response_metadata["rasd"]``."""
+        """Return plain JSON values, for ``response_metadata["rasd"]``."""
         out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         out["drafters"] = {
             name: {"drafted": d.drafted, "accepted": d.accepted}

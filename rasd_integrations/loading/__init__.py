@@ -1,4 +1,4 @@
-"""From a hub id, a folder or a GGUF file to a model and its tokenizer."""
+"""Loads models and tokenizers from a hub id, a folder or a GGUF file."""
 
 from __future__ import annotations
 

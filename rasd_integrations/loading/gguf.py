@@ -1,4 +1,4 @@
-"""GGUF files as folders that transformers loads at once: dequantised on first use, then kept on disk."""
+"""Converts GGUF files, once, to cached folders that transformers loads directly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rasd_integrations.storage.marked import made_folder
 
 logger = logging.getLogger(__name__)
 
-# Raise it when a file is converted in another way, so that older results are not read.
+# To be raised when the conversion changes, so that older results are not read.
 _CONVERTER = 1
 # transformers changes torch's initialisers and default device while it loads: one model at a time.
 LOADING = threading.RLock()
@@ -35,7 +35,7 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float
 
 @contextlib.contextmanager
 def tokenizer_folder(path: Path) -> Iterator[Path]:
-    """Hand out a folder with the tokenizer of the GGUF file ``path``.
+    """Yield a folder with the tokenizer of the GGUF file ``path``.
 
     Raises:
         MissingDependencyError: The extra ``gguf`` is not installed.
@@ -46,9 +46,9 @@ def tokenizer_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def model_folder(path: Path, dtype: object) -> Iterator[Path]:
-    """Hand out a folder with the config and the dense weights of the GGUF file ``path``.
+    """Yield a folder with the config and the dense weights of the GGUF file ``path``.
 
-    Weights are kept in float32 or float16 if ``dtype`` asks for that, else in bfloat16.
+    Weights are float32 or float16 if ``dtype`` asks for that, else bfloat16.
 
     Raises:
         MissingDependencyError: The extra ``gguf`` is not installed.
@@ -61,7 +61,7 @@ def model_folder(path: Path, dtype: object) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
-    """Hand out the folder of what a file's content was made into; where the file lies and its name say nothing."""
+    """Yield the cached conversion of a file, found by the digest of its content."""
     with contextlib.ExitStack() as stack:
         with LOADING:
             folder = cache_folder() / "gguf" / f"{file_digest(path)[:32]}-{_CONVERTER}-{kind}"
@@ -78,7 +78,7 @@ def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.E
     made = make()
     try:
         _keep(made, folder, path)
-    except Exception as err:  # noqa: BLE001 -- tokenizers says by a plain Exception that a disk is full
+    except Exception as err:  # noqa: BLE001 -- tokenizers raises a plain Exception if the disk is full
         warnings.warn(
             f"Cannot write to {folder.parent} ({err}), so {path.name} is converted anew each time. "
             f"Set RASD_CACHE to a folder with space that is writable.",
@@ -92,7 +92,7 @@ def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.E
 
 
 def _keep(made: Any, folder: Path, path: Path) -> None:
-    """Save ``made`` as ``folder`` in one move, unless another process was first."""
+    """Save ``made`` as ``folder`` atomically, unless another process was first."""
     parameters = made.parameters() if isinstance(made, torch.nn.Module) else ()
     nbytes = sum(weight.nbytes for weight in parameters)
     with made_folder(folder, "converted", title_of(str(path)), nbytes) as new:
@@ -109,10 +109,10 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let byte-level tokenizers that never learned two digits in a row read digit by digit.
+    """Split digits if no token of a byte-level vocabulary has two in a row.
 
-    transformers reads such a file (SmolLM, StarCoder) with GPT-2's pattern, where digits take the space
-    before them along; a vocabulary without any such token was learned from text split at each digit.
+    transformers reads such a file (SmolLM, StarCoder) with GPT-2's pattern, which joins a space and
+    digits; the vocabulary was learned from text split at each digit.
     """
     backend: Any = tokenizer.backend_tokenizer
     plain = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
@@ -145,7 +145,7 @@ def _dequantise(path: Path, dtype: torch.dtype) -> Any:
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # A GGUF file names one end: of a turn in chat models, which end a plain text by another token.
+    # A GGUF file names one end token; chat models end a turn and a plain text by different ones.
     ids = set(turn_end_ids(tokenizer, str(tokenizer.chat_template or "")))
     if (end := tokenizer.get_vocab().get(_TEXT_END)) is not None:
         ids.add(end)

@@ -1,4 +1,4 @@
-"""What decides a model's answers, keys and values, as one digest; and what tells cheaply that it changed."""
+"""Digests that identify a model and its KV, and a cheap check that its weights changed."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Of keys and values; the last two stand in the weights' names and types.
-_SAYS_NOTHING = ("_name_or_path", "transformers_version", "architectures", "dtype")
-# How layers of peft's kind say which adapters they add. A switch changes no weight.
+# Config fields that do not affect keys and values, or are covered by the weights' names and types.
+_IRRELEVANT = ("_name_or_path", "transformers_version", "architectures", "dtype")
+# Attributes of peft's layers that select adapters; a switch changes no weight.
 _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-_PROBED = 8  # values of each weight that are compared: what is written past torch's own counters changes most
+_PROBED = 8  # values of each weight to compare, for writes that torch's version counters miss
 
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """A digest of whole weights, and what else decides keys and values.
+    """Digests of a model, 32 hex characters each.
 
     Attributes:
-        weights: Of names, types, shapes and every byte of the weights, and of the adapters that are on; 32 hex
-            characters.
-        kv: Of ``weights``, the config, the kind of device and the version of transformers. ``None`` for weights
-            that are not plain memory of one device (offloaded, sharded): files could not be told from others'.
+        weights: Of the weights' names, types, shapes and bytes, and of the active adapters.
+        kv: Of ``weights``, the config, the type of device and the version of transformers. ``None`` if weights
+            are not plain memory of one device (offloaded, sharded), so that they cannot be identified.
     """
 
     weights: str
@@ -39,12 +38,12 @@ class ModelIdentity:
 
 
 def model_identity(model: PreTrainedModel) -> ModelIdentity:
-    """Read all weights once, 1.3 GB/s on a core with SHA instructions.
+    """Digest all weights, at 1.3 GB/s on a core with SHA instructions.
 
-    Where the model came from says nothing: a folder may be moved, and may hold other weights tomorrow.
+    The model's path is left out: a folder may be moved, or hold other weights tomorrow.
 
     Args:
-        model: Before its weights are packed or compiled away.
+        model: Before its weights are packed or compiled.
     """
     named = model.state_dict()
     digest = hashlib.sha256(repr(_adapters(model)).encode())
@@ -57,32 +56,32 @@ def model_identity(model: PreTrainedModel) -> ModelIdentity:
             )
             is_whole &= content is not None and weight.device == model.device
     weights = digest.hexdigest()[:32]
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _SAYS_NOTHING}
-    said = (weights, transformers.__version__, model.device.type, json.dumps(config, default=str))
-    kv = hashlib.sha256(repr(said).encode()).hexdigest()[:32]
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _IRRELEVANT}
+    parts = (weights, transformers.__version__, model.device.type, json.dumps(config, default=str))
+    kv = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     return ModelIdentity(weights, kv if is_whole else None)
 
 
 @torch.inference_mode()
 def weights_state(model: PreTrainedModel) -> Hashable:
-    """Return what is another after a training step, a weight put in another's place, an adapter switched or merged.
+    """Return a value that changes with a training step, a replaced weight or a switched adapter.
 
-    Cheap enough for every answer: where each weight lies, torch's counter of changes in place, and a few of its
-    values, because changes through ``.data`` and of tensors made in inference mode are not counted.
+    Cheap enough for every answer: each weight's address, torch's version counter, and a few values, because
+    changes through ``.data`` and of inference tensors are not counted.
     """
     buffers = (
         buffer
         for module in model.modules()
-        for name, buffer in module._buffers.items()  # noqa: SLF001 -- the rest is made of the config
+        for name, buffer in module._buffers.items()  # noqa: SLF001 -- the other buffers follow from the config
         if buffer is not None and name not in module._non_persistent_buffers_set  # noqa: SLF001
     )
     weights = [
-        getattr(w, "to_local", w.detach)()  # of a shard, what this process has
+        getattr(w, "to_local", w.detach)()  # of a shard, the local part
         for w in chain(model.parameters(), buffers)
         if not w.is_meta
     ]
     counts = tuple(0 if w.is_inference() else w._version for w in weights)  # noqa: SLF001 -- has no public name
-    places = tuple(w.data_ptr() for w in weights)
+    addresses = tuple(w.data_ptr() for w in weights)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for weight in weights:
         flat = weight.reshape(-1)
@@ -91,7 +90,7 @@ def weights_state(model: PreTrainedModel) -> Hashable:
     probes = tuple(
         torch.cat(parts).cpu().view(torch.uint8).numpy().tobytes() for parts in by_kind.values()
     )
-    return counts, places, probes, repr(_adapters(model))
+    return counts, addresses, probes, repr(_adapters(model))
 
 
 def _adapters(model: PreTrainedModel) -> list[tuple[str, object]]:
@@ -106,14 +105,14 @@ def _adapters(model: PreTrainedModel) -> list[tuple[str, object]]:
 
 @torch.inference_mode()
 def _content(weight: Any) -> bytes | None:
-    """Return the digest of a weight's bytes, ``None`` where they are not here as plain memory."""
+    """Return the digest of a weight's bytes, ``None`` if they are not plain memory."""
     try:
-        # Of a shard, what this process has.
+        # Of a shard, the local part.
         here: Tensor = getattr(weight, "to_local", weight.detach)()
         if here.is_meta:
             return None
         content = here.contiguous().cpu().view(-1).view(torch.uint8).numpy()
         digest = hashlib.sha256(content.data).digest()
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # no plain memory
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # not plain memory
         return None
     return digest

@@ -1,4 +1,4 @@
-"""From a hub id, a folder or a GGUF file to a model and its tokenizer. The only room that reads weights."""
+"""Loads a model and its tokenizer from a hub id, a folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -30,37 +30,19 @@ from rasd_integrations.errors import (
 )
 from rasd_integrations.loading.gguf import LOADING, model_folder, tokenizer_folder
 from rasd_integrations.loading.options import load_options
-from rasd_integrations.loading.packaged import packaged_model
 from rasd_integrations.loading.progress import transformers_stage
 from rasd_integrations.option_names import advice
 
-__all__ = [
-    "LoadedModel",
-    "check_device",
-    "load_config",
-    "load_generation_config",
-    "load_model",
-    "load_tokenizer",
-    "load_window",
-    "packaged_model",
-]
-
-_HUB_KWARGS = (
-    "revision",
-    "trust_remote_code",
-    "cache_dir",
-    "token",
-    "local_files_only",
-    "subfolder",
-)
+# fmt: off
+_HUB_KWARGS = ("revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "subfolder")
 _USUAL_KWARGS = (*_HUB_KWARGS, "attn_implementation", "device_map", "dtype", "quantization_config")
-
-_PLACING = {"device_map", "tp_plan", "device_mesh"}  # who gives one of these says where weights go
+_PLACEMENT = {"device_map", "tp_plan", "device_mesh"}  # options that decide device placement
+# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to decode, its tokenizer, and what both were loaded from."""
+    """A model in eval mode, its tokenizer, and the name they were loaded from."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -72,15 +54,13 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
-    Without a device, ``device_map`` or ``tp_plan`` the model goes to the CUDA device, if there is one.
-
     Args:
         name: Hub id, local folder, or path of a ``.gguf`` file (dequantised once, then cached).
-        model_kwargs: Straight to ``from_pretrained``; ``dtype`` defaults to bfloat16.
-        device: Where all of it goes, in the place of ``device_map`` and ``tp_plan``.
+        model_kwargs: Passed to ``from_pretrained``; ``dtype`` defaults to bfloat16.
+        device: Overrides ``device_map`` and ``tp_plan``; default the CUDA device, if there is one.
 
     Raises:
-        ConfigurationError: torch does not know the device, or has none here; or ``model_kwargs`` cannot be honoured.
+        ConfigurationError: There is no such device, or ``model_kwargs`` cannot be honoured.
         ModelLoadError: Names what is missing or broken, and the next step.
         DeviceMemoryError: The weights do not fit.
         MissingDependencyError: A GGUF file needs the extra ``gguf``.
@@ -88,11 +68,11 @@ def load_model(
     check_device(device)
     options = load_options(model_kwargs or {})
     if device is not None:
-        options = {key: value for key, value in options.items() if key not in _PLACING}
+        options = {key: value for key, value in options.items() if key not in _PLACEMENT}
     tokenizer = load_tokenizer(name, options)
     with LOADING, _explained(name), _weights(name, options) as (source, where):
         _check_causal(name, AutoConfig.from_pretrained(source, **where))
-        # What a GGUF file was converted to is not said again: that is the second time.
+        # The progress of a GGUF file was shown while it was converted.
         with transformers_stage(None if _is_gguf(_source(name)) else f"Reading {name}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, **{**options, **where, "output_loading_info": True}
@@ -105,8 +85,10 @@ def load_model(
             )
             raise ModelLoadError(msg)
         if _is_gguf(_source(name)):
-            model.name_or_path = str(name)  # not the folder that it was converted into
-        placed = bool(options.keys() & _PLACING) or getattr(model, "hf_quantizer", None) is not None
+            model.name_or_path = str(name)  # not the folder of the conversion
+        placed = (
+            bool(options.keys() & _PLACEMENT) or getattr(model, "hf_quantizer", None) is not None
+        )
         if device is not None:
             model.to(device)
         elif not placed and torch.cuda.is_available():
@@ -115,11 +97,7 @@ def load_model(
 
 
 def check_device(device: str | None) -> None:
-    """See that torch can put a model on ``device``; ``None`` asks for none.
-
-    Raises:
-        ConfigurationError: torch does not know it, or this machine has none or fewer.
-    """
+    """Raise ``ConfigurationError`` if torch has no such ``device``; ``None`` is none in particular."""
     if device is None:
         return
     accelerator, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
@@ -189,7 +167,7 @@ def load_window(name: str | Path, model_kwargs: Mapping[str, Any] | None = None)
 def load_generation_config(
     name: str | Path, model_kwargs: Mapping[str, Any] | None = None
 ) -> GenerationConfig | None:
-    """Return what a model's checkpoint says of its answers, without its weights; ``None`` where it says nothing.
+    """Return the checkpoint's generation config without its weights; ``None`` if it has none.
 
     Raises:
         ModelLoadError: The model is missing, or the file is broken.
@@ -204,7 +182,7 @@ def load_generation_config(
 
 @contextlib.contextmanager
 def _weights(name: str | Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Hand out where the config and the weights are, and the options that find them."""
+    """Yield the source of config and weights, and the options that locate it."""
     source = _source(name)
     where = _hub_kwargs(source, options)
     if _is_gguf(source):
@@ -248,12 +226,12 @@ def _is_gguf(source: str) -> bool:
 def _hub_kwargs(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     where = {key: options[key] for key in _HUB_KWARGS if key in options}
     if Path(source).exists():
-        where["local_files_only"] = True  # what is here is never looked up on the network
+        where["local_files_only"] = True  # never look up local files on the network
     return where
 
 
 def _check_causal(name: str | Path, config: PretrainedConfig) -> None:
-    """Refuse what transformers would load as a decoder although it was trained as something else."""
+    """Raise if the model is not causal, although transformers would load it as such."""
     declared = config.architectures or ()
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if declared and known.isdisjoint(declared) and not getattr(config, "auto_map", None):
@@ -266,7 +244,7 @@ def _check_causal(name: str | Path, config: PretrainedConfig) -> None:
 
 @contextlib.contextmanager
 def _explained(name: str | Path, part: str = "model") -> Iterator[None]:
-    """Turn whatever the readers of files raise into one error that says what to do."""
+    """Wrap any loading error in ``ModelLoadError`` or a sibling, with advice."""
     try:
         yield
     except (ModelLoadError, MissingDependencyError, DeviceMemoryError, ConfigurationError):
@@ -282,9 +260,7 @@ def _explained(name: str | Path, part: str = "model") -> Iterator[None]:
             raise ModelLoadError(_not_loaded(name, part, err)) from err
         msg = f"model_kwargs has {unknown[1]!r}, which this model does not take. {advice(unknown[1], _USUAL_KWARGS)}"
         raise ConfigurationError(msg) from err
-    except (
-        Exception
-    ) as err:  # broken files raise nearly anything: struct, safetensors, json, tokenizers
+    except Exception as err:  # broken files raise nearly anything: struct, safetensors, json, ...
         raise ModelLoadError(_not_loaded(name, part, err)) from err
 
 

@@ -1,4 +1,4 @@
-"""``model_kwargs`` in one form: names that ``from_pretrained`` takes twice, and what it would not honour."""
+"""Normalises ``model_kwargs`` and refuses what ``from_pretrained`` would not honour."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from rasd_integrations.errors import ConfigurationError
 
-# Inside our steps attention is our own; outside of them these are what the model runs anyway.
+# Steps use our own attention; outside of them the model runs with one of these anyway.
 _ATTENTION = (None, "sdpa", "rasd")
 _OURS = ("output_loading_info", "gguf_file", "return_dict")
 
 
 def load_options(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with a ``dtype`` that is torch's own or ``"auto"``, bfloat16 where none is given.
+    """Return the options with ``dtype`` as a torch type or ``"auto"``; default bfloat16.
 
     Raises:
-        ConfigurationError: Two names of one option contradict each other, a value is not known, or an option
-            cannot be honoured.
+        ConfigurationError: ``dtype`` and ``torch_dtype`` differ, a value is unknown, or an option cannot be
+            honoured.
     """
     options = dict(model_kwargs)
     old = options.pop("torch_dtype", None)

