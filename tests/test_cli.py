@@ -133,11 +133,11 @@ def test_the_report_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -
     """At 60 columns every figure is still whole, and equal answers are printed once."""
     from rich.console import Console
 
-    from rasd_integrations.demo.measure import Answer
+    from rasd_integrations.demo.measure import Measured
     from rasd_integrations.demo.report import print_report
 
-    def answer(text: str, cached: int, steps: int) -> Answer:
-        return Answer("Why?", text, 4096, cached, 60, steps, 1.25, 3.5)
+    def answer(text: str, cached: int, steps: int) -> Measured:
+        return Measured("Why?", text, 4096, cached, 60, steps, 1.25, 3.5)
 
     results = {
         "LangChain": [answer("Because.", 0, 20), answer("So.", 4000, 20)],

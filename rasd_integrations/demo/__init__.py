@@ -1,1 +1,1 @@
-"""The guided tour behind ``make demo``: real model, real stores, both frameworks, one table."""
+"""``make demo``: a real model, real stores, both frameworks, one table."""

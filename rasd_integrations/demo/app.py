@@ -13,13 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rasd_integrations.demo.corpus import Document, read_documents, topics_for
 from rasd_integrations.demo.embeddings import MiniLM
-from rasd_integrations.demo.measure import Answer, timed_stream, transformers_answer
+from rasd_integrations.demo.measure import Measured, timed_stream, transformers_answer
 from rasd_integrations.demo.models import demo_model
-from rasd_integrations.demo.pipelines import (
-    langchain_chain,
-    langchain_prompt,
-    llama_index_engine,
-)
+from rasd_integrations.demo.pipelines import langchain_prompt, llama_index_engine
 from rasd_integrations.demo.report import print_report
 from rasd_integrations.demo.stores import build_faiss, cut, open_chroma
 from rasd_integrations.loading import load_model, load_tokenizer
@@ -43,7 +39,7 @@ NOTE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command line turns."""
+    """The options of the command line."""
 
     docs: str | None = None
     store: str = ".rasd/chroma"
@@ -52,13 +48,18 @@ class Options:
     context_tokens: int = 2048
     max_tokens: int = 96
 
+    @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """Options of ``from_pretrained``."""
+        return {"dtype": self.dtype} if self.dtype else {}
+
     def llm_options(self, namespace: str) -> dict[str, Any]:
-        """Return what both frameworks' LLMs are made with."""
+        """Return the options of both frameworks' LLMs; a namespace keeps their caches apart."""
         return {
             "model": self.model,
-            "model_kwargs": {"dtype": self.dtype} if self.dtype else {},
+            "model_kwargs": self.model_kwargs,
             "max_tokens": self.max_tokens,
-            "namespace": namespace,  # the frameworks must not find each other's prompts
+            "namespace": namespace,
         }
 
     @property
@@ -83,41 +84,37 @@ class Library:
 
 
 class Tour:
-    """The demo's three pipelines over one library, with a bar for each."""
+    """The demo's three pipelines over one library, with a progress bar each."""
 
     def __init__(self, options: Options, library: Library, llm: ChatRASD, bars: Progress) -> None:
-        """Take what is indexed and loaded."""
-        self.options = options
-        self.library = library
-        self.llm = llm
-        self.bars = bars
+        """Use an indexed library and a loaded LLM."""
+        self.options, self.library, self.llm, self.bars = options, library, llm, bars
+        self.prompt = langchain_prompt(library.store, library.texts, options.characters)
         topics = topics_for(options.docs, library.documents)
         self.asked = [{"search": t.search, "question": q} for t in topics for q in t.questions]
 
-    def answers(self) -> dict[str, list[Answer]]:
+    def answers(self) -> dict[str, list[Measured]]:
         """Return each pipeline's answers to the same questions."""
         ours = {"LangChain": self._langchain(), "LlamaIndex": self._llama_index()}
-        self.llm.close()  # transformers reads the weights anew: twice at once they may not fit
+        self.llm.close()  # transformers loads the weights again: twice at once they may not fit
         return {**ours, BASELINE: self._transformers()}
 
-    def _langchain(self) -> list[Answer]:
-        chain = langchain_chain(
-            self.library.store, self.library.texts, self.options.characters, self.llm
-        )
+    def _langchain(self) -> list[Measured]:
+        chain = self.prompt | self.llm
         return [
             timed_stream(q["question"], (m.text for m in chain.stream(q)), self.llm.stats)
             for q in self._each("LangChain, Chroma")
         ]
 
-    def _llama_index(self) -> list[Answer]:
+    def _llama_index(self) -> list[Measured]:
         from llama_index.core import QueryBundle
 
         from rasd_integrations.llama_index import RASDLLM
 
-        library = self.library
+        library, options = self.library, self.options
         index = build_faiss(library.chunks, library.store, library.embed)
-        llm = RASDLLM(store=index, **self.options.llm_options("llama-index"))
-        engine = llama_index_engine(index, library.texts, self.options.characters, llm)
+        llm = RASDLLM(store=index, **options.llm_options("llama-index"))
+        engine = llama_index_engine(index, library.texts, options.characters, llm)
 
         def pieces(q: dict[str, str]) -> Iterator[str]:
             bundle = QueryBundle(query_str=q["question"], custom_embedding_strs=[q["search"]])
@@ -129,22 +126,15 @@ class Tour:
             for q in self._each("LlamaIndex, FAISS", llm)
         ]
 
-    def _transformers(self) -> list[Answer]:
-        options = self.options.llm_options("")
-        loaded = load_model(options["model"], options["model_kwargs"])
+    def _transformers(self) -> list[Measured]:
+        loaded = load_model(self.options.model or "", self.options.model_kwargs)
         template = ChatTemplate(loaded.tokenizer)
-        prompt = langchain_prompt(self.library.store, self.library.texts, self.options.characters)
-
-        def ids(q: dict[str, str]) -> list[int]:
-            (message,) = prompt.invoke(q).to_messages()
-            return template.encode_messages([{"role": "user", "content": message.text}])
-
-        return [
-            transformers_answer(
-                q["question"], loaded.model, loaded.tokenizer, ids(q), self.options.max_tokens
-            )
-            for q in self._each("transformers generate")
-        ]
+        answers = []
+        for q in self._each("transformers generate"):
+            (message,) = self.prompt.invoke(q).to_messages()
+            ids = template.encode_messages([{"role": "user", "content": message.text}])
+            answers.append(transformers_answer(q["question"], loaded, ids, self.options.max_tokens))
+        return answers
 
     def _each(self, label: str, llm: Any = None) -> Iterator[dict[str, str]]:
         task = self.bars.add_task(label, total=len(self.asked))
@@ -157,7 +147,7 @@ class Tour:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Show bars on standard error while the work goes on."""
+    """Show progress bars on standard error."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -168,26 +158,8 @@ def progress_bars() -> Iterator[Progress]:
         yield progress
 
 
-def open_library(documents: list[Document], options: Options, bars: Progress) -> Library:
-    """Cut and embed the documents; the persistent store spares the embedding next time."""
-    chunks = cut(documents)
-    task = bars.add_task("Index documents", total=len(chunks))
-    embed = MiniLM(progress=lambda n: bars.advance(task, n))
-    store = open_chroma(documents, chunks, embed, Path(options.store))
-    bars.update(task, completed=len(chunks))
-    embed.progress = lambda _: None
-    return Library(documents, chunks, store, embed)
-
-
-def chat_model(options: Options, library: Library) -> ChatRASD:
-    """Return the LangChain LLM over the library's store."""
-    from rasd_integrations.langchain import ChatRASD
-
-    return ChatRASD(store=library.store, **options.llm_options("langchain"))
-
-
 def run_demo(options: Options) -> None:
-    """Ask the same long-context questions three times over and print how it went."""
+    """Ask three pipelines the same long-context questions and print the results."""
     options, library, llm = opened(options)
     with progress_bars() as bars:
         results = Tour(options, library, llm, bars).answers()
@@ -195,28 +167,34 @@ def run_demo(options: Options) -> None:
 
 
 def opened(options: Options) -> tuple[Options, Library, ChatRASD]:
-    """Return the options with the model that answers, the indexed documents, and the loaded LLM over both."""
-    documents = read_documents(
-        options.docs
-    )  # what is misspelt is said before anything is downloaded or indexed
+    """Return the options with a model, the indexed documents, and the loaded LLM over both."""
+    from rasd_integrations.langchain import ChatRASD
+
+    documents = read_documents(options.docs)  # errors come before any download or indexing
     options = replace(options, model=demo_model(options.model))
-    load_tokenizer(options.model or "", options.llm_options("")["model_kwargs"])
+    load_tokenizer(options.model or "", options.model_kwargs)
+    chunks = cut(documents)
     with progress_bars() as bars:
-        library = open_library(documents, options, bars)
-    return options, library, chat_model(options, library).load()
+        task = bars.add_task("Index documents", total=len(chunks))
+        embed = MiniLM(progress=lambda n: bars.advance(task, n))
+        store = open_chroma(documents, chunks, embed, Path(options.store))
+        bars.update(task, completed=len(chunks))
+    embed.progress = lambda _: None
+    llm = ChatRASD(store=store, **options.llm_options("langchain"))
+    return options, Library(documents, chunks, store, embed), llm.load()
 
 
 def ask(options: Options, question: str) -> None:
-    """Answer one question over the documents, piece by piece, then say what it took."""
+    """Stream the answer to one question over the documents, then print its figures."""
     options, library, llm = opened(options)
-    chain = langchain_chain(library.store, library.texts, options.characters, llm)
+    chain = langchain_prompt(library.store, library.texts, options.characters) | llm
 
-    def spoken() -> Iterator[str]:
+    def pieces() -> Iterator[str]:
         for message in chain.stream({"search": question, "question": question}):
             print(message.text, end="", flush=True)
             yield message.text
 
-    answer = timed_stream(question, spoken(), llm.stats)
+    answer = timed_stream(question, pieces(), llm.stats)
     print()
     Console(stderr=True).print(
         f"{answer.tokens} tokens in {answer.steps} steps, first after {answer.first_s:.2f} s, "

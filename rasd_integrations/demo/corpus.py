@@ -1,4 +1,4 @@
-"""What the tour reads and asks: Markdown and text files, and two questions on each topic."""
+"""The demo's documents (Markdown and text files) and its questions on them."""
 
 from __future__ import annotations
 
@@ -36,43 +36,36 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """A search text and the questions that are asked, in turn, on the documents it finds."""
+    """A search text, and the questions on the documents it finds."""
 
     search: str
     questions: tuple[str, ...]
 
 
-def default_docs() -> Path | None:
-    """Return this project's own docs, where the package lies in its repository."""
-    docs = Path(__file__).parents[2] / "docs"
-    return docs if (docs / "index.md").is_file() else None
-
-
 def read_documents(path: str | Path | None, option: str = "--docs") -> list[Document]:
-    """Read a file, or every ``.md`` and ``.txt`` file below a folder, in the order of their names.
+    """Read a file, or every ``.md`` and ``.txt`` file below a folder, sorted by name.
 
     Args:
         path: The file or folder; ``None``: our own docs.
-        option: What the command line calls it.
+        option: The option's name on the command line.
 
     Raises:
-        ConfigurationError: The path is missing, or has no text to read.
+        ConfigurationError: The path is missing, or has no text.
     """
-    root = Path(path) if path else default_docs()
-    if root is None:
+    own = Path(__file__).parents[2] / "docs"
+    root = Path(path) if path else own
+    if root is own and not (own / "index.md").is_file():
         msg = "This installation has no docs folder. Name a folder or a file with --docs PATH."
         raise ConfigurationError(msg)
     if not root.exists():
         msg = f"{option} is {str(root)!r}, but there is no such file or folder."
         raise ConfigurationError(msg)
-    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
-    base = root.parent if root.is_file() else root
-    documents = [
-        Document(f.relative_to(base).as_posix(), text)
-        for f in files
-        if (root.is_file() or f.suffix.lower() in SUFFIXES)
-        and (text := f.read_text(encoding="utf-8", errors="replace").strip())
-    ]
+    base, files = root.parent, [root]
+    if root.is_dir():
+        found = (f for f in root.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES)
+        base, files = root, sorted(found)
+    texts = ((f, f.read_text(encoding="utf-8", errors="replace").strip()) for f in files)
+    documents = [Document(f.relative_to(base).as_posix(), text) for f, text in texts if text]
     if not documents:
         msg = f"{option} is {str(root)!r}, but no {' or '.join(SUFFIXES)} file with text is in it."
         raise ConfigurationError(msg)
@@ -80,7 +73,7 @@ def read_documents(path: str | Path | None, option: str = "--docs") -> list[Docu
 
 
 def topics_for(path: str | Path | None, documents: Sequence[Document]) -> list[Topic]:
-    """Return the tour's topics: written ones for our own docs, general ones for the user's."""
+    """Return the topics: written ones for our own docs, general ones for the user's."""
     if path is None:
         return [Topic(search, questions) for search, questions in OWN_TOPICS.items()]
     longest = sorted(documents, key=lambda d: len(d.text), reverse=True)[: len(OWN_TOPICS)]
@@ -88,7 +81,7 @@ def topics_for(path: str | Path | None, documents: Sequence[Document]) -> list[T
 
 
 def fingerprint(documents: Sequence[Document], *settings: object) -> str:
-    """Return twelve characters that change with the documents or with how they are cut."""
+    """Return twelve characters that identify the documents and the ``settings`` of cutting them."""
     digest = hashlib.sha256(repr(settings).encode())
     for document in documents:
         digest.update(f"\0{document.name}\0{document.text}".encode(errors="surrogatepass"))

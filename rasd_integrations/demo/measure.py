@@ -1,26 +1,26 @@
-"""One timed answer, whoever gives it: a LangChain chain, a LlamaIndex engine, or transformers."""
+"""Times one answer: of a LangChain chain, a LlamaIndex engine, or transformers."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-if TYPE_CHECKING:
-    from rasd_integrations.stats import DecodingStats
+from rasd_integrations.loading import LoadedModel
+from rasd_integrations.stats import DecodingStats
 
 WARM_SHARE = 0.8
-"""An answer counts as cached when at least this share of its prompt was found in the cache."""
+"""An answer counts as cached if at least this share of its prompt was found in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer and what it took; seconds are wall-clock and include retrieval."""
+class Measured:
+    """An answer and its figures; seconds are wall-clock and include retrieval."""
 
     question: str
     text: str
@@ -33,18 +33,18 @@ class Answer:
 
     @property
     def warm(self) -> bool:
-        """Whether the documents' KV was already there."""
+        """True if the documents' KV was cached."""
         return self.cached_tokens >= WARM_SHARE * self.prompt_tokens
 
     @property
     def decode_ms(self) -> float:
-        """Milliseconds a token after the first."""
+        """Milliseconds per token after the first."""
         return 1000 * (self.total_s - self.first_s) / max(self.tokens - 1, 1)
 
 
-def timed_stream(question: str, pieces: Iterable[str], stats: DecodingStats) -> Answer:
-    """Consume a lazy stream of text, and read its LLM's cumulative ``stats`` before and after."""
-    before = _counters(stats)
+def timed_stream(question: str, pieces: Iterable[str], stats: DecodingStats) -> Measured:
+    """Consume a lazy stream of text whose LLM adds up its counters in ``stats``."""
+    before = replace(stats)
     start = time.perf_counter()
     first = None
     text = ""
@@ -53,51 +53,43 @@ def timed_stream(question: str, pieces: Iterable[str], stats: DecodingStats) -> 
             first = time.perf_counter()
         text += piece
     end = time.perf_counter()
-    prompt, cached, tokens, steps = (
-        now - then for now, then in zip(_counters(stats), before, strict=True)
-    )
-    return Answer(
-        question, text, prompt, cached, tokens, steps, (first or end) - start, end - start
-    )
-
-
-def _counters(stats: DecodingStats) -> tuple[int, int, int, int]:
-    return (
-        stats.prompt_tokens,
-        stats.cached_prompt_tokens,
-        stats.generated_tokens,
-        stats.target_steps,
+    return Measured(
+        question,
+        text,
+        stats.prompt_tokens - before.prompt_tokens,
+        stats.cached_prompt_tokens - before.cached_prompt_tokens,
+        stats.generated_tokens - before.generated_tokens,
+        stats.target_steps - before.target_steps,
+        (first or end) - start,
+        end - start,
     )
 
 
-class StreamClock(BaseStreamer):
-    """Counts what ``generate`` hands over: the prompt first, then the tokens of each step."""
+class _StreamClock(BaseStreamer):
+    """Notes when ``generate`` hands over its first token, right after the prompt."""
 
-    def __init__(self) -> None:
-        """Start with nothing seen."""
-        self.calls = 0
-        self.first = 0.0
+    calls = 0
+    first = 0.0
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt or a step's tokens."""
         del value
         self.calls += 1
         if self.calls == 2:
             self.first = time.perf_counter()
 
     def end(self) -> None:
-        """Nothing is held back."""
+        pass
 
 
 def transformers_answer(
-    question: str, model: Any, tokenizer: Any, ids: Sequence[int], max_tokens: int
-) -> Answer:
-    """Answer with transformers' own greedy ``generate`` on exactly these prompt ids."""
-    clock = StreamClock()
+    question: str, loaded: LoadedModel, ids: Sequence[int], max_tokens: int
+) -> Measured:
+    """Answer with transformers' greedy ``generate`` on the same prompt ids."""
+    clock, model, tokenizer = _StreamClock(), loaded.model, loaded.tokenizer
     prompt = torch.tensor([list(ids)], device=model.device)
     start = time.perf_counter()
     with torch.inference_mode():
-        out = model.generate(
+        out: Any = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
@@ -107,8 +99,9 @@ def transformers_answer(
         )
     end = time.perf_counter()
     new = out[0, len(ids) :].tolist()
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    return Answer(question, text, len(ids), 0, len(new), len(new), clock.first - start, end - start)
+    text = str(tokenizer.decode(new, skip_special_tokens=True))
+    first_s, total_s = clock.first - start, end - start
+    return Measured(question, text, len(ids), 0, len(new), len(new), first_s, total_s)
 
 
 def median(values: Iterable[float]) -> float | None:

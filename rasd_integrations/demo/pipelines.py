@@ -1,6 +1,6 @@
-"""The two pipelines of the tour: retrieve eight chunks, read their documents whole, answer.
+"""The demo's two pipelines: retrieve eight chunks, read their documents whole, answer.
 
-Both send the same words, so that their prompts can be compared id by id.
+Both write the same prompt, token for token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from langchain_chroma import Chroma
-    from langchain_core.language_models import BaseChatModel
     from langchain_core.runnables import Runnable
     from llama_index.core import VectorStoreIndex
     from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -27,8 +26,8 @@ Answer from the text above."""
 def whole_documents(names: Iterable[str], texts: Mapping[str, str], characters: int) -> str:
     """Return the named documents in full, best first up to ``characters``, the best one last.
 
-    The order depends on the search alone, so every question on one topic finds the same beginning
-    in the prefix cache; and small models read best what stands next to the question.
+    The order depends on the search alone, so questions on one topic share a cached prefix, and small
+    models read best what is next to the question.
     """
     chosen: dict[str, str] = {}
     room = characters
@@ -42,7 +41,7 @@ def whole_documents(names: Iterable[str], texts: Mapping[str, str], characters: 
 def langchain_prompt(
     store: Chroma, texts: Mapping[str, str], characters: int
 ) -> Runnable[dict[str, str], Any]:
-    """Return the chain up to the LLM: ``{"search", "question"}`` to a prompt."""
+    """Return the chain up to the LLM, from ``{"search", "question"}`` to a prompt."""
     from langchain_core.prompts import ChatPromptTemplate
     from langchain_core.runnables import RunnableParallel
 
@@ -54,13 +53,6 @@ def langchain_prompt(
         context=itemgetter("search") | retriever | read, question=itemgetter("question")
     )
     return inputs | ChatPromptTemplate.from_messages([("user", TEMPLATE)])
-
-
-def langchain_chain(
-    store: Chroma, texts: Mapping[str, str], characters: int, llm: BaseChatModel
-) -> Runnable[dict[str, str], Any]:
-    """Return the whole chain: retriever, prompt, LLM."""
-    return langchain_prompt(store, texts, characters) | llm
 
 
 def llama_index_engine(
@@ -75,17 +67,15 @@ def llama_index_engine(
         def _postprocess_nodes(
             self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
         ) -> list[NodeWithScore]:
-            del query_bundle
             names = (n.node.metadata["source"] for n in nodes)
             text = whole_documents(names, texts, characters)
             return [NodeWithScore(node=TextNode(text=text), score=1.0)]
 
+    template = TEMPLATE.format(context="{context_str}", question="{query_str}")
     return index.as_query_engine(
         llm=llm,
         similarity_top_k=TOP_K,
         node_postprocessors=[_WholeDocuments()],
-        text_qa_template=PromptTemplate(
-            TEMPLATE.format(context="{context_str}", question="{query_str}")
-        ),
+        text_qa_template=PromptTemplate(template),
         streaming=True,
     )

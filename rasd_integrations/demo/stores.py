@@ -20,7 +20,7 @@ BATCH = 64
 
 
 def cut(documents: Sequence[Document]) -> list[LangChainDocument]:
-    """Cut the documents into chunks that know their source and where they start in it."""
+    """Cut the documents into chunks with their source and start index."""
     from langchain_core.documents import Document as LangChainDocument
     from langchain_text_splitters import RecursiveCharacterTextSplitter
 
@@ -37,9 +37,9 @@ def open_chroma(
     embed: MiniLM,
     folder: Path,
 ) -> Chroma:
-    """Open the Chroma collection of these documents below ``folder``; fill it where it is not full.
+    """Open the Chroma collection of these documents below ``folder``, and fill it if needed.
 
-    The collection's name carries a fingerprint, so a store of other documents is never read.
+    The collection's name has a fingerprint, so a store of other documents is never read.
     """
     from langchain_chroma import Chroma
 
@@ -47,18 +47,17 @@ def open_chroma(
     name = f"demo-{fingerprint(documents, CHUNK_CHARACTERS)}"
     # MiniLM has the two methods of LangChain's Embeddings without inheriting from it.
     store = Chroma(name, embed, persist_directory=str(folder))  # type: ignore[arg-type]
-    present = len(store.get(include=[])["ids"])
-    if present != len(chunks):
+    if len(store.get(include=[])["ids"]) != len(chunks):
         for start in range(0, len(chunks), BATCH):
-            ids = [f"{i:06d}" for i in range(start, min(start + BATCH, len(chunks)))]
-            store.add_documents(list(chunks[start : start + BATCH]), ids=ids)
+            batch = list(chunks[start : start + BATCH])
+            store.add_documents(batch, ids=[f"{start + i:06d}" for i in range(len(batch))])
     return store
 
 
 def build_faiss(
     chunks: Sequence[LangChainDocument], store: Chroma, embed: MiniLM
 ) -> VectorStoreIndex:
-    """Build a LlamaIndex index over FAISS from the vectors that Chroma has of the same chunks."""
+    """Build a LlamaIndex index over FAISS from Chroma's vectors of the same chunks."""
     import faiss
     from llama_index.core import StorageContext, VectorStoreIndex
     from llama_index.core.schema import TextNode

@@ -1,8 +1,9 @@
-"""``rasd warm``: documents read ahead of their questions into a folder. Needs none of the demo's packages."""
+"""``rasd warm``: prefills documents into a folder. Needs none of the demo's packages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,21 @@ def warm(
     cache_gib: float | None = None,
     executor: ExecutorName = "auto",
 ) -> None:
-    """Prefill every document and say what the folder holds then.
+    """Prefill every document and print what the folder contains.
 
     Args:
         paths: Files, and folders of ``.md`` and ``.txt`` files.
         cache: The folder.
-        model: What ``--model`` takes; ``None``: the packaged SmolLM2.
-        dtype: Of the weights.
-        namespace: Who may reuse it.
-        system: The system message that prompts will begin with.
-        before: What stands before the document in the user message.
-        cache_gib: Most that the folder may hold.
-        executor: What runs the model later; with ``"openvino-kv8"`` what is kept is in 8 bits.
+        model: As ``--model``; default the packaged SmolLM2.
+        dtype: Type of the weights.
+        namespace: Namespace of the cached prefixes.
+        system: System message of the later prompts.
+        before: Text before the document in the user message.
+        cache_gib: Maximum size of the folder.
+        executor: The later executor; ``"openvino-kv8"`` caches keys and values in 8 bits.
 
     Raises:
-        ConfigurationError: A path has no text, a document does not fit the window, the folder is read-only.
+        ConfigurationError: A path has no text, a document exceeds the window, the folder is read-only.
     """
     documents = [d for path in paths for d in read_documents(path, "PATH")]
     limit = {} if cache_gib is None else {"prefix_cache_dir_bytes": int(cache_gib * 2**30)}
@@ -59,15 +60,15 @@ def warm(
         heads = [_head(rasd, document, system, before) for document in documents]
         with tqdm(desc="Read documents", unit=" tokens", unit_scale=True, disable=False) as bar:
             rasd.ensure_loaded()
-            rasd.warm(heads, lambda done, total: _show(bar, done, total))
-    shelves = marked_folders(Path(cache).expanduser())
-    held = [f for shelf in shelves if shelf.kind == "kept prompts" for f in shelf.files()]
-    size = sum(stat.st_size for _, stat in held) / 1e6
-    print(f"{len(documents)} documents are read. {cache} holds {len(held)} files, {size:,.0f} MB.")
+            rasd.warm(heads, partial(_show, bar))
+    folders = marked_folders(Path(cache).expanduser())
+    files = [f for folder in folders if folder.kind == "kept prompts" for f in folder.files()]
+    size = sum(stat.st_size for _, stat in files) / 1e6
+    print(f"{len(documents)} documents are read. {cache} holds {len(files)} files, {size:,.0f} MB.")
 
 
 def _head(rasd: RASD, document: Document, system: str, before: str) -> Prompt:
-    """Return what the prompts on a document begin with."""
+    """Return the beginning of prompts on a document."""
     text = before + document.text
     prompt: Prompt = text
     if system or rasd.has_chat_template:
