@@ -28,8 +28,8 @@ from rasd_integrations.loading.model import (
     load_model,
     load_tokenizer,
     load_window,
-    packaged_model,
 )
+from rasd_integrations.loading.packaged import packaged_model
 from rasd_integrations.storage.cache_folder import file_digest
 from rasd_integrations.storage.marked import MARKER, foreign
 
