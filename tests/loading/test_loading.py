@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -85,14 +86,6 @@ def test_window_and_config_need_no_weights(folder):
     assert (WINDOW, WINDOW) == (load_window(folder), load_config(folder).max_position_embeddings)
 
 
-def test_config_without_a_window_is_named(folder):
-    """A window that is not known is not guessed."""
-    config = {"model_type": "bloom", "architectures": ["BloomForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelLoadError, match="max_position_embeddings"):
-        load_window(folder)
-
-
 @pytest.mark.slow
 def test_local_folder_is_never_looked_up_on_the_network(folder):
     """Loading a folder opens no connection, even where the network is allowed."""
@@ -120,65 +113,53 @@ def test_local_folder_is_never_looked_up_on_the_network(folder):
         ("/no/such/folder", "There is no file or folder"),
         (Path("no-such-folder"), "There is no file or folder"),
         ("no-such.gguf", "There is no file or folder"),
+        (Path(__file__).parent, r"no config\.json and no \.gguf file"),
+        (Path(__file__), "neither a folder nor"),
     ],
 )
 def test_missing_model_says_what_to_do(name, words):
-    """An id that was not downloaded and a path that is not there are told apart."""
+    """An id that was not downloaded, a missing path, a folder and a file of another kind are told apart."""
     with pytest.raises(ModelLoadError, match=words):
         load_model(name)
 
 
-def test_folder_without_config_is_named(tmp_path):
-    """An empty folder is not a model."""
-    with pytest.raises(ModelLoadError, match=r"no config\.json and no \.gguf file"):
-        load_model(tmp_path)
-
-
-def test_other_file_is_named(tmp_path):
-    """A file that is no GGUF file is refused by name."""
-    (tmp_path / "model.bin").touch()
-    with pytest.raises(ModelLoadError, match="neither a folder nor"):
-        load_model(tmp_path / "model.bin")
-
-
-def test_missing_tokenizer_is_named(folder):
-    """Weights alone are not enough, and the message says which files to look for."""
+def without_tokenizer(folder: Path) -> None:
     for file in folder.glob("*token*"):
         file.unlink()
-    with pytest.raises(ModelLoadError, match=r"the tokenizer of .*tokenizer\.json"):
-        load_model(folder)
 
 
-def test_broken_config_is_an_explained_error(folder):
-    """A config that is no JSON is named."""
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ModelLoadError, match="Cannot load the model"):
-        load_config(folder)
+def with_config(**changes: object) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        config = folder / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+
+    return spoil
 
 
-def test_half_a_weights_file_is_an_explained_error(folder):
-    """A download that broke off is told with the folder's name."""
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelLoadError, match="Check that its files are whole"):
-        load_model(folder)
+BLOOM = {
+    "model_type": "bloom",
+    "architectures": ["BloomForCausalLM"],
+    "max_position_embeddings": None,
+}
 
 
-def test_weights_that_lack_a_layer_are_refused(folder):
-    """A checkpoint without some weights would decode from random ones."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(ModelLoadError, match=r"lack model\.layers\.2"):
-        load_model(folder)
-
-
-def test_other_kinds_of_model_are_refused(folder):
-    """A model that was trained as something else is not loaded as a decoder."""
-    config = json.loads((folder / "config.json").read_text())
-    declared = {**config, "architectures": ["LlamaForSequenceClassification"]}
-    (folder / "config.json").write_text(json.dumps(declared))
-    with pytest.raises(ModelLoadError, match="LlamaForSequenceClassification, not a causal"):
-        load_model(folder)
+@pytest.mark.parametrize(
+    ("spoil", "load", "words"),
+    [
+        (without_tokenizer, load_model, r"the tokenizer of .*tokenizer\.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), load_config, "Cannot load the model"),
+        (lambda folder: _cut(folder / "model.safetensors"), load_model, "Check that its files are whole"),
+        (with_config(num_hidden_layers=3), load_model, r"lack model\.layers\.2"),
+        (with_config(architectures=["LlamaForSequenceClassification"]), load_model, "LlamaForSequenceClassification, not a causal"),
+        (with_config(**BLOOM), load_window, "max_position_embeddings"),
+    ],
+    ids=["tokenizer", "config", "half the weights", "a layer", "another kind", "window"],
+)  # fmt: skip
+def test_what_is_missing_or_broken_is_named(folder, spoil, load, words):
+    """No random weights, no decoder of another model, no guessed window: the message names the part."""
+    spoil(folder)
+    with pytest.raises(ModelLoadError, match=words):
+        load(folder)
 
 
 def test_out_of_memory_is_told_as_such(folder, monkeypatch):

@@ -11,37 +11,19 @@ from fakes_prompting import (
     RANKED,
     ListSource,
     assistant,
-    count_words,
     human,
     joined,
+    planned,
     system,
     tool,
     tool_call,
 )
 
-from rasd_integrations.config import RetrievalConfig
-from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
-from rasd_integrations.retrieval import GuardedSource
+from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.types import Chunk
 
 CONTEXT = joined(FACTS)
 PROMPT = [system(f"Be brief.\n\n{CONTEXT}"), human(QUESTION)]
-
-
-def planned(
-    prompt: Prompt,
-    hints: PromptHints | None = None,
-    source: ListSource | None = None,
-    *,
-    wants: bool = True,
-    **options: object,
-) -> PromptPlan:
-    retrieval = RetrievalConfig(
-        **{"gate_tokens": 60, "chunk_tokens": 16, "gate_share": 0.7, **options}
-    )
-    guarded = None if source is None else GuardedSource(source, 2.0)
-    planner = PromptPlanner(guarded, retrieval, "prompt", count_words)
-    return planner.plan(prompt, hints=hints, room=8192, wants_drafter_prompt=wants)
 
 
 def told(**known: object) -> PromptHints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fakes_prompting import (
@@ -13,15 +14,14 @@ from fakes_prompting import (
     failing,
     human,
     li_text,
+    planned,
     system,
     tool,
     tool_call,
 )
 
-from rasd_integrations.config import RetrievalConfig
-from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
+from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan
 from rasd_integrations.prompting.prompt_view import PromptView
-from rasd_integrations.retrieval import GuardedSource
 from rasd_integrations.types import Chunk
 
 
@@ -46,19 +46,14 @@ def text_of(chunks: list[Chunk]) -> str:
     return "\n\n".join(chunk.text for chunk in chunks)
 
 
-def planned(
+def expanded(
     prompt: Prompt,
     hints: PromptHints | None,
     source: ListSource | None = None,
-    *,
-    room: int = 8192,
-    wants: bool = True,
-    **options: object,
+    **options: Any,
 ) -> PromptPlan:
-    source = ListSource(CHUNKS, STORE) if source is None else source
-    retrieval = RetrievalConfig(**{"gate_tokens": 60, "chunk_tokens": 16, **options})
-    planner = PromptPlanner(GuardedSource(source, 2.0), retrieval, "documents", count_words)
-    return planner.plan(prompt, hints=hints, room=room, wants_drafter_prompt=wants)
+    source = source or ListSource(CHUNKS, STORE)
+    return planned(prompt, hints, source, context="documents", gate_share=0.5, **options)
 
 
 HINTS = PromptHints(question=QUESTION, chunks=CHUNKS, context=SENT)
@@ -74,7 +69,7 @@ def lcel(context: str, question: str = QUESTION) -> Prompt:
 def test_documents_stand_where_their_chunks_stood(hints: PromptHints | None) -> None:
     """Whole documents, each once, in their own order; the drafter reads the prompt as sent."""
     prompt = lcel(SENT)
-    plan = planned(prompt, hints)
+    plan = expanded(prompt, hints)
     assert lcel(text_of(ALPHA) + "\n\n" + text_of(BETA)) == plan.target
     assert prompt is plan.drafter
     assert [chunk.text for chunk in CHUNKS] == [chunk.text for chunk in plan.chunks]
@@ -85,15 +80,15 @@ def test_the_order_does_not_depend_on_the_question() -> None:
     """Another question with other chunks of the same documents shares the whole prefix."""
     other = (ALPHA[20], BETA[1])
     hints = PromptHints(question="Why?", chunks=other, context="\n\n".join(c.text for c in other))
-    one = planned(lcel(SENT), HINTS).target[1]["content"]
-    two = planned(lcel(str(hints.context), "Why?"), hints).target[1]["content"]
+    one = expanded(lcel(SENT), HINTS).target[1]["content"]
+    two = expanded(lcel(str(hints.context), "Why?"), hints).target[1]["content"]
     shared = len(f"Context:\n{text_of(ALPHA)}\n\n{text_of(BETA)}\n\nQuestion: ")
     assert one[:shared] == two[:shared]
 
 
 def test_only_documents_with_a_chunk_in_the_prompt_are_read() -> None:
     """A chunk that the pipeline dropped opens no document."""
-    plan = planned(
+    plan = expanded(
         lcel(SENT), PromptHints(question=QUESTION, chunks=(*CHUNKS, GAMMA[0]), context=SENT)
     )
     assert "gamma" not in str(plan.target)
@@ -102,14 +97,16 @@ def test_only_documents_with_a_chunk_in_the_prompt_are_read() -> None:
 def test_the_retrievers_filter_is_passed_on() -> None:
     """Documents are fetched under the filter of the retriever, each document once."""
     source = ListSource(CHUNKS, STORE)
-    planned(lcel(SENT), PromptHints(question=QUESTION, chunks=CHUNKS, filter={"tenant": 7}), source)
+    expanded(
+        lcel(SENT), PromptHints(question=QUESTION, chunks=CHUNKS, filter={"tenant": 7}), source
+    )
     assert [{"tenant": 7}] * 2 == source.filters
 
 
 def test_the_template_is_filled_again_with_the_documents() -> None:
     """LlamaIndex's own template gets the longer context."""
     hints = PromptHints(question=QUESTION, chunks=CHUNKS, context=SENT, rerender=lambda c: f"<{c}>")
-    assert f"<{text_of(ALPHA)}\n\n{text_of(BETA)}>" == planned(li_text(SENT), hints).target
+    assert f"<{text_of(ALPHA)}\n\n{text_of(BETA)}>" == expanded(li_text(SENT), hints).target
 
 
 def test_what_is_no_chunk_of_a_document_stays_behind_the_documents() -> None:
@@ -118,7 +115,7 @@ def test_what_is_no_chunk_of_a_document_stays_behind_the_documents() -> None:
     context = f"Source: alpha\n{ALPHA[3].text}\n\n{fact}\n\nSource: beta\n{BETA[7].text}"
     hints = PromptHints(question=QUESTION, chunks=CHUNKS[:2], context=context)
     expected = lcel(f"{text_of(ALPHA)}\n\n{text_of(BETA)}\n\n{fact}")
-    assert expected == planned(lcel(context), hints).target
+    assert expected == expanded(lcel(context), hints).target
 
 
 def test_documents_in_a_list_of_documents() -> None:
@@ -130,21 +127,21 @@ def test_documents_in_a_list_of_documents() -> None:
         ]
     )
     hints = PromptHints(question=QUESTION, chunks=CHUNKS[:2], context=context)
-    assert lcel(text_of(ALPHA) + "\n\n" + text_of(BETA)) == planned(lcel(context), hints).target
+    assert lcel(text_of(ALPHA) + "\n\n" + text_of(BETA)) == expanded(lcel(context), hints).target
 
 
 def test_two_tool_results_share_a_document() -> None:
     """A document stands at its first chunk; a later chunk of it stays a chunk."""
     call = tool_call({"query": "x"})
     prompt = [human(QUESTION), call, tool(ALPHA[3].text), call, tool(ALPHA[8].text)]
-    plan = planned(prompt, PromptHints(chunks=(ALPHA[8], ALPHA[3])))
+    plan = expanded(prompt, PromptHints(chunks=(ALPHA[8], ALPHA[3])))
     assert [*prompt[:2], tool(text_of(ALPHA)), *prompt[3:]] == plan.target
 
 
 @pytest.mark.parametrize("room", [150, 200, 400])
 def test_over_the_window_the_surroundings_of_the_chunks_come_first(room: int) -> None:
     """The prompt keeps to its room, holds every chunk, and says what was left out."""
-    plan = planned(lcel(SENT), HINTS, room=room)
+    plan = expanded(lcel(SENT), HINTS, room=room)
     words = sum(map(count_words, PromptView.of(plan.target).texts))
     assert words <= room
     for chunk in CHUNKS:
@@ -165,7 +162,7 @@ def test_over_the_window_the_surroundings_of_the_chunks_come_first(room: int) ->
 
 def test_a_chunks_neighbours_are_kept_before_the_rest() -> None:
     """What stands next to a chunk is read before the document's far end."""
-    plan = planned(
+    plan = expanded(
         lcel(ALPHA[15].text),
         PromptHints(question=QUESTION, chunks=(ALPHA[15],), context=ALPHA[15].text),
         room=80,
@@ -183,7 +180,7 @@ def test_small_documents_stay_whole() -> None:
     chunks = (note[1], BETA[7])
     context = text_of(list(chunks))
     source = ListSource(chunks, [*note, *STORE])
-    plan = planned(lcel(context), PromptHints(chunks=chunks, context=context), source, room=200)
+    plan = expanded(lcel(context), PromptHints(chunks=chunks, context=context), source, room=200)
     assert text_of(note) in plan.target[1]["content"]
     assert plan.omitted_tokens > 0
 
@@ -191,7 +188,7 @@ def test_small_documents_stay_whole() -> None:
 def test_no_room_leaves_the_prompt_as_sent() -> None:
     """A prompt that fills the window by itself is not made longer."""
     prompt = lcel(SENT)
-    plan = planned(prompt, HINTS, room=40)
+    plan = expanded(prompt, HINTS, room=40)
     assert prompt is plan.target
     assert "No room for documents" in plan.faults[0]
 
@@ -215,25 +212,25 @@ def test_no_room_leaves_the_prompt_as_sent() -> None:
 def test_a_store_that_cannot_tell_leaves_the_prompt_as_sent(source: ListSource) -> None:
     """No document, another version of it, or a fault: the answer goes on with the prompt."""
     prompt = lcel(SENT)
-    assert prompt is planned(prompt, HINTS, source).target
+    assert prompt is expanded(prompt, HINTS, source).target
 
 
 def test_condensing_reads_no_documents() -> None:
     """A call that only makes a question standalone is not expanded."""
     prompt = f"Chat:\n{SENT}\nRephrase the question to be a standalone question: and his?"
-    assert prompt is planned(prompt, None).target
+    assert prompt is expanded(prompt, None).target
 
 
 def test_a_prompt_that_hardly_grows_has_no_drafter_prompt() -> None:
     """Where documents are no longer than their chunks, drafter and target read the same."""
     chunks = tuple(ALPHA)
-    plan = planned(lcel(text_of(ALPHA)), PromptHints(chunks=chunks, context=text_of(ALPHA)))
+    plan = expanded(lcel(text_of(ALPHA)), PromptHints(chunks=chunks, context=text_of(ALPHA)))
     assert plan.drafter is None
     assert "over gate_share=0.5" in str(plan.off_reason)
 
 
 def test_documents_are_read_without_a_drafter() -> None:
     """What the target reads does not depend on who drafts."""
-    plan = planned(lcel(SENT), HINTS, wants=False)
-    assert planned(lcel(SENT), HINTS).target == plan.target
+    plan = expanded(lcel(SENT), HINTS, wants=False)
+    assert expanded(lcel(SENT), HINTS).target == plan.target
     assert (None, None) == (plan.drafter, plan.off_reason)

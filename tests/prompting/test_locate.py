@@ -7,7 +7,7 @@ import time
 
 import pytest
 from fakes_prompting import FACTS, assistant, human, system, tool
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rasd_integrations.prompting import Prompt, PromptHints
@@ -33,7 +33,6 @@ words = st.lists(st.text("abcdeéß漢'\"{}%", min_size=1, max_size=6), min_size
 around = st.text(max_size=200)
 
 
-@settings(max_examples=60, deadline=None)
 @given(around, words, around)
 def test_a_chunk_that_stands_in_the_prompt_is_found_exactly(
     before: str, chunk: list[str], after: str
@@ -46,7 +45,6 @@ def test_a_chunk_that_stands_in_the_prompt_is_found_exactly(
 gaps = st.sampled_from([" ", "\n", "\n\n", "\t", "  ", "\\n", "\r\n"])
 
 
-@settings(max_examples=60, deadline=None)
 @given(words, st.lists(gaps, min_size=60, max_size=60))
 def test_white_space_does_not_matter(chunk: list[str], gaps: list[str]) -> None:
     """A chunk is found with any other white space between its words, escaped newlines included."""
@@ -55,7 +53,6 @@ def test_white_space_does_not_matter(chunk: list[str], gaps: list[str]) -> None:
     assert written == stands(f"Before. {written} After.", " ".join([*chunk, end]))
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.text(), st.lists(st.text(max_size=300), max_size=6))
 def test_spans_lie_in_the_prompt(prompt: str, chunks: list[str]) -> None:
     """No input raises, and each span is a stretch of the prompt that is not empty."""

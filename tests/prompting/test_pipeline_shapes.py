@@ -13,31 +13,18 @@ from fakes_prompting import (
     ListSource,
     Shape,
     assistant,
-    count_words,
     human,
     li_text,
+    planned,
     system,
     tool,
     tool_call,
 )
 
-from rasd_integrations.config import RetrievalConfig
-from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
-from rasd_integrations.retrieval import GuardedSource
+from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.types import Chunk
 
-SMALL = RetrievalConfig(gate_tokens=60, chunk_tokens=16, gate_share=0.7)
-"""Two facts fit in the drafter's prompt."""
-
 by_name = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-
-
-def planned(
-    prompt: Prompt, hints: PromptHints | None = None, source: ListSource | None = None
-) -> PromptPlan:
-    guarded = None if source is None else GuardedSource(source, 2.0)
-    planner = PromptPlanner(guarded, SMALL, "prompt", count_words)
-    return planner.plan(prompt, hints=hints, room=8192, wants_drafter_prompt=True)
 
 
 @by_name

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fakes_prompting import (
     FACTS,
     QUESTION,
     RANKED,
+    SMALL,
     FaultySource,
     ListSource,
     assistant,
@@ -19,25 +21,28 @@ from fakes_prompting import (
     human,
     joined,
     li_text,
+    planned,
     system,
 )
 
-from rasd_integrations.config import ContextMode, RetrievalConfig
+from rasd_integrations.config import ContextMode
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
 from rasd_integrations.prompting.splitting import split
 from rasd_integrations.prompting.token_counts import TokenCounter
 from rasd_integrations.retrieval import GuardedSource
 from rasd_integrations.types import Chunk
 
-SMALL = RetrievalConfig(gate_tokens=60, chunk_tokens=16, gate_share=0.7)
 PROMPT = [system(f"Be brief.\n\n{joined(FACTS)}"), human(QUESTION)]
 
 
 def planner(
-    source: ListSource | None = None, context: ContextMode = "prompt", timeout: float = 2.0
+    source: ListSource | None = None,
+    context: ContextMode = "prompt",
+    count: Callable[[str], int] = count_words,
 ) -> PromptPlanner:
-    guarded = None if source is None else GuardedSource(source, timeout)
-    return PromptPlanner(guarded, SMALL, context, count_words)
+    """Return a planner to be used more than once."""
+    guarded = None if source is None else GuardedSource(source, 2.0)
+    return PromptPlanner(guarded, SMALL, context, count)
 
 
 @pytest.mark.parametrize(
@@ -54,9 +59,7 @@ def test_a_store_that_fails_is_reported_and_the_prompt_itself_searched(
     fault: object, said: str
 ) -> None:
     """Whatever a store does, the answer has a plan."""
-    plan = planner(FaultySource(fault), timeout=0.05).plan(
-        PROMPT, hints=None, room=999, wants_drafter_prompt=True
-    )
+    plan = planned(PROMPT, None, FaultySource(fault), timeout_s=0.05)
     assert said in plan.faults[0]
     assert ("prompt", FACTS[4]) == (plan.chunk_source, plan.chunks[0].text)
     assert FACTS[4] in plan.drafter[0]["content"]
@@ -88,25 +91,21 @@ def test_a_store_that_nothing_would_read_is_not_asked_for(
 ) -> None:
     """The default drafters read no chunks, so nothing is said."""
     caplog.set_level("INFO")
-    planner().plan(prompt, hints=None, room=999, wants_drafter_prompt=False)
-    planner(ListSource([]), "documents").plan(
-        PROMPT, hints=None, room=999, wants_drafter_prompt=True
-    )
+    planned(prompt, wants=False)
+    planned(PROMPT, None, ListSource([]), context="documents")
 
     assert [] == caplog.records
 
 
 def test_an_empty_store_is_no_fault() -> None:
     """A store that finds nothing leaves the prompt's own parts."""
-    plan = planner(ListSource([])).plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True)
+    plan = planned(PROMPT, None, ListSource([]))
     assert ((), "prompt") == (plan.faults, plan.chunk_source)
 
 
 def test_the_time_in_the_store_is_reported() -> None:
     """`retrieve_s` is the store's share of the planning."""
-    plan = planner(FaultySource(lambda: time.sleep(0.05) or [])).plan(
-        PROMPT, hints=None, room=999, wants_drafter_prompt=True
-    )
+    plan = planned(PROMPT, None, FaultySource(lambda: time.sleep(0.05) or []))
     assert 0.05 <= plan.retrieve_s < 1
 
 
@@ -160,12 +159,7 @@ def test_odd_text_neither_raises_nor_takes_long(odd: str, context: ContextMode) 
 def test_a_chunk_that_is_the_whole_prompt() -> None:
     """Nothing is left round it, and its parts are searched."""
     text = joined(FACTS)
-    plan = planner().plan(
-        text,
-        hints=PromptHints(question=QUESTION, chunks=(Chunk(text),)),
-        room=999,
-        wants_drafter_prompt=True,
-    )
+    plan = planned(text, PromptHints(question=QUESTION, chunks=(Chunk(text),)))
     assert FACTS[4] in plan.drafter
     assert len(plan.drafter) < len(text) / 2
 
@@ -181,7 +175,7 @@ def test_a_chunk_that_is_the_whole_prompt() -> None:
 )
 def test_messages_without_text_are_left_to_the_template(prompt: Prompt) -> None:
     """Content that is not text is neither read nor changed."""
-    plan = planner().plan(prompt, hints=None, room=999, wants_drafter_prompt=True)
+    plan = planned(prompt)
     assert (prompt, None) == (plan.target, plan.drafter)
 
 
@@ -193,7 +187,7 @@ def test_a_second_question_counts_and_cuts_nothing_again() -> None:
         counted.append(text)
         return count_words(text)
 
-    plans = PromptPlanner(None, SMALL, "prompt", count)
+    plans = planner(count=count)
     plans.plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True)
     counted.clear()
     plans.plan(
@@ -219,21 +213,12 @@ def test_long_texts_are_counted_by_sample() -> None:
 def test_planning_is_safe_under_threads() -> None:
     """Concurrent answers share a planner."""
     plans = planner(ListSource(RANKED))
-    expected = plans.plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True).drafter
-    got: list[object] = []
 
-    def work() -> None:
-        got.extend(
-            plans.plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True).drafter
-            for _ in range(20)
-        )
+    def draft(_: int = 0) -> object:
+        return plans.plan(PROMPT, hints=None, room=999, wants_drafter_prompt=True).drafter
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [expected] * 80 == got
+    with ThreadPoolExecutor(4) as pool:
+        assert [draft()] * 80 == list(pool.map(draft, range(80)))
 
 
 @pytest.mark.parametrize("size", [16, 100, 1000])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fakes_stores import TEXTS, cut
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 
@@ -185,7 +185,6 @@ def test_join_of_one_repeated_character_is_fast():
     assert join_chunks([Chunk("a" * 200_000), Chunk("a" * 199_999 + "b")]).endswith("ab")
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400),
     size=st.integers(5, 60),

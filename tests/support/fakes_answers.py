@@ -6,19 +6,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from rasd_integrations.text import tool_formats as tf
 from rasd_integrations.text.answer.parser import AnswerParser, Parsed, ReasoningFormat
-from rasd_integrations.text.tool_formats import (
-    FALLBACK,
-    GRANITE,
-    HERMES,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL_ARGS,
-    PHI,
-    ToolFormat,
-)
+from rasd_integrations.text.tool_formats import ToolFormat
 
-FORMATS = [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, GRANITE, PHI, FALLBACK]
+FORMATS = [tf.HERMES, tf.LLAMA3, tf.MISTRAL, tf.MISTRAL_ARGS, tf.GRANITE, tf.PHI, tf.FALLBACK]
 MARKED = [f for f in FORMATS if f.mark]
 NAMES = ("f", "g")
 THINK = ReasoningFormat()

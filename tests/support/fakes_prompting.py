@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rasd_integrations.prompting import Prompt, PromptHints
+from rasd_integrations.config import ContextMode, RetrievalConfig
+from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
+from rasd_integrations.retrieval import GuardedSource
 from rasd_integrations.types import Chunk
 
 _TOWERS = [
@@ -76,6 +78,26 @@ class FaultySource(ListSource):
 
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         return self.fault()
+
+
+SMALL = RetrievalConfig(gate_tokens=60, chunk_tokens=16, gate_share=0.7)
+"""Two facts fit in the drafter's prompt."""
+
+
+def planned(
+    prompt: Prompt,
+    hints: PromptHints | None = None,
+    source: ListSource | None = None,
+    *,
+    context: ContextMode = "prompt",
+    room: int = 8192,
+    wants: bool = True,
+    **options: Any,
+) -> PromptPlan:
+    retrieval = replace(SMALL, **options)
+    guarded = None if source is None else GuardedSource(source, retrieval.timeout_s)
+    planner = PromptPlanner(guarded, retrieval, context, count_words)
+    return planner.plan(prompt, hints=hints, room=room, wants_drafter_prompt=wants)
 
 
 def failing() -> Any:

@@ -7,15 +7,8 @@ import pytest
 from fakes_templates import NATIVE, PROMPTED, tokenizer_with
 
 from rasd_integrations.loading import load_tokenizer, packaged_model
-from rasd_integrations.text.tool_formats import (
-    GRANITE,
-    HERMES,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL_ARGS,
-    PHI,
-    tool_format,
-)
+from rasd_integrations.text import tool_formats as tf
+from rasd_integrations.text.tool_formats import tool_format
 
 
 @pytest.mark.parametrize(
@@ -83,12 +76,12 @@ def test_control_tokens_of_the_vocabulary_are_named():
 @pytest.mark.parametrize(
     ("form", "mark", "end_mark"),
     [
-        (HERMES, "<tool_call>", "</tool_call>"),
-        (LLAMA3, "", ""),
-        (MISTRAL, "[TOOL_CALLS]", ""),
-        (MISTRAL_ARGS, "[TOOL_CALLS]", ""),
-        (GRANITE, "<|tool_call|>", ""),
-        (PHI, "<|tool_call|>", "<|/tool_call|>"),
+        (tf.HERMES, "<tool_call>", "</tool_call>"),
+        (tf.LLAMA3, "", ""),
+        (tf.MISTRAL, "[TOOL_CALLS]", ""),
+        (tf.MISTRAL_ARGS, "[TOOL_CALLS]", ""),
+        (tf.GRANITE, "<|tool_call|>", ""),
+        (tf.PHI, "<|tool_call|>", "<|/tool_call|>"),
     ],
 )
 def test_marks_of_a_format(form, mark, end_mark):

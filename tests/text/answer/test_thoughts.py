@@ -7,8 +7,8 @@ import pytest
 from fakes_answers import FORMATS, Answer, answer, call
 from fakes_templates import tokenizer_with
 
+from rasd_integrations.text import tool_formats as tf
 from rasd_integrations.text.answer.parser import ReasoningFormat, opens_thought, reasoning_format
-from rasd_integrations.text.tool_formats import FALLBACK, HERMES, LLAMA3
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from rasd_integrations.text.tool_formats import FALLBACK, HERMES, LLAMA3
         ("", True, Answer("", "", [])),
     ],
 )
-@pytest.mark.parametrize("format", [None, HERMES, LLAMA3, FALLBACK])
+@pytest.mark.parametrize("format", [None, tf.HERMES, tf.LLAMA3, tf.FALLBACK])
 def test_thoughts_at_the_start_are_split_off(format, text, thinking, expected):
     """Thoughts are no text, their marks neither; marks further on are words of the answer."""
     assert expected == answer(format, text, thinking=thinking)

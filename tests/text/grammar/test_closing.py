@@ -47,7 +47,7 @@ def fill(answer, room, **options):
     return rasd.generate(ASKED, params)
 
 
-@pytest.mark.parametrize("room", [100, 150, 151, 152, 153, 300])
+@pytest.mark.parametrize("room", [100, 151, 152, 300])
 @pytest.mark.parametrize("kind", sorted(ENDLESS))
 def test_an_endless_answer_is_closed_in_time(kind, room):
     """Whatever the model would go on with, the object is whole, and the reason is the room."""
@@ -96,23 +96,22 @@ def test_a_forced_call_is_closed_in_time(room):
     assert got.finish_reason == "length"
 
 
-@pytest.mark.parametrize("room", [90, 120, 200])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("room", "temperature"), [(90, 0.0), (90, 1.0), (120, 0.0)])
 def test_drafts_change_nothing_in_the_closing(room, temperature):
     """Random weights: the ids with drafts of any kind are those without."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     params = {"max_tokens": room, "grammar": Grammar.json_schema(SCHEMA), "temperature": temperature, "seed": 3}  # fmt: skip
-    plain = RASD.from_model(model, tokenizer, drafter=None).generate(
-        ASKED, SamplingParams(**params)
+    drafters = (None, "auto", ScriptedDrafter(random_tokens(VOCAB)))
+    plain, *drafted = (
+        RASD.from_model(model, tokenizer, drafter=d).generate(ASKED, SamplingParams(**params))
+        for d in drafters
     )
-    for drafter in ("auto", ScriptedDrafter(random_tokens(VOCAB))):
-        drafted = RASD.from_model(model, tokenizer, drafter=drafter)
-        assert drafted.generate(ASKED, SamplingParams(**params)).token_ids == plain.token_ids
-    assert list(json.loads(RASD.from_model(model, tokenizer).generate(ASKED, SamplingParams(**params)).text)) == SCHEMA["required"]  # fmt: skip
+    assert [answer.token_ids for answer in drafted] == [plain.token_ids] * 2
+    assert list(json.loads(plain.text)) == SCHEMA["required"]
 
 
-def test_the_way_out_leaves_the_state_where_it_was():
-    """It is looked for on the answer's own state, which must not move."""
+def test_the_search_leaves_the_state_where_it_was():
+    """It runs on the answer's own state, which must not change."""
     tokenizer = tiny_tokenizer()
     compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
     state = compiler.state(Grammar.json_schema(SCHEMA), room=90)

@@ -8,19 +8,12 @@ import json
 import weakref
 
 import pytest
+from fakes_answers import FORMATS
 from tiny import EOS, VOCAB, tiny_tokenizer
 
 from rasd_integrations import ConfigurationError, Grammar, MissingDependencyError, ToolUse
+from rasd_integrations.text import tool_formats as tf
 from rasd_integrations.text.grammar.compiler import GrammarCompiler, grammar_compiler
-from rasd_integrations.text.tool_formats import (
-    FALLBACK,
-    GRANITE,
-    HERMES,
-    LLAMA3,
-    MISTRAL,
-    MISTRAL_ARGS,
-    PHI,
-)
 
 TOOLS = [
     {
@@ -127,7 +120,7 @@ def test_other_kinds_of_grammar(compiler, tokenizer, grammar, good, bad):
     assert not accepts(state, tokenizer, bad)
 
 
-FORMS = {f.name: f for f in (HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, GRANITE, PHI, FALLBACK)}
+FORMS = {form.name: form for form in FORMATS}
 CALLS = [
     {"function": {"name": "add", "arguments": {"x": 3, "unit": "F"}}},
     {"function": {"name": "now", "arguments": {}}},
@@ -142,7 +135,7 @@ def test_a_forced_call_is_written_as_the_model_writes_it(compiler, tokenizer, fo
     one = compiler.state(None, ToolUse.of(TOOLS, "required"), form)
     several = compiler.state(None, ToolUse.of(TOOLS, "required", parallel=True), form)
     for call in CALLS:
-        if not (form is MISTRAL_ARGS and "Gott" in call["function"]["name"]):
+        if not (form is tf.MISTRAL_ARGS and "Gott" in call["function"]["name"]):
             assert accepts(one, tokenizer, form.written([call])), form.written([call])
     assert accepts(several, tokenizer, form.written(CALLS[:2]))
     assert not accepts(one, tokenizer, form.written(CALLS[:2]))
@@ -153,15 +146,15 @@ def test_a_forced_call_is_written_as_the_model_writes_it(compiler, tokenizer, fo
 
 def test_a_named_choice_leaves_one_function(compiler, tokenizer):
     """The others are not reachable, and it is called once."""
-    state = compiler.state(None, ToolUse.of(TOOLS, "now"), HERMES)
-    assert accepts(state, tokenizer, HERMES.written(CALLS[1:2]))
-    assert not accepts(state, tokenizer, HERMES.written(CALLS[:1]))
+    state = compiler.state(None, ToolUse.of(TOOLS, "now"), tf.HERMES)
+    assert accepts(state, tokenizer, tf.HERMES.written(CALLS[1:2]))
+    assert not accepts(state, tokenizer, tf.HERMES.written(CALLS[:1]))
 
 
 def test_a_free_model_is_free(compiler):
     """Tools that may be called bind nothing, unless they are strict."""
-    assert compiler.state(None, ToolUse.of(TOOLS), HERMES) is None
-    assert compiler.state(None, ToolUse.of(TOOLS, "none"), HERMES) is None
+    assert compiler.state(None, ToolUse.of(TOOLS), tf.HERMES) is None
+    assert compiler.state(None, ToolUse.of(TOOLS, "none"), tf.HERMES) is None
     assert compiler.state(None) is None
 
 
@@ -175,18 +168,18 @@ def test_strict_tools_bind_the_arguments_only(compiler, tokenizer, form):
     assert accepts(state, tokenizer, form.written(CALLS[:2]))
     broken = form.written([{"name": "add", "arguments": {"y": 3}}])
     assert not accepts(state, tokenizer, broken)
-    if form is not LLAMA3:
+    if form is not tf.LLAMA3:
         assert accepts(state, tokenizer, f"Let me see.\n{form.written(CALLS[:1])}")
 
 
 def test_tools_beside_a_grammar_leave_the_choice(compiler, tokenizer):
     """Agents with a response format: either calls, or a text of the format."""
-    state = compiler.state(Grammar.json_schema(SCHEMA), ToolUse.of(TOOLS), HERMES)
+    state = compiler.state(Grammar.json_schema(SCHEMA), ToolUse.of(TOOLS), tf.HERMES)
     assert accepts(state, tokenizer, '{"name": "Ada", "age": 3}')
-    assert accepts(state, tokenizer, HERMES.written(CALLS[:2]))
+    assert accepts(state, tokenizer, tf.HERMES.written(CALLS[:2]))
     assert not accepts(state, tokenizer, "Ada is 3.")
     with pytest.raises(ConfigurationError, match="tool_choice 'now' demands a call"):
-        compiler.state(Grammar.json_schema(SCHEMA), ToolUse.of(TOOLS, "now"), HERMES)
+        compiler.state(Grammar.json_schema(SCHEMA), ToolUse.of(TOOLS, "now"), tf.HERMES)
 
 
 def test_an_open_thought_comes_first(compiler, tokenizer):
@@ -202,12 +195,12 @@ def test_control_tokens_of_the_markup_are_control_tokens(tokenizer):
     mistral.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
     mark = mistral.convert_tokens_to_ids("[TOOL_CALLS]")
     compiler = GrammarCompiler(mistral, len(mistral), {EOS})
-    forced = compiler.state(None, ToolUse.of(TOOLS, "now"), MISTRAL)
+    forced = compiler.state(None, ToolUse.of(TOOLS, "now"), tf.MISTRAL)
     assert forced.forced()[0] == mark
-    assert accepts(forced, mistral, MISTRAL.written(CALLS[1:2]))
-    strict = compiler.state(None, ToolUse.of(TOOLS, strict=True), MISTRAL)
+    assert accepts(forced, mistral, tf.MISTRAL.written(CALLS[1:2]))
+    strict = compiler.state(None, ToolUse.of(TOOLS, strict=True), tf.MISTRAL)
     assert accepts(strict, mistral, "Some [text].")
-    assert accepts(strict, mistral, f"First.{MISTRAL.written(CALLS[:2])}")
+    assert accepts(strict, mistral, f"First.{tf.MISTRAL.written(CALLS[:2])}")
     assert not accepts(strict, mistral, "[TOOL_CALLS]nonsense")
 
 
@@ -230,15 +223,17 @@ def test_a_tool_that_cannot_be_followed_is_named(compiler):
     """Among several the error tells which."""
     bad = {"name": "odd", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
     with pytest.raises(ConfigurationError, match=r"Tool 'odd': .*not"):
-        compiler.state(None, ToolUse.of([*TOOLS, bad], "required"), HERMES)
+        compiler.state(None, ToolUse.of([*TOOLS, bad], "required"), tf.HERMES)
 
 
 def test_a_set_among_the_arguments_is_a_list(compiler, tokenizer):
     """The framework that reads it drops duplicates."""
     tags = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
     tool = {"name": "tag", "parameters": {"type": "object", "properties": {"t": tags}}}
-    state = compiler.state(None, ToolUse.of([tool], "tag"), HERMES)
-    assert accepts(state, tokenizer, HERMES.written([{"name": "tag", "arguments": {"t": [1, 2]}}]))
+    state = compiler.state(None, ToolUse.of([tool], "tag"), tf.HERMES)
+    assert accepts(
+        state, tokenizer, tf.HERMES.written([{"name": "tag", "arguments": {"t": [1, 2]}}])
+    )
 
 
 def test_a_grammar_is_compiled_once_and_the_tokenizer_is_let_go():

@@ -7,8 +7,8 @@ import pytest
 from fakes_templates import tokenizer_with
 
 from rasd_integrations.errors import PromptError
+from rasd_integrations.text import tool_formats as tf
 from rasd_integrations.text.prompt.messages import fold_roles, plain_message
-from rasd_integrations.text.tool_formats import HERMES, MISTRAL
 
 
 def called(arguments: object, **more: object) -> dict[str, object]:
@@ -79,11 +79,11 @@ def test_folded_calls_and_results_are_in_the_markup_of_the_format():
         {"role": "user", "content": "and?"},
     ]
     plain = [plain_message(m) for m in history]
-    turns = fold_roles(plain, MISTRAL)
+    turns = fold_roles(plain, tf.MISTRAL)
     assert ["user", "assistant", "user"] == [m["role"] for m in turns]
     assert (
         'Let me see.\n\n[TOOL_CALLS][{"name": "f", "arguments": {"a": "ü"}}]' == turns[1]["content"]
     )
     assert "<tool_response>\nr\n</tool_response>\n\nand?" == turns[2]["content"]
     assert all({"role", "content"} == set(turn) for turn in turns)
-    assert HERMES.written(plain[2]["tool_calls"]) in fold_roles(plain)[1]["content"]
+    assert tf.HERMES.written(plain[2]["tool_calls"]) in fold_roles(plain)[1]["content"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import EOS, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -99,7 +98,6 @@ def test_control_tokens_in_content_are_data(text):
     assert f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" == BYTES.decode(ids)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.sampled_from(
@@ -198,12 +196,6 @@ CONVERSATION = [
 ]
 
 
-def test_refused_roles_are_folded():
-    """System text joins the first user message, and neighbours of one role are joined."""
-    expected = "[user]Be brief.\n\none\n\ntwo[assistant]three[user]<tool_response>\nfour\n</tool_response>[assistant]"
-    assert expected == chat(ALTERNATING).render(CONVERSATION)
-
-
 @pytest.mark.parametrize(
     ("roles", "expected"),
     [
@@ -239,54 +231,57 @@ def test_every_order_of_roles_has_a_normal_form(roles, expected):
     assert expected.replace("CALL", call) == chat(ALTERNATING).render(messages)
 
 
-def test_roles_passed_over_in_silence_are_folded():
-    """A template that drops a role without a word does not lose a tool's result."""
-    rendered = chat(SILENT).render(CONVERSATION)
-    assert "[user]Be brief.\n\none" in rendered
-    assert "[user]<tool_response>\nfour\n</tool_response>" in rendered
+def assistant(content: str) -> dict[str, object]:
+    return {"role": "assistant", "content": content}
 
 
-def test_a_message_whose_words_stand_elsewhere_is_not_lost():
-    """A dropped message is noticed, although another one says the same and more."""
-    messages = [user("call him now"), {"role": "system", "content": "call him"}]
-    assert "[user]call him\n\ncall him now[assistant]" == chat(SILENT).render(messages)
-
-
-def test_roles_the_template_takes_are_left_alone():
-    """Nothing is folded where nothing is refused."""
-    assert "<|im_start|>system\nBe brief.<|im_end|>" in CHATML.render(CONVERSATION)
-
-
-def test_messages_refused_in_every_form_are_an_error():
-    """The template's own words reach the caller."""
-    with pytest.raises(PromptError, match="never"):
-        chat("{{ raise_exception('never') }}").render([user("x")])
-
-
-def test_folded_tool_calls_are_kept_as_text():
-    """Where calls cannot be written by the template, the assistant's text says them."""
-    call = {"function": {"name": "look_up", "arguments": '{"a": 1}'}}
-    messages = [
+def called(arguments: object) -> list[dict[str, object]]:
+    """Return a question and the call that follows it."""
+    call = {"function": {"name": "look_up", "arguments": arguments}}
+    return [
         user("q"),
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "r"},
     ]
-    assert "look_up" in chat(ALTERNATING).render(messages)
 
 
-def test_arguments_of_tool_calls_are_mappings():
-    """Arguments that come as a JSON string are written as JSON once, not as a quoted string."""
-    call = {"function": {"name": "f", "arguments": json.dumps({"a": 1})}}
-    rendered = chat(TOOLS).render(
-        [user("q"), {"role": "assistant", "tool_calls": [call]}, user("r")]
-    )
-    assert '"arguments": {"a": 1}' in rendered
+RESULT = "[user]<tool_response>\nfour\n</tool_response>"
+FOLDED = f"[user]Be brief.\n\none\n\ntwo[assistant]three{RESULT}[assistant]"
+SHOUTED = ALTERNATING.replace("{{ m['content'] }}", "{{ m['content'] | upper }}")
+RENDERED = {
+    "refused roles are folded": (ALTERNATING, CONVERSATION, FOLDED),
+    "so are roles that the template ignores": (SILENT, CONVERSATION, FOLDED),
+    "a dropped message is noticed although another contains its words": (
+        SILENT, [user("call him now"), {"role": "system", "content": "call him"}], "[user]call him\n\ncall him now[assistant]"),
+    "accepted roles are left alone": (None, CONVERSATION, "<|im_start|>system\nBe brief.<|im_end|>"),
+    "folded calls become text": (ALTERNATING, called('{"a": 1}'), "look_up"),
+    "arguments are written as JSON once": (TOOLS, called('{"a": 1}'), '"arguments": {"a": 1}'),
+    "a last assistant message is continued": (
+        None, [user("q"), assistant("The answer is")], "<|im_start|>assistant\nThe answer is$"),
+    "also if the template rewrites it": (SHOUTED, [user("q"), assistant("so")], "[user]Q[assistant]so$"),
+    "an empty one asks for an answer": (None, [user("q"), assistant("")], "q<|im_end|>\n<|im_start|>assistant\n$"),
+    "text blocks are joined": (None, [user([{"type": "text", "text": "a"}, "b"])], "user\nab<"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RENDERED)
+def test_what_the_template_writes(case):
+    """Roles, calls, blocks and the beginning of an answer come out in the template's own form; ``$`` is the end."""
+    template, messages, expected = RENDERED[case]
+    rendered = (chat(template) if template else CHATML).render(messages) + "$"
+    assert expected in rendered
 
 
 def test_tools_reach_the_template():
     """The template writes the tools it is given."""
     tools = [{"type": "function", "function": {"name": "look_up"}}]
     assert '"look_up"' in chat(TOOLS).render([user("q")], tools)
+
+
+def test_messages_refused_in_every_form_are_an_error():
+    """The template's own words reach the caller."""
+    with pytest.raises(PromptError, match="never"):
+        chat("{{ raise_exception('never') }}").render([user("x")])
 
 
 def test_template_options_reach_the_template():
@@ -296,34 +291,10 @@ def test_template_options_reach_the_template():
     assert "calm:x" == ChatTemplate(tokenizer, {"mood": "calm"}).render([user("x")])
 
 
-def test_last_assistant_message_is_continued():
-    """A prefill has no end mark behind it."""
-    rendered = CHATML.render([user("q"), {"role": "assistant", "content": "The answer is"}])
-    assert rendered.endswith("<|im_start|>assistant\nThe answer is")
-
-
-def test_prefill_that_the_template_rewrites_is_continued():
-    """A template that changes the last message is asked for a new turn, and the prefill follows."""
-    template = chat(ALTERNATING.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"))
-    rendered = template.render([user("q"), {"role": "assistant", "content": "so"}])
-    assert "[user]Q[assistant]so" == rendered
-
-
-def test_empty_prefill_is_a_new_turn():
-    """An empty last assistant message asks for an answer."""
-    assert CHATML.render([user("q")]) == CHATML.render(
-        [user("q"), {"role": "assistant", "content": ""}]
-    )
-
-
-def test_content_blocks_of_text_are_joined():
-    """A list of text blocks is one text."""
-    assert "user\nab<" in CHATML.render([user([{"type": "text", "text": "a"}, "b"])])
-
-
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
+        ("", "empty"),
         ([], "no messages"),
         ([user("")], "empty"),
         ([user(" \n")], "empty"),
@@ -335,14 +306,9 @@ def test_content_blocks_of_text_are_joined():
 )
 def test_bad_messages_are_refused(messages, words):
     """What cannot be read is named."""
+    encode = CHATML.encode_text if messages == "" else CHATML.encode_messages
     with pytest.raises(PromptError, match=words):
-        CHATML.encode_messages(messages)
-
-
-def test_empty_text_is_refused():
-    """There is nothing to go on from."""
-    with pytest.raises(PromptError, match="empty"):
-        CHATML.encode_text("")
+        encode(messages)
 
 
 def test_missing_template_is_named():
