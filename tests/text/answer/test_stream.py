@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from tiny import EOS, tiny_tokenizer
@@ -25,7 +25,7 @@ class Source:
         self.taken = 0
         self.closed = False
 
-    def blocks(self) -> Iterator[TokenBlock]:
+    def blocks(self) -> Generator[TokenBlock, None, None]:
         try:
             for ids in self.ids:
                 self.taken += 1
@@ -162,7 +162,7 @@ def test_an_error_of_the_engine_reaches_the_consumer_and_closes():
     """What decoding raises is not swallowed."""
     closed = []
 
-    def failing() -> Iterator[TokenBlock]:
+    def failing() -> Generator[TokenBlock, None, None]:
         try:
             yield TokenBlock((65,))
             message = "no"
