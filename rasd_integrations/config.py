@@ -144,17 +144,17 @@ def updated(options: _T, changes: Mapping[str, Any], where: str) -> _T:
     return replace(options, **changes)  # type: ignore[type-var]
 
 
-_NUMBER, _WHOLE = (int, float, type(None)), (int, type(None))
-_SAMPLING_TYPES: tuple[tuple[str, tuple[type, ...], str], ...] = (
-    ("temperature", _NUMBER, "a number or None"),
-    ("top_p", _NUMBER, "a number or None"),
-    ("top_k", _WHOLE, "a whole number or None"),
-    ("min_p", _NUMBER, "a number or None"),
-    ("repetition_penalty", _NUMBER, "a number or None"),
-    ("no_repeat_ngram_size", _WHOLE, "a whole number or None"),
-    ("max_tokens", _WHOLE, "a whole number or None"),
-    ("seed", _WHOLE, "a whole number or None"),
-    ("knowledge_transfer", _NUMBER, "a number or None"),
+_WHOLE = ("top_k", "no_repeat_ngram_size", "max_tokens", "seed")
+_SAMPLING_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("temperature", lambda v: 0 <= v < math.inf, "at least 0, and finite"),
+    ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
+    ("top_k", lambda v: v >= 0, "at least 0 (0 is off)"),
+    ("min_p", lambda v: 0 <= v <= 1, "in [0, 1] (0 is off)"),
+    ("repetition_penalty", lambda v: 0 < v < math.inf, "above 0 (1 is off)"),
+    ("no_repeat_ngram_size", lambda v: v >= 0, "at least 0 (0 is off)"),
+    ("max_tokens", lambda v: v >= 1, "at least 1"),
+    ("seed", lambda _: True, "a whole number"),
+    ("knowledge_transfer", lambda v: 0 <= v < math.inf, "at least 0, or None"),
 )
 SAMPLING_DEFAULTS: Mapping[str, Any] = {
     "temperature": 0.0,
@@ -219,12 +219,14 @@ class SamplingParams:
             stop = (given,) if isinstance(given, str) else tuple(given)
             object.__setattr__(self, "stop", stop)
             _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings")
-        for name, kinds, what in _SAMPLING_TYPES:
-            value = getattr(self, name)
-            _check(isinstance(value, kinds) and not isinstance(value, bool), name, value, what)
         for name, ok, limit in _SAMPLING_RANGES:
             value = getattr(self, name)
-            _check(value is None or ok(value), name, value, limit)
+            if value is None:
+                continue
+            kinds, what = (int, "a whole number") if name in _WHOLE else (int | float, "a number")
+            is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            _check(is_number, name, value, f"{what} or None")
+            _check(ok(value), name, value, limit)
         grammar = self.grammar
         _check(grammar is None or isinstance(grammar, Grammar), "grammar", grammar, "a Grammar")
         _check(self.on_cut in get_args(OnCut), "on_cut", self.on_cut, "'close' or 'raise'")
@@ -244,18 +246,6 @@ class SamplingParams:
             if given[name] is None:
                 given[name] = own.get(name, default)
         return Sampling(**given)
-
-
-_SAMPLING_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("temperature", lambda v: 0 <= v < math.inf, "at least 0, and finite"),
-    ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
-    ("top_k", lambda v: v >= 0, "at least 0 (0 is off)"),
-    ("min_p", lambda v: 0 <= v <= 1, "in [0, 1] (0 is off)"),
-    ("repetition_penalty", lambda v: 0 < v < math.inf, "above 0 (1 is off)"),
-    ("no_repeat_ngram_size", lambda v: v >= 0, "at least 0 (0 is off)"),
-    ("max_tokens", lambda v: v >= 1, "at least 1"),
-    ("knowledge_transfer", lambda v: 0 <= v < math.inf, "at least 0, or None"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,9 +75,13 @@ def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
 
 
 def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.ExitStack) -> Path:
+    """Make and save a conversion; in a temporary folder if the cache cannot be written."""
     made = make()
+    parameters = made.parameters() if isinstance(made, torch.nn.Module) else ()
+    nbytes = sum(weight.nbytes for weight in parameters)
     try:
-        _keep(made, folder, path)
+        with made_folder(folder, "converted", title_of(str(path)), nbytes) as new:
+            made.save_pretrained(new)
     except Exception as err:  # noqa: BLE001 -- tokenizers raises a plain Exception if the disk is full
         warnings.warn(
             f"Cannot write to {folder.parent} ({err}), so {path.name} is converted anew each time. "
@@ -89,14 +93,6 @@ def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.E
         folder = Path(stack.enter_context(temporary))
         made.save_pretrained(folder)
     return folder
-
-
-def _keep(made: Any, folder: Path, path: Path) -> None:
-    """Save ``made`` as ``folder`` atomically, unless another process was first."""
-    parameters = made.parameters() if isinstance(made, torch.nn.Module) else ()
-    nbytes = sum(weight.nbytes for weight in parameters)
-    with made_folder(folder, "converted", title_of(str(path)), nbytes) as new:
-        made.save_pretrained(new)
 
 
 def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
