@@ -85,11 +85,12 @@ def transformers_answer(
     question: str, loaded: LoadedModel, ids: Sequence[int], max_tokens: int
 ) -> Measured:
     """Answer with transformers' greedy ``generate`` on the same prompt ids."""
-    clock, model, tokenizer = _StreamClock(), loaded.model, loaded.tokenizer
+    clock, tokenizer = _StreamClock(), loaded.tokenizer
+    model: Any = loaded.model
     prompt = torch.tensor([list(ids)], device=model.device)
     start = time.perf_counter()
     with torch.inference_mode():
-        out: Any = model.generate(
+        out = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,

@@ -57,8 +57,10 @@ def model_identity(model: PreTrainedModel) -> ModelIdentity:
             is_whole &= content is not None and weight.device == model.device
     weights = digest.hexdigest()[:32]
     config = {k: v for k, v in model.config.to_dict().items() if k not in _IRRELEVANT}
-    parts = (weights, transformers.__version__, model.device.type, json.dumps(config, default=str))
-    kv = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    text = repr(
+        (weights, transformers.__version__, model.device.type, json.dumps(config, default=str))
+    )
+    kv = hashlib.sha256(text.encode()).hexdigest()[:32]
     return ModelIdentity(weights, kv if is_whole else None)
 
 
