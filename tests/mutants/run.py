@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +28,10 @@ COPIED = (PACKAGE, "tests", "examples", "docs", "pyproject.toml", "README.md", "
 PRELOADED = (
     "torch", "transformers.models.llama.modeling_llama", "transformers.integrations.sdpa_attention",
     "hypothesis", "langchain_core.language_models.chat_models", "langchain.agents", "llama_index.core", "chromadb",
+)  # fmt: skip
+OPTIONS = (
+    "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-o", "console_output_style=classic",
+    "-W", "ignore::pytest.PytestAssertRewriteWarning",  # of plugins that are preloaded
 )  # fmt: skip
 FEW = 4  # rows for which preloading does not pay
 
@@ -80,17 +85,10 @@ class Tree:
             os.environ.setdefault("RASD_DATA", str(self.data))
             import pytest
 
-            options = (
-                "-x",
-                "-q",
-                "--no-header",
-                "-p",
-                "no:cacheprovider",
-                "-o",
-                "console_output_style=none",
-            )
-            status = pytest.main([*options, *(f"tests/{test}" for test in tests)])
+            status = pytest.main([*OPTIONS, *(f"tests/{test}" for test in tests)])
             sys.stdout.flush()
+        except BaseException:  # noqa: BLE001  (said in the log that the parent reads)
+            traceback.print_exc()
         finally:
             os._exit(status)
 
