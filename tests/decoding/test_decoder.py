@@ -275,6 +275,7 @@ def test_overflow_is_refused_at_the_call(target):
     decoder = SpeculativeDecoder(target)
     with pytest.raises(ContextOverflowError, match=f"window is {WINDOW}: 13 too many"):
         decoder.generate([1] * (WINDOW - 27), GREEDY)
+    decoder.generate([1] * (WINDOW - NUM_TOKENS), GREEDY)  # fills the window to its last token
 
 
 @pytest.mark.parametrize(("ids", "message"), [([], "no tokens"), ([1, VOCAB], "outside")])
