@@ -38,25 +38,6 @@ def test_the_script_prints_one_document(
     assert drafting["eager_waits"] is drafting["graphs_waits"] is None
 
 
-def test_steps_on_graphs_are_timed_on_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their rows are not eager steps under another name."""
-    replays: list[int] = []
-    stock = GraphExecutor._replayed
-
-    def counted(self, run, ids, segment):
-        replays.append(len(ids))
-        return stock(self, run, ids, segment)
-
-    monkeypatch.setattr(GraphExecutor, "_replayed", counted)
-    size = gpu.setting(tiny=True)
-    model = gpu.build(size, size.layers, size.dtype, 1024)
-    with torch.inference_mode():
-        gpu._our_steps(size, model, 64)
-    own_check = [1, 3]
-    steps = size.repeats + 2 - 1  # all but the first of a shape
-    assert replays == [*own_check, *([1] * steps), *([4] * steps)]
-
-
 def test_a_wrong_graph_stops_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +57,7 @@ def test_a_wrong_graph_stops_the_run(
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2_says_the_same_on_every_path() -> None:
     """The real model's part: eager, graphs, trees and a drafter model on graphs, transformers."""
@@ -83,12 +65,3 @@ def test_smollm2_says_the_same_on_every_path() -> None:
     assert found is not None
     paths = {"transformers", "eager", "graphs", "graphs, drafted", "graphs, model"}
     assert set(found["identical"]) == set(found["ms_per_token"]) == paths
-
-
-def test_a_missing_model_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Without the package of its weights there is no real model, and a line that says so."""
-    monkeypatch.setattr(gpu, "REAL", "no_such_package")
-    assert gpu.real("cpu", torch.float32) is None
-    assert "no real model" in capsys.readouterr().err

@@ -11,32 +11,26 @@ from schemas import CASES
 from scripted import scripted_tokenizer
 
 pytest.importorskip("llguidance")
-UNCHECKED = {
-    "date-time",
-    "time",
-    "duration",
-    "email",
-    "uri",
-}  # jsonschema needs more packages for these
+UNCHECKED = {"date-time", "time", "duration", "email", "uri"}  # jsonschema needs more packages
 REFUSED = {
     "property names", "set (uniqueItems)", "contains", "pattern with lookahead", "decimal (pydantic)",
     "not", "if/then", "dependentRequired",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
-def test_cases_are_right(name):
+def test_cases_are_right():
     """Values that are called valid are, and the others are not, says jsonschema."""
     jsonschema = pytest.importorskip("jsonschema")
-    case = CASES[name]
-    draft = {"(draft 4)": "Draft4Validator", "(draft 7 ": "Draft7Validator"}
-    kind = next((v for mark, v in draft.items() if mark in name), "Draft202012Validator")
-    validator = getattr(jsonschema, kind)(
-        case.schema, format_checker=getattr(jsonschema, kind).FORMAT_CHECKER
-    )
-    assert all(validator.is_valid(value) for value in case.valid)
-    if name not in UNCHECKED:
-        assert not any(validator.is_valid(value) for value in case.invalid)
+    drafts = {"(draft 4)": "Draft4Validator", "(draft 7 ": "Draft7Validator"}
+    wrong = []
+    for name, case in CASES.items():
+        kind = next((v for mark, v in drafts.items() if mark in name), "Draft202012Validator")
+        validator = getattr(jsonschema, kind)
+        valid = validator(case.schema, format_checker=validator.FORMAT_CHECKER).is_valid
+        wrong += [(name, value) for value in case.valid if not valid(value)]
+        if name not in UNCHECKED:
+            wrong += [(name, value) for value in case.invalid if valid(value)]
+    assert wrong == []
 
 
 def test_no_schema_is_followed_wrongly():
@@ -46,18 +40,6 @@ def test_no_schema_is_followed_wrongly():
     wrong = {name: v for name, v in verdicts.items() if v != "ok" and not v.startswith("refused")}
     assert wrong == {}
     assert {name for name, v in verdicts.items() if v != "ok"} <= REFUSED
-
-
-def test_wrong_verdicts_are_told():
-    """A library that takes everything is reported for each invalid value."""
-
-    class Lax(LLGuidance):
-        def compile(self, schema):
-            return super().compile({})
-
-    tokenizer = scripted_tokenizer()
-    verdicts = masks.coverage(Lax(tokenizer), tokenizer)
-    assert verdicts["integer"] == 'taken: {"x": 1.5}; taken: {"x": "1"}; taken: {"x": true}'
 
 
 def test_the_command_prints_figures_and_skips_what_is_missing(monkeypatch, capsys, tmp_path):
