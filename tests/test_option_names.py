@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_llama
 
 from rasd_integrations import RASD
-from rasd_integrations.config import SamplingParams, updated
+from rasd_integrations.config import RetrievalConfig, SamplingParams, SpeculationConfig, updated
 from rasd_integrations.errors import ConfigurationError, RASDError
 
 MEANT = {
@@ -77,3 +77,13 @@ def test_what_from_pretrained_does_not_take_is_named(tmp_path):
     with pytest.raises(RASDError, match=r"model_kwargs has 'device'.*device_map") as caught:
         RASD.load(tmp_path, model_kwargs={"device": "cpu"})
     assert "files" not in str(caught.value)
+
+
+def test_defaults_are_the_documented_ones():
+    """An answer is greedy, of 512 tokens, lossless, and its drafter sees no chunk that is not in the prompt."""
+    answer, drafts, store = SamplingParams().settled({}), SpeculationConfig(), RetrievalConfig()
+    assert (answer.temperature, answer.top_p, answer.top_k, answer.min_p) == (0, 1, 0, 0)
+    assert (answer.repetition_penalty, answer.no_repeat_ngram_size) == (1, 0)
+    assert (answer.max_tokens, answer.stop, answer.seed) == (512, (), None)
+    assert (drafts.lossless, drafts.num_draft_tokens, drafts.max_draft_tokens) == (True, None, 16)
+    assert (store.k, store.timeout_s, store.store_policy) == (16, 2.0, "prompt")

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -22,18 +23,20 @@ from rasd_integrations.engine.verification.sampling import (
 from rasd_integrations.errors import DecodingError
 
 
-def transformers_distribution(logits, temperature, top_p, top_k):
+def transformers_distribution(logits, temperature, top_p, top_k, min_p=0.0):
     """Return what `generate` samples from."""
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = MinPLogitsWarper(min_p)(None, scores)
     return scores.softmax(-1)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
+    "options",
     [
         (1.0, 1.0, 0),
         (0.7, 1.0, 0),
@@ -42,14 +45,16 @@ def transformers_distribution(logits, temperature, top_p, top_k):
         (0.8, 0.37, 0),
         (0.6, 0.8, 7),
         (2.0, 0.01, 3),
+        (1.0, 1.0, 0, 0.2),
+        (0.9, 0.9, 20, 0.05),
     ],
 )
-def test_distribution_equals_transformers_warpers(temperature, top_p, top_k):
-    """Temperature, top-k and top-p give the distribution that transformers' generate samples from."""
+def test_distribution_equals_transformers_warpers(options):
+    """Temperature, top-p, top-k and min-p give the distribution that transformers' generate samples from."""
     logits = torch.randn(64, 200, generator=torch.Generator().manual_seed(0)) * 3
     logits[logits < -6] = float("-inf")
-    actual = process_logits(logits, temperature, top_p, top_k)
-    torch.testing.assert_close(actual, transformers_distribution(logits, temperature, top_p, top_k))
+    actual = process_logits(logits, *options)
+    torch.testing.assert_close(actual, transformers_distribution(logits, *options))
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
