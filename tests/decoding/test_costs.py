@@ -74,6 +74,19 @@ def test_a_step_that_was_held_up_says_little():
     costs = measured(StepCosts(CostShape()), [1] * 10, plain=0.02)
     costs.add(1, 2.0)
     assert costs.at(1) < 0.025
+    wide = measured(costs, [1, 5] * 10, plain=0.02).at(5)
+    costs.add(5, 2.0)
+    assert costs.at(5) < 1.3 * wide
+
+
+def test_the_plain_step_is_timed_again():
+    """All others are measured by it, so it must not be an old one."""
+    costs = measured(StepCosts(CostShape()), [1, 5, 1, 5], plain=0.02)
+    assert not costs.wants_plain
+    measured(costs, [5] * 200, plain=0.02)
+    assert costs.wants_plain
+    costs.add(1, 0.02)
+    assert not costs.wants_plain
 
 
 def settled(schedule: Schedule, steps: int, yields: list[float], change: float) -> list[int]:

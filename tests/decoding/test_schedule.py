@@ -37,6 +37,14 @@ def test_off_is_tried_again():
     assert after(schedule, 400, share=1.0, draft_s=0.0, slope=0.01).next_budget() > 4
 
 
+def test_acceptance_is_of_the_tokens_that_were_tried():
+    """Those behind a refused one were neither right nor wrong."""
+    schedule = Schedule(16)
+    for _ in range(100):
+        schedule.record(8, 1, 0.0, 1.0)
+    assert schedule.acceptance == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize("cost", [0.0, 0.1])
 def test_dearer_drafts_are_shorter(cost):
     """The draft length falls as a drafted token costs more."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import WINDOW, answered, generated, tiny, variants
@@ -120,6 +122,19 @@ def test_an_object_that_somebody_changed_is_compared_itself():
     attention.forward = twice
     with pytest.raises(ConfigurationError, match="model_type 'llama'"):
         EagerExecutor(model)
+
+
+def test_logits_a_hundredth_off_are_refused(monkeypatch):
+    """In float32 the limit is a thousandth of their spread."""
+    step = EagerExecutor.step
+
+    def off(executor, *args, **kwargs):
+        out = step(executor, *args, **kwargs)
+        return replace(out, logits=1.01 * out.logits)
+
+    monkeypatch.setattr(EagerExecutor, "step", off)
+    with pytest.raises(ConfigurationError, match=r"0\.01 of their spread"):
+        EagerExecutor(tiny_llama())
 
 
 def test_the_comparison_draws_no_random_numbers_of_the_users():

@@ -98,6 +98,14 @@ def test_every_drafter_is_lossless_under_a_grammar(family, kind):
     assert decode(target, drafter, n=5) == decode(target)
 
 
+@pytest.mark.parametrize("token", [0, 31, 32, 63, 64, 200])
+def test_a_draft_keeps_the_tokens_that_a_mask_allows(token):
+    """Whatever word of the mask they are in; the ones behind a forbidden one go."""
+    state = grammar(lambda path: [8, 9] if path else [token, 7])
+    draft, _ = guide(state, Draft((token, 8, 6, 9)), 8, ())
+    assert draft.token_ids == (token, 8)
+
+
 def test_a_model_drafter_drafts_inside_the_grammar():
     """On the target's own prompt a masked drafter is always right, so every draft stands whole."""
     target, stats = TargetModel(tiny_llama()), DecodingStats()
