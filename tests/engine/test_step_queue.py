@@ -90,6 +90,17 @@ def test_one_thread_runs_its_own_work():
     assert [["a"], ["b"]] == scripted.runs
 
 
+def test_who_waits_long_takes_no_lead_from_a_thread_at_work(monkeypatch):
+    """It looks whether the leader is still there; while that one is, nobody else runs."""
+    monkeypatch.setattr(step_queue, "_NOTICED_S", 0.001)
+    held = Held()
+    held.start("second")
+    time.sleep(0.05)
+    assert held.runs == [["first"]]
+    held.release()
+    assert held.runs == [["first"], ["second"]]
+
+
 def test_waiting_steps_run_together_in_the_order_they_came():
     """What piled up behind a run is one batch, and each thread gets its own result."""
     held = Held()
