@@ -29,7 +29,12 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 
 WITH_CODE = [page for page in PAGES if blocks(page)]
-SLOW = {"draft-with-another-family.md"}
+SLOW = {
+    "cache-answers.md", "draft-from-a-datastore.md", "draft-from-hidden-states.md",
+    "draft-with-another-family.md", "first-speedup.md", "from-huggingface-llm.md",
+    "from-huggingface-pipeline.md", "langchain-agents.md", "llama-index-agents.md",
+    "repeat-answers.md", "structured-output.md", "warm-documents.md",
+}  # fmt: skip
 
 
 def cases() -> list[Any]:
