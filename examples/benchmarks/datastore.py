@@ -120,7 +120,7 @@ def build(path: Path, megabytes: float, model: str, folder: Path | None) -> dict
         "mb": megabytes,
         "texts": len(store),
         "tokens": store.num_tokens,
-        "segments": len(store.segments),
+        "shards": len(store.shards),
         "encode_s": encode.seconds,
         "index_s": whole - encode.seconds,
         "save_s": saving,
@@ -167,7 +167,7 @@ def _growth(store: TokenStore, encode: Timed, folder: Path | None) -> dict[str, 
     return {
         "grow_us_token": 1e6 * sum(took) / (store.num_tokens - tokens),
         "grow_worst_ms": 1000 * max(took),
-        "grown_segments": len(store.segments),
+        "grown_shards": len(store.shards),
     }
 
 
@@ -176,9 +176,9 @@ def _query_costs(store: TokenStore, queries: int, kind: str) -> dict[str, float]
     drafter = DatastoreDrafter(store)
     took, nodes = [], 0
     for _ in range(queries):
-        segment = draw.choice(store.segments)
-        place = draw.randrange(len(segment.text) - 40)
-        context = segment.text[place : place + 40][::-1].tolist()
+        shard = draw.choice(store.shards)
+        place = draw.randrange(len(shard.text) - 40)
+        context = shard.text[place : place + 40][::-1].tolist()
         if kind == "mixed":
             context[-3] = draw.randrange(1000)
         session = drafter.start(DraftContext(prompt_ids=context))
@@ -236,7 +236,7 @@ ROWS = (
     ("remove a text, ms", "remove_one_ms", 1),
     ("grow by 1 MB, us a token", "grow_us_token", 2),
     ("grow by 1 MB, slowest 100 texts, ms", "grow_worst_ms", 1),
-    ("segments then", "grown_segments", 0),
+    ("shards then", "grown_shards", 0),
 )
 
 

@@ -29,9 +29,9 @@ from metrics import machine
 from tasks import data_folder
 
 from rasd_integrations.datastores.hidden import DenseStore
-from rasd_integrations.datastores.hidden.build import FILE, grouped
-from rasd_integrations.datastores.hidden.file import ArrayFile, write
+from rasd_integrations.datastores.hidden.build import FILE, KIND, grouped, write_arrays
 from rasd_integrations.datastores.hidden.transform import Transform
+from rasd_integrations.datastores.mapped_file import MappedFile
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.loading import packaged_model
 from rasd_integrations.runtime.models import SharedModel, shared_model
@@ -68,9 +68,9 @@ def opened(folder: Path, shared: SharedModel) -> tuple[DenseStore, dict[str, Any
 
 def enlarge(folder: Path, times: int, into: Path) -> float:
     """Write the store of ``folder`` as often as that into one of its own; return the seconds of its last step."""
-    kept = ArrayFile(folder / FILE)
-    ids = kept["ids"]
-    keys = kept["keys"][np.argsort(kept["places"])]  # in order of place
+    kept = MappedFile(folder / FILE, KIND)
+    ids = kept.array("ids", "U32")
+    keys = kept.array("keys", "F16")[np.argsort(kept.array("positions", "U32"))]
     draw = np.random.default_rng(0)
     scattered = np.empty((times, *keys.shape), np.float16)
     for copy in scattered:
@@ -78,7 +78,8 @@ def enlarge(folder: Path, times: int, into: Path) -> float:
         copy[:] = near / np.linalg.norm(near, axis=1, keepdims=True)
     start = time.perf_counter()
     arrays = grouped(np.tile(ids, times), scattered.reshape(-1, keys.shape[1]))
-    write(into / FILE, arrays | {name: kept[name] for name in ("mean", "basis")}, kept.marks)
+    arrays |= {name: kept.array(name, "F32") for name in ("mean", "basis")}
+    write_arrays(into / FILE, arrays, kept.marks)
     return time.perf_counter() - start
 
 
@@ -116,9 +117,10 @@ def look_up_as_dresd(store: DenseStore, asked: Sequence[tuple[Any, int]]) -> dic
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
-    kept = ArrayFile(store.path)
-    keys, transform = kept["keys"].astype(np.float32), Transform(kept["mean"], kept["basis"])
-    next_tokens = np.repeat(kept["tokens"], np.diff(kept["starts"]))
+    kept = MappedFile(store.path, KIND)
+    keys = kept.array("keys", "F16").astype(np.float32)
+    transform = Transform(kept.array("mean", "F32"), kept.array("basis", "F32"))
+    next_tokens = np.repeat(kept.array("tokens", "U32"), np.diff(kept.array("starts", "I64")))
     index = faiss.IndexFlatIP(keys.shape[1])
     index.add(keys)
     took, found = [], []

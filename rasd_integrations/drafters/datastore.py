@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import comb
 
 from rasd_integrations.datastores.tokens.encoding import SEPARATOR
-from rasd_integrations.datastores.tokens.segment import MAX_MATCH, continuations
+from rasd_integrations.datastores.tokens.shard import MAX_MATCH, continuations
 from rasd_integrations.datastores.tokens.store import TokenStore
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
@@ -137,7 +137,7 @@ class DatastoreSession:
             return (), (), ()
         context = [*self._prompt, *self._answer[-MAX_MATCH:], *extra]
         length, rows = continuations(
-            [segment for store in drafter.stores for segment in store.segments],
+            [shard for store in drafter.stores for shard in store.shards],
             context,
             min_match=drafter.min_match,
             most_rows=drafter.max_rows,

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrain
 from rasd_integrations.errors import MissingDependencyError
 from rasd_integrations.loading.progress import transformers_stage
 from rasd_integrations.loading.turns import turn_end_ids
-from rasd_integrations.storage.cache_folder import cache_folder, file_digest, title_of, whole
+from rasd_integrations.storage.cache_folder import cache_folder, file_digest, is_whole, title_of
 from rasd_integrations.storage.marked import made_folder
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         with LOADING:
             folder = cache_folder() / "gguf" / f"{file_digest(path)[:32]}-{_CONVERTER}-{kind}"
-            if whole(folder) is None:
+            if not is_whole(folder):
                 if folder.exists():
                     logger.warning("%s is damaged and is made anew", folder)
                 what = None if kind == "tokenizer" else f"Converting {path.name}, once"

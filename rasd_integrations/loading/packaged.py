@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from rasd_integrations.errors import ModelLoadError
-from rasd_integrations.storage.cache_folder import cache_folder, file_digest, title_of, whole
+from rasd_integrations.storage.cache_folder import cache_folder, file_digest, is_whole, title_of
 from rasd_integrations.storage.marked import made_folder
 
 
@@ -61,7 +61,7 @@ def _joined(parts: list[Path], root: Path) -> Path:
     try:
         digests = "".join(file_digest(part) for part in parts)
         folder = where / hashlib.sha256(digests.encode()).hexdigest()[:32]
-        if whole(folder) is None:
+        if not is_whole(folder):
             size = sum(part.stat().st_size for part in parts)
             with made_folder(folder, "joined", title_of(name), size) as new:
                 with (new / name).open("wb") as out:

@@ -1,4 +1,4 @@
-"""Chunks from the pipeline's own store, behind one interface. A store is named in its one adapter."""
+"""Chunks from the pipeline's own store, behind one interface; each store has one adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one interface that the rest of the package knows of a vector store."""
+"""The interface of a vector store to the rest of the package."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rasd_integrations.types import Chunk
 
 @runtime_checkable
 class ChunkSource(Protocol):
-    """Something that can be searched for chunks by a question.
+    """A store that can be searched for chunks by a question.
 
-    Rank order is all that callers use; scores stay inside. Implementations may raise and may be slow:
-    :class:`rasd_integrations.retrieval.GuardedSource` is what the engine calls.
+    Callers use only the order, no scores. Implementations may raise and may be slow: the engine calls them
+    through :class:`rasd_integrations.retrieval.GuardedSource`.
     """
 
     def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
@@ -22,10 +22,10 @@ class ChunkSource(Protocol):
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         """Return all chunks of the document that ``chunk`` belongs to, in reading order.
 
-        An empty list says that the store cannot tell.
+        Empty if the store cannot tell.
         """
         ...
 
     def fingerprint(self) -> str:
-        """Return a cheap identity of the store's content, best effort, for cache keys."""
+        """Return a cheap, best-effort identity of the store's content, for cache keys."""
         ...

@@ -7,20 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rasd_integrations.errors import RetrievalError
-from rasd_integrations.retrieval.documents import (
-    MAX_DOCUMENT_CHUNKS,
-    document_of,
-    has_document_key,
-)
+from rasd_integrations.retrieval.documents import MAX_DOCUMENT_CHUNKS, document_of
 from rasd_integrations.retrieval.embedding import Embedder
 from rasd_integrations.retrieval.items import digest, is_a
 from rasd_integrations.types import Chunk
 
 _MOST_IDS = 2000  # ids that a fingerprint hashes; a larger collection is told by its size
+_INCLUDE = ["documents", "metadatas"]
 
 
 class ChromaDocuments:
-    """The documents in a collection, by its own ``where`` filter; the collection is never scanned."""
+    """Whole documents of a collection, read by its own ``where`` filter; it is never scanned."""
 
     def __init__(self, collection: Callable[[], Any]) -> None:
         """Read from what ``collection()`` returns: a framework may exchange it (a reset)."""
@@ -29,48 +26,45 @@ class ChromaDocuments:
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         """Return the chunks of ``chunk``'s document that pass ``filter``, in reading order."""
         collection = self._collection()
-        if not has_document_key(chunk.metadata) and chunk.id:
-            found = collection.get(ids=[chunk.id], include=["documents", "metadatas"])
-            chunk = next(iter(_chunks(found)), chunk)
+
+        def find(chunk: Chunk) -> Chunk | None:
+            found = collection.get(ids=[chunk.id], include=_INCLUDE) if chunk.id else None
+            return next(iter(_chunks(found)), None) if found else None
 
         def fetch(key: str, value: Any) -> list[Chunk]:
             where = {key: value}
+            where = {"$and": [where, filter]} if filter else where
             # One more than a document may have shows that the group is none.
-            found = collection.get(
-                where={"$and": [where, filter]} if filter else where,
-                limit=MAX_DOCUMENT_CHUNKS + 1,
-                include=["documents", "metadatas"],
+            return _chunks(
+                collection.get(where=where, limit=MAX_DOCUMENT_CHUNKS + 1, include=_INCLUDE)
             )
-            return _chunks(found)
 
-        return document_of(chunk, fetch)
+        return document_of(chunk, fetch, find)
 
     def fingerprint(self) -> str:
-        """Return the collection's id and size, and a hash of the ids where there are not too many."""
+        """Return the collection's id and size, and a hash of the ids if there are not too many."""
         collection = self._collection()
         count = collection.count()
-        mark = f"chroma-{collection.id}-{count}"
+        name = f"chroma-{collection.id}-{count}"
         if count > _MOST_IDS:
-            return mark
-        ids = sorted(collection.get(include=[])["ids"])
-        return f"{mark}-{digest(*ids).hex()}"
+            return name
+        return f"{name}-{digest(*sorted(collection.get(include=[])['ids'])).hex()}"
 
 
-class ChromaSource:
+class ChromaSource(ChromaDocuments):
     """A raw collection, searched with its own embedding function or with ``embed``."""
 
     def __init__(self, collection: Any, embed: Any = None) -> None:
         """Hold ``collection``.
 
         Raises:
-            RetrievalError: No ``embed`` is given and the collection would embed with Chroma's default
+            RetrievalError: No ``embed`` is given, and the collection would embed with Chroma's default
                 model although it was not filled with that.
         """
+        super().__init__(lambda: collection)
         if embed is None:
             require_embedding(collection)
         self._embedder = None if embed is None else Embedder(embed)
-        self._collection = collection
-        self._documents = ChromaDocuments(lambda: collection)
 
     def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
         """Return at most ``k`` chunks, nearest first; ``filter`` is Chroma's ``where``."""
@@ -78,25 +72,17 @@ class ChromaSource:
             question: dict[str, Any] = {"query_texts": [query]}
         else:
             question = {"query_embeddings": [self._embedder.query(query).tolist()]}
-        found = self._collection.query(
-            **question, n_results=k, where=filter or None, include=["documents", "metadatas"]
+        found = self._collection().query(
+            **question, n_results=k, where=filter or None, include=_INCLUDE
         )
-        return _chunks({key: found[key][0] for key in ("ids", "documents", "metadatas")})
-
-    def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
-        """Return the chunks of ``chunk``'s document that pass ``filter``, in reading order."""
-        return self._documents.document(chunk, filter=filter)
-
-    def fingerprint(self) -> str:
-        """Return the collection's id, size and ids' hash."""
-        return self._documents.fingerprint()
+        return _chunks({key: found[key][0] for key in ("ids", *_INCLUDE)})
 
 
 def require_embedding(collection: Any) -> None:
-    """Refuse a collection that does not say how it was embedded.
+    """Raise unless a collection says how it was embedded.
 
     A collection whose embedding Chroma was not told of (LangChain and LlamaIndex embed themselves)
-    gets Chroma's default model when it is opened again, without a word.
+    silently gets Chroma's default model when it is opened again.
 
     Raises:
         RetrievalError: Questions would be embedded with the default model, the texts were with another.
@@ -126,12 +112,10 @@ def _chunks(found: Mapping[str, Any]) -> list[Chunk]:
 
 
 def _with_node(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata with the place that LlamaIndex keeps in a node's JSON beside them."""
+    """Return the metadata with the offset that LlamaIndex keeps in a node's JSON beside them."""
     plain = {k: v for k, v in metadata.items() if not k.startswith("_node_")}
     try:
         start = json.loads(metadata.get("_node_content", "{}")).get("start_char_idx")
     except (ValueError, TypeError, AttributeError):
         start = None
-    if start is not None:
-        plain["start_char_idx"] = start
-    return plain
+    return plain if start is None else plain | {"start_char_idx": start}

@@ -1,4 +1,4 @@
-"""Which chunks make one document, in which order, and how they join to its text. Pure functions."""
+"""Finds the chunks of one document, orders them and joins them to its text. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ DOCUMENT_KEYS = (
     "file_name",
     "filename",
 )
-"""Metadata keys that name a chunk's document, the widest first: a file may be loaded as many pages,
-each with an id of its own. Bare file names stand last, since folders share them."""
+"""Metadata keys that name a chunk's document, widest first: a file may be loaded as many pages, each with
+an id of its own. Bare file names are last, since folders share them."""
 
 MAX_DOCUMENT_CHUNKS = 20_000
 """A group with more chunks is a collection, not a document."""
@@ -33,14 +33,23 @@ _MOST_OVERLAP = 4096  # characters looked back; keeps text of one repeated chara
 
 Fetch = Callable[[str, Any], Sequence[Chunk]]
 """``fetch(key, value)``: the chunks whose metadata has that value, in the store's order."""
+Find = Callable[[Chunk], Chunk | None]
+"""The stored chunk for one that lost its metadata, if it is known."""
 
 
-def document_of(chunk: Chunk, fetch: Fetch) -> list[Chunk]:
-    """Return the chunks of ``chunk``'s document in reading order; empty where that cannot be known.
+def document_of(chunk: Chunk, fetch: Fetch, find: Find = lambda _: None) -> list[Chunk]:
+    """Return the chunks of ``chunk``'s document in reading order; empty if that cannot be known.
 
     A key whose chunks contradict each other (two texts at one place: many documents from one
     "source", or two versions of one) is narrowed by the keys after it.
+
+    Args:
+        chunk: Any chunk of the document.
+        fetch: Lists chunks by metadata.
+        find: Asked if the metadata name no document.
     """
+    if not any(_names_a_document(chunk.metadata.get(key)) for key in DOCUMENT_KEYS):
+        chunk = find(chunk) or chunk
     known: dict[str, Any] = {}
     for key in DOCUMENT_KEYS:
         value = chunk.metadata.get(key)
@@ -54,13 +63,8 @@ def document_of(chunk: Chunk, fetch: Fetch) -> list[Chunk]:
     return []
 
 
-def has_document_key(metadata: Mapping[str, Any]) -> bool:
-    """Return whether the metadata name a document."""
-    return any(_names_a_document(metadata.get(key)) for key in DOCUMENT_KEYS)
-
-
 def reading_order(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Order one document's chunks by page and place, else as the store keeps them; drop repeats."""
+    """Order one document's chunks by page and offset, else as the store lists them; drop repeats."""
     unique = list({(c.text, _page(c), start_of(c)): c for c in chunks}.values())
     pages = [_number(_page(c)) for c in unique]
     if any(p is None for p in pages) and any(p is not None for p in pages):
@@ -69,7 +73,7 @@ def reading_order(chunks: Sequence[Chunk]) -> list[Chunk]:
     for chunk, page in zip(unique, pages, strict=True):
         own_page = 0.0 if page is None else page
         place = _place(chunk)
-        if place is None:  # not found by its splitter: it stays behind the chunk before it
+        if place is None:  # not found by its splitter: it stays after the previous chunk
             last_page, last = places[-1] if places else (own_page, 0.0)
             place = last if last_page == own_page else 0.0
         places.append((own_page, place))
@@ -78,15 +82,15 @@ def reading_order(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 def join_chunks(chunks: Sequence[Chunk]) -> str:
-    """Join one document's chunks, given in reading order, to its text; overlaps stand once.
+    """Join one document's chunks, in reading order, to its text without their overlaps.
 
-    An overlap is what the chunks' places say, where the texts bear it out, else the longest exact
-    agreement of a chunk's head with the tail before it (at least 12 characters). White space that a
-    splitter stripped between two chunks comes back as a space, or as a blank line where more was cut.
+    An overlap comes from the chunks' offsets if the texts agree, otherwise it is the longest exact match of a
+    chunk's head with the tail before it (at least 12 characters). White space that a splitter stripped
+    between two chunks becomes a space, or a blank line if more was cut.
     """
     parts: list[str] = []
-    tail = ""  # the end of what is joined: as much as the next chunk can overlap
-    end: int | None = None  # where the joined text ends in its page, where that is known
+    tail = ""  # end of the joined text: as much as the next chunk can overlap
+    end: int | None = None  # offset in the page at which the joined text ends, if known
     page: object = None
     longest = max((len(c.text) for c in chunks), default=0)
     for chunk in chunks:
@@ -104,7 +108,7 @@ def join_chunks(chunks: Sequence[Chunk]) -> str:
 
 
 def start_of(chunk: Chunk) -> int | None:
-    """Return where the chunk starts in its document or page, in characters, if it knows."""
+    """Return the chunk's offset in its document or page in characters, if known."""
     for key in _START_KEYS:
         number = _number(chunk.metadata.get(key))
         if number is not None and number >= 0:
@@ -113,7 +117,7 @@ def start_of(chunk: Chunk) -> int | None:
 
 
 def _continuation(tail: str, text: str, gap: int | None) -> str:
-    """Return what ``text`` adds behind ``tail``, separator included."""
+    """Return what ``text`` adds to ``tail``, including a separator."""
     if gap is not None and gap <= 0:
         if -gap >= len(text) and text in tail:
             return ""
@@ -126,7 +130,7 @@ def _continuation(tail: str, text: str, gap: int | None) -> str:
 
 
 def _overlap(tail: str, text: str) -> int:
-    """Return the length of the longest suffix of ``tail`` that ``text`` starts with, 0 if by chance."""
+    """Return the length of the longest suffix of ``tail`` that ``text`` starts with, 0 if too short to count."""
     tail = tail[-min(len(text), _MOST_OVERLAP) :]
     head = text[:_LEAST_OVERLAP]
     at = tail.find(head) if len(text) >= _LEAST_OVERLAP else -1

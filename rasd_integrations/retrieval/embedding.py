@@ -1,4 +1,4 @@
-"""Embedding functions of every make behind one face."""
+"""One interface to the embedding objects of all frameworks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Vectors = npt.NDArray[np.float32]
 class Embedder:
     """LangChain's ``Embeddings``, LlamaIndex's ``BaseEmbedding``, Chroma's functions, or a callable.
 
-    Questions and texts are told apart, since some models embed them differently.
+    Questions and texts have methods of their own, since some models embed them differently.
     """
 
     def __init__(self, embed: Any) -> None:

@@ -1,4 +1,4 @@
-"""A raw faiss index: vectors only, so the texts and the embedding come from the caller."""
+"""A raw faiss index: vectors only, so texts and embedding come from the caller."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from rasd_integrations.errors import RetrievalError
 from rasd_integrations.retrieval.embedding import Embedder
-from rasd_integrations.retrieval.items import digest, metadata_predicate, to_chunk
-from rasd_integrations.retrieval.memory import MemoryDocuments
+from rasd_integrations.retrieval.items import to_chunk
+from rasd_integrations.retrieval.memory import ListSource
 from rasd_integrations.types import Chunk
 
 
-class FaissSource:
-    """A faiss index beside its texts (or chunks, documents, nodes) and the function that embeds."""
+class FaissSource(ListSource):
+    """A faiss index with its texts (or chunks, documents, nodes) and embedding."""
 
     def __init__(
         self, index: Any, texts: Sequence[Any] | Mapping[int, Any] | None, embed: Any
@@ -36,48 +36,36 @@ class FaissSource:
                 "one text a vector, in the order they were added."
             )
             raise RetrievalError(msg)
-        self._index = index
+        super().__init__(())
+        self._vectors = index
         self._texts = texts
-        self._embedder = Embedder(embed)
-        self._documents = MemoryDocuments(
-            self._load, lambda: (self._index.ntotal, len(self._texts))
-        )
+        self._embed_query = Embedder(embed).query
 
-    def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
-        """Return at most ``k`` chunks, nearest first.
+    def fingerprint(self) -> str:
+        """Return the number of vectors and a hash of the texts."""
+        return f"faiss-{self._vectors.ntotal}-{super().fingerprint()}"
 
-        Raises:
-            RetrievalError: The embedding's dimension is not the index's.
-        """
-        total = int(self._index.ntotal)
-        allowed = metadata_predicate(filter)
-        vector = self._embedder.query(query)
-        if vector.shape[0] != self._index.d:
+    def _nearest(self, query: str, most: int | None) -> Iterable[Chunk]:
+        total = int(self._vectors.ntotal)
+        vector = self._embed_query(query)
+        if vector.shape[0] != self._vectors.d:
             msg = (
-                f"embed gives {vector.shape[0]} dimensions, but the faiss index has {self._index.d}. "
+                f"embed gives {vector.shape[0]} dimensions, but the faiss index has {self._vectors.d}. "
                 "Give the embedding that the index was built with."
             )
             raise RetrievalError(msg)
         if not total:
             return []
         # faiss knows no metadata: with a filter all are ranked, then filtered.
-        _, found = self._index.search(vector[None], total if filter else min(k, total))
-        chunks = (self._at(int(i)) for i in found[0])
-        kept = (c for c in chunks if c is not None and allowed(c.metadata))
-        return [to_chunk(chunk, rank) for rank, chunk in zip(range(k), kept, strict=False)]
+        _, found = self._vectors.search(vector[None], total if most is None else min(most, total))
+        return [c for i in found[0] if (c := self._at(int(i))) is not None]
 
-    def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
-        """Return the chunks with the same source; empty for bare texts, which name none."""
-        allowed = metadata_predicate(filter)
-        return self._documents.document(chunk, lambda c: allowed(c.metadata))
-
-    def fingerprint(self) -> str:
-        """Return the number of vectors and a hash of the texts."""
-        return f"faiss-{self._index.ntotal}-{digest(*(c.text for c in self._load())).hex()}"
-
-    def _load(self) -> Iterable[Chunk]:
+    def _load(self) -> list[Chunk]:
         ids = self._texts if isinstance(self._texts, Mapping) else range(len(self._texts))
         return [c for i in ids if (c := self._at(i)) is not None]
+
+    def _version(self) -> object:
+        return self._vectors.ntotal, len(self._texts)
 
     def _at(self, i: int) -> Chunk | None:
         try:

@@ -1,4 +1,4 @@
-"""Sources made of other things: a function, or several sources as one."""
+"""A function as a source, and several sources as one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from rasd_integrations.errors import RetrievalError
 from rasd_integrations.retrieval.base import ChunkSource
-from rasd_integrations.retrieval.items import to_chunk
+from rasd_integrations.retrieval.items import ranked
 from rasd_integrations.types import Chunk
 
 
@@ -17,7 +17,7 @@ class FunctionSource:
     """A function of ``(query, k)`` that returns texts, chunks, documents or nodes, best first."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        """Hold ``function``; one with a ``filter`` argument is handed the filter."""
+        """Hold ``function``; the filter is passed if it has a ``filter`` argument."""
         self._function = function
         try:
             parameters = inspect.signature(function).parameters.values()
@@ -28,7 +28,7 @@ class FunctionSource:
         )
 
     def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
-        """Return what the function finds.
+        """Return the function's result.
 
         Raises:
             RetrievalError: There is a filter and the function cannot take one.
@@ -41,8 +41,8 @@ class FunctionSource:
             raise RetrievalError(msg)
         extra = {"filter": filter} if filter else {}
         found = self._function(query, k, **extra)
-        # What is no list goes through as it is: the guard names it.
-        return [to_chunk(x, i) for i, x in enumerate(found)] if isinstance(found, list) else found
+        # Non-lists pass through: the guard reports them.
+        return ranked(found) if isinstance(found, list) else found
 
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         """Return nothing: a function does not tell whole documents."""
@@ -58,7 +58,7 @@ class FunctionSource:
 
 
 class JoinedSource:
-    """Several sources as one: their results in turn, each text once."""
+    """Several sources as one: their results in turn, without duplicates."""
 
     def __init__(self, sources: Sequence[ChunkSource]) -> None:
         """Hold ``sources``, the most trusted first."""
@@ -69,7 +69,7 @@ class JoinedSource:
         results = [source.search(query, k, filter=filter) for source in self._sources]
         turns = [c for turn in zip_longest(*results) for c in turn if c is not None]
         unique = list({chunk.text: chunk for chunk in reversed(turns)}.values())[::-1]
-        return [to_chunk(chunk, rank) for rank, chunk in enumerate(unique[:k])]
+        return ranked(unique[:k])
 
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         """Return the document from the first source that knows it."""

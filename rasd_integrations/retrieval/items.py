@@ -1,4 +1,4 @@
-"""What stores hand back, as chunks. Known by shape: no framework is imported."""
+"""Converts what stores return to chunks, by shape: no framework is imported."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rasd_integrations.types import Chunk
 
 
 def is_a(obj: object, package: str, name: str) -> bool:
-    """Return whether a base class of ``obj`` is ``package``'s ``name``, without importing the package."""
+    """Return True if a base class of ``obj`` is ``package``'s ``name``, without importing the package."""
     return any(
         c.__name__ == name and c.__module__.split(".")[0] == package for c in type(obj).__mro__
     )
 
 
 def to_chunk(item: Any, rank: int = 0) -> Any:
-    """Return text, a LangChain document or a LlamaIndex node as a chunk; anything else as it came.
+    """Convert a text, LangChain document or LlamaIndex node; return anything else as it is.
 
-    What is not known is left to the guard, which drops and reports it.
+    The guard drops and reports what is no chunk.
     """
     if isinstance(item, Chunk):
         return replace(item, rank=rank)
     if isinstance(item, str):
         return Chunk(item, rank=rank)
-    if isinstance(item, tuple) and len(item) == 2:  # (document, score): the order is all we use
+    if isinstance(item, tuple) and len(item) == 2:  # (document, score): only the order is used
         return to_chunk(item[0], rank)
     if hasattr(item, "page_content"):
         return Chunk(item.page_content, getattr(item, "id", None), rank, dict(item.metadata or {}))
@@ -38,7 +38,7 @@ def to_chunk(item: Any, rank: int = 0) -> Any:
 
 
 def node_to_chunk(node: Any, rank: int = 0) -> Chunk:
-    """Return a LlamaIndex node as a chunk; its source and place join the metadata."""
+    """Convert a LlamaIndex node; its source and offset join the metadata."""
     metadata = dict(node.metadata or {})
     for key in ("ref_doc_id", "start_char_idx"):
         value = getattr(node, key, None)
@@ -46,6 +46,11 @@ def node_to_chunk(node: Any, rank: int = 0) -> Chunk:
             metadata.setdefault(key, value)
     # get_content() defaults to MetadataMode.NONE: the text as stored.
     return Chunk(node.get_content(), node.node_id, rank, metadata)
+
+
+def ranked(items: Iterable[Any]) -> list[Chunk]:
+    """Convert a search result, best first."""
+    return [to_chunk(item, rank) for rank, item in enumerate(items)]
 
 
 def digest(*texts: str) -> bytes:
@@ -57,21 +62,24 @@ def digest(*texts: str) -> bytes:
     return state.digest()
 
 
-def metadata_predicate(filter: Any) -> Callable[[Mapping[str, Any]], bool]:
-    """Return a filter over metadata as a function: a callable, or a mapping of equal values.
+def metadata_predicate(filter: Any) -> Callable[[Chunk], bool]:
+    """Return a metadata filter as a function of a chunk.
+
+    Args:
+        filter: A function of the metadata, a mapping of keys to a value or a list of values, or nothing.
 
     Raises:
-        RetrievalError: The filter is of a kind that cannot be applied here. Nothing may pass it then.
+        RetrievalError: The filter cannot be applied here; nothing may pass it then.
     """
     if not filter:
         return lambda _: True
     if callable(filter):
-        return lambda metadata: bool(filter(metadata))
-    if isinstance(filter, Mapping) and not any(str(key).startswith("$") for key in filter):
-        plain = all(not isinstance(value, Mapping) for value in filter.values())
-        if plain:
-            wanted = {k: v if isinstance(v, list) else [v] for k, v in filter.items()}
-            return lambda metadata: all(metadata.get(k) in v for k, v in wanted.items())
+        return lambda chunk: bool(filter(chunk.metadata))
+    if isinstance(filter, Mapping) and not any(
+        str(key).startswith("$") or isinstance(value, Mapping) for key, value in filter.items()
+    ):
+        wanted = {k: v if isinstance(v, list) else [v] for k, v in filter.items()}
+        return lambda chunk: all(chunk.metadata.get(k) in v for k, v in wanted.items())
     msg = (
         f"The filter {filter!r} cannot be applied to this store. Use a callable over metadata, or a "
         "mapping of keys to values."
@@ -80,12 +88,12 @@ def metadata_predicate(filter: Any) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def items_of(source: Any) -> Iterable[Any]:
-    """Return what is to be walked through of texts, chunks, documents or nodes, one or many.
+    """Return texts, chunks, documents or nodes, one or many, as an iterable.
 
     Raises:
-        ConfigurationError: It cannot be walked through.
+        ConfigurationError: ``source`` is not iterable.
     """
-    # Looked at before it is walked through: LangChain's documents yield their fields.
+    # Converted before it is iterated: LangChain's documents yield their fields.
     if not isinstance(source, tuple) and isinstance(to_chunk(source), Chunk):
         return [source]
     if isinstance(source, Mapping) or not isinstance(source, Iterable):

@@ -1,13 +1,13 @@
-"""LangChain's vector stores: any ``VectorStore``; documents from Chroma, FAISS and the in-memory one."""
+"""LangChain's vector stores: any ``VectorStore``; whole documents from Chroma, FAISS and the in-memory one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from rasd_integrations.retrieval.chroma_store import ChromaDocuments, require_embedding
-from rasd_integrations.retrieval.items import digest, is_a, metadata_predicate, to_chunk
+from rasd_integrations.retrieval.items import digest, is_a, metadata_predicate, ranked, to_chunk
 from rasd_integrations.retrieval.memory import MemoryDocuments
 from rasd_integrations.types import Chunk
 
@@ -32,7 +32,7 @@ class LangChainSource:
         self._store = store
         self._filter = carried.get("filter")
         self._options = {k: v for k, v in carried.items() if k not in _NOT_FOR_SEARCH}
-        self._documents = _documents_of(store)
+        self._documents, self._state = _documents_of(store)
 
     def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
         """Return at most ``k`` chunks in the store's order."""
@@ -41,8 +41,7 @@ class LangChainSource:
             options["filter"] = filter or self._filter
             if _is_faiss(self._store):
                 options["fetch_k"] = max(k, min(self._store.index.ntotal, _MOST_CANDIDATES))
-        found = self._store.similarity_search(query, k=k, **options)
-        return [to_chunk(document, rank) for rank, document in enumerate(found)]
+        return ranked(self._store.similarity_search(query, k=k, **options))
 
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         """Return the chunks of ``chunk``'s document that pass the filter; empty for unknown stores."""
@@ -51,110 +50,64 @@ class LangChainSource:
         return self._documents.document(chunk, filter=filter or self._filter)
 
     def fingerprint(self) -> str:
-        """Return the store's class with its size and a hash of its ids, where it tells them."""
-        name = type(self._store).__name__
-        return name if self._documents is None else f"{name}-{self._documents.fingerprint()}"
+        """Return the store's class with its size and a hash of its ids, if it tells them."""
+        name, state = type(self._store).__name__, self._state()
+        return f"{name}-{state}" if state else name
 
 
-class _HeldDocuments:
-    """The documents of a LangChain store that keeps its texts in this process."""
-
-    def __init__(
-        self,
-        names: Callable[[], Iterable[str]],
-        load: Callable[[], Iterable[tuple[str, Any]]],
-        version: Callable[[], Hashable | None],
-        predicate: Callable[[Any], Callable[[Chunk], bool]],
-    ) -> None:
-        self._names = names
-        self._load = load
-        self._predicate = predicate
-        self._documents = MemoryDocuments(self._chunks, version)
-
-    def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
-        return self._documents.document(chunk, self._predicate(filter))
-
-    def fingerprint(self) -> str:
-        return digest(*self._names()).hex()
-
-    def _chunks(self) -> Iterable[Chunk]:
-        for name, document in self._load():
-            yield replace(to_chunk(document), id=name)
-
-
-def _documents_of(store: Any) -> ChromaDocuments | _HeldDocuments | None:
+def _documents_of(store: Any) -> tuple[ChromaDocuments | MemoryDocuments | None, Callable[[], str]]:
+    """Return whole documents of a store that is known, and a function that hashes its state."""
     if is_a(store, "langchain_chroma", "Chroma") or is_a(store, "langchain_community", "Chroma"):
-        return ChromaDocuments(lambda: store._collection)  # noqa: SLF001 - has no public name
+        chroma = ChromaDocuments(lambda: store._collection)  # noqa: SLF001 - has no public name
+        return chroma, chroma.fingerprint
     if _is_faiss(store):
-        return _HeldDocuments(
-            lambda: list(store.index_to_docstore_id.values()),
-            lambda: _faiss_documents(store),
-            _FaissVersion(store),
-            lambda f: _faiss_filter(store, f),
+        return (
+            MemoryDocuments(
+                lambda: _faiss_chunks(store),
+                lambda: _faiss_version(store),
+                lambda f: _faiss_predicate(store, f),
+            ),
+            lambda: digest(*store.index_to_docstore_id.values()).hex(),
         )
     if is_a(store, "langchain_core", "InMemoryVectorStore"):
-        # A text replaced under its id leaves no trace to compare, so it is grouped at each call.
-        return _HeldDocuments(
-            lambda: list(store.store), lambda: _held(store), lambda: None, _document_filter
-        )
-    return None
+        # A text replaced under its id leaves no trace to compare, so it is read at each call.
+        held = MemoryDocuments(lambda: _held(store), lambda: None, _document_predicate)
+        return held, lambda: digest(*store.store).hex()
+    return None, str
 
 
 def _is_faiss(store: Any) -> bool:
     return all(hasattr(store, name) for name in ("index", "docstore", "index_to_docstore_id"))
 
 
-def _faiss_documents(store: Any) -> list[tuple[str, Any]]:
-    found = [
-        (name, store.docstore.search(name)) for name in list(store.index_to_docstore_id.values())
-    ]
+def _faiss_chunks(store: Any) -> list[Chunk]:
+    names = list(store.index_to_docstore_id.values())
+    found = [(name, store.docstore.search(name)) for name in names]
     # For an id that is gone the docstore answers with a sentence.
-    return [(name, document) for name, document in found if hasattr(document, "page_content")]
+    return [replace(to_chunk(d), id=name) for name, d in found if hasattr(d, "page_content")]
 
 
-class _FaissVersion:
-    """Changes with the store: adding makes a new dict of documents, deleting a new map of ids."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        self._parts: tuple[Any, ...] = ()
-        self._number = 0
-
-    def __call__(self) -> int:
-        store = self._store
-        held = getattr(store.docstore, "_dict", store.docstore)
-        # The objects themselves are kept, since the id of one that is gone may be used again.
-        parts = (
-            held,
-            store.index_to_docstore_id,
-            store.index.ntotal,
-            len(store.index_to_docstore_id),
-        )
-        same = len(self._parts) == len(parts) and all(
-            a is b or (isinstance(a, int) and a == b)
-            for a, b in zip(self._parts, parts, strict=True)
-        )
-        if not same:
-            self._parts = parts
-            self._number += 1
-        return self._number
+def _faiss_version(store: Any) -> object:
+    """Return what differs after a change: adding makes a new dict of documents, deleting a new map of ids."""
+    names = store.index_to_docstore_id
+    return getattr(store.docstore, "_dict", None), names, store.index.ntotal, len(names)
 
 
-def _faiss_filter(store: Any, filter: Any) -> Callable[[Chunk], bool]:
+def _faiss_predicate(store: Any, filter: Any) -> Callable[[Chunk], bool]:
     # The store's own reading of a filter knows its operators ($in, $and, ...).
     own = getattr(store, "_create_filter_func", None)
-    allowed = own(filter) if filter and own is not None else metadata_predicate(filter)
+    if not filter or own is None:
+        return metadata_predicate(filter)
+    allowed = own(filter)
     return lambda chunk: bool(allowed(dict(chunk.metadata)))
 
 
-def _held(store: Any) -> list[tuple[str, Any]]:
-    return [
-        (name, Chunk(entry["text"], name, metadata=entry["metadata"]))
-        for name, entry in list(store.store.items())
-    ]
+def _held(store: Any) -> list[Chunk]:
+    held = list(store.store.items())
+    return [Chunk(entry["text"], name, metadata=entry["metadata"]) for name, entry in held]
 
 
-def _document_filter(filter: Any) -> Callable[[Chunk], bool]:
+def _document_predicate(filter: Any) -> Callable[[Chunk], bool]:
     if not filter:
         return lambda _: True
     from langchain_core.documents import Document

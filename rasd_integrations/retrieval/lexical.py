@@ -1,4 +1,4 @@
-"""BM25 over a handful of texts (Robertson and Zaragoza 2009), for stores without an embedding."""
+"""BM25 over a few texts (Robertson and Zaragoza 2009), for stores without an embedding."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-# Scripts written without spaces are cut into characters, all others into words.
+# Scripts written without spaces are split into characters, all others into words.
 _TOKEN = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]|[^\W_]+")
-_K1 = 1.5  # how soon a repeated word stops counting
-_B = 0.75  # how much long texts are discounted
+_K1 = 1.5  # BM25 k1: term-frequency saturation
+_B = 0.75  # BM25 b: length normalisation
 
 
 def words(text: str) -> list[str]:
-    """Return the words of ``text`` for matching, case folded."""
+    """Return the case-folded words of ``text``."""
     return _TOKEN.findall(text.casefold())
 
 
 class LexicalIndex:
-    """An inverted index from words to the texts that hold them."""
+    """An inverted index from words to texts."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         """Index ``texts``."""

@@ -7,9 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rasd_integrations.errors import RetrievalError
-from rasd_integrations.retrieval.documents import document_of, has_document_key
+from rasd_integrations.retrieval.chroma_store import ChromaDocuments
+from rasd_integrations.retrieval.documents import document_of
 from rasd_integrations.retrieval.embedding import Embedder
-from rasd_integrations.retrieval.items import digest, is_a, metadata_predicate, node_to_chunk
+from rasd_integrations.retrieval.items import (
+    digest,
+    is_a,
+    metadata_predicate,
+    node_to_chunk,
+    ranked,
+)
 from rasd_integrations.retrieval.memory import MemoryDocuments
 from rasd_integrations.types import Chunk
 
@@ -24,7 +31,7 @@ class Carried:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def allows(self, chunk: Chunk) -> bool:
-        """Return whether the retriever's lists of nodes and documents, where it has any, hold it."""
+        """Return True if the retriever's lists of nodes and documents, if any, hold ``chunk``."""
         in_nodes = not self.node_ids or chunk.id in self.node_ids
         return in_nodes and (not self.doc_ids or chunk.metadata.get("ref_doc_id") in self.doc_ids)
 
@@ -32,8 +39,7 @@ class Carried:
 class LlamaIndexSource:
     """A LlamaIndex vector store, and the index whose document store holds what it does not.
 
-    Searches go to the vector store; the retriever is not called, so nothing that hangs on its events
-    sees them.
+    The vector store is searched, not the retriever: nothing that listens to its events sees the searches.
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class LlamaIndexSource:
         self._embedder = Embedder(embed)
         self._index = index
         self._carried = carried or Carried()
-        self._memory = MemoryDocuments(self._nodes, self._version)
+        self._memory = MemoryDocuments(self._all_chunks, self._version, _predicate)
 
     def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
         """Return at most ``k`` chunks in the store's order; ``filter`` is a ``MetadataFilters``."""
@@ -76,38 +82,37 @@ class LlamaIndexSource:
             doc_ids=_list_or_none(self._carried.doc_ids),
         )
         result = self._store.query(question, **self._carried.options)
-        nodes = result.nodes or self._held(result.ids or ())
-        return [node_to_chunk(node, rank) for rank, node in enumerate(nodes)]
+        if result.nodes:
+            return ranked(result.nodes)
+        names = self._index.index_struct.nodes_dict if self._index is not None else {}
+        return ranked(self._nodes([names[i] for i in result.ids or () if i in names]))
 
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         """Return the chunks of ``chunk``'s document that pass the filter, in reading order."""
         filters = filter or self._carried.filters
-        if self._holds_text:
-            found = self._stored_document(chunk, filters)
-        else:
-            found = self._held_document(chunk, _predicate(filters))
-        return [c for c in found if self._carried.allows(c)]
+        read = self._stored_document if self._holds_text else self._held_document
+        return [c for c in read(chunk, filters) if self._carried.allows(c)]
 
     def fingerprint(self) -> str:
         """Return the store's class with a hash of its nodes' ids, or with the collection's size."""
         name = type(self._store).__name__
         if self._index is not None and not self._holds_text:
-            return f"{name}-{digest(*self._index.index_struct.nodes_dict.values()).hex()}"
+            return f"{name}-{digest(*self._node_ids()).hex()}"
         client = self._store.client
         if hasattr(client, "count") and hasattr(client, "id"):
-            from rasd_integrations.retrieval.chroma_store import ChromaDocuments
-
             return f"{name}-{ChromaDocuments(lambda: client).fingerprint()}"
         return name
 
-    def _held_document(self, chunk: Chunk, allowed: Callable[[Chunk], bool]) -> list[Chunk]:
-        """Return the document out of the document store, which lists the nodes of each source.
+    def _held_document(self, chunk: Chunk, filters: Any) -> list[Chunk]:
+        """Read a document from the document store, which lists the nodes of each source.
 
         Nodes made by hand have no source; they are grouped by their metadata, at more cost.
         """
-        docstore = self._index.docstore
-        if not has_document_key(chunk.metadata) and chunk.id and docstore.document_exists(chunk.id):
-            chunk = node_to_chunk(docstore.get_node(chunk.id))
+        docstore, allowed = self._index.docstore, _predicate(filters)
+
+        def find(chunk: Chunk) -> Chunk | None:
+            known = chunk.id and docstore.document_exists(chunk.id)
+            return node_to_chunk(docstore.get_node(chunk.id)) if known else None
 
         def fetch(key: str, value: Any) -> list[Chunk]:
             if key == "ref_doc_id":
@@ -115,43 +120,44 @@ class LlamaIndexSource:
             else:
                 every = docstore.get_all_ref_doc_info() or {}
                 infos = [i for i in every.values() if i.metadata.get(key) == value]
-            indexed = set(self._index.index_struct.nodes_dict.values())
+            indexed = set(self._node_ids())
             ids = [n for info in infos if info is not None for n in info.node_ids if n in indexed]
-            nodes = docstore.get_nodes(ids, raise_error=False)
-            return [c for n in nodes if n is not None and allowed(c := node_to_chunk(n))]
+            return [c for node in self._nodes(ids) if allowed(c := node_to_chunk(node))]
 
-        return document_of(chunk, fetch) or self._memory.document(chunk, allowed)
+        found = document_of(chunk, fetch, find)
+        return found or self._memory.document(chunk, filter=filters)
 
-    def _held(self, positions: Iterable[str]) -> list[Any]:
-        """Return the document store's nodes at the vector store's ids; some may be deleted there."""
-        names = self._index.index_struct.nodes_dict if self._index is not None else {}
-        ids = [names[p] for p in positions if p in names]
-        nodes = self._index.docstore.get_nodes(ids, raise_error=False) if ids else []
+    def _stored_document(self, chunk: Chunk, filters: Any) -> list[Chunk]:
+        """Read a document from the vector store by its own filters."""
+        from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
+
+        def find(chunk: Chunk) -> Chunk | None:
+            found = self._store.get_nodes([chunk.id]) if chunk.id else None
+            return node_to_chunk(found[0]) if found else None
+
+        def fetch(key: str, value: Any) -> list[Chunk]:
+            parts: list[Any] = [MetadataFilter(key=key, value=value)]
+            where = MetadataFilters(filters=[*parts, filters] if filters else parts)
+            return ranked(self._store.get_nodes(None, filters=where))
+
+        return document_of(chunk, fetch, find)
+
+    def _node_ids(self) -> Iterable[str]:
+        ids: Iterable[str] = self._index.index_struct.nodes_dict.values()
+        return ids
+
+    def _nodes(self, ids: Sequence[str]) -> list[Any]:
+        """Return the document store's nodes; some may be deleted there."""
+        nodes = self._index.docstore.get_nodes(list(ids), raise_error=False) if ids else []
         return [node for node in nodes if node is not None]
 
-    def _nodes(self) -> list[Chunk]:
-        ids = dict.fromkeys(self._index.index_struct.nodes_dict.values())
-        nodes = self._index.docstore.get_nodes(list(ids), raise_error=False)
-        return [node_to_chunk(node) for node in nodes if node is not None]
+    def _all_chunks(self) -> list[Chunk]:
+        return ranked(self._nodes(list(dict.fromkeys(self._node_ids()))))
 
     def _version(self) -> int:
         # The hashes of all nodes: a node replaced under its id is seen too.
         hashes = self._index.docstore.get_all_document_hashes()
         return hash((tuple(self._index.index_struct.nodes_dict), frozenset(hashes.items())))
-
-    def _stored_document(self, chunk: Chunk, filters: Any) -> list[Chunk]:
-        from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
-
-        if not has_document_key(chunk.metadata) and chunk.id:
-            found = self._store.get_nodes([chunk.id])
-            chunk = node_to_chunk(found[0]) if found else chunk
-
-        def fetch(key: str, value: Any) -> list[Chunk]:
-            parts: list[Any] = [MetadataFilter(key=key, value=value)]
-            where = MetadataFilters(filters=[*parts, filters] if filters else parts)
-            return [node_to_chunk(node) for node in self._store.get_nodes(None, filters=where)]
-
-        return document_of(chunk, fetch)
 
 
 def from_index(obj: Any) -> LlamaIndexSource:
@@ -170,8 +176,7 @@ def from_index(obj: Any) -> LlamaIndexSource:
 
 def _predicate(filters: Any) -> Callable[[Chunk], bool]:
     if not is_a(filters, "llama_index", "MetadataFilters"):
-        plain = metadata_predicate(filters)
-        return lambda chunk: plain(chunk.metadata)
+        return metadata_predicate(filters)
     from llama_index.core.vector_stores.utils import build_metadata_filter_fn
 
     def allowed(chunk: Chunk) -> bool:

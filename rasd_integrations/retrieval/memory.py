@@ -1,71 +1,78 @@
-"""Chunks held in memory: a list as a store, and documents out of in-memory docstores."""
+"""Chunks held in memory: a list as a store, and whole documents from in-memory stores."""
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from rasd_integrations.retrieval.documents import DOCUMENT_KEYS, document_of, has_document_key
+from rasd_integrations.retrieval.documents import DOCUMENT_KEYS, document_of
 from rasd_integrations.retrieval.embedding import Embedder
-from rasd_integrations.retrieval.items import digest, metadata_predicate, to_chunk
+from rasd_integrations.retrieval.items import digest, metadata_predicate, ranked, to_chunk
 from rasd_integrations.retrieval.lexical import LexicalIndex
 from rasd_integrations.types import Chunk
 
+_T = TypeVar("_T")
 
-class MemoryDocuments:
-    """Groups in-memory chunks by document; the groups are kept for as long as the version stands.
 
-    A chunk that does not name its document is known again by its id, then by its text.
-    """
+class Cached(Generic[_T]):
+    """A value that is computed again when its version changes; thread-safe."""
 
-    def __init__(
-        self, load: Callable[[], Iterable[Chunk]], version: Callable[[], Hashable | None]
-    ) -> None:
-        """Remember how to list all chunks in store order, and what changes when they change.
-
-        ``version`` is compared with ``==``; ``None`` groups anew at each call.
-        """
-        self._load = load
+    def __init__(self, compute: Callable[[], _T], version: Callable[[], object]) -> None:
+        """Compute nothing yet. Versions are compared with ``==``; ``None`` is never up to date."""
+        self._compute = compute
         self._version = version
         self._lock = threading.Lock()
-        self._seen: Hashable | None = None
-        self._groups: dict[tuple[str, Any], list[Chunk]] = {}
-        self._named: dict[tuple[str, str], Chunk | None] = {}
+        self._seen: object = None
+        self._values: list[_T] = []
 
-    def document(self, chunk: Chunk, allowed: Callable[[Chunk], bool]) -> list[Chunk]:
-        """Return the chunks of ``chunk``'s document that are ``allowed``, in reading order."""
+    def get(self) -> _T:
+        """Return the current value."""
         with self._lock:
             version = self._version()
             if version is None or version != self._seen:
-                self._group()
-                self._seen = version
-            groups, named = self._groups, self._named
-        if not has_document_key(chunk.metadata):
-            by_id = named.get(("id", chunk.id)) if chunk.id is not None else None
-            chunk = by_id or named.get(("text", chunk.text)) or chunk
+                self._values, self._seen = [self._compute()], version
+            return self._values[0]
+
+
+class MemoryDocuments:
+    """Whole documents out of chunks in memory.
+
+    A chunk that does not name its document is looked up by its id, then by its text.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Iterable[Chunk]],
+        version: Callable[[], object],
+        predicate: Callable[[Any], Callable[[Chunk], bool]] = metadata_predicate,
+    ) -> None:
+        """Keep how to list all chunks, and how to tell that they changed (see :class:`Cached`).
+
+        Args:
+            load: Lists all chunks in store order.
+            version: Of the chunks.
+            predicate: Turns the store's filter into a function of a chunk.
+        """
+        self._index = Cached(lambda: _grouped(load()), version)
+        self._predicate = predicate
+
+    def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
+        """Return the chunks of ``chunk``'s document that pass ``filter``, in reading order."""
+        allowed = self._predicate(filter)
+        groups, named = self._index.get()
+
+        def find(chunk: Chunk) -> Chunk | None:
+            return named.get(("id", chunk.id)) or named.get(("text", chunk.text))
 
         def fetch(key: str, value: Any) -> list[Chunk]:
             return [c for c in groups.get((key, value), ()) if allowed(c)]
 
-        return document_of(chunk, fetch)
-
-    def _group(self) -> None:
-        groups: defaultdict[tuple[str, Any], list[Chunk]] = defaultdict(list)
-        named: dict[tuple[str, str], Chunk | None] = {}
-        for chunk in self._load():
-            # A text that stands twice (a licence header) does not tell its document.
-            named["text", chunk.text] = None if ("text", chunk.text) in named else chunk
-            if chunk.id is not None:
-                named["id", chunk.id] = chunk
-            for key in DOCUMENT_KEYS:
-                value = chunk.metadata.get(key)
-                if isinstance(value, str | int):
-                    groups[key, value].append(chunk)
-        self._groups, self._named = dict(groups), named
+        return document_of(chunk, fetch, find)
 
 
 class ListSource:
@@ -78,53 +85,69 @@ class ListSource:
         """Hold ``items``; nothing is indexed before the first question."""
         self._items = items
         self._embedder = None if embed is None else Embedder(embed)
-        self._lock = threading.Lock()
-        self._seen: Hashable | None = None
-        self._chunks: list[Chunk] = []
-        self._rank: Callable[[str], list[int]] = lambda _: []
+        self._ranking = Cached(self._ranked, self._version)
         self._documents = MemoryDocuments(self._load, self._version)
 
     def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
-        """Return at most ``k`` chunks, best first; none that shares no word with the question."""
-        with self._lock:
-            version = self._version()
-            if version != self._seen:
-                self._chunks = self._load()
-                self._rank = self._ranker([c.text for c in self._chunks])
-                self._seen = version
-            chunks, rank = self._chunks, self._rank
+        """Return at most ``k`` chunks, best first; by words, only chunks that share one with the question."""
         allowed = metadata_predicate(filter)
-        found = (chunks[i] for i in rank(query) if allowed(chunks[i].metadata))
-        return [to_chunk(chunk, rank) for rank, chunk in zip(range(k), found, strict=False)]
+        nearest = self._nearest(query, None if filter else k)
+        return ranked(islice((c for c in nearest if allowed(c)), k))
 
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         """Return the chunks with the same source; empty for bare texts, which name none."""
-        allowed = metadata_predicate(filter)
-        return self._documents.document(chunk, lambda c: allowed(c.metadata))
+        return self._documents.document(chunk, filter=filter)
 
     def fingerprint(self) -> str:
         """Return a hash of the texts."""
         return f"list-{digest(*(c.text for c in self._load())).hex()}"
 
+    def _nearest(self, query: str, most: int | None) -> Iterable[Chunk]:
+        """Yield at least the ``most`` nearest chunks, best first; ``None`` for all."""
+        chunks, rank = self._ranking.get()
+        return (chunks[i] for i in rank(query))
+
     def _load(self) -> list[Chunk]:
         chunks = (to_chunk(item) for item in list(self._items))
         return [c for c in chunks if isinstance(c, Chunk) and isinstance(c.text, str)]
 
-    def _version(self) -> Hashable:
+    def _version(self) -> object:
         # Python keeps a string's hash, so this costs a pass over pointers.
         return hash(tuple(i if isinstance(i, str) else _text(i) for i in list(self._items)))
 
-    def _ranker(self, texts: list[str]) -> Callable[[str], list[int]]:
-        if self._embedder is None:
-            return LexicalIndex(texts).rank
+    def _ranked(self) -> tuple[list[Chunk], Callable[[str], list[int]]]:
+        chunks = self._load()
+        texts = [chunk.text for chunk in chunks]
+        if self._embedder is None or not texts:
+            return chunks, LexicalIndex(texts).rank
         embedder = self._embedder
-        if not texts:
-            return lambda _: []
         matrix = embedder.texts(texts)
         matrix = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
-        return lambda query: np.argsort(-(matrix @ embedder.query(query)), kind="stable").tolist()
+        return chunks, lambda query: np.argsort(
+            -(matrix @ embedder.query(query)), kind="stable"
+        ).tolist()
 
 
-def _text(item: Any) -> Hashable:
-    text = getattr(item if isinstance(item, Chunk) else to_chunk(item), "text", None)
+_Groups = dict[tuple[str, Any], list[Chunk]]
+_Named = dict[tuple[str, str | None], Chunk | None]
+
+
+def _grouped(chunks: Iterable[Chunk]) -> tuple[_Groups, _Named]:
+    """Return chunks by document key and value, and by id or text."""
+    groups: _Groups = defaultdict(list)
+    named: _Named = {}
+    for chunk in chunks:
+        # A text that occurs twice (a licence header) does not tell its document.
+        named["text", chunk.text] = None if ("text", chunk.text) in named else chunk
+        if chunk.id is not None:
+            named["id", chunk.id] = chunk
+        for key in DOCUMENT_KEYS:
+            value = chunk.metadata.get(key)
+            if isinstance(value, str | int):
+                groups[key, value].append(chunk)
+    return dict(groups), named
+
+
+def _text(item: Any) -> object:
+    text = getattr(to_chunk(item), "text", None)
     return text if isinstance(text, str) else None

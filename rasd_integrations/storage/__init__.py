@@ -1,1 +1,1 @@
-"""Files of our own: how they are written, read and cleared away. Nothing else is ever deleted."""
+"""Our own files: written atomically, read with checks, listed and removed. No other file is ever deleted."""

@@ -1,4 +1,4 @@
-"""Files and folders written in one move: a reader sees the old one or the whole new one, whenever a writer dies."""
+"""Writes files and folders atomically: readers see the old one or the whole new one, even if a writer is killed."""
 
 from __future__ import annotations
 
@@ -15,109 +15,91 @@ from typing import BinaryIO
 from rasd_integrations.errors import RASDError, StorageError
 
 _TEMPORARY = re.compile(r"\.rasd-new-[0-9a-f]{16}")
-_ABANDONED_S = 3600  # what nobody has written to for so long has lost its writer
+_ABANDONED_S = 3600  # a temporary file not written to for so long has lost its writer
 
 
 @contextlib.contextmanager
 def replaced_file(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    """Hand out a file that takes the place of ``path`` when the block ends without an error.
+    """Open a new file that replaces ``path`` when the block ends without an error.
 
     Args:
-        path: Its folder is made where it is not there, and cleared of what killed writers left in it.
-        nbytes: About how many will be written, for the error's message.
+        path: Missing folders are created; what killed writers left in the folder is removed.
+        nbytes: Expected size, for the error message.
 
     Raises:
         StorageError: The folder cannot be written to, or the disk is full.
     """
-    with _explained(path, nbytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clear_abandoned(path.parent)
-        temporary = _temporary(path)
-        try:
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            _remove(temporary)
-            raise
+    with _explained(path, nbytes), _temporary(path.parent) as temporary:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 @contextlib.contextmanager
 def replaced_folder(path: Path, nbytes: int) -> Iterator[Path]:
-    """Hand out an empty folder that takes the place of ``path`` when the block ends without an error.
+    """Create an empty folder that becomes ``path`` when the block ends without an error.
 
-    Where another process was first its folder stays, for both made the same; the caller asks before whether
-    what lies there can be used.
+    If ``path`` exists by then and is not empty it stays: another process made the same.
 
     Args:
-        path: As :func:`replaced_file` takes it.
-        nbytes: About how many will be written, for the error's message.
+        path: As in :func:`replaced_file`.
+        nbytes: Expected size, for the error message.
 
     Raises:
         StorageError: The folder cannot be written to, or the disk is full.
     """
-    with _explained(path, nbytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clear_abandoned(path.parent)
-        temporary = _temporary(path)
+    with _explained(path, nbytes), temporary_folder(path.parent) as temporary:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
         try:
-            temporary.mkdir()
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    with file.open("rb") as written:
-                        os.fsync(written.fileno())
-            with contextlib.suppress(FileExistsError, NotADirectoryError):
-                _rename_if_free(temporary, path)
-        finally:
-            _remove(temporary)
+            temporary.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
 
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """Hand out an empty folder in ``parent`` that is removed when the block ends, or later if its process is killed.
+    """Create an empty folder in ``parent``, removed when the block ends, or later if the process is killed.
 
     Raises:
         OSError: ``parent`` cannot be written to.
     """
-    clear_abandoned(parent)
-    temporary = _temporary(parent / "any")
-    temporary.mkdir()
-    try:
+    with _temporary(parent) as temporary:
+        temporary.mkdir()
         yield temporary
-    finally:
-        _remove(temporary)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether the name is one that writers of this module give to what is not whole yet."""
+    """Return True for a name that this module gives to unfinished files and folders."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Remove what writers that were killed left in ``folder``, an hour after its last byte."""
+    """Remove what killed writers left in ``folder``, an hour after its last byte."""
     with contextlib.suppress(OSError):
-        ours = [p for p in folder.iterdir() if is_temporary(p) and not p.is_symlink()]
-        for path in ours:
-            with contextlib.suppress(OSError):  # another process removes it at the same time
+        for path in [p for p in folder.iterdir() if is_temporary(p) and not p.is_symlink()]:
+            with contextlib.suppress(OSError):  # another process may remove it at the same time
                 latest = max(p.lstat().st_mtime for p in (path, *path.rglob("*")))
                 if time.time() - latest > _ABANDONED_S:
                     _remove(path)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".rasd-new-{secrets.token_hex(8)}")
-
-
-def _rename_if_free(source: Path, target: Path) -> None:
-    """Rename a folder; one that is there and not empty stays."""
+@contextlib.contextmanager
+def _temporary(parent: Path) -> Iterator[Path]:
+    """Yield an unused temporary path in ``parent`` and remove what lies there afterwards."""
+    parent.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(parent)
+    temporary = parent / f".rasd-new-{secrets.token_hex(8)}"
     try:
-        source.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
+        yield temporary
+    finally:
+        _remove(temporary)
 
 
 def _remove(path: Path) -> None:
@@ -130,6 +112,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _explained(path: Path, nbytes: int) -> Iterator[None]:
+    """Turn ``OSError`` into :class:`StorageError` with the sizes needed and free."""
     try:
         yield
     except RASDError:  # some are OSErrors, too

@@ -1,4 +1,4 @@
-"""What ``rasd cache`` prints and removes: folders of ours, by model, kind, size and last use."""
+"""``rasd cache``: lists and removes our folders by model, kind, size and last use."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.storage.marked import MarkedFolder, foreign, marked_folders
+from rasd_integrations.storage.marked import MarkedFolder, foreign, marked_folders, shortened
 
 _DAY_S = 86400
-_SHOWN = 5  # names of files that are not ours
-_KINDS = {"joined": "fetched", "digests": "index"}  # as people call them
+_KINDS = {"joined": "fetched", "digests": "index"}  # names for people
 
 
 def table(root: Path) -> str:
-    """Return the folders of ours in ``root`` as aligned lines, the largest first, and their total."""
+    """Return our folders in ``root`` as aligned lines, largest first, and their total."""
     found = sorted(marked_folders(root), key=lambda own: -own.nbytes)
     rows = [("model", "kind", "size", "last used")]
     rows += [(own.model, _kind(own), _size(own.nbytes), _when(own.last_used)) for own in found]
@@ -27,8 +26,7 @@ def table(root: Path) -> str:
     ]
     lines += ["", f"in {root}"]
     if others := foreign(root):
-        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-        lines.append(f"not ours, never removed: {', '.join(others[:_SHOWN])}{more}")
+        lines.append(f"not ours, never removed: {shortened(others)}")
     return "\n".join(lines)
 
 
@@ -39,16 +37,16 @@ def chosen(
     everything: bool = False,
     older_than_days: float | None = None,
 ) -> list[MarkedFolder]:
-    """Return the folders of ours in ``root`` that a user asks to clear.
+    """Return our folders in ``root`` that a user selected to clear.
 
     Args:
         root: The cache folder.
-        models: As the table calls them; of all models where empty.
-        everything: All folders, if nothing else is said.
-        older_than_days: Only what was not used for so long.
+        models: Names as in the table; empty selects all models.
+        everything: Needed if neither ``models`` nor ``older_than_days`` is given.
+        older_than_days: Only folders not used for so long.
 
     Raises:
-        ConfigurationError: Nothing is asked for, or there is no such model.
+        ConfigurationError: Nothing is selected, or there is no such model.
     """
     if not models and not everything and older_than_days is None:
         msg = "Nothing is named to be cleared. Name a model as 'rasd cache' lists it, or --older-than DAYS, or --all."
@@ -72,7 +70,7 @@ def chosen(
 
 
 def clear(folders: Iterable[MarkedFolder]) -> str:
-    """Remove the files of ``folders`` that are ours, and return what was removed as lines."""
+    """Remove our files in ``folders``; return what was removed as lines."""
     lines, freed = [], 0
     for own in folders:
         nbytes = own.remove()
@@ -86,7 +84,7 @@ def clear(folders: Iterable[MarkedFolder]) -> str:
 
 
 def described(folders: Sequence[MarkedFolder]) -> str:
-    """Return in a few words what would be removed."""
+    """Return names and size of what would be removed."""
     names = ", ".join(sorted({f"{own.model} ({_kind(own)})" for own in folders}))
     return f"{names}: {_size(sum(own.nbytes for own in folders))}"
 

@@ -1,4 +1,4 @@
-"""Folders of ours, told from others by a file that says what they hold. Only what it names is ever deleted."""
+"""Our folders, marked by a file that lists what they hold; only what it lists is ever deleted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +24,8 @@ Kind = Literal["converted", "compiled", "joined", "kept prompts", "digests"]
 MARKER = "rasd.json"
 _FORMAT = "rasd-folder"
 _BLOCK = 1 << 20
-# Of folders whose files come and go; those of others are listed in the marker.
+_SHOWN = 5  # names in a message
+# Files of folders whose content changes; other folders list theirs in the marker.
 _NAMES = {
     "kept prompts": re.compile(r"[0-9a-f]{32}\.rasd-prefix"),
     "digests": re.compile(r"[0-9a-f]{32}\.digest"),
@@ -36,11 +37,11 @@ class MarkedFolder:
     """A folder that this package made.
 
     Attributes:
-        path: Where it lies.
+        path: The folder.
         kind: What its files are.
-        model: Which model they belong to, for people.
-        names: Of its files, where the marker lists them.
-        digests: SHA-256 by name, of files that do not change.
+        model: The model that they belong to, for people.
+        names: Its files, if the marker lists them.
+        digests: SHA-256 by name of files that do not change.
     """
 
     path: Path
@@ -50,7 +51,7 @@ class MarkedFolder:
     digests: Mapping[str, str]
 
     def files(self) -> list[tuple[Path, os.stat_result]]:
-        """Return its own files that are there, the marker not among them; links are never followed."""
+        """Return its existing files without the marker; links are never followed."""
         found = []
         with contextlib.suppress(OSError):
             pattern = _NAMES.get(self.kind)
@@ -66,19 +67,19 @@ class MarkedFolder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its files."""
+        """Size of its files."""
         return sum(stat.st_size for _, stat in self.files())
 
     @property
     def last_used(self) -> float:
-        """When it was last written to or read, in seconds since 1970."""
+        """Time of the last write or read, in seconds since 1970."""
         times = [stat.st_mtime for _, stat in self.files()] if self.kind in _NAMES else []
         with contextlib.suppress(OSError):
             times.append((self.path / MARKER).stat().st_mtime)
         return max(times, default=0.0)
 
     def remove(self) -> int:
-        """Delete its files and return their bytes; the folder goes, too, where nothing else lies in it."""
+        """Delete its files, and the folder if nothing else is in it; return the freed bytes."""
         freed = 0
         for path, stat in self.files():
             with contextlib.suppress(OSError):
@@ -94,33 +95,25 @@ class MarkedFolder:
 
 @contextlib.contextmanager
 def made_folder(path: Path, kind: Kind, model: str, nbytes: int) -> Iterator[Path]:
-    """Hand out an empty folder whose files are ``path`` when the block ends without an error.
+    """Create an empty folder that becomes ``path``, with a marker, when the block ends without an error.
 
-    Where ``path`` is there (damaged, or made by another process meanwhile) only files of the same names are
-    replaced; others stay.
+    If ``path`` exists (damaged, or made by another process meanwhile) only files of the same names are replaced.
 
     Args:
-        path: Ends up with a marker that has the digests of its files.
+        path: Final path.
         kind: What the files are.
-        model: Which model they belong to, for people.
-        nbytes: About how many will be written, for the error's message.
+        model: The model that they belong to, for people.
+        nbytes: Expected size, for the error message.
 
     Raises:
         StorageError: The folder cannot be written to, or the disk is full.
     """
     with replaced_folder(path, nbytes) as new:
         yield new
-        digests = {}
-        for file in sorted(new.iterdir()):
-            digest = hashlib.sha256()
-            with file.open("rb") as content:
-                while block := content.read(_BLOCK):
-                    digest.update(block)
-                os.fsync(content.fileno())
-            digests[file.name] = digest.hexdigest()
+        digests = {file.name: sha256(file, sync=True) for file in sorted(new.iterdir())}
         mark(new, kind, model, digests, digests)
         if path.is_dir():
-            (path / MARKER).unlink(missing_ok=True)  # not whole until all are there
+            (path / MARKER).unlink(missing_ok=True)  # not whole until all files are
             for name in (*digests, MARKER):
                 (new / name).replace(path / name)
 
@@ -132,28 +125,28 @@ def mark(
     names: Iterable[str] = (),
     digests: Mapping[str, str] | None = None,
 ) -> None:
-    """Say that ``folder`` is ours and holds the files ``names``.
+    """Mark ``folder`` as ours, with the files ``names``.
 
     Raises:
         StorageError: It cannot be written to.
     """
-    said: dict[str, Any] = {
+    marker: dict[str, Any] = {
         "format": _FORMAT, "kind": kind, "model": model, "files": sorted(names), "sha256": digests or {},
     }  # fmt: skip
-    content = json.dumps(said, indent=1).encode()
+    content = json.dumps(marker, indent=1).encode()
     with replaced_file(folder / MARKER, len(content)) as file:
         file.write(content)
 
 
 def marked(folder: Path) -> MarkedFolder | None:
-    """Return what ``folder`` holds of ours, ``None`` where it is not ours."""
+    """Read a folder's marker; ``None`` if the folder is not ours."""
     try:
         if folder.is_symlink() or not (folder / MARKER).is_file():
             return None
-        said = parsed((folder / MARKER).read_bytes()[: 1 << 20])
+        marker = parsed((folder / MARKER).read_bytes()[: 1 << 20])
     except (OSError, UnusableFileError):
         return None
-    match said:
+    match marker:
         case {
             "format": "rasd-folder",
             "kind": str(kind),
@@ -169,7 +162,7 @@ def marked(folder: Path) -> MarkedFolder | None:
 
 
 def marked_folders(root: Path) -> Iterator[MarkedFolder]:
-    """Yield the folders of ours in ``root``, and in its folders."""
+    """Yield our folders in ``root`` and one level below."""
     for folder in _folders(root):
         own = marked(folder)
         if own is not None:
@@ -179,7 +172,7 @@ def marked_folders(root: Path) -> Iterator[MarkedFolder]:
 
 
 def foreign(root: Path) -> list[str]:
-    """Return the names of what lies in ``root``, or beside folders of ours in its folders, and is not ours."""
+    """Return names in ``root``, or beside our folders one level below, that are not ours."""
     found = []
     with contextlib.suppress(OSError):
         for path in sorted(p for p in root.iterdir() if marked(p) is None):
@@ -192,8 +185,29 @@ def foreign(root: Path) -> list[str]:
     return found
 
 
+def shortened(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def sha256(path: Path, *, sync: bool = False) -> str:
+    """Return the SHA-256 of a file's content; ``sync`` also writes it to the disk.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+        if sync:
+            os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
 def touch(folder: Path) -> None:
-    """Note that a folder of ours was used now."""
+    """Note that one of our folders was used now."""
     with contextlib.suppress(OSError):
         os.utime(folder / MARKER)
 

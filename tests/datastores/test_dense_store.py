@@ -398,7 +398,7 @@ def test_a_changed_byte_anywhere_is_refused(built, tmp_path):
 
 @pytest.mark.parametrize(
     "header",
-    [[], {}, {"__metadata__": {"format": "rasd-dense-store", "version": "1"}}, {"a": 1}, "text"],
+    [[], {}, {"__metadata__": {"format": "rasd-dense-store", "version": "2"}}, {"a": 1}, "text"],
     ids=["list", "empty", "no arrays", "no marks", "text"],
 )
 def test_other_files_are_refused(built, tmp_path, header):

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from rasd_integrations.datastores.hidden import file as hidden_file
+from rasd_integrations.datastores.hidden.build import write_arrays
 from rasd_integrations.datastores.hidden.store import DenseStore
 from rasd_integrations.datastores.tokens import TokenStore
 from rasd_integrations.errors import RetrievalError, StorageError
@@ -19,13 +19,13 @@ HEADERS = {
     "a list": b"[1, 2, 3]",
     "no marks": b"{}",
     "marks of numbers": b'{"__metadata__": {"format": 1}}',
-    "another format": b'{"__metadata__": {"format": "x", "version": "1"}}',
+    "another format": b'{"__metadata__": {"format": "x", "version": "2"}}',
     "spaces": b" " * (1 << 20),
-    "reversed offsets": b'{"__metadata__": {"format": "FORMAT", "version": "1"}, '
+    "reversed offsets": b'{"__metadata__": {"format": "FORMAT", "version": "2"}, '
     b'"ids": {"dtype": "U32", "shape": [2], "data_offsets": [8, 0]}}',
-    "an endless shape": b'{"__metadata__": {"format": "FORMAT", "version": "1"}, '
+    "an endless shape": b'{"__metadata__": {"format": "FORMAT", "version": "2"}, '
     b'"ids": {"dtype": "U32", "shape": [100000000000000000000, 0], "data_offsets": [0, 8]}}',
-    "no tensors": b'{"__metadata__": {"format": "FORMAT", "version": "1"}}',
+    "no tensors": b'{"__metadata__": {"format": "FORMAT", "version": "2"}}',
 }
 
 
@@ -79,6 +79,6 @@ def test_a_full_disk_is_an_error_of_ours(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match=r"store: No space left.*MB are free"):
         store.save(path)
     with pytest.raises(StorageError, match="No space left"):
-        hidden_file.write(tmp_path / "dense", {"ids": np.zeros(3, "<u4")}, {})
+        write_arrays(tmp_path / "dense", {"ids": np.zeros(3, "<u4")}, {})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["store"]

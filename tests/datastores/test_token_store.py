@@ -17,7 +17,7 @@ from tiny import tiny_tokenizer
 from rasd_integrations.datastores.tokens import TokenStore, chunk_key, tokenizer_fingerprint
 from rasd_integrations.datastores.tokens import store as store_module
 from rasd_integrations.datastores.tokens.encoding import SEPARATOR
-from rasd_integrations.datastores.tokens.segment import MAX_MATCH, Segment, continuations
+from rasd_integrations.datastores.tokens.shard import MAX_MATCH, Shard, continuations
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Chunk
 
@@ -25,13 +25,13 @@ TEXT = st.text("abc", max_size=24)
 TEXTS = st.lists(TEXT, max_size=8)
 
 
-def arrays(segment: Segment) -> dict[str, list[int]]:
-    return {k: getattr(segment, k).tolist() for k in ("text", "order", "starts", "keys", "alive")}
+def arrays(shard: Shard) -> dict[str, list[int]]:
+    return {k: getattr(shard, k).tolist() for k in ("text", "order", "starts", "keys", "alive")}
 
 
 @pytest.fixture
-def small_segments(monkeypatch):
-    """Keep even tiny segments apart, so that a few texts make several."""
+def small_shards(monkeypatch):
+    """Keep even tiny shards apart, so that a few texts make several."""
     monkeypatch.setattr(store_module, "_LEAST_KEPT", 1)
 
 
@@ -70,7 +70,7 @@ def test_growth_and_removal_in_parts_equal_a_scan_of_what_is_left(batches, remov
 @settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(TEXTS, min_size=1, max_size=5), st.sets(st.integers(0, 40)))
 def test_a_grown_store_merges_to_what_a_build_makes(batches, removed):
-    """Sorted together, the segments of a grown store are the arrays of a store built at once."""
+    """Sorted together, the shards of a grown store are the arrays of a store built at once."""
     texts = [t for t in dict.fromkeys(t for batch in batches for t in batch) if len(t) > 1]
     gone = [text for i, text in enumerate(texts) if i in removed]
     with mock.patch.object(store_module, "_LEAST_KEPT", 1):
@@ -80,22 +80,22 @@ def test_a_grown_store_merges_to_what_a_build_makes(batches, removed):
         store.remove(gone)
     left = [t for t in texts if t not in gone]
     if left:
-        (built,) = store_of(left).segments
-        assert arrays(Segment.merge(store.segments)) == arrays(built)
+        (built,) = store_of(left).shards
+        assert arrays(Shard.merge(store.shards)) == arrays(built)
     else:
-        assert store.segments == ()
+        assert store.shards == ()
 
 
 @settings(deadline=None)  # a busy machine is no fault
 @given(TEXTS, st.sets(st.integers(0, 7)))
 def test_compaction_equals_a_build_without_the_removed(texts, removed):
-    """Dropping chunks from a sorted segment leaves the arrays that sorting the others makes."""
+    """Dropping chunks from a sorted shard leaves the arrays that sorting the others makes."""
     texts = [t for t in dict.fromkeys(texts) if len(t) > 1]
     left = [t for i, t in enumerate(texts) if i not in removed]
     if left:
-        segment = store_of(texts).segments[0]
+        shard = store_of(texts).shards[0]
         dead = np.array([i in removed for i in range(len(texts))])
-        assert arrays(segment.without(dead).compact()) == arrays(store_of(left).segments[0])
+        assert arrays(shard.without(dead).compact()) == arrays(store_of(left).shards[0])
 
 
 def test_no_match_and_no_continuation_crosses_the_border_of_two_texts():
@@ -114,14 +114,14 @@ def test_a_match_is_at_most_sixteen_tokens_and_at_least_the_minimum():
     assert look_up(store_of([text]), "xabc", min_match=3) == (3, Counter({"defg": 1}))
 
 
-def test_of_many_occurrences_an_even_sample_is_read(small_segments):
-    """Over the limit the rows keep their shares, over several segments, and are the same each time."""
+def test_of_many_occurrences_an_even_sample_is_read(small_shards):
+    """Over the limit the rows keep their shares, over several shards, and are the same each time."""
     texts = [f"q{'a' if i % 4 else 'b'}{chr(1000 + i)}" for i in range(400)]
     store = store_of(texts[:300])
     store.add(texts[300:])
-    assert len(store.segments) == 1  # 300 against 100: sorted together
+    assert len(store.shards) == 1  # 300 against 100: sorted together
     store.add(f"q{'a' if i % 4 else 'b'}{chr(2000 + i)}" for i in range(40))
-    assert len(store.segments) == 2
+    assert len(store.shards) == 2
     length, found = look_up(store, "zq", most_rows=40, depth=1)
     assert (length, found.total()) == (1, 40)
     assert found["a"] == pytest.approx(30, abs=3)
@@ -139,9 +139,9 @@ def test_ids_have_32_bits():
     """Ids that 16 bits cannot hold are kept apart; what is no id is refused."""
     store = TokenStore(encode)
     store.add_ids([[1, 70_000, 5], [1, 70_000 - 65_536, 6], [2, SEPARATOR - 1, 7]])
-    assert continuations(store.segments, [70_000], min_match=1, most_rows=9, depth=1) == (1, [[5]])
+    assert continuations(store.shards, [70_000], min_match=1, most_rows=9, depth=1) == (1, [[5]])
     assert continuations(
-        store.segments, [SEPARATOR - 1], min_match=1, most_rows=9, depth=1
+        store.shards, [SEPARATOR - 1], min_match=1, most_rows=9, depth=1
     ) == (1, [[7]])  # fmt: skip
     for wrong in ([-1, 2], [SEPARATOR, 2], [0.5, 1.0], [[1, 2], [3, 4]]):
         with pytest.raises(ConfigurationError, match=r"[Tt]oken ids?"):
@@ -171,17 +171,17 @@ def test_texts_are_removed_by_text_chunk_or_key():
     assert [t in store for t in ("abcd", "efgh", "ijkl", "mnop")] == [False] * 3 + [True]
     assert chunk_key("mnop") in store
     assert store.remove(["mnop"]) == 1
-    assert store.segments == ()
+    assert store.shards == ()
 
 
 def test_removed_text_is_written_anew_once_it_is_a_quarter():
     """A few removed texts are passed over; many are dropped from memory."""
     store = store_of([f"text number {i:02}" for i in range(20)])
-    tokens = len(store.segments[0].text)
+    tokens = len(store.shards[0].text)
     store.remove("text number 03")
-    assert len(store.segments[0].text) == tokens
+    assert len(store.shards[0].text) == tokens
     store.remove([f"text number {i:02}" for i in range(10)])
-    assert len(store.segments[0].text) == 10 * 15 + 1
+    assert len(store.shards[0].text) == 10 * 15 + 1
     assert len(store) == 10
 
 
@@ -189,7 +189,7 @@ def test_removed_rows_give_way_to_a_shorter_match():
     """Where the longest match is removed, the next shorter one that lives is drafted from."""
     store = store_of(["abcx", *(f"zc{c}" for c in "defghijk")])
     store.remove("abcx")
-    assert len(store.segments[0].alive) == 9  # still there, passed over
+    assert len(store.shards[0].alive) == 9  # still there, passed over
     assert look_up(store, "abc")[0] == 1
     assert look_up(store, "abc")[1].total() == 8
 
@@ -223,21 +223,21 @@ def test_a_failing_source_removes_nothing():
     assert len(store) == 2
 
 
-def test_segments_stay_few_while_a_store_grows(small_segments):
-    """One text at a time: each segment is four times as large as the next, and work stays near linear."""
+def test_segments_stay_few_while_a_store_grows(small_shards):
+    """One text at a time: each shard is four times as large as the next, and work stays near linear."""
     sorted_tokens = []
-    merge, build = Segment.merge, Segment.build
+    merge, build = Shard.merge, Shard.build
     with (
-        mock.patch.object(Segment, "merge", lambda s: sorted_tokens.append(sum(x.num_tokens for x in s)) or merge(s)),
-        mock.patch.object(Segment, "build", lambda c, k: sorted_tokens.append(sum(map(len, c))) or build(c, k)),
+        mock.patch.object(Shard, "merge", lambda s: sorted_tokens.append(sum(x.num_tokens for x in s)) or merge(s)),
+        mock.patch.object(Shard, "build", lambda c, k: sorted_tokens.append(sum(map(len, c))) or build(c, k)),
     ):  # fmt: skip
         store = store_of([])
         for i in range(300):
             store.add([f"text number {i:03}"])
-            sizes = [s.num_tokens for s in store.segments]
+            sizes = [s.num_tokens for s in store.shards]
             assert all(one >= 4 * other for one, other in itertools.pairwise(sizes))
     assert len(store) == 300
-    assert len(store.segments) <= 5  # log4 of 300
+    assert len(store.shards) <= 5  # log4 of 300
     assert sum(sorted_tokens) < 25 * store.num_tokens
 
 
@@ -249,7 +249,7 @@ def test_a_segment_grows_to_its_limit_only(monkeypatch):
     store = store_of(texts)
     assert len(store) == 40
     store.add_ids([1000 + i, i] * 30 for i in range(4))  # at once, without a text
-    assert max(s.num_tokens for s in store.segments) <= 100
+    assert max(s.num_tokens for s in store.shards) <= 100
     assert look_up(store, "number 03")[1].total() == 10
 
 

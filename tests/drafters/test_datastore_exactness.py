@@ -260,7 +260,7 @@ def test_streams_are_exact_while_another_thread_changes_the_store(target):
         nonlocal rounds
         while not (rounds and stop.is_set()):
             store.add_ids([random_ids(3000, seed=rounds), plain[rounds % 20 :]])
-            store.remove([int(store.segments[0].keys[0])])
+            store.remove([int(store.shards[0].keys[0])])
             rounds += 1
 
     writer = threading.Thread(target=churn)

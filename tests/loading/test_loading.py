@@ -249,7 +249,7 @@ def test_a_copy_of_a_gguf_is_not_converted_twice(gguf_file, cache, monkeypatch):
 def test_a_gguf_is_read_for_its_digest_once(gguf_file, monkeypatch):
     """Later processes ask for its size and times alone."""
     load_tokenizer(gguf_file)
-    monkeypatch.setattr("rasd_integrations.storage.cache_folder._BLOCK", None)
+    monkeypatch.setattr("rasd_integrations.storage.cache_folder.sha256", None)
     load_tokenizer(gguf_file)
     assert len({file_digest(gguf_file) for _ in range(2)}) == 1
 

@@ -9,7 +9,7 @@ import torch
 
 from rasd_integrations.datastores.tokens import TokenStore
 from rasd_integrations.datastores.tokens.encoding import SEPARATOR
-from rasd_integrations.datastores.tokens.segment import MAX_MATCH, continuations
+from rasd_integrations.datastores.tokens.shard import MAX_MATCH, continuations
 
 EVERY = 1 << 20
 DEPTH = 4
@@ -38,7 +38,7 @@ def random_ids(n: int, seed: int, vocab: int = 256) -> list[int]:
 def look_up(store, context, *, min_match=1, most_rows=EVERY, depth=DEPTH):
     """Return the match and the continuations with their counts, cut where their text ends."""
     length, rows = continuations(
-        store.segments, encode(context), min_match=min_match, most_rows=most_rows, depth=depth
+        store.shards, encode(context), min_match=min_match, most_rows=most_rows, depth=depth
     )
     texts = (itertools.takewhile(lambda token: token != SEPARATOR, row) for row in rows)
     return length, Counter("".join(map(chr, text)) for text in texts)

@@ -1,4 +1,4 @@
-"""Texts as the target read them: what it thought at each place, and the tokens that followed."""
+"""The target's hidden states over some texts, and the tokens that followed each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From texts to a store: the target reads them part by part; finished parts outlive a kill.
+"""Builds a store: the target reads texts part by part; finished parts survive a kill.
 
-Texts are cut in pieces and shuffled, so that the first parts are a fair sample to fit the transform on.
-These keep hidden states, all others keys. The last step sorts the keys by the token that came next.
+Texts are split in pieces and shuffled, so that the first parts are a fair sample to fit the transform on. These
+keep hidden states, all others keys. The last step groups the keys by next token.
 """
 
 from __future__ import annotations
@@ -11,37 +11,45 @@ import copy
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rasd_integrations.datastores.hidden import file
 from rasd_integrations.datastores.hidden.transform import Transform
+from rasd_integrations.datastores.mapped_file import MappedFile, StoreKind
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.errors import ConfigurationError, RetrievalError
+from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.retrieval.items import items_of, text_of
+from rasd_integrations.storage.tensor_file import (
+    FileKind,
+    UnusableFileError,
+    content_of,
+    write,
+)
 
 FILE = "store.safetensors"
-SEPARATOR = 0xFFFF_FFFF  # stands behind each piece; no token has this id
+KIND = StoreKind(
+    FileKind("rasd-dense-store", "2"), "dense store", "DenseStore.build(texts, model, folder)"
+)
+SEPARATOR = 0xFFFF_FFFF  # after each piece; no token has this id
 _PARTS = "parts"
-_PART_NAME = re.compile(
-    r"[0-9a-f]{16}-[0-9]{6,}\.safetensors"
-)  # of this job, or of one that was given up
+_PART_NAME = re.compile(r"[0-9a-f]{16}-[0-9]{6,}\.safetensors")  # of this build or an abandoned one
 _PIECE = 1024  # tokens of a text that are read together, as in DReSD
 _PART = 1 << 14  # tokens that a kill loses, at most
-_SAMPLE = 4  # parts whose hidden states are kept until the transform is fitted to them
+_SAMPLE = 4  # parts whose hidden states are kept to fit the transform to
 _LARGEST = 6e4  # of float16
 
 Ids = NDArray[np.uint32]
+Halves = NDArray[np.float16]
 Progress = Callable[[int, int], object]
 
 
 class Reader(Protocol):
-    """What a store needs of a model; :class:`rasd_integrations.runtime.models.SharedModel` has it.
+    """A model as a store needs it, such as :class:`rasd_integrations.runtime.models.SharedModel`.
 
     Attributes:
         target: The weights, ready for steps.
@@ -55,7 +63,7 @@ class Reader(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """The weights' identity."""
+        """Digest of the weights."""
         ...
 
 
@@ -64,7 +72,7 @@ class Piece(NamedTuple):
 
     Attributes:
         ids: Little-endian uint32.
-        skip: Leading tokens that are read and not kept: what the tokenizer begins every prompt with.
+        skip: Leading tokens that are read and not kept: those that begin every prompt.
     """
 
     ids: bytes
@@ -72,15 +80,15 @@ class Piece(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens to be read."""
+        """Tokens to read."""
         return len(self.ids) // 4
 
 
 def build(source: Any, model: Reader, folder: Path, progress: Progress | None) -> None:
-    """Make the store in ``folder``; :meth:`DenseStore.build` says how.
+    """Build the store in ``folder``; see :meth:`DenseStore.build`.
 
     Raises:
-        ConfigurationError: An unusable source or item, ids that the model does not know, or nothing to learn.
+        ConfigurationError: An unusable source or item, ids outside the vocabulary, or nothing to learn.
         StorageError: The folder cannot be written to, or the disk is full.
     """
     pieces = sorted(set(_pieces(source, model)))
@@ -89,8 +97,7 @@ def build(source: Any, model: Reader, folder: Path, progress: Progress | None) -
         raise ConfigurationError(msg)
     random.Random(0).shuffle(pieces)
     job = _job(pieces, model)
-    done = _read(folder / FILE)
-    if done is not None and done.marks.get("job") == job:
+    if (_marks(folder / FILE) or {}).get("job") == job:
         return
     parts = list(_portions(pieces))
     total, count = sum(piece.num_tokens for piece in pieces), 0
@@ -101,36 +108,46 @@ def build(source: Any, model: Reader, folder: Path, progress: Progress | None) -
         if progress is not None:
             progress(count, total)
 
-    def read(number: int, transform: Transform | None) -> file.ArrayFile:
+    def read(number: int, transform: Transform | None) -> tuple[Ids, Halves]:
         path = folder / _PARTS / f"{job}-{number:06}.safetensors"
-        kept = _read(path)
-        if kept is None:
-            file.write(path, _states(parts[number], model.target, transform, tick), {})
-            return file.ArrayFile(path)
-        tick(sum(piece.num_tokens for piece in parts[number]))
-        return kept
+        if _marks(path) is None:
+            write_arrays(path, _states(parts[number], model.target, transform, tick), {})
+        else:
+            tick(sum(piece.num_tokens for piece in parts[number]))
+        with KIND.errors(path):
+            part = MappedFile(path, KIND, verify=False)
+            return part.array("ids", "U32"), part.array("rows", "F16")
 
     sample = [read(number, None) for number in range(min(_SAMPLE, len(parts)))]
-    transform = Transform.fit(part["rows"] for part in sample)
+    transform = Transform.fit(rows for _, rows in sample)
     rest = [read(number, transform) for number in range(len(sample), len(parts))]
-    keys = [transform(part["rows"]).astype(np.float16) for part in sample]
+    keys = [transform(rows).astype(np.float16) for _, rows in sample]
     arrays = grouped(
-        np.concatenate([part["ids"] for part in (*sample, *rest)]),
-        np.concatenate([*keys, *(part["rows"] for part in rest)]),
+        np.concatenate([ids for ids, _ in (*sample, *rest)]),
+        np.concatenate([*keys, *(rows for _, rows in rest)]),
     )
     arrays |= {"mean": transform.mean, "basis": transform.basis}
     marks = {"model": model.fingerprint, "name": model.name, "job": job}
-    file.write(folder / FILE, arrays, marks)
-    with contextlib.suppress(OSError):  # what others put there stays, and so does the folder then
+    write_arrays(folder / FILE, arrays, marks)
+    with contextlib.suppress(OSError):  # other files there stay, and then the folder does, too
         for part in (folder / _PARTS).iterdir():
             if _PART_NAME.fullmatch(part.name):
                 part.unlink()
         (folder / _PARTS).rmdir()
 
 
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], marks: Mapping[str, str]) -> None:
+    """Write a store's or a part's arrays atomically.
+
+    Raises:
+        StorageError: The disk is full, or the folder cannot be written to.
+    """
+    write(path, KIND.file, marks, {name: content_of(array) for name, array in arrays.items()})
+
+
 def _pieces(source: Any, model: Reader) -> Iterator[Piece]:
-    """Yield the pieces of a source that something can be learned from."""
-    tokenizer = copy.deepcopy(model.tokenizer)  # one that answers do not use at the same time
+    """Yield the pieces of three tokens or more."""
+    tokenizer = copy.deepcopy(model.tokenizer)  # answers may be using the original
     target, start = model.target, tokenizer("")["input_ids"][:1]
     if start != [getattr(tokenizer, "bos_token_id", None)]:
         start = []
@@ -160,7 +177,7 @@ def _is_ids(item: Any) -> bool:
 
 
 def _job(pieces: Iterable[Piece], model: Reader) -> str:
-    """Return the identity of a build: parts of another one are not taken for its own."""
+    """Return the identity of a build, by which its parts are told from others'."""
     digest = hashlib.blake2b(model.fingerprint.encode(), digest_size=8)
     for piece in pieces:
         digest.update(f"{piece.skip},{len(piece.ids)};".encode() + piece.ids)
@@ -180,11 +197,11 @@ def _portions(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield part
 
 
-def _read(path: Path) -> file.ArrayFile | None:
-    """Return what was finished before; what is damaged is made again."""
+def _marks(path: Path) -> Mapping[str, str] | None:
+    """Return the marks of a finished file, ``None`` if it is missing or damaged."""
     try:
-        return file.ArrayFile(path)
-    except RetrievalError:
+        return MappedFile(path, KIND).marks
+    except (OSError, UnusableFileError):
         return None
 
 
@@ -194,9 +211,9 @@ def _states(
     transform: Transform | None,
     tick: Callable[[int], object],
 ) -> dict[str, NDArray[Any]]:
-    """Run the target and return the pieces' ids, and hidden states or keys of all places with two followers."""
+    """Run the target; return the pieces' ids, and hidden states or keys of all positions with two followers."""
     ids: list[Ids] = []
-    rows: list[NDArray[np.float16]] = []
+    rows: list[Halves] = []
     for piece in pieces:
         read = np.frombuffer(piece.ids, "<u4")
         buffer = KVBuffer(len(read), keeps_hidden=True)
@@ -210,17 +227,17 @@ def _states(
     return {"ids": np.concatenate(ids), "rows": np.concatenate(rows)}
 
 
-def grouped(ids: Ids, keys: NDArray[np.float16]) -> dict[str, NDArray[Any]]:
-    """Return ids, and keys with the places of their followers, grouped by next token, in order of place."""
+def grouped(ids: Ids, keys: Halves) -> dict[str, NDArray[Any]]:
+    """Return ids, and keys with the positions of their followers, grouped by next token, by position within."""
     inside = ids != SEPARATOR
-    places = np.flatnonzero(inside[:-2] & inside[1:-1] & inside[2:])
-    said = ids[places + 1]
-    order = np.argsort(said, kind="stable")
-    tokens, starts = np.unique(said[order], return_index=True)
+    positions = np.flatnonzero(inside[:-2] & inside[1:-1] & inside[2:])
+    following = ids[positions + 1]
+    order = np.argsort(following, kind="stable")
+    tokens, starts = np.unique(following[order], return_index=True)
     return {
         "ids": ids,
         "keys": keys[order],
-        "places": (places[order] + 2).astype(np.uint32),
+        "positions": (positions[order] + 2).astype(np.uint32),
         "tokens": tokens,
         "starts": np.append(starts, len(order)).astype(np.int64),
     }

@@ -1,4 +1,4 @@
-"""A store of what the target thought at each place of some texts, looked up by what it thinks now."""
+"""A store of the target's hidden states over some texts, searched by the current hidden state."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing_extensions import Self
 
 from rasd_integrations.datastores.hidden import build
 from rasd_integrations.datastores.hidden.build import SEPARATOR, Reader
-from rasd_integrations.datastores.hidden.file import ArrayFile
 from rasd_integrations.datastores.hidden.transform import Transform
+from rasd_integrations.datastores.mapped_file import MappedFile
 from rasd_integrations.errors import RetrievalError
 
-# Keys compared for one draft, of more that many evenly spread; and of them at once.
+# Keys compared for one draft (of more, that many, evenly spaced), and at once.
 _MOST_ROWS, _BLOCK = 1 << 18, 1 << 11
 
 
 class Neighbour(NamedTuple):
-    """A place that is like the present one.
+    """A position with a hidden state like the current one.
 
     Attributes:
-        agreement: 0 to 1: about how likely its next token is the present one's.
+        agreement: Cosine similarity of the keys, 0 to 1.
         following: The tokens that followed there.
     """
 
@@ -34,31 +34,31 @@ class Neighbour(NamedTuple):
 
 
 class DenseStore:
-    """Keys of hidden states by the token that the target said there, and the texts they came from.
+    """Keys of hidden states, grouped by next token, and the texts they came from.
 
-    DReSD (arXiv 2502.15572) asks an approximate index for 50 neighbours among all keys and drops those
-    whose next token is not the one just said. Here keys lie grouped by that token and all of its group are
-    compared, which is exact and needs no index: about a millisecond for the most frequent word of 1M tokens.
-    In 34K tokens of documents 8 % of the look-ups find nothing, against 38 % of DReSD's, and drafts give
-    1.71 tokens a step against 1.53 (docs/explanation/experiments.md). A token takes 136 bytes: 64 float16
-    and two ids.
+    DReSD (arXiv 2502.15572) asks an approximate index for 50 neighbours among all keys and drops those with another
+    next token than the last one. Here all keys of that token's group are compared, which is exact and needs no
+    index: about a millisecond for the most frequent word of 1M tokens. In 34K tokens of documents 8 % of the
+    look-ups find nothing, against 38 % of DReSD's, and drafts give 1.71 tokens a step against 1.53
+    (docs/explanation/experiments.md). A token takes 136 bytes: 64 float16 and two ids.
 
-    Immutable and safe under threads.
+    Immutable and thread-safe.
 
     Attributes:
         path: The store's file.
-        width: Width of the hidden states that it can be asked with.
+        width: Size of the hidden states.
         num_tokens: Tokens of its texts.
     """
 
     def __init__(self, path: Path, *, verify: bool = True) -> None:
-        """Made by :meth:`open` and :meth:`build`."""
-        self._file = file = ArrayFile(path, verify=verify)
+        """Use :meth:`open` or :meth:`build`."""
         self.path = path
-        self._ids, self._places = file["ids"], file["places"]
-        self._tokens, self._starts = file["tokens"], file["starts"]
-        self._keys = torch.from_numpy(file["keys"])
-        self._transform = Transform(file["mean"], file["basis"])
+        with build.KIND.errors(path):
+            self._file = file = MappedFile(path, build.KIND, verify=verify)
+            self._ids, self._positions = file.array("ids", "U32"), file.array("positions", "U32")
+            self._tokens, self._starts = file.array("tokens", "U32"), file.array("starts", "I64")
+            self._keys = torch.from_numpy(file.array("keys", "F16"))
+            self._transform = Transform(file.array("mean", "F32"), file.array("basis", "F32"))
         self.width = self._transform.width
         self.num_tokens = int((self._ids != SEPARATOR).sum())
 
@@ -73,19 +73,17 @@ class DenseStore:
     ) -> Self:
         """Run the target over ``texts`` and keep the store in ``folder``.
 
-        A build that was killed goes on where it stopped, and gives the same store bit for bit. One that is
-        done already is opened.
+        A killed build continues where it stopped and gives the same store bit for bit; a finished one is opened.
 
         Args:
-            texts: Texts, chunks, documents or nodes; or token ids, one
-                sequence for each prompt with its answer. The target's own answers draft best.
+            texts: Texts, chunks, documents or nodes; or token ids, a sequence for each prompt with its answer.
+                The target's own answers draft best.
             model: The target: :func:`rasd_integrations.runtime.models.shared_model`.
             folder: Where the store and its parts are kept.
             progress: Called with the tokens done and the tokens in all.
 
         Raises:
-            ConfigurationError: A source that cannot list its chunks, an item without a text, or nothing to
-                learn from.
+            ConfigurationError: ``texts`` is not iterable, an item has no text, or there is nothing to learn.
             StorageError: The folder cannot be written to, or the disk is full.
         """
         build.build(texts, model, Path(folder), progress)
@@ -97,8 +95,8 @@ class DenseStore:
 
         Args:
             folder: Where it was built.
-            model: The target: its weights must be those that the store was built with.
-            verify: Compare the file's checksum, which reads all of it once.
+            model: The target, with the weights that the store was built with.
+            verify: Read all of the file once and compare its checksums.
 
         Raises:
             RetrievalError: There is no store, it is damaged, or of another model.
@@ -116,11 +114,11 @@ class DenseStore:
     def find(
         self, hidden: NDArray[np.floating], token_id: int, k: int, depth: int
     ) -> list[Neighbour]:
-        """Return the ``k`` places most like the present one, best first, equal ones in the texts' order.
+        """Return the ``k`` positions with the most similar hidden states, best first, equal ones in text order.
 
         Args:
             hidden: ``[width]``, the final hidden state that gave ``token_id``.
-            token_id: The last committed token; only places where it came next are compared.
+            token_id: The last committed token; only positions where it came next are compared.
             k: At least 1.
             depth: Most following tokens.
 
@@ -143,23 +141,23 @@ class DenseStore:
         return [
             Neighbour(
                 float(cosines[i]),
-                self._following(int(self._places[start + i * stride]), depth),
+                self._following(int(self._positions[start + i * stride]), depth),
             )
             for i in nearest(cosines, k)
         ]
 
-    def _following(self, place: int, depth: int) -> tuple[int, ...]:
-        ids = self._ids[place : place + depth]
+    def _following(self, position: int, depth: int) -> tuple[int, ...]:
+        ids = self._ids[position : position + depth]
         ends = np.flatnonzero(ids == SEPARATOR)
         return tuple((ids[: ends[0]] if len(ends) else ids).tolist())
 
 
 def nearest(similarities: NDArray[np.floating], k: int) -> list[int]:
-    """Return the places of the ``k`` greatest values, greatest first, equal ones in order."""
+    """Return the indices of the ``k`` greatest values, greatest first, equal ones in order."""
     if len(similarities) > k:
-        places = np.flatnonzero(similarities >= np.partition(similarities, -k)[-k])
+        best = np.flatnonzero(similarities >= np.partition(similarities, -k)[-k])
     else:
-        places = np.arange(len(similarities))
-    order = np.argsort(-similarities[places], kind="stable")[:k]
-    found: list[int] = places[order].tolist()
+        best = np.arange(len(similarities))
+    order = np.argsort(-similarities[best], kind="stable")[:k]
+    found: list[int] = best[order].tolist()
     return found

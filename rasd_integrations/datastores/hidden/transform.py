@@ -1,4 +1,4 @@
-"""From hidden states to keys: z-score, principal components, unit length (DReSD, arXiv 2502.15572)."""
+"""Maps hidden states to keys: z-score, principal components, unit length (DReSD, arXiv 2502.15572)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,9 @@ class Transform:
 
     @classmethod
     def fit(cls, samples: Iterable[NDArray[np.float16]]) -> Transform:
-        """Fit the leading components of z-scored hidden states.
+        """Fit the leading components of z-scored hidden states ``[rows, hidden]``, read part by part.
 
-        The mean of z-scores is zero, so that one mean serves both steps.
-
-        Args:
-            samples: Parts ``[rows, hidden]``, looked at one by one.
+        The mean of z-scores is zero, so one mean serves both steps.
         """
         count, total, squares = 0, np.zeros(1), np.zeros((1, 1))
         for part in samples:

@@ -1,4 +1,4 @@
-"""Texts as token ids, indexed so that the places where a context occurred are found at once."""
+"""Texts as token ids, indexed by context: finds all occurrences of the last tokens."""
 
 from __future__ import annotations
 

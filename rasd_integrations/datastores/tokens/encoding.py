@@ -1,4 +1,4 @@
-"""From texts to token ids and keys: what a store is built of, and which tokenizer it belongs to."""
+"""Encodes texts to token ids, and hashes texts and tokenizers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.retrieval.items import items_of, text_of
 
 Ids = NDArray[np.uint32]
-SEPARATOR = 0xFFFF_FFFF  # stands between texts; no token has this id
+SEPARATOR = 0xFFFF_FFFF  # between texts; no token has this id
 
-# Scripts, numbers, white space, code and marks that tokenizers cut differently.
+# Scripts, numbers, white space, code and punctuation that tokenizers split differently.
 _PROBE = (
     "The quick brown fox didn't jump over 1,234.50 lazy dogs (see Fig. 2b), or did it?\n\n"
     "\tdef f(x): return {'a': x**2}  # naïve café — “Straße”…\r\n"
@@ -26,14 +26,14 @@ _PROBE = (
 
 
 class Encoder:
-    """Turns texts into token ids: no special tokens, and control tokens in a text stay text.
+    """Encodes texts without special tokens; control tokens in a text are encoded as text.
 
     Attributes:
-        fingerprint: Tells tokenizers apart by what they make of a fixed text.
+        fingerprint: Hash of the ids of a fixed text, to tell tokenizers apart.
     """
 
     def __init__(self, encode: Any) -> None:
-        """Encode with a tokenizer of transformers, or with a function from a text to its ids.
+        """Use a tokenizer of transformers, or a function from a text to its ids.
 
         Raises:
             ConfigurationError: ``encode`` is neither.
@@ -50,10 +50,10 @@ class Encoder:
         self.fingerprint = _fingerprint(as_ids(ids["input_ids"] if plain else ids))
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text; lone surrogates, which are no Unicode, are question marks.
+        """Return the ids of each text; lone surrogates become question marks.
 
         Raises:
-            ConfigurationError: What comes out are no token ids.
+            ConfigurationError: The result is not token ids.
         """
         plain = [text.encode("utf-8", "replace").decode() for text in texts]
         if not plain or not _is_tokenizer(self._encode):
@@ -63,25 +63,25 @@ class Encoder:
 
     @cached_property
     def _own_tokenizer(self) -> Any:
-        """A copy: a fast tokenizer keeps the settings of a call, so threads would change one another's."""
+        """A copy: a fast tokenizer keeps the settings of a call, which would affect other threads."""
         return copy.deepcopy(self._encode)
 
 
 def tokenizer_fingerprint(encode: Any) -> str:
-    """Return a short identity of a tokenizer, or of a function from a text to its ids.
+    """Return a hash of a tokenizer, or of a function from a text to its ids.
 
-    Tokenizers that cut and number a fixed text of many scripts alike have the same one.
+    Tokenizers that encode a fixed text of many scripts alike have the same one.
     """
     return Encoder(encode).fingerprint
 
 
 def chunk_key(text: str) -> int:
-    """Return the key of a text in a store, a hash of 64 bits."""
+    """Return a text's key in a store: a 64-bit hash."""
     return _hash64(text.encode("utf-8", "surrogatepass"))
 
 
 def ids_key(ids: Ids) -> int:
-    """Return the key of tokens that came without a text."""
+    """Return the key of token ids added without a text."""
     return _hash64(b"\0ids" + ids.tobytes())
 
 
@@ -89,7 +89,7 @@ def as_ids(ids: Iterable[int]) -> Ids:
     """Return token ids as an array.
 
     Raises:
-        ConfigurationError: They are no whole numbers from 0 to 2**32 - 2.
+        ConfigurationError: They are not integers from 0 to 2**32 - 2.
     """
     wide = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
     if wide.size == 0:
@@ -107,7 +107,7 @@ def texts_of(source: Any) -> Iterator[str]:
     """Yield the texts of texts, chunks, documents or nodes, one or many.
 
     Raises:
-        ConfigurationError: What cannot be walked through, or an item without a text.
+        ConfigurationError: ``source`` is not iterable, or an item has no text.
     """
     return (text_of(item) for item in items_of(source))
 

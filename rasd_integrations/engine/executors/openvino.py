@@ -32,7 +32,7 @@ from rasd_integrations.engine.executors.tracing import Plan, plan_of
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading.progress import stage
-from rasd_integrations.storage.cache_folder import title_of, whole
+from rasd_integrations.storage.cache_folder import is_whole, title_of
 from rasd_integrations.storage.marked import made_folder
 
 logger = logging.getLogger(__name__)
@@ -378,7 +378,7 @@ def _kept(path: Path | None) -> ov.Model | None:
     """Return the graph that is kept at ``path``, if one is and it can be read."""
     if path is None or not path.exists():
         return None
-    if whole(path) is not None:
+    if is_whole(path):
         with suppress(RuntimeError):  # of another build of OpenVINO
             return ov.Core().read_model(path / _FILE)
     logger.warning("%s is damaged or of another OpenVINO and is made anew", path)

@@ -1,11 +1,10 @@
-"""Keys and values kept between answers, found again by their longest common token prefix.
+"""Keys and values kept between answers, found by longest common token prefix.
 
-A second question on the same documents reuses their keys and values instead of prefilling them. Entries
-are buffers: a stream takes an idle one over in place, and copies from one that another stream works on.
-What files hold of earlier processes is read where it is longer than what memory holds.
+A second question on the same documents reuses their keys and values instead of prefilling them. A stream takes over
+an idle entry's buffer in place, and copies from one that another stream uses. Files of earlier processes are read if
+they hold more than memory.
 
-An entry at work is known by its lease, weakly: where an interrupt comes before the release, it goes with the
-answer's frames instead of staying for ever.
+An entry in use refers to its lease weakly: if an interrupt prevents the release, it goes with the answer's frames.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class _Entry:
     namespace: str
     ids: Ids
     buffer: KVBuffer
-    state: Hashable  # of the weights that computed the rows
+    state: Hashable  # of the weights that computed the buffer
     lease: weakref.ref[Lease] | None = None
 
     @property
@@ -37,47 +36,47 @@ class _Entry:
 
     @property
     def is_lost(self) -> bool:
-        """Whether its stream has ended without a release."""
+        """True if its stream ended without a release."""
         return self.lease is not None and self.lease() is None
 
 
 class Lease:
-    """A buffer at work in one stream, and its place in the cache.
+    """A cache entry in use by one stream.
 
     Attributes:
-        buffer: The stream's own; its first :attr:`reused` rows were found in the cache.
+        buffer: Its first :attr:`reused` tokens were found in the cache.
         reused: Tokens that need no prefill.
     """
 
     def __init__(self, cache: PrefixCache, entry: _Entry) -> None:
-        """Made by :meth:`PrefixCache.lease`."""
+        """Use :meth:`PrefixCache.lease`."""
         self._cache = cache
         self._entry = entry
         self.buffer = entry.buffer
         self.reused = entry.buffer.length
 
     def record(self, ids: Sequence[int]) -> None:
-        """Tell the cache what the buffer holds by now, so that other streams may copy it."""
+        """Publish the tokens in the buffer, so that other streams can reuse its prefix."""
         self._entry.ids = np.asarray(ids[: self.buffer.length], dtype=np.int64)
 
-    def cut(self, rows: int) -> None:
-        """Forget what the buffer holds behind the first ``rows``."""
-        self.buffer.truncate(rows)
+    def cut(self, length: int) -> None:
+        """Keep only the first ``length`` tokens."""
+        self.buffer.truncate(length)
         self.reused = min(self.reused, self.buffer.length)
         self._entry.ids = self._entry.ids[: self.buffer.length]
 
     def save(self, ids: Sequence[int]) -> None:
-        """Write the rows of ``ids`` to the cache's folder, if it has one; returns once they are there."""
+        """Write the prefix ``ids`` to the cache's folder, if it has one."""
         self._cache._save(self._entry, np.asarray(ids[: self.buffer.length], dtype=np.int64))
 
     def release(self, ids: Sequence[int]) -> None:
-        """Give the buffer back with the ids of its rows; the stream must not use it any more."""
+        """Return the buffer, which holds ``ids``, to the cache; the stream must not use it any more."""
         self.record(ids)
         self._cache._release(self._entry)
 
 
 class PrefixCache:
-    """Buffers by token prefix, least recently used first out; safe under threads."""
+    """Buffers by token prefix, evicted least recently used first; thread-safe."""
 
     def __init__(
         self,
@@ -85,12 +84,12 @@ class PrefixCache:
         files: PrefixFiles | None = None,
         weights_state: Callable[[], Hashable] = lambda: None,
     ) -> None:
-        """Keep nothing yet.
+        """Create an empty cache.
 
         Args:
-            max_bytes: Most bytes of idle buffers; 0 keeps none.
-            files: Looked through, too.
-            weights_state: Asked once an answer; rows that were computed in another state are forgotten.
+            max_bytes: Limit of idle buffers; 0 keeps none.
+            files: Searched, too.
+            weights_state: Called once an answer; entries of another state are dropped.
         """
         self._max_bytes = max_bytes
         self._files = files
@@ -100,11 +99,11 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, idle and at work."""
+        """Bytes of all buffers, idle and in use."""
         return sum(e.buffer.nbytes for e in tuple(self._entries))
 
     def __len__(self) -> int:
-        """Return the number of buffers, idle and at work."""
+        """Return the number of buffers, idle and in use."""
         return len(self._entries)
 
     def lease(
@@ -117,23 +116,28 @@ class PrefixCache:
     ) -> Lease:
         """Return a buffer that already holds the longest known prefix of ``ids``.
 
-        At least one token is left to run, whose logits start the answer.
+        At least one token is left to run: its logits start the answer.
 
         Args:
             ids: The prompt.
-            capacity: Tokens that the stream may come to hold.
-            namespace: Only entries of the same namespace are seen.
+            capacity: Tokens to plan for.
+            namespace: Only entries of the same namespace are searched.
             keeps_hidden: Keep the final hidden states of what is run from now on.
         """
-        wanted = np.asarray(ids, dtype=np.int64)
+        wanted = np.asarray(ids, dtype=np.int64)[:-1]
         state = self._weights_state()
-        self._forget_others(state)
-        buffer = self._from_files(wanted[:-1], namespace, capacity, keeps_hidden=keeps_hidden)
+        self._drop_stale(state)
+        buffer = None
+        if self._files is not None:  # read without the lock
+            _, here = self._nearest(wanted, namespace)
+            buffer = self._files.load(
+                wanted, namespace, capacity, beyond=here, keeps_hidden=keeps_hidden
+            )
         return self._leased(wanted, capacity, namespace, state, buffer, keeps_hidden=keeps_hidden)
 
     @locked
-    def _forget_others(self, state: Hashable) -> None:
-        """Forget what weights in another state computed, and what was never released."""
+    def _drop_stale(self, state: Hashable) -> None:
+        """Drop entries of weights in another state, and those never released."""
         self._entries = [e for e in self._entries if e.state == state and not e.is_lost]
 
     @locked
@@ -149,7 +153,7 @@ class PrefixCache:
     ) -> Lease:
         """Return a lease of ``buffer``, or of what memory holds."""
         if buffer is None:
-            buffer = self._from_memory(wanted[:-1], namespace, capacity)
+            buffer = self._from_memory(wanted, namespace, capacity)
         buffer.keeps_hidden |= keeps_hidden
         mine = _Entry(namespace, wanted[: buffer.length], buffer, state)
         lease = Lease(self, mine)
@@ -159,18 +163,8 @@ class PrefixCache:
 
     @locked
     def clear(self) -> None:
-        """Forget every buffer; streams go on with theirs, which are not kept afterwards."""
+        """Drop all entries; streams go on with theirs, which are not kept afterwards."""
         self._entries = []
-
-    def _from_files(
-        self, ids: Ids, namespace: str, capacity: int, *, keeps_hidden: bool
-    ) -> KVBuffer | None:
-        """Return what a file holds beyond memory; others lease and release meanwhile."""
-        if self._files is None:
-            return None
-        entry, common = self._nearest(ids, namespace)
-        here = 0 if entry is None else common
-        return self._files.load(ids, namespace, capacity, beyond=here, keeps_hidden=keeps_hidden)
 
     def _from_memory(self, ids: Ids, namespace: str, capacity: int) -> KVBuffer:
         entry, common = self._nearest(ids, namespace)
@@ -187,6 +181,7 @@ class PrefixCache:
             self._files.save(ids, entry.namespace, entry.buffer)
 
     def _nearest(self, ids: Ids, namespace: str) -> tuple[_Entry | None, int]:
+        """Return the entry with the longest common prefix worth reusing, and its length; else None and 0."""
         best: _Entry | None = None
         length = LEAST_REUSE - 1
         for entry in tuple(self._entries):
@@ -196,7 +191,7 @@ class PrefixCache:
             # Of equal matches an idle entry is better: it needs no copy.
             if common > length or (common == length and best is not None and best.in_use):
                 best, length = entry, common
-        return best, length
+        return best, 0 if best is None else length
 
     @locked
     def _release(self, entry: _Entry) -> None:
@@ -217,7 +212,7 @@ class PrefixCache:
 
 
 def _covers(entry: _Entry, other: _Entry) -> bool:
-    """Whether ``entry`` holds all that ``other`` holds."""
+    """Return True if ``entry`` holds all that ``other`` holds."""
     return entry.namespace == other.namespace and common_prefix(entry.ids, other.ids) == len(
         other.ids
     )

@@ -1,7 +1,7 @@
-"""Prefixes on disk, a file each, found by their longest common head.
+"""On-disk prefix cache: one file per prefix, found by longest common prefix.
 
-A folder may serve many models, namespaces and processes: each pair of model and namespace has a folder of
-its own in it, and reads no other. What else lies there is the user's: it is neither counted nor deleted.
+A folder may serve many models, namespaces and processes: each pair of model and namespace has a subfolder of its
+own and reads no other. All other files are the user's: they are neither counted nor deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rasd_integrations.engine.kv import prefix_format
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_format import Ids, RowLayout
 from rasd_integrations.storage.atomic import clear_abandoned
-from rasd_integrations.storage.marked import foreign, mark, marked, marked_folders
+from rasd_integrations.storage.marked import foreign, mark, marked, marked_folders, shortened
 from rasd_integrations.storage.tensor_file import UnusableFileError
 
 logger = logging.getLogger(__name__)
@@ -32,21 +32,20 @@ logger = logging.getLogger(__name__)
 LEAST_REUSE = 16
 _READ_PER_ROW = 16  # rows of a file that may be read for each one that it spares
 _SUFFIX = ".rasd-prefix"
-_RECENT_NS = 1_000_000_000  # a folder's time may stand still for this long while files come in
+_RECENT_NS = 1_000_000_000  # a folder's time may not change for this long while files come in
 _DAMAGE = (OSError, UnusableFileError)
-_NAMED = 5  # of the files that are not ours, at most
 
 
 @dataclass(slots=True)
-class _Shelf:
-    """What is known of one model's and namespace's folder.
+class _FolderIndex:
+    """The files of one model and namespace.
 
     Attributes:
-        folder: It need not be there.
-        key: Its files must carry it.
+        folder: It need not exist.
+        key: Key that its files must carry.
         ids: Token ids by file name.
-        states: Inode and size of every file that was looked at, usable or not.
-        seen: The folder's time when it was listed last.
+        states: Inode and size of every file that was read, usable or not.
+        seen: Modification time of the folder when it was last listed.
     """
 
     folder: Path
@@ -57,9 +56,9 @@ class _Shelf:
 
 
 class PrefixFiles:
-    """Prefixes of one model in a folder, found by their longest common head; safe under threads and processes.
+    """Prefixes of one model in a folder; safe under threads and processes.
 
-    Nothing that is wrong with a file or the disk raises: it is logged, once a file, and the prefix is as unknown.
+    No fault of a file or the disk raises: it is logged, once a file, and the prefix is a miss.
     """
 
     def __init__(
@@ -73,14 +72,14 @@ class PrefixFiles:
         row_major: bool = False,
         model: str = "",
     ) -> None:
-        """Use ``folder``, and read none of it yet.
+        """Use ``folder``, without reading it yet.
 
         Args:
             folder: May be shared with other models.
-            identity: Says which model it is by now; see :func:`~rasd_integrations.loading.identity.model_identity`.
+            identity: The model's current :func:`~rasd_integrations.loading.identity.model_identity`.
             layout: Of the model's rows; files with others are not used.
-            max_bytes: Most that all files of ours in the folder may hold; the longest unused go first.
-            device: Where keys and values are wanted.
+            max_bytes: Limit of all our files in the folder; least recently used files are evicted first.
+            device: Device of the buffers.
             row_major: Lay keys out row by row.
             model: Its name, for people who look at the folder.
         """
@@ -91,8 +90,8 @@ class PrefixFiles:
         self._device = device
         self._row_major = row_major
         self._model = model
-        self._shelves: dict[tuple[str, str], _Shelf] = {}
-        self._said_others = False
+        self._indices: dict[tuple[str, str], _FolderIndex] = {}
+        self._warned_of_foreign = False
         self._lock = threading.Lock()
 
     def load(
@@ -104,116 +103,117 @@ class PrefixFiles:
         beyond: int = 0,
         keeps_hidden: bool = False,
     ) -> KVBuffer | None:
-        """Return a buffer with the longest prefix of ``ids`` that a file holds, if reading it pays.
+        """Return a buffer with the longest prefix of ``ids`` in a file, if reading it pays.
 
         Args:
             ids: The prompt.
-            namespace: Only its files are seen.
+            namespace: Only its files are searched.
             capacity: Tokens to plan for.
-            beyond: Rows that can be had without a file.
-            keeps_hidden: Read hidden states, too, where the file has them.
+            beyond: Rows available without a file.
+            keeps_hidden: Read hidden states, too, if the file has them.
         """
-        shelf = self._shelf(namespace)
-        while (found := self._longest(shelf, ids, beyond)) is not None:
+        index = self._index(namespace)
+        while (found := self._longest(index, ids, beyond)) is not None:
             name, length = found
+            path = index.folder / name
             try:
                 buffer = prefix_format.read(
-                    shelf.folder / name, shelf.key, self._layout, ids[:length], capacity, self._device,
+                    path, index.key, self._layout, ids[:length], capacity, self._device,
                     keeps_hidden=keeps_hidden, row_major=self._row_major,
                 )  # fmt: skip
             except _DAMAGE as err:
-                self._forget(shelf, name, err)
+                self._forget(index, name, err)
             except (MemoryError, RuntimeError) as err:  # torch's allocators raise either
-                logger.warning("%s is not read: %s", shelf.folder / name, err)
+                logger.warning("%s is not read: %s", path, err)
                 return None
             else:
                 with contextlib.suppress(OSError):
-                    utime(shelf.folder / name)
+                    utime(path)
                 return buffer
         return None
 
     def save(self, ids: Ids, namespace: str, buffer: KVBuffer) -> None:
-        """Write the first ``len(ids)`` rows of ``buffer`` to a file of their own, unless one has them all."""
-        shelf = self._shelf(namespace)
+        """Write the first ``len(ids)`` rows of ``buffer`` to a new file, unless one has them all."""
+        index = self._index(namespace)
         with self._lock:
-            known = any(
-                common_prefix(held, ids) == len(ids) for held in self._listed(shelf).values()
-            )
+            held = self._listed(index).values()
+            known = any(common_prefix(other, ids) == len(ids) for other in held)
         if known or len(ids) < LEAST_REUSE:
             return
-        digest = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest()
+        name = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=16).hexdigest()
         size = buffer.row_nbytes * len(ids)
         try:
             if size > self._max_bytes:
                 msg = f"{size} bytes are more than the {self._max_bytes} that the folder may hold"
-                raise ValueError(msg)  # noqa: TRY301 -- one place says that it stays in memory
-            if marked(shelf.folder) is None:
-                mark(shelf.folder, "kept prompts", self._model)
+                raise ValueError(msg)  # noqa: TRY301 -- one warning says that it stays in memory
+            if marked(index.folder) is None:
+                mark(index.folder, "kept prompts", self._model)
             self._make_room(size)
-            prefix_format.write(shelf.folder / f"{digest}{_SUFFIX}", shelf.key, ids, buffer)
+            prefix_format.write(index.folder / f"{name}{_SUFFIX}", index.key, ids, buffer)
         except (OSError, ValueError) as err:
             logger.warning(
                 "a prefix of %d tokens is not kept in %s: %s", len(ids), self._folder, err
             )
 
-    def _shelf(self, namespace: str) -> _Shelf:
-        said = self._identity(), namespace
+    def _index(self, namespace: str) -> _FolderIndex:
+        known = self._identity(), namespace
         with self._lock:
-            if said not in self._shelves:
-                key = hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
-                self._shelves[said] = _Shelf(self._folder / key, key)
-            return self._shelves[said]
+            if known not in self._indices:
+                key = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+                self._indices[known] = _FolderIndex(self._folder / key, key)
+            return self._indices[known]
 
-    def _longest(self, shelf: _Shelf, ids: Ids, beyond: int) -> tuple[str, int] | None:
-        """Return the file with the longest common prefix, of equal ones the shortest."""
-        best, order = None, (0, 0)
+    def _longest(self, index: _FolderIndex, ids: Ids, beyond: int) -> tuple[str, int] | None:
+        """Return name and length of the longest common prefix that pays, of equal ones the shortest file."""
         with self._lock:
-            for name, held in self._listed(shelf).items():
-                common = common_prefix(held, ids)
-                spared = common - beyond
-                pays = spared >= LEAST_REUSE and spared * _READ_PER_ROW >= len(held)
-                if pays and (best is None or (common, -len(held)) > order):
-                    best, order = (name, common), (common, -len(held))
-        return best
+            held = dict(self._listed(index))
+        best = (0, 0, "")
+        for name, other in held.items():
+            common = common_prefix(other, ids)
+            spared = common - beyond
+            if spared >= LEAST_REUSE and spared * _READ_PER_ROW >= len(other):
+                best = max(best, (common, -len(other), name))
+        length, _, name = best
+        return (name, length) if name else None
 
-    def _listed(self, shelf: _Shelf) -> Mapping[str, Ids]:
+    def _listed(self, index: _FolderIndex) -> Mapping[str, Ids]:
         """Return the ids of all usable files; costs one ``stat`` while nothing changes."""
         try:
-            changed = shelf.folder.stat().st_mtime_ns
-            if changed == shelf.seen:
-                return shelf.ids
-            shelf.seen = changed if time.time_ns() - changed > _RECENT_NS else -1
-            paths = [p for p in shelf.folder.iterdir() if p.suffix == _SUFFIX]
+            changed = index.folder.stat().st_mtime_ns
+            if changed == index.seen:
+                return index.ids
+            index.seen = changed if time.time_ns() - changed > _RECENT_NS else -1
+            paths = [p for p in index.folder.iterdir() if p.suffix == _SUFFIX]
         except OSError:  # nothing was ever warmed, or the disk is gone
             paths = []
         states = {path.name: state for path in paths if (state := _state(path)) is not None}
-        new = [name for name, state in states.items() if shelf.states.get(name) != state]
-        shelf.ids = {n: held for n, held in shelf.ids.items() if n in states and n not in new}
-        shelf.states = states
+        new = [name for name, state in states.items() if index.states.get(name) != state]
+        index.ids = {n: held for n, held in index.ids.items() if n in states and n not in new}
+        index.states = states
         for name in new:
+            path = index.folder / name
             try:
-                shelf.ids[name] = prefix_format.read_ids(
-                    shelf.folder / name, shelf.key, self._layout
-                )
+                index.ids[name] = prefix_format.read_ids(path, index.key, self._layout)
             except _DAMAGE as err:
-                _warn(shelf, name, err)
-        return shelf.ids
+                logger.warning("%s is ignored: %s", path, err)
+        return index.ids
 
-    def _forget(self, shelf: _Shelf, name: str, err: Exception) -> None:
-        """Leave a file alone until another takes its name; one that is gone made room for others."""
+    def _forget(self, index: _FolderIndex, name: str, err: Exception) -> None:
+        """Ignore a file until another takes its name; warn unless it was removed to make room."""
+        path = index.folder / name
         with self._lock:
-            shelf.ids.pop(name, None)
-            if (state := _state(shelf.folder / name)) is not None:
-                shelf.states[name] = state
-                _warn(shelf, name, err)
+            index.ids.pop(name, None)
+            if (state := _state(path)) is not None:
+                index.states[name] = state
+                logger.warning("%s is ignored: %s", path, err)
 
     def _make_room(self, nbytes: int) -> None:
-        """Remove the files of ours that were used longest ago until ``nbytes`` fit, and what writers left half done."""
+        """Evict least recently used files until ``nbytes`` fit; remove what killed writers left."""
         files = []
-        for shelf in marked_folders(self._folder):
-            if shelf.kind == "kept prompts":
-                clear_abandoned(shelf.path)
-                files += [(stat.st_mtime, stat.st_size, path) for path, stat in shelf.files()]
+        for own in marked_folders(self._folder):
+            if own.kind == "kept prompts":
+                clear_abandoned(own.path)
+                files += [(stat.st_mtime, stat.st_size, path) for path, stat in own.files()]
         total = sum(size for _, size, _ in files) + nbytes
         for _, size, path in sorted(files):
             if total <= self._max_bytes:
@@ -221,18 +221,17 @@ class PrefixFiles:
             with contextlib.suppress(OSError):  # another process may remove it at the same time
                 path.unlink()
                 total -= size
-        if not self._said_others and (others := foreign(self._folder)):
-            self._said_others = True
-            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        if not self._warned_of_foreign and (others := foreign(self._folder)):
+            self._warned_of_foreign = True
             logger.warning(
-                "%s holds files that are not kept prompts (%s%s): they are left alone and do not count "
+                "%s holds files that are not kept prompts (%s): they are left alone and do not count "
                 "against prefix_cache_dir_bytes. A folder of its own is clearer.",
-                self._folder, ", ".join(others[:_NAMED]), more,
+                self._folder, shortened(others),
             )  # fmt: skip
 
 
 def common_prefix(a: Ids, b: Ids) -> int:
-    """Return how many tokens two prompts share from their start on."""
+    """Return the number of leading tokens that two prompts share."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     return int(differs.argmax()) if differs.any() else n
@@ -244,7 +243,3 @@ def _state(path: Path) -> tuple[int, int] | None:
     except OSError:  # another process has just removed it
         return None
     return stat.st_ino, stat.st_size
-
-
-def _warn(shelf: _Shelf, name: str, err: Exception) -> None:
-    logger.warning("%s is ignored: %s", shelf.folder / name, err)
