@@ -1,4 +1,4 @@
-"""From whatever holds the pipeline's chunks to a chunk source. Known by shape: nothing is imported."""
+"""Wraps any supported store as a chunk source. Duck-typed: no store library is imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any
 
 from rasd_integrations.errors import RetrievalError
 from rasd_integrations.retrieval.base import ChunkSource
+from rasd_integrations.retrieval.chroma_store import ChromaSource
+from rasd_integrations.retrieval.faiss_store import FaissSource
+from rasd_integrations.retrieval.function import FunctionSource, JoinedSource
 from rasd_integrations.retrieval.items import is_a
+from rasd_integrations.retrieval.langchain_store import LangChainSource
+from rasd_integrations.retrieval.llama_index_store import LlamaIndexSource, from_index
+from rasd_integrations.retrieval.memory import ListSource
 
 _INNER = (
     "base_retriever",
@@ -21,28 +27,26 @@ _INNER = (
     "bound",
     "default",
 )
-"""Where retrievers, query engines and runnables keep the one thing that they wrap."""
+"""Attributes in which retrievers, query engines and runnables keep what they wrap."""
 _INNER_LISTS = ("retrievers", "_retrievers")
-_MAX_DEPTH = 8  # wrappers round wrappers; a cycle ends here
+_MAX_DEPTH = 8  # nested wrappers; a cycle ends here
 
 
 def as_chunk_source(
     obj: object, *, texts: Sequence[Any] | Mapping[int, Any] | None = None, embed: Any = None
 ) -> ChunkSource:
-    """Return ``obj`` as something that can be searched for chunks.
+    """Wrap a store as a :class:`ChunkSource`.
 
-    Taken are LangChain's vector stores and retrievers over them, LlamaIndex's vector indices, their
-    retrievers and query engines, a chromadb collection, a faiss index (with ``texts`` and ``embed``),
-    a list of texts (ranked by words, or by ``embed``), a function of ``(query, k)``, and a
-    :class:`ChunkSource` itself. A retriever is never called: its store is searched, under the filter
-    that it carries.
+    Supported are LangChain's vector stores and retrievers over them, LlamaIndex's vector indices, their
+    retrievers and query engines, a chromadb collection, a faiss index (with ``texts`` and ``embed``), a list of
+    texts (ranked by words, or by ``embed``), a function of ``(query, k)``, and a :class:`ChunkSource` itself. A
+    retriever is never called: its store is searched, with the filter that it carries.
 
     Args:
         obj: The store.
-        texts: The texts behind a faiss index, in the order of its vectors.
-        embed: The embedding that the store was filled with, where it does not bring its own: an
-            embedding object of LangChain, LlamaIndex or Chroma, or a function from a list of texts to
-            their vectors.
+        texts: The texts of a faiss index, in the order of its vectors.
+        embed: The embedding that the store was filled with, if it does not bring its own: an embedding object
+            of LangChain, LlamaIndex or Chroma, or a function from a list of texts to their vectors.
 
     Raises:
         RetrievalError: The object is none of these, or lacks what a search needs.
@@ -66,57 +70,41 @@ def as_chunk_source(
 
 
 def _bare(obj: Any, texts: Any, embed: Any) -> ChunkSource | None:
-    """Return the source of a store whose texts or embedding may come from outside."""
+    """Wrap a store whose texts or embedding may be passed by the caller."""
     if _is_faiss_index(obj):
-        from rasd_integrations.retrieval.faiss_store import FaissSource
-
         return FaissSource(obj, texts, embed)
     if is_a(obj, "chromadb", "Collection"):
-        from rasd_integrations.retrieval.chroma_store import ChromaSource
-
         return ChromaSource(obj, embed)
     if is_a(obj, "llama_index", "BasePydanticVectorStore"):
-        from rasd_integrations.retrieval.llama_index_store import LlamaIndexSource
-
         return LlamaIndexSource(obj, embed)
     if isinstance(obj, list | tuple):
-        from rasd_integrations.retrieval.memory import ListSource
-
         return ListSource(obj, embed)
     return None
 
 
 def _complete(obj: Any) -> ChunkSource | None:
-    """Return the source of something that is searched as it stands."""
+    """Wrap a store that needs nothing else."""
     if isinstance(obj, type):
         return None
     if is_a(obj, "langchain_core", "VectorStore"):
-        from rasd_integrations.retrieval.langchain_store import LangChainSource
-
         return LangChainSource(obj)
     if is_a(obj, "llama_index", "VectorStoreIndex") or is_a(
         obj, "llama_index", "VectorIndexRetriever"
     ):
-        from rasd_integrations.retrieval.llama_index_store import from_index
-
         return from_index(obj)
     if isinstance(obj, ChunkSource):
         return obj
     if callable(obj) and not _is_of_a_framework(obj):
-        from rasd_integrations.retrieval.function import FunctionSource
-
         return FunctionSource(obj)
     return None
 
 
 def _unwrapped(obj: Any, depth: int) -> ChunkSource | None:
-    """Return the source inside a retriever, query engine or runnable, which is not called itself."""
+    """Wrap the store inside a retriever, query engine or runnable, which is not called itself."""
     if depth == 0 or isinstance(obj, type):
         return None
     store = getattr(obj, "vectorstore", None)
     if is_a(store, "langchain_core", "VectorStore"):
-        from rasd_integrations.retrieval.langchain_store import LangChainSource
-
         carried = dict(getattr(obj, "search_kwargs", None) or {})
         if is_a(obj, "langchain_core", "RunnableBinding"):  # retriever.bind(filter=...)
             carried |= obj.kwargs
@@ -130,20 +118,18 @@ def _unwrapped(obj: Any, depth: int) -> ChunkSource | None:
     sources = [s for s in (_inner_source(i, depth) for i in inner) if s is not None]
     if len(sources) < 2:
         return sources[0] if sources else None
-    from rasd_integrations.retrieval.function import JoinedSource
-
     return JoinedSource(sources)
 
 
 def _inner_source(inner: Any, depth: int) -> ChunkSource | None:
-    """Return the source of a wrapped object; a function inside a wrapper is not ours to call."""
+    """Wrap an inner object, unless it is a function, which is not ours to call."""
     if inner is None or inspect.isroutine(inner):
         return None
     return _complete(inner) or _unwrapped(inner, depth - 1)
 
 
 def _is_of_a_framework(obj: object) -> bool:
-    """Return whether calling ``obj`` may run a model: chains, retrievers, tools."""
+    """Return True if calling ``obj`` may run a model: chains, retrievers, tools."""
     packages = {c.__module__.split(".")[0] for c in type(obj).__mro__}
     return any(p == "llama_index" or p.startswith("langchain") for p in packages)
 

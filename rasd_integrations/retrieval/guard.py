@@ -1,4 +1,4 @@
-"""The face of a store that never fails an answer."""
+"""Guards a store, so that it never fails an answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rasd_integrations.types import Chunk
 logger = logging.getLogger(__name__)
 
 MAX_K = 1000
-"""No question asks for more chunks than this, whatever ``k`` says."""
+"""Limit of ``k``."""
 
 _HELD_S = 1.0  # a call that takes longer does not hold up the end of the process
 _MAX_FAULTS = 16  # lines kept for a caller that never takes them
@@ -28,11 +28,11 @@ _T = TypeVar("_T")
 
 
 class GuardedSource:
-    """A chunk source under a time limit, whose failures are empty results, logged and reported.
+    """A chunk source with a time limit, whose failures are empty results, logged and reported.
 
-    Calls run in daemon threads, so a store that hangs blocks neither an answer nor the end of the
-    process; until the hanging call comes back the store is skipped, so threads do not pile up. A store
-    whose search calls a model that searches again gets nothing the second time.
+    Calls run in daemon threads, so a store that hangs blocks neither an answer nor the end of the process; it is
+    skipped until that call returns, so threads do not pile up. A search that leads to another one of this kind (the
+    store calls a model that searches) gets nothing.
     """
 
     def __init__(self, source: ChunkSource, timeout_s: float) -> None:
@@ -61,12 +61,12 @@ class GuardedSource:
         return self._checked("document", found)
 
     def fingerprint(self) -> str:
-        """Return the store's identity for cache keys; a fresh one where the store cannot say."""
+        """Return the store's identity for cache keys; a new one at each call if it has none."""
         found: object = self._call("fingerprint", self.source.fingerprint, None)
         return found if isinstance(found, str) else f"unknown-{uuid.uuid4().hex}"
 
     def take_faults(self) -> tuple[str, ...]:
-        """Return what went wrong in this thread since the last call, one line each, and forget it."""
+        """Return and clear the faults in this thread since the last call, one line each."""
         faults = tuple(self._faults)
         self._faults.clear()
         return faults
@@ -84,7 +84,7 @@ class GuardedSource:
         logger.warning("Retrieval is left out. %s", line)
 
     def _call(self, what: str, function: Callable[[], _T], empty: _T) -> _T:
-        """Return ``function()``, called in a worker thread, or ``empty`` on any fault."""
+        """Call ``function`` in a worker thread; return ``empty`` on any fault."""
         if _SEARCHING.get():
             self._report(what, "the store's own call led back to this model; not searched again")
             return empty
@@ -109,7 +109,7 @@ class GuardedSource:
         worker = threading.Thread(target=context.run, args=(work,), name="rasd-store", daemon=True)
         try:
             worker.start()
-        except RuntimeError as error:  # no thread to be had: the process ends, or has too many
+        except RuntimeError as error:  # no thread: the process ends, or has too many
             self._report(what, str(error))
             return empty
         worker.join(self.timeout_s)
@@ -124,7 +124,7 @@ class GuardedSource:
         return empty
 
     def _checked(self, what: str, found: object) -> list[Chunk]:
-        """Return the usable chunks of ``found``, each text once, ranked; what is dropped is reported."""
+        """Return the usable chunks of ``found``, ranked; report what is dropped."""
         if not isinstance(found, list | tuple):
             self._report(what, f"a {type(found).__name__} instead of a list of chunks")
             return []
@@ -137,7 +137,7 @@ class GuardedSource:
             if not isinstance(item, Chunk) or not isinstance(text, str):
                 nonsense.append(type(text).__name__)
                 continue
-            # A document may hold one text at two places; a search result that repeats says nothing new.
+            # A document may repeat a text; in a search result a repetition is useless.
             if not text.strip() or (what == "search" and text in texts):
                 continue
             texts.add(text)

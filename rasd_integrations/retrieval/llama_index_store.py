@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rasd_integrations.errors import RetrievalError
@@ -21,21 +20,6 @@ from rasd_integrations.retrieval.memory import MemoryDocuments
 from rasd_integrations.types import Chunk
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Carried:
-    """What a retriever passes to each search of its vector store."""
-
-    filters: Any = None
-    node_ids: Sequence[str] | None = None
-    doc_ids: Sequence[str] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def allows(self, chunk: Chunk) -> bool:
-        """Return True if the retriever's lists of nodes and documents, if any, hold ``chunk``."""
-        in_nodes = not self.node_ids or chunk.id in self.node_ids
-        return in_nodes and (not self.doc_ids or chunk.metadata.get("ref_doc_id") in self.doc_ids)
-
-
 class LlamaIndexSource:
     """A LlamaIndex vector store, and the index whose document store holds what it does not.
 
@@ -43,9 +27,15 @@ class LlamaIndexSource:
     """
 
     def __init__(
-        self, vector_store: Any, embed: Any, *, index: Any = None, carried: Carried | None = None
+        self, vector_store: Any, embed: Any, *, index: Any = None, retriever: Mapping[str, Any] = {}
     ) -> None:
-        """Hold the store, its embedding and what a retriever carries.
+        """Hold the store, its embedding and what a retriever passes to each search.
+
+        Args:
+            vector_store: Searched.
+            embed: What it was filled with.
+            index: Holds the nodes, if the store does not.
+            retriever: Attributes of a ``VectorIndexRetriever``.
 
         Raises:
             RetrievalError: A store without texts comes without its index, or there is no embedding.
@@ -66,7 +56,9 @@ class LlamaIndexSource:
         self._store = vector_store
         self._embedder = Embedder(embed)
         self._index = index
-        self._carried = carried or Carried()
+        self._filters = retriever.get("_filters")
+        self._node_ids, self._doc_ids = retriever.get("_node_ids"), retriever.get("_doc_ids")
+        self._options = retriever.get("_kwargs") or {}
         self._memory = MemoryDocuments(self._all_chunks, self._version, _predicate)
 
     def search(self, query: str, k: int, *, filter: Any = None) -> list[Chunk]:
@@ -77,11 +69,11 @@ class LlamaIndexSource:
             query_embedding=self._embedder.query(query).tolist(),
             query_str=query,
             similarity_top_k=k,
-            filters=filter or self._carried.filters,
-            node_ids=_list_or_none(self._carried.node_ids),
-            doc_ids=_list_or_none(self._carried.doc_ids),
+            filters=filter or self._filters,
+            node_ids=self._node_ids,
+            doc_ids=self._doc_ids,
         )
-        result = self._store.query(question, **self._carried.options)
+        result = self._store.query(question, **self._options)
         if result.nodes:
             return ranked(result.nodes)
         names = self._index.index_struct.nodes_dict if self._index is not None else {}
@@ -89,19 +81,24 @@ class LlamaIndexSource:
 
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         """Return the chunks of ``chunk``'s document that pass the filter, in reading order."""
-        filters = filter or self._carried.filters
+        filters = filter or self._filters
         read = self._stored_document if self._holds_text else self._held_document
-        return [c for c in read(chunk, filters) if self._carried.allows(c)]
+        return [c for c in read(chunk, filters) if self._allows(c)]
 
     def fingerprint(self) -> str:
         """Return the store's class with a hash of its nodes' ids, or with the collection's size."""
         name = type(self._store).__name__
         if self._index is not None and not self._holds_text:
-            return f"{name}-{digest(*self._node_ids()).hex()}"
+            return f"{name}-{digest(*self._indexed_ids()).hex()}"
         client = self._store.client
         if hasattr(client, "count") and hasattr(client, "id"):
             return f"{name}-{ChromaDocuments(lambda: client).fingerprint()}"
         return name
+
+    def _allows(self, chunk: Chunk) -> bool:
+        """Return True if the retriever's lists of nodes and documents, if any, hold ``chunk``."""
+        in_nodes = not self._node_ids or chunk.id in self._node_ids
+        return in_nodes and (not self._doc_ids or chunk.metadata.get("ref_doc_id") in self._doc_ids)
 
     def _held_document(self, chunk: Chunk, filters: Any) -> list[Chunk]:
         """Read a document from the document store, which lists the nodes of each source.
@@ -120,7 +117,7 @@ class LlamaIndexSource:
             else:
                 every = docstore.get_all_ref_doc_info() or {}
                 infos = [i for i in every.values() if i.metadata.get(key) == value]
-            indexed = set(self._node_ids())
+            indexed = set(self._indexed_ids())
             ids = [n for info in infos if info is not None for n in info.node_ids if n in indexed]
             return [c for node in self._nodes(ids) if allowed(c := node_to_chunk(node))]
 
@@ -142,7 +139,7 @@ class LlamaIndexSource:
 
         return document_of(chunk, fetch, find)
 
-    def _node_ids(self) -> Iterable[str]:
+    def _indexed_ids(self) -> Iterable[str]:
         ids: Iterable[str] = self._index.index_struct.nodes_dict.values()
         return ids
 
@@ -152,7 +149,7 @@ class LlamaIndexSource:
         return [node for node in nodes if node is not None]
 
     def _all_chunks(self) -> list[Chunk]:
-        return ranked(self._nodes(list(dict.fromkeys(self._node_ids()))))
+        return ranked(self._nodes(list(dict.fromkeys(self._indexed_ids()))))
 
     def _version(self) -> int:
         # The hashes of all nodes: a node replaced under its id is seen too.
@@ -164,14 +161,8 @@ def from_index(obj: Any) -> LlamaIndexSource:
     """Return the source of a ``VectorStoreIndex``, or of a ``VectorIndexRetriever`` with its filters."""
     held = vars(obj)  # the retriever publishes none of these
     index = held.get("_index", obj)
-    carried = Carried(
-        filters=held.get("_filters"),
-        node_ids=held.get("_node_ids"),
-        doc_ids=held.get("_doc_ids"),
-        options=held.get("_kwargs") or {},
-    )
     embed = held.get("_embed_model")
-    return LlamaIndexSource(index.vector_store, embed, index=index, carried=carried)
+    return LlamaIndexSource(index.vector_store, embed, index=index, retriever=held)
 
 
 def _predicate(filters: Any) -> Callable[[Chunk], bool]:
@@ -183,7 +174,3 @@ def _predicate(filters: Any) -> Callable[[Chunk], bool]:
         return bool(build_metadata_filter_fn(lambda _: dict(chunk.metadata), filters)(""))
 
     return allowed
-
-
-def _list_or_none(values: Sequence[str] | None) -> list[str] | None:
-    return None if values is None else list(values)

@@ -39,16 +39,9 @@ def replaced_file(path: Path, nbytes: int) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def replaced_folder(path: Path, nbytes: int) -> Iterator[Path]:
-    """Create an empty folder that becomes ``path`` when the block ends without an error.
+    """Create an empty folder that becomes ``path`` when the block ends without an error; see :func:`replaced_file`.
 
     If ``path`` exists by then and is not empty it stays: another process made the same.
-
-    Args:
-        path: As in :func:`replaced_file`.
-        nbytes: Expected size, for the error message.
-
-    Raises:
-        StorageError: The folder cannot be written to, or the disk is full.
     """
     with _explained(path, nbytes), temporary_folder(path.parent) as temporary:
         yield temporary

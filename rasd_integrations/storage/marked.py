@@ -99,12 +99,6 @@ def made_folder(path: Path, kind: Kind, model: str, nbytes: int) -> Iterator[Pat
 
     If ``path`` exists (damaged, or made by another process meanwhile) only files of the same names are replaced.
 
-    Args:
-        path: Final path.
-        kind: What the files are.
-        model: The model that they belong to, for people.
-        nbytes: Expected size, for the error message.
-
     Raises:
         StorageError: The folder cannot be written to, or the disk is full.
     """
@@ -192,11 +186,7 @@ def shortened(names: Sequence[str]) -> str:
 
 
 def sha256(path: Path, *, sync: bool = False) -> str:
-    """Return the SHA-256 of a file's content; ``sync`` also writes it to the disk.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """Return the SHA-256 of a file's content; ``sync`` also flushes it to the disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import cache
-from pathlib import Path
 
 import densestore
 import numpy as np
 import pytest
 import torch
+from fakes_dense import TEXTS, encode, model, states
 from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rasd_integrations.datastores.hidden import DenseStore, build, nearest, store
@@ -19,27 +18,9 @@ from rasd_integrations.errors import ConfigurationError, RetrievalError
 from rasd_integrations.runtime.models import SharedModel
 from rasd_integrations.types import Chunk
 
-TEXTS = [f"Text {i}: the drafter of the target, number {i * i} of {i + 7}." for i in range(24)]
-
-
-@cache
-def model(seed: int = 0) -> SharedModel:
-    return SharedModel(tiny_llama(seed), tiny_tokenizer(), f"tiny {seed}")
-
 
 def random_ids(n: int, seed: int) -> list[int]:
     return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def encode(text: str) -> list[int]:
-    return tiny_tokenizer()(text, split_special_tokens=True)["input_ids"]
-
-
-def states(ids) -> np.ndarray:
-    """Return the final hidden states of a fresh forward of transformers' own model."""
-    with torch.inference_mode():
-        out = tiny_llama()(torch.tensor([list(ids)]), output_hidden_states=True)
-    return out.hidden_states[-1][0].numpy()
 
 
 SPACE = encode(" ")[0]
@@ -362,59 +343,6 @@ def test_a_store_of_another_model_is_refused(built):
     wide = SharedModel(tiny_gpt2(), tiny_tokenizer(), "tiny gpt2")
     with pytest.raises(RetrievalError, match="the target is tiny gpt2"):
         DenseStore.open(built.path.parent, wide)
-
-
-def test_a_missing_store_says_how_to_make_one(tmp_path):
-    """No file: the error names the call."""
-    with pytest.raises(RetrievalError, match=r"There is no dense store at .* DenseStore\.build"):
-        DenseStore.open(tmp_path, model())
-
-
-def damaged(built: DenseStore, folder: Path, data: bytes) -> Path:
-    (folder / build.FILE).write_bytes(data)
-    return folder
-
-
-def test_a_file_cut_anywhere_is_refused(built, tmp_path):
-    """No length but the whole one opens."""
-    data = built.path.read_bytes()
-    for size in [*range(0, 2000, 7), *range(2000, len(data), 4999), len(data) - 1]:
-        with pytest.raises(RetrievalError, match="cannot be used as a dense store"):
-            DenseStore.open(damaged(built, tmp_path, data[:size]), model())
-    with pytest.raises(RetrievalError, match="1 bytes too long"):
-        DenseStore.open(damaged(built, tmp_path, data + b"\0"), model())
-
-
-def test_a_changed_byte_anywhere_is_refused(built, tmp_path):
-    """In the header or in the arrays; white space in the header's padding says nothing."""
-    data = built.path.read_bytes()
-    head = 8 + int.from_bytes(data[:8], "little")
-    for place in [*range(0, head, 3), *range(head, len(data), 3001)]:
-        changed = bytearray(data)
-        changed[place] ^= 0x15
-        with pytest.raises(RetrievalError):
-            DenseStore.open(damaged(built, tmp_path, bytes(changed)), model())
-
-
-@pytest.mark.parametrize(
-    "header",
-    [[], {}, {"__metadata__": {"format": "rasd-dense-store", "version": "2"}}, {"a": 1}, "text"],
-    ids=["list", "empty", "no arrays", "no marks", "text"],
-)
-def test_other_files_are_refused(built, tmp_path, header):
-    """A header that is JSON, and not ours."""
-    head = json.dumps(header).encode().ljust(64)
-    with pytest.raises(RetrievalError, match="cannot be used as a dense store"):
-        DenseStore.open(damaged(built, tmp_path, len(head).to_bytes(8, "little") + head), model())
-
-
-def test_a_store_is_replaced_under_its_readers(tmp_path):
-    """A build into the same folder writes a new file; who has the old one open reads it to the end."""
-    old = DenseStore.build(TEXTS[:4], model(), tmp_path)
-    query = states(encode(TEXTS[0]))[3]
-    before = old.find(query, SPACE, 5, 5)
-    DenseStore.build(TEXTS[10:20], model(), tmp_path)
-    assert old.find(query, SPACE, 5, 5) == before
 
 
 def test_sizes_are_what_the_docs_say(built):

@@ -21,54 +21,40 @@ def fetch_from(chunks: list[Chunk]):
     return lambda key, value: [c for c in chunks if c.metadata.get(key) == value]
 
 
-def test_chunks_are_ordered_by_their_start_whatever_the_store_says():
-    """A store that hands chunks back in rank order still gives a document in reading order."""
+def at(text: str, **metadata: object) -> Chunk:
+    return Chunk(text, metadata=metadata)
+
+
+def test_chunks_are_ordered_by_their_start_and_repeats_dropped():
+    """A store that returns chunks in rank order, or twice, still gives a document in reading order."""
     chunks = chunks_of("tides.txt")
-    assert reading_order(chunks[::-1]) == chunks
+    assert reading_order(chunks[::-1]) == reading_order(chunks + chunks) == chunks
 
 
-def test_pages_come_before_places():
-    """A place counts from the start of its page."""
-    first = Chunk("end of page two", metadata={"page": 2, "start_index": 500})
-    second = Chunk("head of page ten", metadata={"page": 10, "start_index": 0})
-    assert reading_order([second, first]) == [first, second]
-
-
-def test_page_labels_are_numbers_in_strings():
-    """LlamaIndex's page labels are strings; ten stands behind two."""
-    two, ten = (Chunk(f"page {n}", metadata={"page_label": n}) for n in ("2", "10"))
-    assert reading_order([ten, two]) == [two, ten]
-
-
-def test_roman_page_labels_leave_the_order_of_the_store():
-    """Front matter in Roman numbers is not sorted behind the Arabic pages."""
-    chunks = [Chunk(f"page {n}", metadata={"page_label": n}) for n in ("iv", "1", "2")]
-    assert reading_order(chunks) == chunks
-
-
-def test_a_chunk_that_its_splitter_could_not_find_stays_behind_its_neighbour():
-    """LangChain writes start_index -1 where it could not find a chunk."""
-    a, b, c = (Chunk(t, metadata={"start_index": i}) for t, i in (("a", 0), ("b", -1), ("c", 50)))
-    assert reading_order([a, b, c]) == [a, b, c]
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ([at("ten", page=10, start_index=0), at("two", page=2, start_index=500)], "two ten"),
+        ([at("ten", page_label="10"), at("two", page_label="2")], "two ten"),
+        ([at("ten", chunk_index=10), at("two", chunk_index=2)], "two ten"),
+        ([at("a", start_index=0), at("b", start_index=-1), at("c", start_index=50)], "a b c"),
+        ([at("iv", page_label="iv"), at("1", page_label="1"), at("2", page_label="2")], "iv 1 2"),
+    ],
+    ids=["offset in a page", "labels are strings", "ordinals", "not found by LangChain", "Roman"],
+)
+def test_pages_offsets_and_ordinals_are_compared_as_numbers(stored, expected):
+    """Pages first; a chunk without an offset stays after its neighbour, and Roman pages where they are."""
+    assert [c.text for c in reading_order(stored)] == expected.split()
 
 
 @pytest.mark.parametrize(
     "value", [float("nan"), float("inf"), "iv", [1, 2], {"a": 1}, None, -1, True]
 )
 def test_odd_places_and_pages_leave_the_order_of_the_store(value):
-    """Metadata are data: lists, NaN from tables and words stand where numbers were meant."""
-    chunks = [
-        Chunk(t, metadata={"source": "s", "page": value, "start_index": value})
-        for t in ("b" * 20, "a" * 20)
-    ]
+    """Metadata are data: lists, NaN from tables and words occur in place of numbers."""
+    chunks = [at(t * 20, source="s", page=value, start_index=value) for t in "ba"]
     assert reading_order(chunks) == chunks
     assert join_chunks(chunks) == "b" * 20 + "\n\n" + "a" * 20
-
-
-def test_a_chunk_stored_twice_stands_once():
-    """A document indexed twice without changes is one document."""
-    chunks = chunks_of("tides.txt")
-    assert reading_order(chunks + chunks) == chunks
 
 
 def test_a_document_is_found_by_its_source():
@@ -141,43 +127,33 @@ def test_join_gives_back_the_text_without_places(name):
     assert join_chunks(bare) == TEXTS[name]
 
 
-def test_join_does_not_cut_a_chance_agreement():
-    """A few shared characters are no overlap."""
-    assert (
-        join_chunks([Chunk("It rains in the "), Chunk("the house is dry.")])
-        == "It rains in the \n\nthe house is dry."
-    )
-
-
-def test_join_does_not_trust_a_place_that_the_text_denies():
-    """Places of a text that was changed after splitting do not eat characters."""
-    parts = [
-        Chunk("alpha beta", metadata={"start_index": 0}),
-        Chunk("gamma delta", metadata={"start_index": 5}),
-    ]
-    assert join_chunks(parts) == "alpha beta\n\ngamma delta"
-
-
-def test_join_leaves_out_a_chunk_inside_another():
-    """A chunk that lies inside the one before it (two splitters, one store) adds nothing."""
-    outer = Chunk("alpha beta gamma", metadata={"start_index": 0})
-    inner = Chunk("beta", metadata={"start_index": 6})
-    tail = Chunk("gamma delta", metadata={"start_index": 11})
-    assert join_chunks([outer, inner, tail]) == "alpha beta gamma delta"
-
-
-def test_join_parts_pages():
-    """Places count within a page, so a new page is a new paragraph."""
-    parts = [
-        Chunk("one", metadata={"page": 0, "start_index": 0}),
-        Chunk("two", metadata={"page": 1, "start_index": 3}),
-    ]
-    assert join_chunks(parts) == "one\n\ntwo"
-
-
-def test_join_of_nothing_is_empty():
-    """No chunks, no text."""
-    assert join_chunks([]) == ""
+@pytest.mark.parametrize(
+    ("chunks", "text"),
+    [
+        ([], ""),
+        (
+            [at("It rains in the "), at("the house is dry.")],
+            "It rains in the \n\nthe house is dry.",
+        ),
+        (
+            [at("alpha beta", start_index=0), at("gamma delta", start_index=5)],
+            "alpha beta\n\ngamma delta",
+        ),
+        (
+            [
+                at("alpha beta gamma", start_index=0),
+                at("beta", start_index=6),
+                at("gamma delta", start_index=11),
+            ],
+            "alpha beta gamma delta",
+        ),
+        ([at("one", page=0, start_index=0), at("two", page=1, start_index=3)], "one\n\ntwo"),
+    ],
+    ids=["nothing", "a chance agreement", "a wrong offset", "one inside another", "pages"],
+)
+def test_join_cuts_overlaps_and_nothing_else(chunks, text):
+    """A few shared characters are no overlap, offsets are compared with the text, and count within a page."""
+    assert join_chunks(chunks) == text
 
 
 def test_join_of_one_repeated_character_is_fast():

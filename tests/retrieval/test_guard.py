@@ -190,19 +190,35 @@ def test_what_is_no_list_is_an_empty_result_and_a_fault(nonsense):
     assert len(source.take_faults()) == 1
 
 
-def test_unusable_items_are_dropped_and_counted():
-    """One bad row does not cost the good ones."""
-    source = guarded([Chunk("a"), None, 3, Chunk(None), Chunk(b"bytes"), Chunk("b")])
-    assert [(c.text, c.rank) for c in source.search("q", 9)] == [("a", 0), ("b", 1)]
-    (fault,) = source.take_faults()
-    assert "dropped 4 of 6 results" in fault
-
-
-def test_empty_and_repeated_texts_are_dropped():
-    """They say nothing new and are no fault."""
-    source = guarded([Chunk("a"), Chunk("  \n"), Chunk(""), Chunk("a"), Chunk("b")])
-    assert [c.text for c in source.search("q", 9)] == ["a", "b"]
-    assert source.take_faults() == ()
+@pytest.mark.parametrize(
+    ("found", "expected", "fault"),
+    [
+        (
+            [Chunk("a"), None, 3, Chunk(None), Chunk(b"bytes"), Chunk("b")],
+            [Chunk("a"), Chunk("b", rank=1)],
+            "dropped 4 of 6 results",
+        ),
+        (
+            [Chunk("a"), Chunk("  \n"), Chunk(""), Chunk("a"), Chunk("b")],
+            [Chunk("a"), Chunk("b", rank=1)],
+            None,
+        ),
+        (
+            [Chunk("a", id="1"), Chunk("b", id="1"), Chunk("c", id="2")],
+            [Chunk("a", "1"), Chunk("b", None, 1), Chunk("c", "2", 2)],
+            None,
+        ),
+        ([Chunk("a", id=7, metadata=None)], [Chunk("a", id="7", metadata={})], None),
+        ([Chunk(str(i)) for i in range(50)], [Chunk(str(i), rank=i) for i in range(9)], None),
+    ],
+    ids=["no chunks", "empty and repeated", "an id of two", "wrong types", "more than k"],
+)
+def test_a_result_is_mended(found, expected, fault):
+    """One bad row does not cost the good ones; an id of two chunks names the first; k is a limit."""
+    source = guarded(found)
+    assert source.search("q", 9) == expected
+    faults = source.take_faults()
+    assert (len(faults) == 0) if fault is None else (fault in faults[0])
 
 
 def test_a_document_may_repeat_a_text():
@@ -210,23 +226,6 @@ def test_a_document_may_repeat_a_text():
     chunks = [Chunk("la", metadata={"start_index": 0}), Chunk("la", metadata={"start_index": 9})]
     source = GuardedSource(Store(document=lambda chunk, filter: chunks), 5)
     assert [c.text for c in source.document(chunks[0])] == ["la", "la"]
-
-
-def test_a_repeated_id_names_only_its_first_chunk():
-    """Two texts under one id are both kept, but the id no longer names both."""
-    source = guarded([Chunk("a", id="1"), Chunk("b", id="1"), Chunk("c", id="2")])
-    assert [c.id for c in source.search("q", 9)] == ["1", None, "2"]
-
-
-def test_ids_and_metadata_of_wrong_types_are_mended():
-    """Numbers as ids and None as metadata occur in real stores."""
-    (chunk,) = guarded([Chunk("a", id=7, metadata=None)]).search("q", 3)
-    assert chunk == Chunk("a", id="7", metadata={})
-
-
-def test_no_more_than_k_are_returned():
-    """A store that ignores k is cut."""
-    assert len(guarded([Chunk(str(i)) for i in range(50)]).search("q", 4)) == 4
 
 
 def test_k_is_bounded_and_nothing_is_asked_for_nothing():

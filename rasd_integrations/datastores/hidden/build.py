@@ -49,13 +49,7 @@ Progress = Callable[[int, int], object]
 
 
 class Reader(Protocol):
-    """A model as a store needs it, such as :class:`rasd_integrations.runtime.models.SharedModel`.
-
-    Attributes:
-        target: The weights, ready for steps.
-        tokenizer: The model's own.
-        name: What the model was loaded from.
-    """
+    """A model as a store needs it, such as :class:`rasd_integrations.runtime.models.SharedModel`."""
 
     target: TargetModel
     tokenizer: Any
@@ -68,19 +62,14 @@ class Reader(Protocol):
 
 
 class Piece(NamedTuple):
-    """Tokens that are read together.
-
-    Attributes:
-        ids: Little-endian uint32.
-        skip: Leading tokens that are read and not kept: those that begin every prompt.
-    """
+    """Tokens that are read together: little-endian uint32, of which the first ``skip`` are not kept (BOS)."""
 
     ids: bytes
     skip: int
 
     @property
     def num_tokens(self) -> int:
-        """Tokens to read."""
+        """Number of tokens to read."""
         return len(self.ids) // 4
 
 
@@ -137,11 +126,7 @@ def build(source: Any, model: Reader, folder: Path, progress: Progress | None) -
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], marks: Mapping[str, str]) -> None:
-    """Write a store's or a part's arrays atomically.
-
-    Raises:
-        StorageError: The disk is full, or the folder cannot be written to.
-    """
+    """Write a store's or a part's arrays atomically."""
     write(path, KIND.file, marks, {name: content_of(array) for name, array in arrays.items()})
 
 

@@ -96,7 +96,7 @@ class DenseStore:
         Args:
             folder: Where it was built.
             model: The target, with the weights that the store was built with.
-            verify: Read all of the file once and compare its checksums.
+            verify: Read the whole file once and compare its checksums.
 
         Raises:
             RetrievalError: There is no store, it is damaged, or of another model.

@@ -50,11 +50,7 @@ class Encoder:
         self.fingerprint = _fingerprint(as_ids(ids["input_ids"] if plain else ids))
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text; lone surrogates become question marks.
-
-        Raises:
-            ConfigurationError: The result is not token ids.
-        """
+        """Return the ids of each text; lone surrogates become question marks."""
         plain = [text.encode("utf-8", "replace").decode() for text in texts]
         if not plain or not _is_tokenizer(self._encode):
             return [as_ids(self._encode(text)) for text in plain]
@@ -86,11 +82,7 @@ def ids_key(ids: Ids) -> int:
 
 
 def as_ids(ids: Iterable[int]) -> Ids:
-    """Return token ids as an array.
-
-    Raises:
-        ConfigurationError: They are not integers from 0 to 2**32 - 2.
-    """
+    """Return token ids as an array; raise unless they are integers from 0 to 2**32 - 2."""
     wide = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
     if wide.size == 0:
         return np.empty(0, np.uint32)
@@ -104,11 +96,7 @@ def as_ids(ids: Iterable[int]) -> Ids:
 
 
 def texts_of(source: Any) -> Iterator[str]:
-    """Yield the texts of texts, chunks, documents or nodes, one or many.
-
-    Raises:
-        ConfigurationError: ``source`` is not iterable, or an item has no text.
-    """
+    """Yield the texts of texts, chunks, documents or nodes, one or many."""
     return (text_of(item) for item in items_of(source))
 
 

@@ -36,12 +36,7 @@ def write(path: Path, shards: Sequence[Shard], tokenizer: str) -> None:
 
 
 def read(path: Path, tokenizer: str, *, verify: bool = True) -> tuple[Shard, ...]:
-    """Map a file's shards.
-
-    Args:
-        path: The file.
-        tokenizer: The fingerprint that it must carry.
-        verify: Read the whole file once and compare its checksums.
+    """Map a file's shards; its ``tokenizer`` must be this fingerprint.
 
     Raises:
         RetrievalError: There is no such file, it is damaged, of another format or of another tokenizer.

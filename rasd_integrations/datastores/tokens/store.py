@@ -52,7 +52,7 @@ class TokenStore:
 
         Args:
             encode: The target's tokenizer, or a function from a text to its ids, such as ``RASD.encode``.
-            max_tokens: Most tokens kept.
+            max_tokens: See :attr:`max_tokens`.
 
         Raises:
             ConfigurationError: ``encode`` is neither, or ``max_tokens`` is not positive.
@@ -75,14 +75,7 @@ class TokenStore:
         max_tokens: int | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Self:
-        """Create a store of ``texts``.
-
-        Args:
-            texts: Texts, chunks, documents or nodes, one or many.
-            encode: As in the constructor.
-            max_tokens: As in the constructor.
-            progress: Called with the number of texts done since the last call.
-        """
+        """Create a store of ``texts``, as the constructor and :meth:`add` do."""
         store = cls(encode, max_tokens=max_tokens)
         store.add(texts, progress=progress)
         return store
@@ -95,9 +88,9 @@ class TokenStore:
 
         Args:
             path: Where it was saved.
-            encode: As in the constructor; must be the tokenizer that the store was built with.
+            encode: The tokenizer that the store was built with.
             max_tokens: As in the constructor.
-            verify: Read all of the file once and compare its checksums.
+            verify: Read the whole file once and compare its checksums.
 
         Raises:
             RetrievalError: There is no such file, it is damaged, or of another tokenizer.
@@ -134,14 +127,11 @@ class TokenStore:
         return bool(_held(self.shards, keys_of(text)))
 
     def add(self, texts: Any, *, progress: Callable[[int], object] | None = None) -> int:
-        """Add texts that are not present yet.
+        """Add texts that are not present yet; return the number of new ones.
 
         Args:
             texts: Texts, chunks, documents or nodes, one or many.
             progress: Called with the number of texts done since the last call.
-
-        Returns:
-            The number of new texts.
 
         Raises:
             ConfigurationError: ``texts`` is not iterable, or an item has no text.

@@ -70,17 +70,7 @@ def read(
     path: Path, key: str, layout: RowLayout, ids: Ids, capacity: int, device: torch.device,
     *, keeps_hidden: bool, row_major: bool = False,
 ) -> KVBuffer:  # fmt: skip
-    """Return a buffer with the rows of ``ids``, the first tokens of a file; all that is read is checked.
-
-    Args:
-        path: The file.
-        key: The key that it must carry.
-        layout: The layout that its rows must have.
-        ids: At least one.
-        capacity: Tokens to plan for.
-        device: Device of the buffer.
-        keeps_hidden: Read hidden states, too, if the file has them.
-        row_major: Lay keys out row by row.
+    """Return a buffer with the rows of ``ids``, one or more first tokens of a file; all that is read is checked.
 
     Raises:
         OSError: The file cannot be read.
