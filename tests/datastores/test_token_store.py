@@ -361,13 +361,3 @@ def test_the_fingerprint_tells_tokenizers_apart():
     same = tokenizer_fingerprint(lambda t: tokenizer(t, add_special_tokens=False)["input_ids"])
     assert TokenStore(tokenizer).tokenizer == tokenizer_fingerprint(tokenizer) == same
     assert len({same, tokenizer_fingerprint(encode), tokenizer_fingerprint(str.encode)}) == 3
-
-
-@settings(max_examples=20, deadline=None)
-@given(TEXTS)
-def test_building_twice_makes_the_same_bytes(tmp_path_factory, texts):
-    """A store depends on its texts alone."""
-    folder = tmp_path_factory.mktemp("stores")
-    for name in ("one", "two"):
-        store_of(texts).save(folder / name)
-    assert (folder / "one").read_bytes() == (folder / "two").read_bytes()

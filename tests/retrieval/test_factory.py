@@ -55,6 +55,8 @@ def test_a_chunk_source_is_taken_as_it_is():
         ("text", "leave the store out"),
         ({"a": "b"}, "leave the store out"),
         (InMemoryVectorStore, "an object of it"),
+        (chromadb.EphemeralClient(), "get_collection"),
+        (object.__new__(AsyncCollection), "the synchronous one"),
         (Opaque(), "VectorStore"),
         (FakeListLLM(responses=["a"]), "VectorStore"),
         (StructuredTool.from_function(len, description="never called"), "VectorStore"),
@@ -66,35 +68,18 @@ def test_what_cannot_be_searched_is_refused_with_a_next_step(obj, hint):
         as_chunk_source(obj)
 
 
-def test_a_chroma_client_is_told_from_a_collection():
-    """The client holds many collections."""
-    with pytest.raises(RetrievalError, match="get_collection"):
-        as_chunk_source(chromadb.EphemeralClient())
-
-
-def test_an_asynchronous_collection_is_told_from_the_synchronous_one():
-    """Its methods return coroutines, which a search in a worker thread cannot use."""
-    with pytest.raises(RetrievalError, match="synchronous"):
-        as_chunk_source(object.__new__(AsyncCollection))
-
-
-def test_texts_without_a_faiss_index_are_refused():
-    """An option that would do nothing is an error."""
-    with pytest.raises(RetrievalError, match="faiss index"):
-        as_chunk_source(["a"], texts=["b"])
-
-
-def test_an_embedding_for_a_store_that_has_one_is_refused():
-    """An option that would do nothing is an error."""
-    store = InMemoryVectorStore(WordEmbeddings())
-    with pytest.raises(RetrievalError, match="its own embedding"):
-        as_chunk_source(store, embed=WordEmbeddings())
-
-
-def test_what_is_no_embedding_is_refused():
-    """A model's name is not an embedding."""
-    with pytest.raises(RetrievalError, match="embed is a str"):
-        as_chunk_source(["a"], embed="all-MiniLM-L6-v2")
+@pytest.mark.parametrize(
+    ("obj", "options", "hint"),
+    [
+        (["a"], {"texts": ["b"]}, "faiss index"),
+        (InMemoryVectorStore(WordEmbeddings()), {"embed": WordEmbeddings()}, "its own embedding"),
+        (["a"], {"embed": "all-MiniLM-L6-v2"}, "embed is a str"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(obj, options, hint):
+    """Texts without a faiss index, an embedding that is not needed, and a model's name, which is none."""
+    with pytest.raises(RetrievalError, match=hint):
+        as_chunk_source(obj, **options)
 
 
 def test_a_wrapper_round_itself_ends():
@@ -109,35 +94,38 @@ def test_a_wrapper_round_itself_ends():
         as_chunk_source(loop)
 
 
-def test_retrieval_imports_no_framework_and_no_store():
-    """Lists and functions work where none of them is installed."""
-    code = (
-        "import sys\n"
-        "for name in ('langchain_core', 'llama_index', 'chromadb', 'faiss', 'langchain_chroma'):\n"
-        "    sys.modules[name] = None\n"
+@pytest.mark.parametrize(
+    ("missing", "code", "printed"),
+    [
+        (
+            ("langchain_core", "llama_index", "chromadb", "faiss", "langchain_chroma"),
+            (
+                "print(as_chunk_source(['a stone', 'a river']).search('river', 1)[0].text)\n"
+                "print(as_chunk_source(lambda q, k: ['found']).search('river', 1)[0].text)\n"
+            ),
+            "a river\nfound\n",
+        ),
+        (
+            ("llama_index", "chromadb", "faiss"),
+            (
+                "from langchain_core.embeddings import DeterministicFakeEmbedding\n"
+                "from langchain_core.vectorstores import InMemoryVectorStore\n"
+                "store = InMemoryVectorStore.from_texts(['a'], DeterministicFakeEmbedding(size=8))\n"
+                "print(as_chunk_source(store).search('a', 1)[0].text)\n"
+            ),
+            "a\n",
+        ),
+    ],
+    ids=["lists and functions", "a LangChain store"],
+)
+def test_only_what_the_object_is_made_of_has_to_be_installed(missing, code, printed):
+    """No framework and no store is imported for another one."""
+    head = (
+        f"import sys\nfor name in {missing}:\n    sys.modules[name] = None\n"
         "from rasd_integrations.retrieval import as_chunk_source\n"
-        "print(as_chunk_source(['a stone', 'a river']).search('river', 1)[0].text)\n"
-        "print(as_chunk_source(lambda q, k: ['found']).search('river', 1)[0].text)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "a river\nfound\n"
-
-
-def test_a_langchain_store_needs_neither_chroma_nor_faiss():
-    """Only what the object itself is made of has to be there."""
-    code = (
-        "import sys\n"
-        "for name in ('llama_index', 'chromadb', 'faiss'):\n"
-        "    sys.modules[name] = None\n"
-        "from langchain_core.embeddings import DeterministicFakeEmbedding\n"
-        "from langchain_core.vectorstores import InMemoryVectorStore\n"
-        "from rasd_integrations.retrieval import as_chunk_source\n"
-        "store = InMemoryVectorStore.from_texts(['a'], DeterministicFakeEmbedding(size=8))\n"
-        "print(as_chunk_source(store).search('a', 1)[0].text)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "a\n"
+        [sys.executable, "-c", head + code],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout == printed

@@ -253,28 +253,21 @@ def test_wrapped_retrievers_are_opened_and_never_called():
     assert [as_chunk_source(w).search(QUESTION, 4) for w in wrapped] == [expected] * len(wrapped)
 
 
-def test_a_wrapped_retrievers_filter_is_carried():
-    """The filter stands on the inner retriever, below two wrappers."""
-    retriever = filled(chroma()).as_retriever(search_kwargs={"filter": {"source": "bees.txt"}})
-    wrapped = MultiQueryRetriever.from_llm(retriever, FakeListLLM(responses=[])).with_config(
-        tags=["t"]
-    )
-    found = as_chunk_source(wrapped).search("slate tide", 9)
-    assert {c.metadata["source"] for c in found} == {"bees.txt"}
-
-
-def test_a_bound_filter_is_carried():
-    """A filter may be bound to the retriever instead of standing on it."""
-    retriever = filled(chroma()).as_retriever().bind(filter={"source": "bees.txt"})
-    found = as_chunk_source(retriever).search("slate tide", 9)
-    assert {c.metadata["source"] for c in found} == {"bees.txt"}
-
-
-def test_a_configurable_retriever_carries_its_default_filter():
-    """What a call may configure otherwise is found below the runnable."""
-    retriever = filled(chroma()).as_retriever(search_kwargs={"filter": {"source": "bees.txt"}})
-    configurable = retriever.configurable_fields(search_kwargs=ConfigurableField("search"))
-    found = as_chunk_source(configurable).search("slate tide", 9)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner: MultiQueryRetriever.from_llm(inner, FakeListLLM(responses=[])).with_config(
+            tags=["t"]
+        ),
+        lambda inner: inner.vectorstore.as_retriever().bind(**inner.search_kwargs),
+        lambda inner: inner.configurable_fields(search_kwargs=ConfigurableField("search")),
+    ],
+    ids=["below two wrappers", "bound", "configurable"],
+)
+def test_a_wrapped_retrievers_filter_is_carried(wrap):
+    """Wherever it is set: on the inner retriever, by binding, or as the default of what a call may configure."""
+    inner = filled(chroma()).as_retriever(search_kwargs={"filter": {"source": "bees.txt"}})
+    found = as_chunk_source(wrap(inner)).search("slate tide", 9)
     assert {c.metadata["source"] for c in found} == {"bees.txt"}
 
 

@@ -130,20 +130,12 @@ def test_a_function_is_a_store():
     assert [c.rank for c in found] == [0, 1, 2, 3]
 
 
-def test_a_function_is_handed_the_filter_if_it_takes_one():
-    """The pipeline's filter goes on to the function."""
-    seen = []
-
-    def search(query, k, filter=None):
-        seen.append(filter)
-        return []
-
-    as_chunk_source(search).search("q", 1, filter={"tenant": 1})
-    assert seen == [{"tenant": 1}]
-
-
-def test_a_function_that_takes_no_filter_is_not_called_under_one():
+def test_a_function_is_handed_the_filter_or_not_called_under_one():
     """Nothing passes a filter that the function cannot apply."""
+    seen = []
+    takes = as_chunk_source(lambda query, k, filter=None: seen.append(filter) or [])
+    takes.search("q", 1, filter={"tenant": 1})
+    assert seen == [{"tenant": 1}]
     with pytest.raises(RetrievalError, match="filter"):
         as_chunk_source(lambda query, k: ["secret"]).search("q", 1, filter={"tenant": 1})
 
