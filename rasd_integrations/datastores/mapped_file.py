@@ -49,9 +49,8 @@ class MappedFile:
     is replaced does no harm.
 
     Attributes:
-        path: The file.
         entries: Its arrays by name.
-        marks: What its writer said of it.
+        marks: The strings in its header.
         bytes: The whole file.
     """
 
@@ -74,11 +73,7 @@ class MappedFile:
         self.bytes = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
 
     def array(self, name: str, dtype: str) -> NDArray[Any]:
-        """Return an array of type ``dtype`` (its name in the file) as a view of the file.
-
-        Raises:
-            UnusableFileError: The file has none of this name and type.
-        """
+        """Return a view of an array, whose type's name in the file must be ``dtype``."""
         entry = self.entries.get(name)
         if entry is None or entry.dtype != dtype:
             refuse(f"it has no {name!r} of type {dtype}")
@@ -86,11 +81,7 @@ class MappedFile:
         return flat.reshape(entry.shape)
 
     def check(self) -> None:
-        """Raise if the file was written to in place; one that was replaced is still the old one here.
-
-        Raises:
-            RetrievalError: It was.
-        """
+        """Raise if the file was written to in place; one that was replaced is still the old one here."""
         if self._state() != self._state_when_opened:
             msg = (
                 f"The {self._kind.title} {self.path} was changed in place while it was open. Open it again, and "

@@ -118,13 +118,7 @@ def opened(path: Path, kind: FileKind) -> Iterator[TensorFile]:
 
 
 class TensorFile:
-    """An open file.
-
-    Attributes:
-        file: Unbuffered.
-        marks: What its writer said of it.
-        entries: Its arrays by name, in file order.
-    """
+    """An open file: the strings in its header (``marks``), and its arrays by name, in file order (``entries``)."""
 
     def __init__(self, file: FileIO, marks: dict[str, str], entries: dict[str, Entry]) -> None:
         """Use :func:`opened`."""
@@ -132,11 +126,7 @@ class TensorFile:
         self._sums = parsed(marks.get("tensors", ""))
 
     def read(self, name: str, room: Bytes | None = None) -> Bytes:
-        """Return the bytes of an array, read into ``room`` if given; its checksum is compared.
-
-        Raises:
-            UnusableFileError: The file is damaged.
-        """
+        """Return the bytes of an array, read into ``room`` if given; raise unless its checksum is right."""
         entry = self.entries[name]
         size = entry.end - entry.start
         content = np.empty(size, np.uint8) if room is None else room[:size]
@@ -148,11 +138,7 @@ class TensorFile:
         return content
 
     def verify(self) -> None:
-        """Read the whole file in blocks and compare all checksums.
-
-        Raises:
-            UnusableFileError: The file is damaged.
-        """
+        """Read the whole file in blocks; raise unless all checksums are right."""
         for name, entry in self.entries.items():
             self.file.seek(entry.start)
             left, crc = entry.end - entry.start, 0
@@ -166,11 +152,7 @@ class TensorFile:
 
 
 def parsed(text: bytes | str) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        UnusableFileError: It is none, or is nested too deep.
-    """
+    """Parse a JSON object; raise if it is none, or is nested too deep."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as err:

@@ -73,7 +73,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "another version": lambda p: rewrite(p, lambda h, m: m.update(version="0")),
     "reversed offsets": lambda p: rewrite(p, lambda h, m: first(h)["data_offsets"].reverse()),
     "another type": lambda p: rewrite(p, lambda h, m: first(h).update(dtype="Q8")),
-    "another shape": lambda p: rewrite(p, lambda h, m: first(h).update(shape=[3])),
+    "another shape": lambda p: rewrite(p, lambda h, m: first(h).update(shape=[999])),
     "an endless shape": lambda p: rewrite(p, lambda h, m: first(h).update(shape=[10**30, -1, 0])),
     "nested entries": lambda p: rewrite(p, lambda h, m: first(h).update(more=[[1]])),
     "the same bytes twice": lambda p: rewrite(

@@ -22,12 +22,7 @@ _MOST_ROWS, _BLOCK = 1 << 18, 1 << 11
 
 
 class Neighbour(NamedTuple):
-    """A position with a hidden state like the current one.
-
-    Attributes:
-        agreement: Cosine similarity of the keys, 0 to 1.
-        following: The tokens that followed there.
-    """
+    """A position with a similar hidden state: cosine similarity of the keys, 0 to 1, and the tokens that followed."""
 
     agreement: float
     following: tuple[int, ...]
@@ -42,12 +37,7 @@ class DenseStore:
     look-ups find nothing, against 38 % of DReSD's, and drafts give 1.71 tokens a step against 1.53
     (docs/explanation/experiments.md). A token takes 136 bytes: 64 float16 and two ids.
 
-    Immutable and thread-safe.
-
-    Attributes:
-        path: The store's file.
-        width: Size of the hidden states.
-        num_tokens: Tokens of its texts.
+    Immutable and thread-safe. ``width`` is the size of the hidden states, ``num_tokens`` that of the texts.
     """
 
     def __init__(self, path: Path, *, verify: bool = True) -> None:
@@ -79,7 +69,7 @@ class DenseStore:
             texts: Texts, chunks, documents or nodes; or token ids, a sequence for each prompt with its answer.
                 The target's own answers draft best.
             model: The target: :func:`rasd_integrations.runtime.models.shared_model`.
-            folder: Where the store and its parts are kept.
+            folder: Also of the parts.
             progress: Called with the tokens done and the tokens in all.
 
         Raises:
@@ -91,12 +81,7 @@ class DenseStore:
 
     @classmethod
     def open(cls, folder: str | Path, model: Reader, *, verify: bool = True) -> Self:
-        """Map a store into memory.
-
-        Args:
-            folder: Where it was built.
-            model: The target, with the weights that the store was built with.
-            verify: Read the whole file once and compare its checksums.
+        """Map a store into memory; ``verify`` reads the whole file once and compares its checksums.
 
         Raises:
             RetrievalError: There is no store, it is damaged, or of another model.

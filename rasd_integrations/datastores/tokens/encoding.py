@@ -26,11 +26,7 @@ _PROBE = (
 
 
 class Encoder:
-    """Encodes texts without special tokens; control tokens in a text are encoded as text.
-
-    Attributes:
-        fingerprint: Hash of the ids of a fixed text, to tell tokenizers apart.
-    """
+    """Encodes texts without special tokens; control tokens in a text are encoded as text."""
 
     def __init__(self, encode: Any) -> None:
         """Use a tokenizer of transformers, or a function from a text to its ids.
@@ -64,10 +60,7 @@ class Encoder:
 
 
 def tokenizer_fingerprint(encode: Any) -> str:
-    """Return a hash of a tokenizer, or of a function from a text to its ids.
-
-    Tokenizers that encode a fixed text of many scripts alike have the same one.
-    """
+    """Return a hash of what a tokenizer, or a function from a text to its ids, makes of a text of many scripts."""
     return Encoder(encode).fingerprint
 
 

@@ -33,8 +33,7 @@ class Origin(Protocol):
     """The file that a shard is mapped from."""
 
     def check(self) -> None:
-        """Raise if the file has changed since it was opened."""
-        ...
+        """Raise if it has changed since it was opened."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,10 +140,7 @@ class Shard:
         return first, bisect_right(self._view, query, lo=first, key=at)
 
     def continuations(self, picks: Positions, depth: int) -> list[list[int]]:
-        """Return the ``depth`` ids that followed at each of some entries of :attr:`order`, but for removed chunks.
-
-        Ids from a separator on belong to another chunk.
-        """
+        """Return the ``depth`` ids that followed at each of some entries of :attr:`order`, but for removed chunks."""
         positions = self.order[picks].astype(np.int64)
         if not self._whole:
             chunks = np.searchsorted(self.starts, positions, side="right") - 1
@@ -177,11 +173,11 @@ def continuations(
     most_rows: int,
     depth: int,
 ) -> tuple[int, list[list[int]]]:
-    """Return the longest match of a context's end in all ``shards``, and what followed it.
+    """Return the longest match of a context's last ``MAX_MATCH`` tokens in all ``shards``, and what followed it.
 
     Args:
         shards: Searched as one.
-        context: Token ids, of which the last ``MAX_MATCH`` are looked up.
+        context: Token ids.
         min_match: Shortest match of interest, at least 1.
         most_rows: Most occurrences to read; of more, that many, evenly spaced.
         depth: Tokens of each continuation.

@@ -87,7 +87,7 @@ class PrefixCache:
         """Create an empty cache.
 
         Args:
-            max_bytes: Limit of idle buffers; 0 keeps none.
+            max_bytes: Limit of idle buffers.
             files: Searched, too.
             weights_state: Called once an answer; entries of another state are dropped.
         """

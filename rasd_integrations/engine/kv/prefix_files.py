@@ -38,21 +38,13 @@ _DAMAGE = (OSError, UnusableFileError)
 
 @dataclass(slots=True)
 class _FolderIndex:
-    """The files of one model and namespace.
+    """The files of one model and namespace."""
 
-    Attributes:
-        folder: It need not exist.
-        key: Key that its files must carry.
-        ids: Token ids by file name.
-        states: Inode and size of every file that was read, usable or not.
-        seen: Modification time of the folder when it was last listed.
-    """
-
-    folder: Path
-    key: str
-    ids: dict[str, Ids] = field(default_factory=dict)
-    states: dict[str, tuple[int, int]] = field(default_factory=dict)
-    seen: int = -1
+    folder: Path  # need not exist
+    key: str  # that its files must carry
+    ids: dict[str, Ids] = field(default_factory=dict)  # by file name
+    states: dict[str, tuple[int, int]] = field(default_factory=dict)  # inode and size of all files
+    seen: int = -1  # modification time of the folder when it was last listed
 
 
 class PrefixFiles:
@@ -109,7 +101,7 @@ class PrefixFiles:
             ids: The prompt.
             namespace: Only its files are searched.
             capacity: Tokens to plan for.
-            beyond: Rows available without a file.
+            beyond: Tokens available without a file.
             keeps_hidden: Read hidden states, too, if the file has them.
         """
         index = self._index(namespace)
