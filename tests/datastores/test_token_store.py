@@ -135,6 +135,13 @@ def test_an_empty_store_and_an_empty_context_match_nothing():
     assert len(store_of(["", "a"])) == 0
 
 
+def test_ids_are_stored_once():
+    """An answer that was learned is not learned again."""
+    store = TokenStore(encode)
+    assert [store.add_ids([[1, 2, 3], [4, 5]]), store.add_ids([[4, 5], [1, 2]])] == [2, 1]
+    assert (len(store), store.num_tokens) == (3, 7)
+
+
 def test_ids_have_32_bits():
     """Ids that 16 bits cannot hold are kept apart; what is no id is refused."""
     store = TokenStore(encode)

@@ -140,6 +140,21 @@ def test_refused_nodes_teach():
     assert session.propose(1).token_ids == (77,)
 
 
+def test_a_tree_teaches_what_its_paths_do():
+    """A node's candidates are filed under the tokens of its own path, not of a branch beside it."""
+    drafter, target = RecyclingDrafter(prompt=False, num_candidates=2), TargetModel(tiny_llama())
+    logits = torch.randn(4, 259, generator=torch.Generator().manual_seed(2))
+    learned = []
+    for draft, rows in (
+        (Draft((40, 90, 91), (-1, 0, 0)), [0, 1, 2, 3]),
+        (Draft((40, 91)), [0, 1, 3]),
+    ):
+        session, _ = attached(drafter, target, PROMPT, hidden=False)
+        session.learn(draft, logits[rows])
+        learned.append(session._index.distribution((5, 6, 40, 91)))
+    assert learned[0] == learned[1] != {}
+
+
 def test_without_the_prompt_only_steps_teach():
     """Nothing is drafted before a step was taken, no hidden state is kept, and what steps say is learned as ever."""
     drafter = RecyclingDrafter(prompt=False, num_candidates=2)
@@ -173,12 +188,14 @@ def test_longer_keys_count_for_more():
     assert distribution[10] > distribution[20] > 0
 
 
-def test_the_oldest_rows_go():
+@pytest.mark.parametrize("size", [4, 16])
+def test_the_oldest_rows_go(size):
     """No more rows are kept than asked for, and keys of lost rows find nothing."""
-    index = CandidateIndex(4, 1)
-    for token in range(10):
+    index = CandidateIndex(size, 1)
+    for token in range(size + 6):
         index.add([(token,)], row((100 + token, 1.0)))
-    assert [bool(index.distribution((token,))) for token in range(10)] == [False] * 6 + [True] * 4
+    found = [bool(index.distribution((token,))) for token in range(size + 6)]
+    assert found == [False] * 6 + [True] * size
 
 
 def test_hidden_rows_are_those_of_a_fresh_forward():

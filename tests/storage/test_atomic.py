@@ -57,6 +57,15 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path):
     assert not any(path.exists() for path in left)
 
 
+def test_a_writer_at_work_is_left_alone(tmp_path):
+    """Two write to one folder at the same time, and both come to their end."""
+    with replaced_file(tmp_path / "one", 1) as one:
+        with replaced_file(tmp_path / "two", 1) as two:
+            two.write(b"2")
+        one.write(b"1")
+    assert [(tmp_path / name).read_bytes() for name in names(tmp_path)] == [b"1", b"2"]
+
+
 def test_what_others_made_is_not_cleared(tmp_path):
     """Only names that this module makes up are ever removed."""
     for name in (

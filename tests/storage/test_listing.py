@@ -83,6 +83,18 @@ def test_a_users_file_in_a_folder_of_ours_keeps_the_folder(root, capsys):
     assert sorted(p.name for p in mine.parent.iterdir()) == ["mine", MARKER]
 
 
+def test_a_marker_that_names_files_elsewhere_is_not_ours(root):
+    """A folder from elsewhere cannot have a user's files removed."""
+    mark(
+        root / "converted" / "evil",
+        "converted",
+        "evil",
+        ["../../notes.txt", str(root / "notes.txt")],
+    )
+    assert main(["cache", "clear", "--all", "--yes"]) == 0
+    assert left(root) == ["evil"]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -7,7 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rasd_integrations.text.answer.stop import StopMatcher
+from rasd_integrations.text.answer.stop import StopMatcher, ended_at
+from rasd_integrations.types import TokenBlock
 
 # Few letters make overlaps, repeats and stop strings inside stop strings likely.
 TEXTS = st.text("ab.\n", max_size=24)
@@ -62,6 +63,21 @@ def test_longer_stop_string_that_begins_earlier_wins():
     assert not matcher.stopped
     assert "" == matcher.push("c")
     assert matcher.stopped
+
+
+def test_an_end_token_is_the_last_of_the_answer():
+    """It is among the ids, what was decoded behind it is not, and no further block is asked for."""
+    taken = []
+
+    def blocks():
+        for ids in ((1, 2), (3, 9, 4), (5,)):
+            taken.append(ids)
+            yield TokenBlock(ids)
+
+    ended = list(ended_at(blocks(), {9}))
+    assert [block.token_ids for block in ended] == [(1, 2), (3, 9)]
+    assert [block.finish_reason for block in ended] == [None, "stop"]
+    assert len(taken) == 2
 
 
 def test_held_beginning_is_shown_when_the_text_ends():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from types import SimpleNamespace
 
 import pytest
 from tiny import EOS, tiny_tokenizer
@@ -140,6 +141,17 @@ def test_a_stop_string_before_the_calls_ends_all():
     assert "".join(c.text for c in chunks) == "F"
     assert calls_of(chunks) == ([], "")
     assert (chunks[-1].finish_reason, source.taken, source.closed) == ("stop", 1, True)
+
+
+def test_a_call_in_the_token_of_a_stop_string_is_behind_it():
+    """Where one token holds the stop string and a call after it, the call is not handed out."""
+    text = 'a END<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    whole = SimpleNamespace(push=lambda ids: text, flush=str)
+    parser = AnswerParser(tf.HERMES, ("f",), reasoning=None, thinking=False)
+    blocks = (TokenBlock((1,), finish_reason="stop") for _ in range(1))
+    chunks = list(stream_text(blocks, whole, ("END",), DecodingStats, parser=parser))
+    assert ("a ", ([], "")) == ("".join(c.text for c in chunks), calls_of(chunks))
+    assert chunks[-1].finish_reason == "stop"
 
 
 def test_an_answer_of_one_call_ends_before_the_second():
