@@ -1,7 +1,7 @@
 """Reads which part of the package imports which, and draws it: ``python tests/support/import_graph.py --write``.
 
-A *room* is a folder of the package; the modules beside them are two more, ``entry`` (the command line and the
-package's own ``__init__``) and ``base`` (records, options and errors, which import no room).
+A *room* is a folder of the package with the folders in it; the modules beside them are two more, ``entry`` (the
+command line and the package's own ``__init__``) and ``base`` (records, options and errors, which import no room).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ENTRY = {"__init__", "__main__", "cli"}
 HEAD = """# Imports between rooms
 
 Written by `python tests/support/import_graph.py --write`; a test compares this page with the code.
-A room is a folder of `rasd_integrations/`. `entry` is `__init__`, `__main__` and `cli`; `base` is every other module of
+A room is a folder of `rasd_integrations/` with the folders in it. `entry` is `__init__`, `__main__` and `cli`; `base` is every other module of
 the root. Imports point down: [architecture](../explanation/architecture.md) says what each room does.
 
-The picture is of the top-level rooms, without `base` and without arrows that follow from two others; the table has all
-{count} arrows.
+The picture is of the rooms, without `base` and without arrows that follow from two others. The table says for each folder
+which others it imports: {count} arrows between rooms, and {inside} inside of one.
 
 """
 
@@ -63,15 +63,20 @@ def _module(name: str, names: set[str]) -> str | None:
     return next((n for n in (name, f"{name}.__init__") if n in names), None)
 
 
-def room(module: str) -> str:
-    """Return the room of a module."""
+def folder(module: str) -> str:
+    """Return the folder of a module, or which of the two rooms outside of all folders it is in."""
     *folders, name = module.split(".")[1:]
     return "/".join(folders) or ("entry" if name in ENTRY else "base")
 
 
-def room_imports() -> Arrows:
-    """Return (importing room, imported room)."""
-    return {(room(a), room(b)) for a, b in module_imports() if room(a) != room(b)}
+def folder_imports() -> Arrows:
+    """Return (importing folder, imported folder)."""
+    return {(folder(a), folder(b)) for a, b in module_imports() if folder(a) != folder(b)}
+
+
+def between_rooms(arrows: Arrows) -> Arrows:
+    """Return the arrows that leave a room."""
+    return {(a, b) for a, b in arrows if a.partition("/")[0] != b.partition("/")[0]}
 
 
 def circles() -> list[str]:
@@ -92,17 +97,18 @@ def circles() -> list[str]:
 
 def page() -> str:
     """Return the page of the docs: a picture and a table."""
-    arrows = sorted(room_imports())
-    lines = [HEAD.format(count=len(arrows)), "```mermaid\nflowchart TD\n"]
+    arrows = sorted(folder_imports())
+    count = len(between_rooms(set(arrows)))
+    lines = [HEAD.format(count=count, inside=len(arrows) - count), "```mermaid\nflowchart TD\n"]
     lines += [f"    {a} --> {b}\n" for a, b in _drawn(arrows)]
-    lines.append("```\n\n| room | imports |\n|---|---|\n")
+    lines.append("```\n\n| folder | imports |\n|---|---|\n")
     for name, group in groupby(arrows, key=lambda arrow: arrow[0]):
         lines.append(f"| {name} | {', '.join(b for _, b in group)} |\n")
     return "".join(lines)
 
 
 def _drawn(arrows: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the arrows between top-level rooms but ``base`` that do not follow from two others."""
+    """Return the arrows between rooms but ``base`` that do not follow from two others."""
     below: dict[str, set[str]] = {}
     for importer, imported in arrows:
         a, b = importer.partition("/")[0], imported.partition("/")[0]
