@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from rasd_integrations.prompting.prompt_view import PromptView, Span
 from rasd_integrations.prompting.token_counts import ContentCache
-from rasd_integrations.retrieval.lexical import LexicalIndex
+from rasd_integrations.retrieval.memory import LexicalIndex
 
 _LARGEST_FENCE = 4  # times the size of a piece; a longer code block is cut at its lines
 _FENCE = re.compile(r"^[ \t]{0,3}```", re.MULTILINE)

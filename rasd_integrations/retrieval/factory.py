@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rasd_integrations.errors import RetrievalError
-from rasd_integrations.retrieval.base import ChunkSource
+from rasd_integrations.retrieval.base import ChunkSource, FunctionSource, JoinedSource
 from rasd_integrations.retrieval.chroma_store import ChromaSource
 from rasd_integrations.retrieval.faiss_store import FaissSource
-from rasd_integrations.retrieval.function import FunctionSource, JoinedSource
 from rasd_integrations.retrieval.items import is_a
 from rasd_integrations.retrieval.langchain_store import LangChainSource
 from rasd_integrations.retrieval.llama_index_store import LlamaIndexSource, from_index
