@@ -64,9 +64,9 @@ class ChatRASD(RASDModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         answer = MessageChunks(self._rasd.model_name, self.output_version)
-        with self._pieces(messages, stop, kwargs) as pieces:
-            for piece in pieces:
-                for chunk in answer.push(piece):
+        with self._deltas(messages, stop, kwargs) as deltas:
+            for delta in deltas:
+                for chunk in answer.push(delta):
                     if run_manager:
                         run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -79,9 +79,9 @@ class ChatRASD(RASDModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         answer = MessageChunks(self._rasd.model_name, self.output_version)
-        async with self._apieces(messages, stop, kwargs) as pieces:
-            async for piece in pieces:
-                for chunk in answer.push(piece):
+        async with self._adeltas(messages, stop, kwargs) as deltas:
+            async for delta in deltas:
+                for chunk in answer.push(delta):
                     if run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk

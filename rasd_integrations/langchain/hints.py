@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, HumanMessage, ToolMessage
 
-from rasd_integrations.config import reject_unknown
-from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain.capture import Captured, Retrieval
 from rasd_integrations.prompting import PromptHints
+from rasd_integrations.runtime.explicit_hints import explicit_hints
 from rasd_integrations.types import Chunk
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ Variables: TypeAlias = "Mapping[str, Any]"
 _QUESTION_NAMES = ("question", "query", "query_str", "input", "user_input", "human_input", "q")
 _CONTEXT_NAMES = ("context", "context_str", "documents", "docs", "sources", "summaries", "text")
 _LONGEST_QUESTION = 2000  # characters; a longer variable is a document, whatever its name
-_EXPLICIT_NAMES = ("question", "search_query", "chunks", "context", "filter")
 
 
 def prompt_hints(
@@ -59,39 +57,17 @@ def prompt_hints(
         "chunks": chunks,
         "chunk_source": chunk_source,
         "context": _context([*templates, *chains], question, chunks, text),
-        **_explicit(explicit or {}),
+        **explicit_hints(explicit, _chunk),
     }
     return PromptHints(**found) if any(found.values()) else None
 
 
-def _explicit(given: Any) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        msg = f"rasd is {type(given).__name__}, but must be a dict of {', '.join(_EXPLICIT_NAMES)}."
-        raise ConfigurationError(msg)
-    reject_unknown(given, _EXPLICIT_NAMES, "rasd={...}")
-    out = {name: value for name, value in given.items() if value is not None}
-    for name in ("question", "search_query", "context"):
-        if not isinstance(out.get(name, ""), str):
-            msg = f"rasd[{name!r}] is {type(out[name]).__name__}, but must be a string."
-            raise ConfigurationError(msg)
-    if "question" in out:
-        out["question_source"] = "explicit"
-    if "chunks" in out:
-        chunks = out["chunks"] if isinstance(out["chunks"], list | tuple) else [out["chunks"]]
-        out["chunks"] = tuple(_chunk(c, rank) for rank, c in enumerate(chunks))
-        out["chunk_source"] = "explicit"
-    return out
+def _chunk(value: Any, rank: int) -> Chunk | None:
+    return _document_chunk(value, rank) if isinstance(value, Document) else None
 
 
-def _chunk(value: Any, rank: int) -> Chunk:
-    if isinstance(value, Chunk):
-        return value
-    if isinstance(value, str):
-        return Chunk(value, rank=rank)
-    if isinstance(value, Document):
-        return Chunk(value.page_content, id=value.id, rank=rank, metadata=value.metadata)
-    msg = f"A chunk is {type(value).__name__}, but must be a string, a Document or a Chunk."
-    raise ConfigurationError(msg)
+def _document_chunk(document: Document, rank: int) -> Chunk:
+    return Chunk(document.page_content, id=document.id, rank=rank, metadata=document.metadata)
 
 
 # --- the question ---
@@ -155,8 +131,9 @@ def _chunks(
     chunk_source = None
     for source, values in sources.items():
         for document in (d for value in values for d in _documents(value)):
-            if document.page_content.strip() and document.page_content not in chunks:
-                chunks[document.page_content] = _chunk(document, len(chunks))
+            found = _document_chunk(document, len(chunks))
+            if found.text.strip():
+                chunks.setdefault(found.text, found)
         chunk_source = chunk_source or (source if chunks else None)
     if not any(stands(chunk, text) for chunk in chunks) and chunk_source == "chain":
         return (), None  # what a chain was given need not be what it asks the model about

@@ -12,7 +12,7 @@ from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import GenerationChunk, LLMResult
 
 from rasd_integrations.langchain.base import RASDModel
-from rasd_integrations.langchain.together import MOST_AT_ONCE, as_they_end
+from rasd_integrations.runtime.together import MOST_AT_ONCE, as_they_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Sequence
@@ -47,9 +47,9 @@ class RASDLLM(RASDModel, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Generator[GenerationChunk, None, None]:
-        with self._pieces(prompt, stop, kwargs) as pieces:
-            for piece in pieces:
-                if chunk := self._chunk(piece):
+        with self._deltas(prompt, stop, kwargs) as deltas:
+            for delta in deltas:
+                if chunk := self._chunk(delta):
                     if run_manager:
                         run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -61,9 +61,9 @@ class RASDLLM(RASDModel, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with self._apieces(prompt, stop, kwargs) as pieces:
-            async for piece in pieces:
-                if chunk := self._chunk(piece):
+        async with self._adeltas(prompt, stop, kwargs) as deltas:
+            async for delta in deltas:
+                if chunk := self._chunk(delta):
                     if run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -103,14 +103,14 @@ class RASDLLM(RASDModel, BaseLLM):
             await asyncio.gather(*tasks, return_exceptions=True)
         return self._result(answers)
 
-    def _chunk(self, piece: TextDelta) -> GenerationChunk | None:
-        """Return ``piece`` as LangChain's chunk; ``None`` while text is held back."""
-        if piece.finish_reason is None or piece.stats is None:
-            return GenerationChunk(text=piece.text) if piece.text else None
-        stats = piece.stats
+    def _chunk(self, delta: TextDelta) -> GenerationChunk | None:
+        """Return ``delta`` as LangChain's chunk; ``None`` while text is held back."""
+        if delta.finish_reason is None or delta.stats is None:
+            return GenerationChunk(text=delta.text) if delta.text else None
+        stats = delta.stats
         info = {
             "model_name": self._rasd.model_name,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": delta.finish_reason,
             "token_usage": {
                 "prompt_tokens": stats.prompt_tokens,
                 "completion_tokens": stats.generated_tokens,
@@ -118,7 +118,7 @@ class RASDLLM(RASDModel, BaseLLM):
             },
             "rasd": stats.as_dict(),
         }
-        return GenerationChunk(text=piece.text, generation_info=info)
+        return GenerationChunk(text=delta.text, generation_info=info)
 
     def _result(self, answers: Sequence[GenerationChunk]) -> LLMResult:
         usages = [(answer.generation_info or {})["token_usage"] for answer in answers]

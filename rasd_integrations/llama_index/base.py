@@ -10,7 +10,6 @@ import asyncio
 import logging
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,14 +32,13 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 from pydantic import PrivateAttr
 
-from rasd_integrations.config import SamplingParams
 from rasd_integrations.errors import ConfigurationError, RetrievalError
 from rasd_integrations.llama_index.capture import (
     Capture,
     Filled,
     Sent,
     build_hints,
-    explicit_hints,
+    chunk_of,
     same_prompt,
     sent_text,
 )
@@ -59,10 +57,11 @@ from rasd_integrations.llama_index.tools import tool_specs
 from rasd_integrations.llama_index.trace import Retrieval, Trace, observe
 from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.response_format import ToolUse
+from rasd_integrations.runtime.explicit_hints import explicit_hints
+from rasd_integrations.runtime.pipeline import Request
 
 logger = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
 _Response = TypeVar("_Response", ChatResponse, CompletionResponse)
 _TOOL_OPTIONS = {
     "tools": "tools",
@@ -70,19 +69,6 @@ _TOOL_OPTIONS = {
     "parallel_tool_calls": "parallel",
     "strict": "strict",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What one call hands to the engine."""
-
-    prompt: Prompt
-    params: SamplingParams
-    hints: PromptHints | None
-    tools: ToolUse | None = None
-
-    def to(self, method: Callable[..., _Result]) -> _Result:
-        return method(self.prompt, self.params, hints=self.hints, tools=self.tools)
 
 
 class RASDLLM(RASDCalling):
@@ -194,41 +180,56 @@ class RASDLLM(RASDCalling):
         make = partial(self._completion_call, prompt, formatted, kwargs)
         return await self._astreamed(completion_response, make)
 
-    def _whole(self, respond: Respond[_Response], make: Callable[[], _Call]) -> _Response:
+    def _whole(self, respond: Respond[_Response], make: Callable[[], Request]) -> _Response:
         with self._errors():
-            return whole_response(respond, make().to(self._rasd.generate))
+            return whole_response(respond, self._rasd.generate(make()))
 
     def _streamed(
-        self, respond: Respond[_Response], make: Callable[[], _Call]
+        self, respond: Respond[_Response], make: Callable[[], Request]
     ) -> Generator[_Response, None, None]:
         with (errors := self._errors()):
-            chunks = make().to(self._rasd.stream)
-        return stream_responses(respond, chunks, errors)
+            deltas = self._rasd.stream(make())
+        return stream_responses(respond, deltas, errors)
 
     # The asynchronous endpoints make their calls in a thread: the first one reads files, and filling a long
     # template again takes its time.
 
-    async def _awhole(self, respond: Respond[_Response], make: Callable[[], _Call]) -> _Response:
+    async def _awhole(self, respond: Respond[_Response], make: Callable[[], Request]) -> _Response:
         with self._errors():
-            call = await asyncio.to_thread(make)
-            return whole_response(respond, await call.to(self._rasd.agenerate))
+            request = await asyncio.to_thread(make)
+            return whole_response(respond, await self._rasd.agenerate(request))
 
     async def _astreamed(
-        self, respond: Respond[_Response], make: Callable[[], _Call]
+        self, respond: Respond[_Response], make: Callable[[], Request]
     ) -> AsyncGenerator[_Response, None]:
         with (errors := self._errors()):
-            call = await asyncio.to_thread(make)
-        return astream_responses(respond, call.to(self._rasd.astream), errors)
+            request = await asyncio.to_thread(make)
+        return astream_responses(respond, self._rasd.astream(request), errors)
 
     def _errors(self) -> PipelineErrors:
         return PipelineErrors(self._trace.in_pipeline())
 
-    def _chat_call(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> _Call:
-        sampling = dict(options)
-        given = {to: sampling.pop(name) for name, to in _TOOL_OPTIONS.items() if name in sampling}
+    def _chat_call(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Request:
+        others = dict(options)
+        given = {to: others.pop(name) for name, to in _TOOL_OPTIONS.items() if name in others}
         tools = ToolUse.of(tool_specs(given.pop("tools", None)), **given)
-        call = self._call(messages, self._chat_prompt, sampling)
-        if tools is not None and isinstance(call.prompt, str):
+        return self._request(messages, self._chat_prompt, others, tools)
+
+    def _completion_call(self, text: str, formatted: bool, options: Mapping[str, Any]) -> Request:
+        return self._request(text, partial(self._completion_prompt, formatted=formatted), options)
+
+    def _request(
+        self,
+        sent: Any,
+        to_prompt: Callable[[Any], Prompt],
+        options: Mapping[str, Any],
+        tools: ToolUse | None = None,
+    ) -> Request:
+        sampling = dict(options)
+        explicit = explicit_hints(sampling.pop("rasd", None), chunk_of)
+        params = self._sampling(sampling)
+        prompt, hints = to_prompt(sent), self._hints(sent, to_prompt, explicit)
+        if tools is not None and isinstance(prompt, str):
             why = (
                 "messages_to_prompt writes its prompts"
                 if self._writes_prompts
@@ -239,18 +240,7 @@ class RASDLLM(RASDCalling):
                 f"Use a ReActAgent, or a model with a chat template."
             )
             raise ConfigurationError(msg)
-        return replace(call, tools=tools)
-
-    def _completion_call(self, text: str, formatted: bool, options: Mapping[str, Any]) -> _Call:
-        return self._call(text, partial(self._completion_prompt, formatted=formatted), options)
-
-    def _call(
-        self, sent: Any, to_prompt: Callable[[Any], Prompt], options: Mapping[str, Any]
-    ) -> _Call:
-        sampling = dict(options)
-        explicit = explicit_hints(sampling.pop("rasd", None))
-        params = self._sampling(sampling)
-        return _Call(to_prompt(sent), params, self._hints(sent, to_prompt, explicit))
+        return Request(prompt, params, hints, tools)
 
     def _chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
         if self._writes_prompts or not self._rasd.has_chat_template:

@@ -16,8 +16,6 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 
-from rasd_integrations.config import reject_unknown
-from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.llama_index.trace import Retrieval, node_chunk
 from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.retrieval.items import digest
@@ -29,7 +27,6 @@ Sent = str | Sequence[ChatMessage]
 _MAX_PROMPTS = 32
 _QUESTIONS = ("query_str", "query", "question", "user_input", "input", "q")
 _CONTEXTS = ("context_str", "context_msg", "context")
-_EXPLICIT = ("question", "search_query", "chunks", "context", "filter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,41 +143,7 @@ def build_hints(
     return PromptHints(**known) if known else None
 
 
-def explicit_hints(given: Any) -> dict[str, Any]:
-    """Return the hints of a call's own ``rasd={...}`` option, under the names of ``PromptHints``.
-
-    Raises:
-        ConfigurationError: Not a mapping, an unknown key, or a value of the wrong kind.
-    """
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        msg = f"rasd is {given!r}, but must be a mapping with {', '.join(_EXPLICIT)}."
-        raise ConfigurationError(msg)
-    reject_unknown(given, _EXPLICIT, "rasd")
-    hints = {name: value for name, value in given.items() if value is not None}
-    for name in ("question", "search_query", "context"):
-        if not isinstance(hints.get(name, ""), str):
-            msg = f"rasd[{name!r}] is {hints[name]!r}, but must be text."
-            raise ConfigurationError(msg)
-    if "question" in hints:
-        hints["question_source"] = "explicit"
-    if "chunks" in hints:
-        chunks = hints["chunks"]
-        items = chunks if isinstance(chunks, list | tuple) else [chunks]
-        hints["chunks"] = tuple(_chunk(item, rank) for rank, item in enumerate(items))
-        hints["chunk_source"] = "explicit"
-    return hints
-
-
-def _chunk(item: Any, rank: int) -> Chunk:
-    if isinstance(item, Chunk):
-        return item
-    if isinstance(item, str):
-        return Chunk(text=item, rank=rank)
-    if isinstance(item, NodeWithScore):
-        return node_chunk(item.node, rank)
-    if isinstance(item, BaseNode):
-        return node_chunk(item, rank)
-    msg = f"rasd['chunks'][{rank}] is a {type(item).__name__}, but must be text, a node or a Chunk."
-    raise ConfigurationError(msg)
+def chunk_of(item: Any, rank: int) -> Chunk | None:
+    """Return a node as a chunk; ``None``: it is no node."""
+    node = item.node if isinstance(item, NodeWithScore) else item
+    return node_chunk(node, rank) if isinstance(node, BaseNode) else None

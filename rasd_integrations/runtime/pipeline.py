@@ -6,9 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from typing_extensions import Unpack
 
 from rasd_integrations.config import (
     ContextMode,
@@ -50,21 +52,49 @@ Progress = Callable[[int, int], object]
 """Called with what is done and what there is in all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What one call asks for.
+class Known(TypedDict, total=False):
+    """What may accompany a prompt.
 
     Attributes:
-        prompt: A text, read as it stands, or chat messages.
+        hints: What the caller knows of how the prompt was made.
+        tools: What the answer may or must call.
+    """
+
+    hints: PromptHints | None
+    tools: ToolUse | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call, as both edges and every step of the pipeline see it.
+
+    Attributes:
+        prompt: A text, read as it is, or chat messages.
         params: How to draw the answer.
         hints: What the caller knows of how the prompt was made.
         tools: What the answer may or must call.
     """
 
     prompt: Prompt
-    params: SamplingParams
+    params: SamplingParams = field(default_factory=SamplingParams)
     hints: PromptHints | None = None
     tools: ToolUse | None = None
+
+    @classmethod
+    def of(
+        cls, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]
+    ) -> Request:
+        """Return ``prompt`` if it is a request, else the request for it.
+
+        Raises:
+            ConfigurationError: A request, which has params, hints and tools of its own, is given others besides.
+        """
+        if isinstance(prompt, Request):
+            if params is not None or known:
+                msg = "A Request holds its own params, hints and tools. Give them there, or a prompt here."
+                raise ConfigurationError(msg)
+            return prompt
+        return cls(prompt, params or SamplingParams(), **known)
 
     def __post_init__(self) -> None:
         """Refuse tools without messages: only a chat template can tell the model of them."""

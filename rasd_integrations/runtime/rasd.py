@@ -1,7 +1,6 @@
-"""RASD: a local model with retrieval-fed speculative decoding, for every framework and for none.
+"""RASD: a local model with speculative decoding fed by retrieval, for every framework and for none.
 
-One path from prompt to text: plan the prompts, encode them, decode blocks, join text. ``generate`` is the
-join of ``stream``, and the asynchronous forms run the same path in a thread.
+``generate`` is the join of ``stream``; the asynchronous forms run the same path in a thread.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from rasd_integrations.config import (
     DEFAULT_PREFIX_CACHE_BYTES,
@@ -33,13 +32,14 @@ from rasd_integrations.config import (
 from rasd_integrations.drafters.base import Drafter, check_drafter_spec
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.process import at_work, each_at_work, locked
-from rasd_integrations.prompting import Prompt, PromptHints, PromptPlanner
+from rasd_integrations.prompting import Prompt, PromptPlanner
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
 from rasd_integrations.runtime.aio import iterate_in_thread
 from rasd_integrations.runtime.lazy_engine import EngineOptions, LazyEngine
 from rasd_integrations.runtime.pipeline import (
     Gate,
+    Known,
     Pipeline,
     Progress,
     Request,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 class RASD:
-    """A local causal language model behind speculative decoding fed from a vector store."""
+    """A local causal language model with speculative decoding fed by retrieval."""
 
     def __init__(
         self,
@@ -85,16 +85,16 @@ class RASD:
             model: Hub id, local folder, or path of a ``.gguf`` file.
             drafter: ``"auto"``, ``None`` (plain decoding), ``"self"`` (the target on the retrieved
                 prompt), a smaller model's hub id or path, or a :class:`Drafter`.
-            drafter_device: Where a drafter model stands (``"cpu"``, ``"cuda:1"``); ``None``: as the target.
+            drafter_device: Device of a drafter model (``"cpu"``, ``"cuda:1"``); ``None``: the target's.
             store: Anything ``as_chunk_source`` takes, or ``None``.
             executor: What runs steps: ``"eager"`` torch, ``"openvino"``, ``"openvino-kv8"``, ``"cuda-graphs"``.
             context: What the target reads: ``"prompt"`` as sent, or the ``"documents"`` of its chunks.
             knowledge_transfer: RAPID's eta; 0 is lossless.
-            deterministic: The same call gives the same text, whatever was cached, drafted or asked beside it.
-            model_kwargs: Straight to ``from_pretrained``.
-            chat_template_kwargs: Straight to the chat template.
+            deterministic: The same call gives the same text, whatever was cached, drafted or batched.
+            model_kwargs: Passed to ``from_pretrained``.
+            chat_template_kwargs: Passed to the chat template.
             retrieval: How chunks are found and how long the drafter's prompt may be.
-            speculation: Draft lengths and distributions.
+            speculation: Draft lengths and how drafts are judged.
             prefix_cache_bytes: Most memory for keys and values kept between answers.
             prefix_cache_dir: Folder for those of warmed documents, found again by later processes.
             prefix_cache_dir_bytes: Most that the folder may hold, of all models together.
@@ -159,7 +159,7 @@ class RASD:
         drafter_model: PreTrainedModel | None = None,
         **options: Any,
     ) -> Self:
-        """Return an instance round loaded objects; the weights are used as they are.
+        """Return an instance over loaded objects; the weights are used as they are.
 
         The model's attention implementation becomes ``"rasd"``, which outside this engine is sdpa.
         ``drafter_model`` must share the target's tokenizer.
@@ -186,7 +186,7 @@ class RASD:
         self.close()
 
     def close(self) -> None:
-        """Let go of the weights and the kept keys and values; streams under way end first."""
+        """Free the weights and the prefix cache; running streams finish first."""
         self._engine.close()
 
     def ensure_loaded(self) -> None:
@@ -207,7 +207,7 @@ class RASD:
 
     @property
     def max_tokens(self) -> int:
-        """Longest answer where a call sets no ``max_tokens``; reads the model's generation config only."""
+        """Longest answer of a call without ``max_tokens``; reads the model's generation config only."""
         return self._engine.max_tokens
 
     @property
@@ -217,17 +217,17 @@ class RASD:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether messages can be formatted: by the tokenizer's template or an option's; reads the tokenizer only."""
+        """True if messages can be formatted, by the tokenizer's template or an option's; reads the tokenizer only."""
         return self._engine.template().exists
 
     @property
     def has_reasoning(self) -> bool:
-        """Whether the model marks its thoughts, so that they can be told from its answer; reads the tokenizer only."""
+        """True if reasoning is marked in the output; reads the tokenizer only."""
         return self._engine.template().reasoning is not None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
+        """All that affects the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
         own = self._engine.options
         return identity(
             {
@@ -249,10 +249,10 @@ class RASD:
         return self._planner
 
     def attach(self, store: object) -> None:
-        """Take ``store``, anything ``as_chunk_source`` takes, as the source of chunks.
+        """Search chunks in ``store``, anything ``as_chunk_source`` takes.
 
         Raises:
-            RetrievalError: It cannot be used as one.
+            RetrievalError: It cannot be used as a chunk source.
         """
         self._take_source(GuardedSource(as_chunk_source(store), self._retrieval.timeout_s))
 
@@ -265,9 +265,9 @@ class RASD:
         return self._engine.template().encode_chunk(text)
 
     def count_tokens(self, prompt: Prompt, tools: ToolUse | None = None) -> int:
-        """Return the tokens of a prompt as the model reads it, template and tools included.
+        """Return the number of tokens of a prompt, template and tools included.
 
-        Parts of a conversation are counted too, also those that could not be asked; nothing has 0 tokens.
+        Parts of a conversation that could not be a prompt are counted too; nothing has 0 tokens.
         """
         template = self._engine.template()
         if isinstance(prompt, str):
@@ -275,72 +275,49 @@ class RASD:
         return count_messages(template, prompt, tools.visible if tools is not None else None)
 
     def stream(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        hints: PromptHints | None = None,
-        tools: ToolUse | None = None,
+        self, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]
     ) -> Generator[TextDelta, None, None]:
         """Check and plan now, decode lazily; closing the iterator stops within one step.
 
         Args:
-            prompt: A text, read as it stands, or chat messages, formatted by the model's template.
+            prompt: A text, read as it is, chat messages, formatted by the model's template, or a whole request.
             params: How to draw the answer.
-            hints: What the caller knows of how the prompt was made.
-            tools: What the answer may or must call.
+            **known: ``hints`` on how the prompt was made, and the ``tools`` that may be called.
 
         Raises:
             PromptError: The prompt is empty, has parts that are not text, or exceeds the window.
             ConfigurationError: The options contradict one another, or a grammar cannot be followed.
         """
-        return self._answer(Request(prompt, params or SamplingParams(), hints, tools))
+        return self._answer(Request.of(prompt, params, **known))
 
     def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        hints: PromptHints | None = None,
-        tools: ToolUse | None = None,
+        self, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]
     ) -> Generation:
         """Return the whole answer, the join of :meth:`stream`, once there is memory for it."""
-        return joined(list(self._gated(Request(prompt, params or SamplingParams(), hints, tools))))
+        return joined(list(self._gated(Request.of(prompt, params, **known))))
 
     def astream(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        hints: PromptHints | None = None,
-        tools: ToolUse | None = None,
+        self, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]
     ) -> AsyncGenerator[TextDelta, None]:
         """Stream without blocking the event loop; cancelling stops decoding within one step.
 
-        Many streams at once take turns; those that memory or threads cannot hold wait in line.
+        Concurrent streams share the model's steps; streams over the limits of memory or threads wait.
         """
-        request = Request(prompt, params or SamplingParams(), hints, tools)
+        request = Request.of(prompt, params, **known)
         left = threading.Event()
         return iterate_in_thread(lambda: self._gated(request, left), left)
 
     async def agenerate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        hints: PromptHints | None = None,
-        tools: ToolUse | None = None,
+        self, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]
     ) -> Generation:
         """Return the whole answer without blocking the event loop."""
-        stream = self.astream(prompt, params, hints=hints, tools=tools)
-        return joined([chunk async for chunk in stream])
+        return joined([delta async for delta in self.astream(prompt, params, **known)])
 
     def warm(self, documents: Sequence[Prompt], progress: Progress | None = None) -> None:
-        """Prefill documents and keep their keys and values ahead of questions, and in the folder if there is one.
+        """Prefill documents ahead of questions and keep their keys and values, also in the folder if there is one.
 
-        Each document is taken as the head of a prompt: a text as the head of the first user message,
-        messages as the head of a conversation. A later prompt reuses as many tokens as it shares.
-        What is known is not prefilled again. ``progress`` is called with tokens done and tokens in all.
+        A text becomes the prefix of the first user message, messages that of a conversation. Later prompts reuse
+        the longest common prefix. ``progress`` is called with tokens done and tokens in all.
 
         Raises:
             ContextOverflowError: A document leaves no room in the window; none was prefilled.
@@ -350,10 +327,10 @@ class RASD:
             self._pipeline().warm(documents, progress)
 
     def clear_cache(self) -> None:
-        """Forget the keys and values kept of earlier prompts, in memory, of all who share these weights.
+        """Drop the keys and values of earlier prompts from memory, for all who share these weights.
 
-        Changed weights are noticed without it (a training step, an adapter switched or merged). Files in
-        ``prefix_cache_dir`` stay: ``rasd cache clear`` removes them.
+        Changed weights (a training step, an adapter) are noticed without it. Files in ``prefix_cache_dir``
+        stay: ``rasd cache clear`` removes them.
         """
         self._engine.clear_caches()
 

@@ -19,7 +19,6 @@ from cases_langchain import (
     memory_store,
     texts,
 )  # fmt: skip
-from fakes_langchain import RecordingRASD
 from langchain.agents import create_agent
 from langchain.agents.middleware import dynamic_prompt
 from langchain.agents.structured_output import ToolStrategy
@@ -29,13 +28,8 @@ from pydantic import BaseModel
 from scripted import scripted_model
 
 from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.langchain.capture import _recent_roots
 
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", RecordingRASD)
-    _recent_roots.set(())  # what other tests retrieved in this context
+pytestmark = pytest.mark.usefixtures("recording_engine")
 
 
 assistant = functools.cache(standard_model)
@@ -44,11 +38,6 @@ assistant = functools.cache(standard_model)
 @pytest.fixture
 def llm():
     return ChatRASD.from_model(*assistant(), max_tokens=300)
-
-
-@pytest.fixture
-def retriever():
-    return memory_store().as_retriever(search_kwargs={"k": 2})
 
 
 def asked(question):

@@ -6,7 +6,7 @@ import warnings
 from operator import itemgetter
 
 import pytest
-from fakes_langchain import FakeRASD, WordEmbeddings
+from fakes_langchain import WordEmbeddings
 from langchain.agents import create_agent
 from langchain_classic.chains import RetrievalQA, create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
@@ -24,10 +24,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import ChatRASD
 
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 
 LLM = "org/one"
@@ -101,14 +98,14 @@ def test_the_store_inside_is_found(shape):
     make, expected = CHAINS[shape]
     llm = ChatRASD(model=LLM)
     assert llm.attach(make(llm)) is llm
-    assert [True] == [source is expected for source in llm._rasd.sources]
+    assert [True] == [source is expected for source in llm._rasd.attached]
 
 
 def test_the_store_of_a_classic_chain_is_found():
     """The same for RetrievalQA."""
     llm = ChatRASD(model=LLM)
     llm.attach(qa(llm))
-    assert [True] == [source is RETRIEVER for source in llm._rasd.sources]
+    assert [True] == [source is RETRIEVER for source in llm._rasd.attached]
 
 
 def test_a_chain_without_a_store_is_refused():
@@ -128,7 +125,7 @@ def test_what_is_no_runnable_goes_to_the_engine_as_it_is(source):
     """Lists, collections, indexes and functions are the engine's to judge."""
     llm = ChatRASD(model=LLM)
     llm.attach(source)
-    assert llm._rasd.sources == [source]
+    assert llm._rasd.attached == [source]
 
 
 def test_an_attached_store_survives_a_rebuild_of_the_model():
@@ -145,5 +142,5 @@ def test_an_ensembles_stores_are_joined():
     other.add_texts(["from the other store"])
     ensemble = EnsembleRetriever(retrievers=[RETRIEVER, other.as_retriever()], weights=[0.5, 0.5])
     llm = ChatRASD(model=LLM).attach(ensemble)
-    (source,) = llm._rasd.sources
+    (source,) = llm._rasd.attached
     assert ["from the other store"] == [c.text for c in source.search("store", 3)]

@@ -6,7 +6,6 @@ import gc
 import uuid
 
 import pytest
-from fakes_langchain import FakeRASD
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
@@ -19,9 +18,7 @@ PROMPT = ChatPromptTemplate.from_template("{context}\n{question}")
 VALUES = {"context": "c", "question": "q"}
 
 
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 
 @pytest.fixture

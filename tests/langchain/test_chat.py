@@ -5,22 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fakes_langchain import ANSWER, FakeRASD
+from fakes_langchain import ANSWER
 from langchain_core.callbacks import BaseCallbackHandler, get_usage_metadata_callback
 from langchain_core.documents import Document
 
 from rasd_integrations.langchain import ChatRASD
 from rasd_integrations.types import Chunk
 
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
-
-
-@pytest.fixture
-def llm():
-    return ChatRASD(model="org/one")
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 
 def last_call(llm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import reduce
 
 import pytest
-from fakes_langchain import Answer, FakeRASD
+from fakes_langchain import Answer
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_tests.utils.stream_lifecycle import assert_valid_event_stream
 
@@ -21,9 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 
 def saying(answer, **options):

@@ -8,15 +8,11 @@ from cases_langchain import (
     ABOUT_PARIS,
     HOWS,
     PARIS,
-    STORES,
     call,
     hints_by_question,
     joined,
-    memory_store,
-    model,
     texts,
 )
-from fakes_langchain import RecordingRASD
 from langchain_classic.chains import (
     RetrievalQA,
     create_history_aware_retriever,
@@ -26,29 +22,12 @@ from langchain_classic.chains.combine_documents import create_stuff_documents_ch
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 
-from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.langchain.capture import _recent_roots
-
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", RecordingRASD)
-    _recent_roots.set(())  # what other tests retrieved in this context
+pytestmark = pytest.mark.usefixtures("recording_engine")
 
 
 @pytest.fixture
-def llm():
-    return model(ChatRASD)
-
-
-@pytest.fixture
-def retriever():
-    return memory_store().as_retriever(search_kwargs={"k": 2})
-
-
-@pytest.fixture(params=STORES)
-def store(request):
-    return STORES[request.param]()
+def llm(tiny_llm):
+    return tiny_llm
 
 
 @pytest.mark.parametrize("how", HOWS)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from fakes_langchain import ANSWER, FakeRASD
+from fakes_langchain import ANSWER
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import RASDLLM
 
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from fakes_langchain import Answer, FakeRASD
+from fakes_langchain import Answer
 from langchain_core.caches import InMemoryCache
 
 from rasd_integrations.errors import ConfigurationError
@@ -18,9 +18,7 @@ from rasd_integrations.types import TextDelta
 LONG = "word " * 5000
 
 
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fakes_langchain import FakeRASD
+from fakes_rasd import ENGINE
 from langchain_core.messages import (
     AIMessage,
     ChatMessage,
@@ -19,15 +19,7 @@ from rasd_integrations.errors import PromptError
 from rasd_integrations.langchain import ChatRASD
 from rasd_integrations.runtime.rasd import RASD
 
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
-
-
-@pytest.fixture
-def llm():
-    return ChatRASD(model="org/one")
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 
 def last_call(llm):
@@ -198,7 +190,7 @@ def test_the_engine_reads_every_valid_history():
     for template in ("hermes", "plain", "strict"):
         script = lambda prompt: seen.append(prompt) or "The answer is one."  # noqa: E731
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("rasd_integrations.langchain.engines.RASD", RASD)
+            patch.setattr(ENGINE, RASD)
             llm = ChatRASD.from_model(*scripted_model(script, template=template))
         assert " is one." == llm.invoke(history).text
     assert 3 == len(seen)

@@ -18,7 +18,6 @@ from cases_langchain import (
     HOWS,
     PARIS,
     PROMPT,
-    STORES,
     call,
     hints_by_question,
     joined,
@@ -26,35 +25,19 @@ from cases_langchain import (
     model,
     texts,
 )
-from fakes_langchain import RecordingRASD
 from langchain_core.messages import HumanMessage
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 
-from rasd_integrations.langchain import RASDLLM, ChatRASD
-from rasd_integrations.langchain.capture import _recent_roots
+from rasd_integrations.langchain import RASDLLM
 
-
-@pytest.fixture(autouse=True)
-def engine(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", RecordingRASD)
-    _recent_roots.set(())  # what other tests retrieved in this context
+pytestmark = pytest.mark.usefixtures("recording_engine")
 
 
 @pytest.fixture
-def llm():
-    return model(ChatRASD)
-
-
-@pytest.fixture
-def retriever():
-    return memory_store().as_retriever(search_kwargs={"k": 2})
-
-
-@pytest.fixture(params=STORES)
-def store(request):
-    return STORES[request.param]()
+def llm(tiny_llm):
+    return tiny_llm
 
 
 # --- LCEL ---

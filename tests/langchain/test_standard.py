@@ -17,7 +17,7 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 from scripted import TEMPLATES, scripted_model
 
 from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.langchain.loaded import LoadedName
+from rasd_integrations.runtime.call_options import LoadedName
 
 
 class TestChatRASDUnit(ChatModelUnitTests):

@@ -6,10 +6,10 @@ import threading
 import time
 
 import pytest
-from fakes_langchain import Answer, FakeRASD
+from fakes_langchain import Answer
 
 from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.langchain.together import as_they_end
+from rasd_integrations.runtime.together import as_they_end
 from rasd_integrations.types import TextDelta
 
 QUESTIONS = ["one", "two", "three"]
@@ -25,8 +25,7 @@ class Endless(Answer):
 
 
 @pytest.fixture
-def llm(monkeypatch):
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
+def llm(fake_engine):
     llm = ChatRASD(model="org/one")
     llm._rasd.answer = lambda prompt: f"answer to {prompt[-1]['content']}"
     return llm

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import pytest
 from assistant import GREETING, standard_model
-from fakes_langchain import FakeRASD
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableBinding
@@ -21,13 +20,6 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import RASDLLM, ChatRASD
 
 ASSISTANT = functools.cache(standard_model)
-
-
-@pytest.fixture
-def llm(monkeypatch):
-    """Return a model over an engine that records what it is asked."""
-    monkeypatch.setattr("rasd_integrations.langchain.engines.RASD", FakeRASD)
-    return ChatRASD(model="org/one")
 
 
 @pytest.fixture

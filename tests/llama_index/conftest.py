@@ -29,8 +29,9 @@ def index(tmp_path):
 def fake_engine(monkeypatch):
     """Put the recording engine in RASD's place."""
     from fakes_llama_index import FakeRASD
+    from fakes_rasd import ENGINE
 
-    monkeypatch.setattr("rasd_integrations.llama_index.options.RASD", FakeRASD)
+    monkeypatch.setattr(ENGINE, FakeRASD)
 
 
 @pytest.fixture

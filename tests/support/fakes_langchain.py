@@ -5,27 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import dataclass, field
-from typing import Any
 
+from fakes_rasd import FakeEngine
 from langchain_core.embeddings import Embeddings
 
-from rasd_integrations.config import SamplingParams
-from rasd_integrations.response_format import ToolUse
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import TextDelta, ToolCallDelta
 
 ANSWER = "Ada wrote it."
-
-
-@dataclass
-class Call:
-    """What the engine was asked once."""
-
-    prompt: Any
-    params: SamplingParams
-    hints: Any
-    tools: ToolUse | None = None
 
 
 @dataclass
@@ -59,37 +47,16 @@ def words(text):
     return [word if place == 0 else f" {word}" for place, word in enumerate(text.split(" "))] * bool(text)  # fmt: skip
 
 
-class FakeRASD:
-    """RASD's face. Answers piece by piece with what `answer(prompt)` says, and records every call."""
-
-    window = 2048
-    max_tokens = 512
-    has_reasoning = True
+class FakeRASD(FakeEngine):
+    """Answers piece by piece with what `answer(prompt)` says."""
 
     def __init__(self, model, **options):
-        self.model_name = str(model)
-        self.options = options
-        self.calls = []
+        super().__init__(model, **options)
         self.steps = 0
         self.open_streams = self.most_open_streams = 0
         self._lock = threading.Lock()
-        self.loaded = self.closed = False
-        self.warmed = []
-        self.sources = []
-        self.stats = DecodingStats()
         self.answer = lambda prompt: ANSWER
         self.fail_after = None
-
-    @classmethod
-    def from_model(cls, model, tokenizer, drafter_model=None, **options):
-        return cls(f"loaded {model}", tokenizer=tokenizer, drafter_model=drafter_model, **options)
-
-    @property
-    def identity(self):
-        return {"model": self.model_name, "context": self.options["context"]}
-
-    def ensure_loaded(self):
-        self.loaded = True
 
     def _pieces(self, call):
         self.ensure_loaded()
@@ -120,11 +87,11 @@ class FakeRASD:
             with self._lock:
                 self.open_streams -= 1
 
-    def stream(self, prompt, params=None, *, hints=None, tools=None):
-        return self._pieces(Call(prompt, params, hints, tools))
+    def stream(self, request):
+        return self._pieces(request)
 
-    async def astream(self, prompt, params=None, *, hints=None, tools=None):
-        pieces = self._pieces(Call(prompt, params, hints, tools))
+    async def astream(self, request):
+        pieces = self._pieces(request)
         try:
             for piece in pieces:
                 await asyncio.sleep(0)
@@ -139,17 +106,6 @@ class FakeRASD:
     def encode(self, text):
         return list(range(len(text.split())))
 
-    def warm(self, documents, progress=None):
-        self.warmed.extend(documents)
-        if progress is not None:
-            progress(len(documents), len(documents))
-
-    def attach(self, store):
-        self.sources.append(store)
-
-    def close(self):
-        self.closed = True
-
 
 class RecordingRASD(RASD):
     """The real engine, which also records every call; `answer(prompt)` scripts what it says."""
@@ -160,8 +116,7 @@ class RecordingRASD(RASD):
         self.answer = None
 
     def _answer(self, request, gate=None):
-        call = Call(request.prompt, request.params, request.hints, request.tools)
-        self.calls.append(call)
+        self.calls.append(request)
         if self.answer is None:
             return super()._answer(request, gate)
         text = self.answer(request.prompt)

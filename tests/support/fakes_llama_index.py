@@ -8,13 +8,11 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fakes_rasd import FakeEngine
 from llama_index.core.embeddings import BaseEmbedding
 
-from rasd_integrations.config import SamplingParams
 from rasd_integrations.errors import PromptError
-from rasd_integrations.prompting import PromptHints
-from rasd_integrations.response_format import ToolUse
-from rasd_integrations.runtime.pipeline import joined
+from rasd_integrations.runtime.pipeline import Request, joined
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import FinishReason, Generation, TextDelta, ToolCallDelta
 
@@ -34,14 +32,10 @@ def called(name: str, *arguments: str, index: int = 0) -> tuple[TextDelta, ...]:
 
 
 @dataclass(frozen=True)
-class Call:
-    """What one call handed to the engine."""
+class Call(Request):
+    """What one call handed to the engine, and by which method."""
 
-    method: str
-    prompt: Any
-    params: SamplingParams
-    hints: PromptHints | None
-    tools: ToolUse | None = None
+    method: str = ""
 
     @property
     def text(self) -> str:
@@ -51,8 +45,8 @@ class Call:
         return "\n".join(message["content"] for message in self.prompt)
 
 
-class FakeRASD:
-    """RASD's face over scripted answers; every call is kept in ``calls``.
+class FakeRASD(FakeEngine):
+    """Says scripted answers.
 
     Attributes:
         answers: What the calls say, in order: texts, or pieces of text, thoughts and calls. The calls after
@@ -61,41 +55,11 @@ class FakeRASD:
     """
 
     window = 8192
-    max_tokens = 512
-    has_chat_template = True
-    loaded_objects: tuple[Any, ...] = ()
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.model_name = model
-        self.options = options
-        self.stats = DecodingStats()
-        self.calls: list[Call] = []
+        super().__init__(model, **options)
         self.answers: Sequence[str | Sequence[str | TextDelta]] = ()
         self.ends: FinishReason | None = None
-        self.attached: list[Any] = []
-        self.warmed: list[str] = []
-        self.loads = 0
-        self.is_closed = False
-
-    @classmethod
-    def from_model(cls, model: Any, tokenizer: Any, drafter_model: Any = None, **options: Any):
-        fake = cls(getattr(model, "name_or_path", "loaded"), **options)
-        fake.loaded_objects = (model, tokenizer, drafter_model)
-        return fake
-
-    def ensure_loaded(self) -> None:
-        self.loads += 1
-
-    def attach(self, store: Any) -> None:
-        self.attached.append(store)
-
-    def warm(self, documents: list[str], progress: Any = None) -> None:
-        self.warmed += documents
-        if progress is not None:
-            progress(len(documents), len(documents))
-
-    def close(self) -> None:
-        self.is_closed = True
 
     def encode(self, text: str) -> list[int]:
         return [len(word) for word in re.findall(r"\w+|[^\w\s]", text)]
@@ -105,24 +69,25 @@ class FakeRASD:
             return len(self.encode(prompt)) + 1
         return sum(len(self.encode(message["content"])) + 5 for message in prompt) + 3
 
-    def stream(self, prompt, params=None, *, hints=None, tools=None) -> Iterator[TextDelta]:
-        return _now(self._say("stream", prompt, params, hints, tools))
+    def stream(self, request: Request) -> Iterator[TextDelta]:
+        return _now(self._say("stream", request))
 
-    def generate(self, prompt, params=None, *, hints=None, tools=None) -> Generation:
-        return joined(self._say("generate", prompt, params, hints, tools))
+    def generate(self, request: Request) -> Generation:
+        return joined(self._say("generate", request))
 
-    async def agenerate(self, prompt, params=None, *, hints=None, tools=None) -> Generation:
-        return joined(self._say("agenerate", prompt, params, hints, tools))
+    async def agenerate(self, request: Request) -> Generation:
+        return joined(self._say("agenerate", request))
 
-    def astream(self, prompt, params=None, *, hints=None, tools=None) -> AsyncIterator[TextDelta]:
-        return _later(self._say("astream", prompt, params, hints, tools))
+    def astream(self, request: Request) -> AsyncIterator[TextDelta]:
+        return _later(self._say("astream", request))
 
-    def _say(self, method, prompt, params, hints, tools) -> list[TextDelta]:
+    def _say(self, method: str, request: Request) -> list[TextDelta]:
+        prompt = request.prompt
         if not prompt:
             msg = "The prompt is empty."
             raise PromptError(msg)
         place = len(self.calls)
-        self.calls.append(Call(method, prompt, params, hints, tools))
+        self.calls.append(Call(prompt, request.params, request.hints, request.tools, method))
         answer = self.answers[place] if place < len(self.answers) else ANSWER
         given = (answer,) if isinstance(answer, str) else answer
         pieces = [TextDelta(text=piece) if isinstance(piece, str) else piece for piece in given]

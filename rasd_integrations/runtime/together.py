@@ -1,17 +1,14 @@
-"""Answers of one call at the same time, which all stop within a step once their caller leaves."""
+"""Runs the answers of one call concurrently; all stop within a step once their caller leaves."""
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from contextvars import ContextVar, copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar, cast
-
-from langchain_core.runnables.config import RunnableConfig, get_config_list
+from typing import TypeVar, cast
 
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.runtime.aio import Workers
@@ -20,7 +17,7 @@ _T = TypeVar("_T")
 
 MOST_AT_ONCE = 32  # answers of one call; the engine takes their steps together
 
-# Set once nobody waits any more for the answer that runs in this context.
+# Set once the caller of the answer that runs in this context has left.
 _left: ContextVar[threading.Event | None] = ContextVar("rasd_left", default=None)
 
 
@@ -63,45 +60,6 @@ def as_they_end(
                 ended.get(timeout=0.02)
             except Empty:
                 continue
-
-
-class AnswersTogether:
-    """How LangChain's classes answer several inputs at the same time."""
-
-    if TYPE_CHECKING:
-
-        def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-            """Answer one input."""
-
-    def batch_as_completed(
-        self,
-        inputs: Sequence[Any],
-        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        **kwargs: Any,
-    ) -> Iterator[tuple[int, Any]]:
-        """Answer ``inputs`` at the same time and yield each one's number and answer as it ends.
-
-        As LangChain's own, but an error, an interrupt or a consumer that leaves stops all within a step.
-        """
-        configs = get_config_list(config, len(inputs))
-
-        def answer(number: int) -> Any:
-            try:
-                return self.invoke(inputs[number], configs[number], **kwargs)
-            except Exception as err:
-                if return_exceptions:
-                    return err
-                raise
-
-        if len(inputs) < 2:
-            yield from ((number, answer(number)) for number in range(len(inputs)))
-            return
-        limit = configs[0].get("max_concurrency") or min(MOST_AT_ONCE, (os.cpu_count() or 1) + 4)
-        jobs = [partial(answer, number) for number in range(len(inputs))]
-        with closing(as_they_end(jobs, limit)) as ended:
-            yield from ended
 
 
 def until_left(pieces: Generator[_T, None, None]) -> Generator[_T, None, None]:

@@ -1,0 +1,370 @@
+"""The options of the LangChain and LlamaIndex models, and what both do with them.
+
+Answer options are those of :class:`~rasd_integrations.config.SamplingParams`; the others are the engine's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SkipValidation,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
+from typing_extensions import Self
+
+from rasd_integrations.config import (
+    ContextMode,
+    ExecutorName,
+    OnCut,
+    RetrievalConfig,
+    SamplingParams,
+    SpeculationConfig,
+    check_model_name,
+    reject_unknown,
+    updated,
+)
+from rasd_integrations.drafters.base import Drafter, drafter_name
+from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.response_format import Grammar
+from rasd_integrations.runtime.pipeline import Progress
+from rasd_integrations.runtime.rasd import RASD
+from rasd_integrations.stats import DecodingStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NONE_IS_A_VALUE = ("drafter", "seed")  # of a call; None of another option is the field's own value
+_CONFIGS: Mapping[str, Any] = {"retrieval": RetrievalConfig(), "speculation": SpeculationConfig()}
+
+
+class LoadedName(str):
+    """The name of a model, with the loaded objects; printed, dumped or pickled it is the name alone.
+
+    Frameworks copy models field by field, so the objects travel in the field ``model``.
+    """
+
+    __slots__ = ("drafter_model", "model", "tokenizer")
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    drafter_model: PreTrainedModel | None
+
+    def __new__(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        drafter_model: PreTrainedModel | None,
+    ) -> Self:
+        """Take the name from ``model``, or its class."""
+        self = super().__new__(cls, getattr(model, "name_or_path", "") or type(model).__name__)
+        self.model, self.tokenizer, self.drafter_model = model, tokenizer, drafter_model
+        return self
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """Leave the weights out of a pickle."""
+        return str, (str(self),)
+
+
+class FrameworkModel(BaseModel, ABC):
+    """Fields, engine and life cycle of both frameworks' models.
+
+    Engine options are frozen. Answer options may be set again at any time, or given to a call.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+    model: str = Field(
+        frozen=True,
+        description="Hub id, local folder, or path of a .gguf file. Loaded at the first call, or by load().",
+    )
+    drafter: SkipValidation[str | Path | Drafter | None] = Field(
+        default="auto", frozen=True, repr=False,
+        description='"auto", None (plain decoding), "self", hub id or path of a small LM, or a Drafter object.',
+    )  # fmt: skip
+    drafter_device: str | None = Field(
+        default=None, frozen=True, repr=False,
+        description='Device of a drafter model: "cpu", "cuda:1", ...; None: the target\'s.',
+    )  # fmt: skip
+    executor: ExecutorName = Field(
+        default="auto", frozen=True, repr=False,
+        description='What runs steps: "auto", "eager" (torch), "openvino", "openvino-kv8" or "cuda-graphs".',
+    )  # fmt: skip
+    store: SkipValidation[object] = Field(
+        default=None, frozen=True, exclude=True, repr=False,
+        description="What as_chunk_source() takes: vector store, retriever, collection, texts, ... See attach().",
+    )  # fmt: skip
+    temperature: float | None = Field(
+        default=None,
+        description="0 is greedy. None, here and below: the checkpoint's generation_config, else greedy.",
+    )
+    top_p: float | None = Field(
+        default=None, description="Nucleus in (0, 1]; 1 is off, the default."
+    )
+    top_k: int | None = Field(
+        default=None, description="Most likely tokens kept; 0 is off, the default."
+    )
+    min_p: float | None = Field(
+        default=None,
+        description="Least probability, as a share of the most likely token's; 0 is off, the default.",
+    )
+    repetition_penalty: float | None = Field(
+        default=None,
+        description="Divides the scores of tokens in prompt and answer; 1 is off, the default.",
+    )
+    no_repeat_ngram_size: int | None = Field(
+        default=None, description="No run of so many tokens occurs twice; 0 is off, the default."
+    )
+    max_tokens: int | None = Field(
+        default=None, description="Longest answer, in tokens; 512 by default."
+    )
+    stop: str | list[str] | None = Field(
+        default=None, description="Strings that end the answer; they are not part of it."
+    )
+    seed: int | None = Field(
+        default=None, description="Seed of the draws; None takes a fresh one for each answer."
+    )
+    use_generation_config: bool = Field(
+        default=True, description="Use the checkpoint's own options and masks if none are set."
+    )
+    on_cut: OnCut = Field(
+        default="close",
+        description='If max_tokens ends a structured answer or forced call: "close" it and warn, or "raise".',
+    )
+    context: ContextMode = Field(
+        default="prompt", frozen=True,
+        description='What the target reads: the "prompt" as sent, or the whole "documents" of its chunks.',
+    )  # fmt: skip
+    knowledge_transfer: float = Field(
+        default=0.0, frozen=True, description="RAPID's eta; 0 is lossless."
+    )
+    deterministic: bool = Field(
+        default=False, frozen=True,
+        description="The same call gives the same text, whatever was cached, drafted or batched; slower.",
+    )  # fmt: skip
+    model_kwargs: dict[str, Any] = Field(
+        default_factory=dict, frozen=True, exclude=True, repr=False,
+        description="Passed to from_pretrained: dtype, device_map, revision, token, ... Never dumped.",
+    )  # fmt: skip
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, frozen=True, repr=False,
+        description="Passed to the chat template: enable_thinking, ...",
+    )  # fmt: skip
+    num_draft_tokens: int | None = Field(
+        default=None, frozen=True,
+        description="Draft length; None lets the schedule choose it. Changes time only, never the answer.",
+    )  # fmt: skip
+    retrieval: RetrievalConfig = Field(
+        default=RetrievalConfig(), frozen=True, repr=False,
+        description="How chunks are found; a dict of its names is taken too.",
+    )  # fmt: skip
+    speculation: SpeculationConfig = Field(
+        default=SpeculationConfig(), frozen=True, repr=False,
+        description="How drafts are made and judged; a dict of its names is taken too.",
+    )  # fmt: skip
+    prefix_cache_bytes: int | None = Field(
+        default=None, frozen=True, repr=False,
+        description="Memory for the KV of earlier prompts; None: the engine's default.",
+    )  # fmt: skip
+    prefix_cache_dir: str | Path | None = Field(
+        default=None, frozen=True, repr=False,
+        description="Folder for the KV of what warm() read, found again by later processes.",
+    )  # fmt: skip
+    prefix_cache_dir_bytes: int | None = Field(
+        default=None, frozen=True, repr=False,
+        description="Most that the folder may hold; None: the engine's default.",
+    )  # fmt: skip
+    namespace: str = Field(
+        default="", frozen=True, repr=False, description="KV is reused only within a namespace."
+    )
+
+    _rasd: RASD = PrivateAttr()
+
+    def __init__(self, model: str | Path = "", **options: Any) -> None:
+        """Check the options. Load no weights and touch no network; the first call does, or ``load()``.
+
+        Raises:
+            ConfigurationError: An unknown option, a value out of its range, or a contradiction.
+        """
+        cls = type(self)
+        reject_unknown(options, cls.model_fields, cls.__name__)
+        check_model_name(model, cls.__name__)
+        try:
+            super().__init__(**{**options, "model": model})
+        except ValidationError as err:
+            faults = [
+                f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}."
+                for e in err.errors()
+            ]
+            raise ConfigurationError(" ".join(faults)) from err
+        self._sampling({})
+        self._rasd = self._engine()
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Go on to the framework's own, which pydantic's for private attributes would hide."""
+        super().model_post_init(context)
+
+    @field_validator("model", mode="plain")
+    @classmethod
+    def _model_as_text(cls, value: object) -> str:
+        return value if isinstance(value, LoadedName) else str(value)
+
+    @field_serializer("drafter")
+    def _drafter_as_text(self, drafter: str | Path | Drafter | None) -> str | None:
+        return drafter_name(drafter)
+
+    @field_validator("retrieval", "speculation", mode="before")
+    @classmethod
+    def _config_from_mapping(cls, value: object, info: Any) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        return updated(_CONFIGS[info.field_name], value, info.field_name)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        drafter_model: PreTrainedModel | None = None,
+        **options: Any,
+    ) -> Self:
+        """Return a model over objects that are loaded already; ``options`` as in the constructor."""
+        return cls(LoadedName(model, tokenizer, drafter_model), **options)
+
+    def _engine_fields(self) -> dict[str, Any]:
+        return {name: value for name, value in self if name in ENGINE_OPTIONS}
+
+    def _engine(self) -> RASD:
+        """Return what answers."""
+        return new_engine(self._engine_fields())
+
+    # --- the engine's own calls ---
+
+    def load(self) -> Self:
+        """Load the weights now; return itself."""
+        self._rasd.ensure_loaded()
+        return self
+
+    def warm(self, documents: Sequence[Any], progress: Progress | None = None) -> Self:
+        """Prefill documents ahead of the questions on them and keep their KV, also in ``prefix_cache_dir``.
+
+        Args:
+            documents: Texts, or the framework's own documents.
+            progress: Called with tokens done and tokens in all.
+        """
+        self._rasd.warm([self._document_text(document) for document in documents], progress)
+        return self
+
+    @abstractmethod
+    def _document_text(self, document: Any) -> str:
+        """Return a document as prompts show it."""
+
+    def clear_cache(self) -> None:
+        """Drop the KV of earlier prompts from memory, for all who share these weights."""
+        self._rasd.clear_cache()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer, for text splitters; loads no weights."""
+        return self._rasd.tokenizer
+
+    @property
+    def stats(self) -> DecodingStats:
+        """Statistics of all answers; each answer also carries its own."""
+        return self._rasd.stats
+
+    def close(self) -> None:
+        """Free weights and caches, unless another model shares them; later calls raise."""
+        self._rasd.close()
+
+    def __enter__(self) -> Self:
+        """Return the model; leaving the block closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the model."""
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Return a copy that shares the engine: weights are never copied along with options."""
+        return self.__copy__()
+
+    # --- the options of one call ---
+
+    def _sampling(self, changes: Mapping[str, Any]) -> SamplingParams:
+        """Return the fields, with a call's own options in their place.
+
+        Raises:
+            ConfigurationError: An unknown option or a value out of its range.
+        """
+        own = {name: value for name, value in self if name in ANSWER_OPTIONS}
+        given = {n: v for n, v in changes.items() if v is not None or n in _NONE_IS_A_VALUE}
+        if "drafter" in given:
+            given["drafting"] = self._drafting(given.pop("drafter"))
+        if "response_format" in given:
+            if "grammar" in given:
+                msg = "response_format and grammar both say what the answer must match; give one of them."
+                raise ConfigurationError(msg)
+            given["grammar"] = self._grammar(given.pop("response_format"))
+        try:
+            return updated(SamplingParams(**own), given, f"a call of {type(self).__name__}")
+        except TypeError as err:
+            msg = f"An option has a value of the wrong type among { ({**own, **given}) }: {err}."
+            raise ConfigurationError(msg) from err
+
+    def _drafting(self, asked: Any) -> bool:
+        """Return whether a call with ``drafter=asked`` drafts; a call may only turn drafting off.
+
+        Raises:
+            ConfigurationError: It names another drafter than this model has.
+        """
+        if asked is None:
+            return False
+        if asked is self.drafter or asked == self.drafter or (asked == "auto" and self.drafter):
+            return True
+        msg = (
+            f"drafter is {asked!r} for this call, but the model was built with {self.drafter!r}. Pass None "
+            f"to decode plainly, or build another model for another drafter."
+        )
+        raise ConfigurationError(msg)
+
+    @abstractmethod
+    def _grammar(self, response_format: Any) -> Grammar | None:
+        """Return the grammar of OpenAI's mapping, or of a class with a schema.
+
+        Raises:
+            ConfigurationError: It is neither.
+        """
+
+
+ENGINE_OPTIONS = tuple(n for n, f in FrameworkModel.model_fields.items() if f.frozen)
+ANSWER_OPTIONS = tuple(n for n, f in FrameworkModel.model_fields.items() if not f.frozen)
+
+
+def new_engine(fields: Mapping[str, Any]) -> RASD:
+    """Return an engine with a model's :data:`ENGINE_OPTIONS`.
+
+    Raises:
+        ConfigurationError: The options contradict each other.
+    """
+    options = dict(fields)
+    model, model_kwargs = options.pop("model"), options.pop("model_kwargs")
+    draft_tokens = options.pop("num_draft_tokens")
+    options["speculation"] = options["speculation"].with_draft_tokens(draft_tokens)
+    for name in ("prefix_cache_bytes", "prefix_cache_dir_bytes"):
+        if options[name] is None:
+            del options[name]
+    if not isinstance(model, LoadedName):
+        return RASD(model, model_kwargs=model_kwargs, **options)
+    if model_kwargs:
+        msg = f"model_kwargs {sorted(model_kwargs)} come too late: the model is loaded."
+        raise ConfigurationError(msg)
+    return RASD.from_model(model.model, model.tokenizer, model.drafter_model, **options)
