@@ -1,25 +1,25 @@
-"""What LangChain's callbacks tell of how a prompt was made: template variables and retrieved Documents.
+"""Records how a prompt was made from LangChain's callbacks: template variables and retrieved Documents.
 
-One handler for the process, seen by every run through a configure hook, so that no chain has to be
-changed. A prompt is recognised by the hash of its content, because `stream()` hands a chat model no
-run id. Everything is bounded, and nothing is kept while no RASD model is alive.
+A configure hook adds one handler per process to every run. Prompts are matched by a hash of their content,
+because `stream()` gives a chat model no run id. All records are bounded, and empty while no RASD model is alive.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.prompt_values import PromptValue
 from langchain_core.tracers.context import register_configure_hook
 
 from rasd_integrations.retrieval.items import digest
+from rasd_integrations.runtime.hints import Bounded, RetrievalEvent
+from rasd_integrations.types import Chunk
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -34,16 +34,6 @@ _MAX_RUNS = 16_384  # open runs; a wide `abatch` opens some for each item before
 _MAX_LOOSE_PROMPTS = 64  # prompts formatted outside any chain, which nothing ever closes
 _MAX_RECENT = 8  # runs that ended before the LLM was called: plain Python around a retriever
 
-_Value = TypeVar("_Value")
-
-
-@dataclass(slots=True)
-class Retrieval:
-    """One call of a retriever: its query, and its Documents once it has returned."""
-
-    query: str
-    documents: Sequence[Document] = ()
-
 
 @dataclass(frozen=True, slots=True)
 class Captured:
@@ -54,19 +44,19 @@ class Captured:
             others of the same root run, newest first.
         chains: Inputs of the enclosing chains, nearest first.
         retrievals: Retriever calls of the same root run, newest first.
-        recent: Retriever calls made before in this context, newest first. They may belong to
-            another question: a Document of these counts only if it stands in the prompt.
+        recent: Earlier retriever calls in this context, newest first, perhaps for another question: a
+            chunk of these counts only if it occurs in the prompt.
     """
 
     templates: tuple[Mapping[str, Any], ...] = ()
     chains: tuple[Mapping[str, Any], ...] = ()
-    retrievals: tuple[Retrieval, ...] = ()
-    recent: tuple[Retrieval, ...] = ()
+    retrievals: tuple[RetrievalEvent, ...] = ()
+    recent: tuple[RetrievalEvent, ...] = ()
 
 
 @dataclass(slots=True)
 class _Root:
-    retrievals: list[Retrieval] = field(default_factory=list)
+    retrievals: list[RetrievalEvent] = field(default_factory=list)
     prompts: dict[bytes, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -77,21 +67,7 @@ class _Run:
     root_id: UUID
     root: _Root
     inputs: Mapping[str, Any] | None = None
-    retrieval: Retrieval | None = None
-
-
-class _Bounded(OrderedDict[Any, _Value]):
-    """A dict that forgets its oldest entries."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self._limit = limit
-
-    def __setitem__(self, key: Any, value: _Value) -> None:
-        super().__setitem__(key, value)
-        self.move_to_end(key)
-        if len(self) > self._limit:
-            self.popitem(last=False)
+    retrieval: RetrievalEvent | None = None
 
 
 def content_key(prompt: Sequence[BaseMessage] | str) -> bytes:
@@ -101,11 +77,16 @@ def content_key(prompt: Sequence[BaseMessage] | str) -> bytes:
     return digest(*(part for m in prompt for part in (m.type, m.text)))
 
 
+def document_chunk(document: Document, rank: int) -> Chunk:
+    """Return a Document as a chunk."""
+    return Chunk(document.page_content, id=document.id, rank=rank, metadata=document.metadata)
+
+
 _recent_roots: ContextVar[tuple[_Root, ...]] = ContextVar("rasd_recent_roots", default=())
 
 
-class Capture(BaseCallbackHandler):
-    """Remembers the runs that lead to a RASD model's call. Returns at once when there is no such model."""
+class PromptCapture(BaseCallbackHandler):
+    """Records the runs that lead to a RASD model's call; does nothing if there is no such model."""
 
     run_inline = True
 
@@ -113,9 +94,9 @@ class Capture(BaseCallbackHandler):
         """Start with nothing to watch for."""
         self._owners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._lock = threading.Lock()
-        self._runs: _Bounded[_Run] = _Bounded(_MAX_RUNS)
-        self._calls: _Bounded[UUID | None] = _Bounded(_MAX_RUNS)
-        self._loose: _Bounded[Mapping[str, Any]] = _Bounded(_MAX_LOOSE_PROMPTS)
+        self._runs: Bounded[UUID, _Run] = Bounded(_MAX_RUNS)
+        self._calls: Bounded[bytes, UUID | None] = Bounded(_MAX_RUNS)
+        self._loose: Bounded[bytes, Mapping[str, Any]] = Bounded(_MAX_LOOSE_PROMPTS)
 
     def watch_for(self, owner: object) -> None:
         """Capture for as long as ``owner``, which is referenced weakly, is alive."""
@@ -176,7 +157,7 @@ class Capture(BaseCallbackHandler):
         run_type: str | None = None,
         **_: Any,
     ) -> None:
-        """Remember the inputs; a template of one variable may be given the bare string."""
+        """Record the inputs; a template of one variable may be given the bare string."""
         if run_type == "prompt" and isinstance(inputs, str):
             inputs = {"input": inputs}
         self._open(run_type or "chain", run_id, parent_run_id, inputs)
@@ -193,10 +174,6 @@ class Capture(BaseCallbackHandler):
             for key in keys:
                 made[key] = run.inputs
 
-    def on_chain_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
-        """Forget the run."""
-        self._close(run_id)
-
     # --- tools: links between a retriever inside a tool and the agent's model ---
 
     def on_tool_start(
@@ -208,16 +185,8 @@ class Capture(BaseCallbackHandler):
         parent_run_id: UUID | None = None,
         **_: Any,
     ) -> None:
-        """Remember where the tool stands."""
+        """Record the tool's parent run."""
         self._open("tool", run_id, parent_run_id)
-
-    def on_tool_end(self, output: Any, *, run_id: UUID, **_: Any) -> None:
-        """Forget the run."""
-        self._close(run_id)
-
-    def on_tool_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
-        """Forget the run."""
-        self._close(run_id)
 
     # --- retrievers ---
 
@@ -230,22 +199,24 @@ class Capture(BaseCallbackHandler):
         parent_run_id: UUID | None = None,
         **_: Any,
     ) -> None:
-        """Remember the query, unless another retriever (multi-query, ensemble, ...) asks it."""
+        """Record the query, unless another retriever (multi-query, ensemble, ...) asks it."""
         run = self._open("retriever", run_id, parent_run_id)
         if run is None or any(a.kind == "retriever" for a in self._ancestors(parent_run_id)):
             return
-        run.retrieval = Retrieval(query)
+        run.retrieval = RetrievalEvent(query)
         run.root.retrievals.append(run.retrieval)
 
     def on_retriever_end(self, documents: Sequence[Document], *, run_id: UUID, **_: Any) -> None:
-        """Remember the Documents."""
+        """Record the Documents."""
         run = self._close(run_id)
         if run and run.retrieval:
-            run.retrieval.documents = documents
+            chunks = (document_chunk(d, rank) for rank, d in enumerate(documents))
+            run.retrieval.chunks = tuple(chunks)
 
-    def on_retriever_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
-        """Forget the run."""
+    def _forget(self, _: Any, *, run_id: UUID, **__: Any) -> None:
         self._close(run_id)
+
+    on_chain_error = on_tool_end = on_tool_error = on_retriever_error = _forget  # type: ignore[assignment]
 
     # --- our own models' calls ---
 
@@ -288,9 +259,9 @@ class Capture(BaseCallbackHandler):
                 self._calls[key] = parent_id
 
 
-CAPTURE = Capture()
+CAPTURE = PromptCapture()
 """The process's one handler."""
 
 # The default is what every thread and task sees, whatever it has or has not inherited.
-_hook: ContextVar[Capture | None] = ContextVar("rasd_capture", default=CAPTURE)
+_hook: ContextVar[PromptCapture | None] = ContextVar("rasd_capture", default=CAPTURE)
 register_configure_hook(_hook, inheritable=True)

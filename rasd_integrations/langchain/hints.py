@@ -1,20 +1,21 @@
-"""From what was captured, or said outright, to the hints that the prompt planner reads.
+"""Turns what was captured, or given outright, into hints for the prompt planner.
 
 Pure rules: which captured variable is the question, which is the context, which Documents belong to
-this prompt. A captured text counts only if it stands in the prompt.
+this prompt. A captured text counts only if it occurs in the prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, HumanMessage, ToolMessage
 
-from rasd_integrations.langchain.capture import Captured, Retrieval
+from rasd_integrations.langchain.capture import Captured, document_chunk
 from rasd_integrations.prompting import PromptHints
-from rasd_integrations.runtime.explicit_hints import explicit_hints
+from rasd_integrations.runtime.hints import RetrievalEvent, explicit_hints
 from rasd_integrations.types import Chunk
 
 if TYPE_CHECKING:
@@ -30,19 +31,19 @@ _LONGEST_QUESTION = 2000  # characters; a longer variable is a document, whateve
 def prompt_hints(
     prompt: Sequence[BaseMessage] | str, captured: Captured, explicit: Variables | None = None
 ) -> PromptHints | None:
-    """Return what is known of how ``prompt`` was made; ``None`` when that is nothing.
+    """Return what is known of how ``prompt`` was made; ``None`` if nothing is.
 
     Args:
         prompt: What the model was called with.
-        captured: What the callbacks told of it.
-        explicit: The caller's own ``rasd={...}``: it wins, name by name.
+        captured: What the callbacks recorded of it.
+        explicit: The caller's own ``rasd={...}``, which overrides the rest by name.
 
     Raises:
         ConfigurationError: ``explicit`` has an unknown name or a value of the wrong type.
     """
     messages = [] if isinstance(prompt, str) else prompt
     text = prompt if isinstance(prompt, str) else "\n".join(str(m.text) for m in messages)
-    recent = () if captured.retrievals else _standing(captured.recent, text)
+    recent = () if captured.retrievals else _occurring(captured.recent, text)
     retrievals = captured.retrievals or recent
     templates = [v for t in captured.templates for v in _entries(t, text)]
     chains = [v for c in captured.chains for v in _entries(c, text)]
@@ -53,7 +54,7 @@ def prompt_hints(
         "question": question,
         "question_source": question_source,
         "search_query": _own_query(question, messages, captured.retrievals)
-        or next((r.query for r in recent if stands(r.query, text)), None),
+        or next((r.query for r in recent if occurs(r.query, text)), None),
         "chunks": chunks,
         "chunk_source": chunk_source,
         "context": _context([*templates, *chains], question, chunks, text),
@@ -63,11 +64,7 @@ def prompt_hints(
 
 
 def _chunk(value: Any, rank: int) -> Chunk | None:
-    return _document_chunk(value, rank) if isinstance(value, Document) else None
-
-
-def _document_chunk(document: Document, rank: int) -> Chunk:
-    return Chunk(document.page_content, id=document.id, rank=rank, metadata=document.metadata)
+    return document_chunk(value, rank) if isinstance(value, Document) else None
 
 
 # --- the question ---
@@ -96,11 +93,11 @@ def _shortest(captured: Sequence[Variables], text: str) -> str | None:
 
 
 def _is_question(value: object, text: str) -> bool:
-    return isinstance(value, str) and len(value) <= _LONGEST_QUESTION and stands(value, text)
+    return isinstance(value, str) and len(value) <= _LONGEST_QUESTION and occurs(value, text)
 
 
 def _own_query(
-    question: str | None, messages: Sequence[BaseMessage], retrievals: Sequence[Retrieval]
+    question: str | None, messages: Sequence[BaseMessage], retrievals: Sequence[RetrievalEvent]
 ) -> str | None:
     humans = [i for i, m in enumerate(messages) if isinstance(m, HumanMessage)]
     turn = messages[humans[-1] + 1 :] if humans else messages
@@ -117,27 +114,29 @@ def _chunks(
     templates: Sequence[Variables],
     chains: Sequence[Variables],
     messages: Sequence[BaseMessage],
-    retrievals: Sequence[Retrieval],
+    retrievals: Sequence[RetrievalEvent],
     text: str,
 ) -> tuple[tuple[Chunk, ...], str | None]:
-    answers = [m.artifact for m in reversed(messages) if isinstance(m, ToolMessage)]
     sources = {
-        "template": [v for variables in templates for v in variables.values()],
-        "artifact": answers,
-        "retriever": [r.documents for r in retrievals],
-        "chain": [v for variables in chains for v in variables.values()],
+        "template": _found(v for variables in templates for v in variables.values()),
+        "artifact": _found(m.artifact for m in reversed(messages) if isinstance(m, ToolMessage)),
+        "retriever": (chunk for r in retrievals for chunk in r.chunks),
+        "chain": _found(v for variables in chains for v in variables.values()),
     }
     chunks: dict[str, Chunk] = {}
     chunk_source = None
-    for source, values in sources.items():
-        for document in (d for value in values for d in _documents(value)):
-            found = _document_chunk(document, len(chunks))
-            if found.text.strip():
-                chunks.setdefault(found.text, found)
+    for source, found in sources.items():
+        for chunk in found:
+            if chunk.text.strip() and chunk.text not in chunks:
+                chunks[chunk.text] = replace(chunk, rank=len(chunks))
         chunk_source = chunk_source or (source if chunks else None)
-    if not any(stands(chunk, text) for chunk in chunks) and chunk_source == "chain":
+    if not any(occurs(chunk, text) for chunk in chunks) and chunk_source == "chain":
         return (), None  # what a chain was given need not be what it asks the model about
     return tuple(chunks.values()), chunk_source
+
+
+def _found(values: Iterable[object]) -> Iterator[Chunk]:
+    return (document_chunk(document, 0) for value in values for document in _documents(value))
 
 
 def _documents(value: object) -> Iterator[Document]:
@@ -151,7 +150,7 @@ def _documents(value: object) -> Iterator[Document]:
 def _context(
     captured: Iterable[Variables], question: str | None, chunks: Sequence[Chunk], text: str
 ) -> str | None:
-    """Return the rendered context as it stands in the prompt: by its chunks, else its name or length."""
+    """Return the rendered context as it occurs in the prompt: found by its chunks, else its name or length."""
     rendered = {
         value: name
         for variables in captured
@@ -159,7 +158,7 @@ def _context(
         if value.strip() and value != question and value in text
     }
     for value in rendered:
-        if any(stands(chunk.text, value) for chunk in chunks):
+        if any(occurs(chunk.text, value) for chunk in chunks):
             return value
     for value, name in rendered.items():
         if name in _CONTEXT_NAMES:
@@ -176,21 +175,21 @@ def _rendered(value: object) -> str:
 # --- shared ---
 
 
-def stands(value: object, text: str) -> bool:
-    """Whether ``value`` is a text that stands in ``text``, as it is or as ``repr`` escapes it."""
+def occurs(value: object, text: str) -> bool:
+    """True if ``value`` is a text that occurs in ``text``, verbatim or as `repr` writes it."""
     if not isinstance(value, str) or not (value := value.strip()):
         return False
     escaped = repr(value)[1:-1]
     return value in text or (escaped != value and escaped in text)
 
 
-def _standing(retrievals: Iterable[Retrieval], text: str) -> tuple[Retrieval, ...]:
-    """Return the retrievals with only those Documents that stand in the prompt, if any do."""
+def _occurring(retrievals: Iterable[RetrievalEvent], text: str) -> tuple[RetrievalEvent, ...]:
+    """Return the retrievals with chunks in the prompt, with those chunks only."""
     kept = (
-        Retrieval(r.query, [d for d in r.documents if stands(d.page_content, text)])
+        RetrievalEvent(r.query, tuple(c for c in r.chunks if occurs(c.text, text)))
         for r in retrievals
     )
-    return tuple(retrieval for retrieval in kept if retrieval.documents)
+    return tuple(retrieval for retrieval in kept if retrieval.chunks)
 
 
 def _entries(variables: Variables, text: str) -> list[Variables]:
@@ -199,4 +198,4 @@ def _entries(variables: Variables, text: str) -> list[Variables]:
     if not isinstance(entries, list):
         return [variables]
     dicts = [e for e in entries if isinstance(e, Mapping)]
-    return [e for e in dicts if all(stands(v, text) for v in e.values() if isinstance(v, str))]
+    return [e for e in dicts if all(occurs(v, text) for v in e.values() if isinstance(v, str))]

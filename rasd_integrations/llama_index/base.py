@@ -34,8 +34,8 @@ from pydantic import PrivateAttr
 
 from rasd_integrations.errors import ConfigurationError, RetrievalError
 from rasd_integrations.llama_index.capture import (
-    Capture,
     Filled,
+    PromptCapture,
     Sent,
     build_hints,
     chunk_of,
@@ -54,10 +54,10 @@ from rasd_integrations.llama_index.responses import (
 )
 from rasd_integrations.llama_index.tool_calling import RASDCalling
 from rasd_integrations.llama_index.tools import tool_specs
-from rasd_integrations.llama_index.trace import Retrieval, Trace, observe
+from rasd_integrations.llama_index.trace import IndexRetrieval, Trace, observe
 from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.response_format import ToolUse
-from rasd_integrations.runtime.explicit_hints import explicit_hints
+from rasd_integrations.runtime.hints import explicit_hints
 from rasd_integrations.runtime.pipeline import Request
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class RASDLLM(RASDCalling):
             index.as_query_engine(llm=llm, similarity_top_k=32).query("Who wrote it?")
     """
 
-    _capture: Capture = PrivateAttr(default_factory=Capture)
+    _capture: PromptCapture = PrivateAttr(default_factory=PromptCapture)
     _trace: Trace = PrivateAttr()
     _found: weakref.ref[Any] | None = PrivateAttr(default=None)
 
@@ -261,12 +261,12 @@ class RASDLLM(RASDCalling):
 
     def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
         messages = super()._get_messages(prompt, **prompt_args)
-        self._capture.remember(messages, Filled(prompt, prompt_args, "messages"))
+        self._capture.record(messages, Filled(prompt, prompt_args, "messages"))
         return messages
 
     def _get_prompt(self, prompt: BasePromptTemplate, **prompt_args: Any) -> str:
         text = super()._get_prompt(prompt, **prompt_args)
-        self._capture.remember(text, Filled(prompt, prompt_args, "text"))
+        self._capture.record(text, Filled(prompt, prompt_args, "text"))
         return text
 
     def _fill(self, filled: Filled, args: Mapping[str, Any]) -> Sent:
@@ -283,7 +283,7 @@ class RASDLLM(RASDCalling):
         self, sent: Sent, to_prompt: Callable[[Any], Prompt], explicit: Mapping[str, Any]
     ) -> PromptHints | None:
         retrieval = self._trace.retrieval_for(sent_text(sent))
-        filled = self._capture.recall(sent) or self._structured(sent)
+        filled = self._capture.lookup(sent) or self._structured(sent)
         self._discover(retrieval)
         return build_hints(
             sent, filled, retrieval, lambda f, args: to_prompt(self._fill(f, args)), explicit
@@ -300,7 +300,7 @@ class RASDLLM(RASDCalling):
                 return filled
         return None
 
-    def _discover(self, retrieval: Retrieval | None) -> None:
+    def _discover(self, retrieval: IndexRetrieval | None) -> None:
         """Take the index of the pipeline's retriever as the store, where the user gave none."""
         if self._store_given or retrieval is None or retrieval.index is None:
             return

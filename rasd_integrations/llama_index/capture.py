@@ -1,13 +1,11 @@
-"""How a prompt was made: its template and arguments, caught when the framework fills it.
+"""Records how a prompt was made: its template and arguments, when the framework fills it.
 
-Keyed by the content of the prompt, so that threads, tasks and streams need no identity to be passed along.
-Knows no engine; hands :class:`~rasd_integrations.prompting.PromptHints` on.
+Keyed by a hash of the prompt's content, which threads, tasks and streams share without passing an id.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,9 +14,10 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.schema import BaseNode, NodeWithScore
 
-from rasd_integrations.llama_index.trace import Retrieval, node_chunk
+from rasd_integrations.llama_index.trace import IndexRetrieval, node_chunk
 from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.retrieval.items import digest
+from rasd_integrations.runtime.hints import Bounded
 from rasd_integrations.types import Chunk
 
 Sent = str | Sequence[ChatMessage]
@@ -45,7 +44,7 @@ class Filled:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """All variables, those of the call first in right."""
+        """All variables; those of the call override the template's."""
         return {**self.template.kwargs, **self.args}
 
 
@@ -55,7 +54,7 @@ def sent_text(sent: Sent) -> str:
 
 
 def same_prompt(one: Sent, other: Sent) -> bool:
-    """Whether two prompts say the same, word for word."""
+    """True if two prompts have the same roles and texts."""
     return _key(one) == _key(other)
 
 
@@ -65,25 +64,21 @@ def _key(sent: Sent) -> bytes:
     return digest(*(part for m in sent for part in (m.role.value, m.content or "")))
 
 
-class Capture:
-    """The prompts that one LLM saw being filled lately."""
+class PromptCapture:
+    """Templates of the prompts that one LLM has filled, by the prompts' content."""
 
     def __init__(self) -> None:
         """Start empty."""
         self._lock = threading.Lock()
-        self._filled: OrderedDict[bytes, Filled] = OrderedDict()
+        self._filled: Bounded[bytes, Filled] = Bounded(_MAX_PROMPTS)
 
-    def remember(self, sent: Sent, filled: Filled) -> None:
-        """Note that ``sent`` came of ``filled``; the oldest note goes when there are too many."""
-        key = _key(sent)
+    def record(self, sent: Sent, filled: Filled) -> None:
+        """Record that ``sent`` was made from ``filled``."""
         with self._lock:
-            self._filled[key] = filled
-            self._filled.move_to_end(key)
-            if len(self._filled) > _MAX_PROMPTS:
-                self._filled.popitem(last=False)
+            self._filled[_key(sent)] = filled
 
-    def recall(self, sent: Sent) -> Filled | None:
-        """Return what ``sent`` was filled from, if that was seen."""
+    def lookup(self, sent: Sent) -> Filled | None:
+        """Return what ``sent`` was made from, if that was seen."""
         with self._lock:
             return self._filled.get(_key(sent))
 
@@ -95,10 +90,10 @@ def question_of(filled: Filled) -> str | None:
     return next((value for value in values if isinstance(value, str) and value.strip()), None)
 
 
-def context_variable(filled: Filled, retrieval: Retrieval | None) -> str | None:
+def context_variable(filled: Filled, retrieval: IndexRetrieval | None) -> str | None:
     """Return the name of the variable that holds the context.
 
-    Its usual names first; else the longest one in which a retrieved chunk stands.
+    By its usual names, else the longest one with a retrieved chunk in it.
     """
     variables = filled.variables
     for name in _CONTEXTS:
@@ -113,18 +108,18 @@ def context_variable(filled: Filled, retrieval: Retrieval | None) -> str | None:
 def build_hints(
     sent: Sent,
     filled: Filled | None,
-    retrieval: Retrieval | None,
+    retrieval: IndexRetrieval | None,
     rerender: Callable[[Filled, Mapping[str, Any]], Prompt],
     explicit: Mapping[str, Any],
 ) -> PromptHints | None:
-    """Put together what is known of how a prompt was made; ``None`` when that is nothing.
+    """Return what is known of how a prompt was made; ``None`` if nothing is.
 
     Args:
         sent: The prompt.
         filled: The template behind it, if one was seen.
         retrieval: The search behind it, if one was seen.
         rerender: Fills a template again, with the given arguments.
-        explicit: What the caller said outright; it wins, name by name.
+        explicit: Hints passed by the caller; they override captured ones by field.
     """
     known: dict[str, Any] = {}
     if filled is not None:

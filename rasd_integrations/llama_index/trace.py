@@ -12,7 +12,7 @@ import logging
 import re
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +34,7 @@ from pydantic import PrivateAttr
 from rasd_integrations.errors import RASDError
 from rasd_integrations.llama_index.packing import pack_by_model
 from rasd_integrations.retrieval.items import node_to_chunk
+from rasd_integrations.runtime.hints import Bounded, RetrievalEvent
 from rasd_integrations.types import Chunk
 
 logger = logging.getLogger(__name__)
@@ -43,26 +44,22 @@ _MAX_RECORDS = 32
 _PROBES = 3  # chunks of a retrieval that are looked for in a prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Retrieval:
-    """One call of a retriever.
+@dataclass(slots=True)
+class IndexRetrieval(RetrievalEvent):
+    """One call of a LlamaIndex retriever; its chunks have the text that prompts show.
 
     Attributes:
-        query: What was searched for; ``None`` when it may be another request's.
-        chunks: What came back, best first, with the text that prompts show.
         root: The outermost span around the call.
-        index: The retriever's own index, if it has one that still lives.
+        index: The retriever's own index, if it has one.
         filter: The retriever's own metadata filter.
     """
 
-    query: str | None
-    chunks: tuple[Chunk, ...]
     root: str | None = None
     index: weakref.ref[Any] | None = None
     filter: Any = None
 
     def share(self, text: str) -> int:
-        """Return how many of the best few chunks stand in ``text``, each by its longest line.
+        """Return how many of the best few chunks occur in ``text``, each by its longest line.
 
         A line, because some templates show the context as an escaped list.
         """
@@ -106,9 +103,9 @@ class Trace:
     def __init__(self) -> None:
         """Start empty; :func:`observe` installs it."""
         self._lock = threading.Lock()
-        self._spans: OrderedDict[str, _Span] = OrderedDict()
-        self._retrievers: OrderedDict[str, weakref.ref[Any]] = OrderedDict()
-        self._retrievals: deque[Retrieval] = deque(maxlen=_MAX_RECORDS)
+        self._spans: Bounded[str, _Span] = Bounded(_MAX_SPANS)
+        self._retrievers: Bounded[str, weakref.ref[Any]] = Bounded(_MAX_SPANS)
+        self._retrievals: deque[IndexRetrieval] = deque(maxlen=_MAX_RECORDS)
         self._structured: deque[StructuredCall] = deque(maxlen=_MAX_RECORDS)
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -117,9 +114,9 @@ class Trace:
         if not self._listeners:
             return
         with self._lock:
-            _put(self._spans, span, _Span(parent, isinstance(instance, BaseLLM)))
+            self._spans[span] = _Span(parent, isinstance(instance, BaseLLM))
             if isinstance(instance, VectorIndexRetriever):
-                _put(self._retrievers, span, weakref.ref(instance))
+                self._retrievers[span] = weakref.ref(instance)
         if isinstance(instance, BaseSynthesizer):
             pack_by_model(instance)
 
@@ -149,9 +146,9 @@ class Trace:
                 # One that asks other retrievers (fusion, auto-merging): theirs ended just before.
                 index, filter_ = inner.index, inner.filter
             query = _plain_query(event.str_or_query_bundle)
-            self._retrievals.appendleft(Retrieval(query, chunks, root, index, filter_))
+            self._retrievals.appendleft(IndexRetrieval(query, chunks, root, index, filter_))
 
-    def retrieval_for(self, text: str) -> Retrieval | None:
+    def retrieval_for(self, text: str) -> IndexRetrieval | None:
         """Return the retrieval that the prompt ``text``, about to be decoded, was made of.
 
         The one of the same root span that shares most chunks with the prompt, the newest of equals. Where no
@@ -192,12 +189,6 @@ class Trace:
         for root in self._path(span):  # noqa: B007
             pass
         return root
-
-
-def _put(records: OrderedDict[str, Any], key: str, value: Any) -> None:
-    records[key] = value
-    if len(records) > _MAX_SPANS:
-        records.popitem(last=False)
 
 
 class _Events(BaseEventHandler):

@@ -1,14 +1,13 @@
-"""One answer, from prompt to text: plan, encode, decode, detokenise, parse. The only path there is."""
+"""One answer, from prompt to text: plan, encode, decode, detokenise, parse. The only path."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from typing_extensions import Unpack
 
@@ -22,7 +21,6 @@ from rasd_integrations.config import (
 from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.prompting import Prompt, PromptHints, PromptPlan, PromptPlanner
 from rasd_integrations.response_format import ToolUse
-from rasd_integrations.retrieval import ChunkSource
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.closed import closed_fields
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
@@ -46,10 +44,10 @@ logger = logging.getLogger(__name__)
 _SPARE_TOKENS = 8  # pieces counted one by one may merge differently when joined
 
 Gate = Callable[[int], AbstractContextManager[None]]
-"""Lets an answer in that will hold so many bytes; see :class:`~rasd_integrations.runtime.admission.Admission`."""
+"""Admits an answer that will hold so many bytes; see :class:`~rasd_integrations.runtime.admission.Admission`."""
 
 Progress = Callable[[int, int], object]
-"""Called with what is done and what there is in all."""
+"""Called with the number done and the total."""
 
 
 class Known(TypedDict, total=False):
@@ -97,14 +95,14 @@ class Request:
         return cls(prompt, params or SamplingParams(), **known)
 
     def __post_init__(self) -> None:
-        """Refuse tools without messages: only a chat template can tell the model of them."""
+        """Refuse tools without messages: only a chat template can show them to the model."""
         if self.tools is not None and isinstance(self.prompt, str):
             msg = "tools need chat messages, but the prompt is a plain text. Send messages, or leave them out."
             raise ConfigurationError(msg)
 
     @property
     def bound(self) -> bool:
-        """Whether the answer's form is bound: by a grammar, or by tools that may be called."""
+        """True if a grammar, or tools that may be called, constrain the answer."""
         return self.params.grammar is not None or bool(self.tools and self.tools.visible)
 
 
@@ -116,7 +114,7 @@ class Pipeline:
         planner: Finds question and chunks.
         template: Messages to token ids.
         decoder: Token ids to token ids.
-        speculation: The engine's distribution, followed where a call asks for no other.
+        speculation: How drafts are made and judged, unless a call asks for another way.
         retrieval: Limits of the drafter's prompt.
         context: What the target reads.
         namespace: Of the prefix cache.
@@ -179,10 +177,10 @@ class Pipeline:
             max_calls=1 if single else None, hidden="".join(stops.marks.values()),
             count_tokens=self._count_tokens,
         )  # fmt: skip
-        return chunks if grammar is None else self._looked_after(chunks, grammar, params)
+        return chunks if grammar is None else self._report_cut(chunks, grammar, params)
 
     def warm(self, documents: Sequence[Prompt], progress: Progress | None) -> None:
-        """Prefill the heads of prompts and keep their keys and values; all are checked before the first.
+        """Prefill prefixes of prompts and keep their keys and values; all are checked before the first runs.
 
         Raises:
             ContextOverflowError: A document leaves no room in the window.
@@ -204,7 +202,7 @@ class Pipeline:
         return params.settled(checkpoint_sampling(self.decoder.target.model))
 
     def _speculation_for(self, request: Request) -> SpeculationConfig:
-        """Return the distribution of one answer: the call's, else the engine's; lossless where the form is bound."""
+        """Return the call's own way of judging drafts, else the engine's; lossless if the answer is constrained."""
         own, eta = self.speculation, request.params.knowledge_transfer
         if eta is None:
             asked = replace(own, knowledge_transfer=0.0, mixture=1.0) if request.bound else own
@@ -251,12 +249,12 @@ class Pipeline:
             thought_end=thought_end, room=max_tokens,
         )  # fmt: skip
 
-    def _looked_after(
-        self, chunks: Iterator[TextDelta], grammar: GrammarState, params: Sampling
+    def _report_cut(
+        self, chunks: Generator[TextDelta, None, None], grammar: GrammarState, params: Sampling
     ) -> Generator[TextDelta, None, None]:
-        """Pass on a bound answer; where ``max_tokens`` cut it, warn with the fields that were closed, or raise."""
+        """Yield a constrained answer; if ``max_tokens`` cut it, warn and name the fields that were closed, or raise."""
         ids: list[int] = []
-        with closing(chunks) if isinstance(chunks, Generator) else nullcontext():
+        with closing(chunks):
             for chunk in chunks:
                 ids += chunk.token_ids
                 if chunk.finish_reason == "length":
@@ -292,14 +290,14 @@ def _gated(
 
 
 def encode(template: ChatTemplate, prompt: Prompt, tools: ToolUse | None = None) -> list[int]:
-    """Return the ids of a prompt: a text as it stands, messages and tools by the template."""
+    """Return the ids of a prompt: a text as it is, messages and tools by the template."""
     if isinstance(prompt, str):
         return template.encode_text(prompt)
     return template.encode_messages(prompt, tools=tools.visible if tools is not None else None)
 
 
 def template_tokens(template: ChatTemplate, prompt: Prompt, tools: ToolUse | None = None) -> int:
-    """Return the tokens that the template writes round the prompt's own text."""
+    """Return the tokens that the template writes around the prompt's own text."""
     if isinstance(prompt, str):
         return _SPARE_TOKENS
     bare = [{**message, "content": "a"} for message in prompt]
@@ -365,32 +363,3 @@ def joined(chunks: Sequence[TextDelta]) -> Generation:
         reasoning="".join(chunk.reasoning for chunk in chunks),
         tool_calls=tuple(calls.values()),
     )
-
-
-def identity(
-    fixed: Mapping[str, Any],
-    speculation: SpeculationConfig,
-    template_kwargs: Mapping[str, Any],
-    weights: Mapping[str, str],
-    *,
-    drafter: object,
-    source: ChunkSource | None,
-) -> dict[str, Any]:
-    """Return what decides the output besides prompt and sampling, as plain JSON.
-
-    Drafter and store are part of it only where they may change what is said.
-    """
-    out: dict[str, Any] = {
-        **fixed,
-        "knowledge_transfer": speculation.knowledge_transfer,
-        "mixture": speculation.mixture,
-        "chat_template_kwargs": {k: repr(v) for k, v in sorted(template_kwargs.items())},
-    }
-    if "weights" in weights:
-        out["weights"] = weights["weights"]
-    if not speculation.lossless:
-        out |= weights
-        out["drafter"] = str(drafter) if isinstance(drafter, str | Path) else type(drafter).__name__
-    if source is not None and (not speculation.lossless or fixed.get("context") == "documents"):
-        out["store"] = source.fingerprint()
-    return out

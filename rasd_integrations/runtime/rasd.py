@@ -43,7 +43,6 @@ from rasd_integrations.runtime.pipeline import (
     Pipeline,
     Progress,
     Request,
-    identity,
     joined,
 )
 from rasd_integrations.stats import DecodingStats
@@ -228,17 +227,28 @@ class RASD:
     @property
     def identity(self) -> dict[str, Any]:
         """All that affects the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
-        own = self._engine.options
-        return identity(
-            {
-                "model": self.model_name,
-                "context": self._context,
-                "kv8": own.executor == "openvino-kv8",
-                "deterministic": own.deterministic,
-            },
-            own.speculation, own.template_kwargs, self._engine.weights,
-            drafter=own.drafter, source=self._source,
+        own, speculation, weights = (
+            self._engine.options, self._engine.options.speculation, self._engine.weights
         )  # fmt: skip
+        out: dict[str, Any] = {
+            "model": self.model_name,
+            "context": self._context,
+            "kv8": own.executor == "openvino-kv8",
+            "deterministic": own.deterministic,
+            "knowledge_transfer": speculation.knowledge_transfer,
+            "mixture": speculation.mixture,
+            "chat_template_kwargs": {k: repr(v) for k, v in sorted(own.template_kwargs.items())},
+        }
+        # Drafter and store are part of it only if they may change what is said.
+        if speculation.lossless:
+            out |= {name: digest for name, digest in weights.items() if name == "weights"}
+        else:
+            drafter = own.drafter
+            named = isinstance(drafter, str | Path)
+            out |= {**weights, "drafter": str(drafter) if named else type(drafter).__name__}
+        if self._source is not None and not (speculation.lossless and self._context == "prompt"):
+            out["store"] = self._source.fingerprint()
+        return out
 
     @locked
     def _prompts(self) -> PromptPlanner:

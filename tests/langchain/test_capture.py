@@ -12,7 +12,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 
 from rasd_integrations.langchain import ChatRASD
-from rasd_integrations.langchain.capture import CAPTURE, Capture, content_key
+from rasd_integrations.langchain.capture import CAPTURE, PromptCapture, content_key
 
 PROMPT = ChatPromptTemplate.from_template("{context}\n{question}")
 VALUES = {"context": "c", "question": "q"}
@@ -79,7 +79,7 @@ def test_other_models_calls_are_not_looked_at(watched):
 
 def test_abandoned_runs_and_loose_prompts_are_bounded():
     """Runs that never end, and prompts outside chains, push the oldest out."""
-    capture, owner = Capture(), Owner()
+    capture, owner = PromptCapture(), Owner()
     capture.watch_for(owner)
     ids = [uuid.uuid4() for _ in range(20_000)]
     for run_id in ids:
@@ -116,6 +116,6 @@ def test_a_fault_in_the_capture_never_fails_an_answer(monkeypatch, caplog):
         msg = "capture is broken"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(Capture, "_open", broken)
+    monkeypatch.setattr(PromptCapture, "_open", broken)
     assert (PROMPT | llm).invoke(VALUES).content
     assert "capture is broken" in caplog.text

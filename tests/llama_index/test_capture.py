@@ -38,7 +38,7 @@ from llama_index.core.vector_stores import ExactMatchFilter, MetadataFilters
 
 from rasd_integrations.errors import RetrievalError
 from rasd_integrations.llama_index import RASDLLM
-from rasd_integrations.llama_index.capture import Capture, Filled
+from rasd_integrations.llama_index.capture import Filled, PromptCapture
 from rasd_integrations.llama_index.trace import Trace
 
 # --- structured calls -----------------------------------------------------------------------------
@@ -183,12 +183,12 @@ def test_nothing_is_noted_without_an_llm():
 
 def test_the_notes_are_bounded():
     """However many prompts are filled, only the last ones are kept."""
-    capture = Capture()
+    capture = PromptCapture()
     filled = Filled(PromptTemplate("{query_str}"), {}, "text")
     for number in range(100):
-        capture.remember(str(number), filled)
+        capture.record(str(number), filled)
 
-    assert (None, filled) == (capture.recall("0"), capture.recall("99"))
+    assert (None, filled) == (capture.lookup("0"), capture.lookup("99"))
 
 
 # --- explicit -------------------------------------------------------------------------------------

@@ -1,15 +1,47 @@
-"""The hints that a call gives outright: the option ``rasd={...}`` of both frameworks' models."""
+"""What both edges know of how a prompt was made: records of events, and hints given outright."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from rasd_integrations.config import reject_unknown
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Chunk
 
 _HINTS = ("question", "search_query", "chunks", "context", "filter")
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+class Bounded(OrderedDict[_Key, _Value]):
+    """A dict that evicts its oldest entries."""
+
+    def __init__(self, limit: int) -> None:
+        """Keep at most ``limit`` entries."""
+        super().__init__()
+        self._limit = limit
+
+    def __setitem__(self, key: _Key, value: _Value) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > self._limit:
+            self.popitem(last=False)
+
+
+@dataclass(slots=True)
+class RetrievalEvent:
+    """One call of a retriever.
+
+    Attributes:
+        query: What was searched for; ``None`` if it may be another request's.
+        chunks: What came back, best first; empty until the retriever has returned.
+    """
+
+    query: str | None
+    chunks: tuple[Chunk, ...] = ()
 
 
 def explicit_hints(given: Any, chunk: Callable[[Any, int], Chunk | None]) -> dict[str, Any]:
