@@ -1,4 +1,4 @@
-"""The chat model: LangChain's messages in, its message chunks out. One path, `_stream`; the rest joins it."""
+"""The LangChain chat model: `_stream` and its asynchronous form; the other calls join them."""
 
 from __future__ import annotations
 
@@ -37,22 +37,70 @@ if TYPE_CHECKING:
 
 
 class ChatRASD(RASDModel, BaseChatModel):
-    """A local chat model that drafts from what the chain has retrieved.
+    """A local chat model with speculative decoding.
 
-    Tools, forced tool calls and structured output work with every model: where an answer's form is
-    fixed, a grammar holds the model to it.
+    By default drafts come from the prompt's own text. `drafter="self"`, a small model or a `TokenStore` also
+    drafts from what the chain has retrieved, or from a collection. Drafts change the time only, not the answer.
 
-    Example:
+    Setup:
+        ```bash
+        pip install "rasd-integrations[langchain]"
+        ```
+
+    Instantiate:
         ```python
-        llm = ChatRASD(model="Qwen/Qwen3-8B", store=vectorstore)
-        chain = {"context": retriever, "question": RunnablePassthrough()} | prompt | llm
-        answer = chain.invoke("Who signed the treaty?")
+        from rasd_integrations.langchain import ChatRASD
+
+        llm = ChatRASD(model="Qwen/Qwen3-8B", temperature=0, max_tokens=256)
+        ```
+
+    Invoke:
+        ```python
+        answer = llm.invoke([("system", "Answer briefly."), ("human", "Who wrote it?")])
+        answer.content
+        answer.usage_metadata
         answer.response_metadata["rasd"]["mean_acceptance_length"]
+        ```
+
+    Stream:
+        ```python
+        for chunk in llm.stream("Who wrote it?"):
+            print(chunk.text, end="")
+        ```
+
+    Async:
+        ```python
+        await llm.ainvoke("Who wrote it?")
+        ```
+
+    Retrieval, with drafts from the retrieved chunks:
+        ```python
+        llm = ChatRASD(model="Qwen/Qwen3-8B", drafter="self", store=vectorstore)
+        chain = {"context": retriever, "question": RunnablePassthrough()} | prompt | llm
+        chain.invoke("Who signed the treaty?")
+        ```
+
+    Tool calling, with every model; a grammar keeps forced calls valid:
+        ```python
+        def population(city: str) -> int:
+            \"\"\"Return the number of inhabitants.\"\"\"
+
+
+        llm.bind_tools([population]).invoke("How many live in Oslo?").tool_calls
+        ```
+
+    Structured output:
+        ```python
+        class Person(BaseModel):
+            name: str
+
+
+        llm.with_structured_output(Person).invoke("Who wrote it?")
         ```
     """
 
     streaming: bool = False
-    """Whether `invoke` reports tokens to callbacks as well; the answer is the same."""
+    """Report tokens to callbacks from `invoke`, too; the answer is the same."""
 
     # --- answers ---
 
@@ -168,13 +216,12 @@ class ChatRASD(RASDModel, BaseChatModel):
         tools: Sequence[Tool] | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """Return the model with answers that are objects of ``schema``.
+        """Return the model with answers of ``schema``.
 
-        Whatever the method, a grammar holds the model to its form, so an answer is valid unless it was
-        cut at ``max_tokens``.
+        By every method a grammar constrains decoding, so an answer is valid unless ``max_tokens`` cut it.
 
         Args:
-            schema: A pydantic class (answers are its objects), a TypedDict or a JSON schema (answers
+            schema: A pydantic class (answers are its instances), a TypedDict or a JSON schema (answers
                 are dicts). None, with "json_mode" only, takes any object.
             method: "function_calling": the model reads the schema as a tool, which it must call.
                 "json_schema": the text is the object; the prompt stays as it is. "json_mode": the text

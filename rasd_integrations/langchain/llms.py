@@ -1,4 +1,4 @@
-"""The plain-text model: prompts go to the model as given, without a chat template."""
+"""The LangChain completion model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,42 @@ if TYPE_CHECKING:
 
 
 class RASDLLM(RASDModel, BaseLLM):
-    """A local completion model that drafts from what the chain has retrieved.
+    """A local completion model with speculative decoding; prompts are read as given, without a chat template.
 
-    The prompts of a batch are answered at the same time.
+    Options, drafts and stores are those of `ChatRASD`. The prompts of a batch are answered concurrently.
 
-    Example:
+    Setup:
+        ```bash
+        pip install "rasd-integrations[langchain]"
+        ```
+
+    Instantiate:
         ```python
-        llm = RASDLLM(model="Qwen/Qwen3-8B-Base", store=vectorstore, max_tokens=64)
-        for text in (prompt | llm).stream({"context": context, "question": question}):
-            ...
+        from rasd_integrations.langchain import RASDLLM
+
+        llm = RASDLLM(model="Qwen/Qwen3-8B-Base", temperature=0, max_tokens=64)
+        ```
+
+    Invoke:
+        ```python
+        llm.invoke("The lighthouse was built by")
+        llm.batch(["The lighthouse was built by", "It was lit in"])
+        ```
+
+    Stream:
+        ```python
+        for text in llm.stream("The lighthouse was built by"):
+            print(text, end="")
+        ```
+
+    Async:
+        ```python
+        await llm.ainvoke("The lighthouse was built by")
+        ```
+
+    In a chain:
+        ```python
+        (prompt | llm).invoke({"context": context, "question": question})
         ```
     """
 

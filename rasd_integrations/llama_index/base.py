@@ -1,8 +1,4 @@
-"""``RASDLLM``, the LlamaIndex LLM: eight endpoints, thin over :class:`~rasd_integrations.runtime.rasd.RASD`.
-
-Every endpoint ends in one of the runtime's four calls; ``chat`` and ``complete`` are the joins of their
-streams there, and the async endpoints are the runtime's own.
-"""
+"""``RASDLLM``, the LlamaIndex LLM: eight endpoints over the four calls of ``RASD``."""
 
 from __future__ import annotations
 
@@ -72,30 +68,50 @@ _TOOL_OPTIONS = {
 
 
 class RASDLLM(RASDCalling):
-    """A local long-context model whose drafts come from the pipeline's own retrieval.
+    """A local long-context model with speculative decoding.
 
-    Use it where LlamaIndex takes an LLM: the question and the retrieved nodes are seen on the way, and the
-    index of the pipeline's retriever is found by itself. The answers are those of the model alone, unless
-    ``knowledge_transfer`` or ``context="documents"`` is set.
-
-    Where the model has a chat template it calls functions: agents, ``chat_with_tools`` and structured prediction
-    work, and a call that must be made follows its schema.
+    By default drafts come from the prompt's own text. ``drafter="self"``, a small model or a ``TokenStore`` also
+    drafts from what the pipeline has retrieved, or from a collection; the index of the pipeline's retriever is found
+    by itself. The answers are the model's own, unless ``knowledge_transfer`` or ``context="documents"`` is set.
 
     Calls take ``temperature``, ``top_p``, ``top_k``, ``max_tokens`` (or ``max_new_tokens``), ``stop``, ``seed``,
-    ``knowledge_transfer`` and ``response_format`` (OpenAI's mapping, or a pydantic class: what the text must
-    match); ``None`` means the field, but ``drafter=None`` decodes plainly. Chat calls take ``tools``,
-    ``tool_choice``, ``parallel_tool_calls`` and ``strict``. ``rasd={"question": ..., "search_query": ...,
-    "chunks": [...], "context": ..., "filter": ...}`` tells what was retrieved where the LLM cannot see it.
-    Any other option is refused.
+    ``on_cut``, ``knowledge_transfer`` and ``response_format`` (OpenAI's mapping, or a pydantic class); ``None`` means
+    the field, but ``drafter=None`` decodes plainly and ``seed=None`` draws anew. Chat calls take ``tools``,
+    ``tool_choice``, ``parallel_tool_calls`` and ``strict``, if the model has a chat template. ``rasd={"question": ...,
+    "search_query": ..., "chunks": [...], "context": ..., "filter": ...}`` gives what the LLM cannot see of a
+    retrieval. Any other option is refused.
 
-    No network is used with an installed model. LlamaIndex counts with a tokenizer that it brings along, of
-    another model; :func:`configure_settings` gives it this one's.
+    LlamaIndex counts tokens with another model's tokenizer; :func:`configure_settings` gives it this one's.
 
-    Example:
-        ::
+    Examples:
+        Setup: ``pip install "rasd-integrations[llama-index]"``::
 
-            llm = RASDLLM("Qwen/Qwen3-8B", max_tokens=256)
+            from rasd_integrations.llama_index import RASDLLM
+
+            llm = RASDLLM("Qwen/Qwen3-8B", temperature=0, max_tokens=256)
+
+        Complete and chat::
+
+            llm.complete("Who wrote it?").text
+            llm.chat([ChatMessage(role="user", content="Who wrote it?")]).message.content
+
+        Stream::
+
+            for response in llm.stream_complete("Who wrote it?"):
+                print(response.delta, end="")
+
+        Query an index, with drafts from the retrieved nodes::
+
+            llm = RASDLLM("Qwen/Qwen3-8B", drafter="self")
             index.as_query_engine(llm=llm, similarity_top_k=32).query("Who wrote it?")
+
+        Call tools::
+
+            FunctionAgent(tools=[population], llm=llm)
+
+        Structured output, constrained to the class::
+
+            llm.structured_predict(Person, PromptTemplate("Who wrote {book}?"), book="it")
     """
 
     _capture: PromptCapture = PrivateAttr(default_factory=PromptCapture)
