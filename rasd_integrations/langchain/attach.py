@@ -20,11 +20,11 @@ _MOST_OBJECTS = 20_000  # a compiled graph of a large agent has some thousands
 
 
 def find_source(chain: object) -> object:
-    """Return what the engine should draft from: the store in ``chain``, or ``chain`` itself.
+    """Return the store in ``chain``, or ``chain`` itself.
 
     A :class:`VectorStoreRetriever` is kept whole, because it carries the metadata filter. Anything
     that is neither a runnable nor a tool (a collection, a list, a function of query and k, ...) is
-    taken as the source itself.
+    the source itself.
 
     Raises:
         ConfigurationError: There is no vector store in ``chain``.
@@ -68,7 +68,7 @@ def _reachable(start: object) -> Iterable[object]:
 
 
 def _parts(value: object) -> Iterable[object]:
-    """Return what a runnable, tool, container or function holds; other objects are closed boxes."""
+    """Return what a runnable, tool, container or function holds; other objects are not searched."""
     parts: Iterable[object] = ()
     if isinstance(value, Mapping):
         parts = value.values()

@@ -193,10 +193,10 @@ class ChatRASD(RASDModel, BaseChatModel):
             tools: Functions, classes, tools, or their schemas.
             tool_choice: None or "auto": the model is free. "any", "required" or True: it calls at least
                 one. A tool's name, or OpenAI's dict of it: it calls that one. "none": it calls none.
-            strict: Whether arguments are held to their schemas where the model is free; of a call that
+            strict: Constrain arguments to their schemas also if no call is forced; of a call that
                 must be made they always are.
-            parallel_tool_calls: Whether one answer may hold several calls; None allows it where the
-                model is free, and holds it to one where it must call.
+            parallel_tool_calls: Allow several calls in one answer; None allows them unless a call is
+                forced.
             **kwargs: Further options of each call.
 
         Raises:
@@ -265,7 +265,7 @@ class ChatRASD(RASDModel, BaseChatModel):
     def load(self) -> Self:
         """Load the weights now rather than at the first call; the profile is then complete.
 
-        Only the loaded model tells how long a prompt may be and whether it writes thoughts.
+        Only then are the longest prompt and the use of reasoning known.
         """
         super().load()
         most = self.max_tokens or self._rasd.max_tokens

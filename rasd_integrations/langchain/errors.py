@@ -1,8 +1,7 @@
-"""Our errors as LangChain's own kinds, so that its middlewares know what to do with them.
+"""Our errors as subclasses of LangChain's, which its middlewares handle.
 
-The classes of :mod:`rasd_integrations.errors` are bases of these. LangChain's retries try an error of unknown
-kind again, but no :class:`~langchain_core.exceptions.ModelError` that says it would not help; its
-summarisation shortens the conversation after a ``ContextOverflowError``.
+Retries skip a :class:`~langchain_core.exceptions.ModelError` that cannot succeed; summarisation shortens the
+conversation after a ``ContextOverflowError``.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _KINDS: dict[type[Exception], type[Exception]] = {
 
 @contextmanager
 def langchain_errors() -> Iterator[None]:
-    """Raise our errors as LangChain's kinds; those without one pass as they are."""
+    """Raise our errors as LangChain's kinds; errors without one pass unchanged."""
     try:
         yield
     except errors.RASDError as err:

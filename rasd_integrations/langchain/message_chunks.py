@@ -1,4 +1,4 @@
-"""An answer's pieces as LangChain's message chunks, and the message that they add up to."""
+"""Converts an answer's deltas to LangChain's message chunks, and joins these."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from rasd_integrations.text.answer.parser import parsed_arguments
 from rasd_integrations.types import FinishReason, TextDelta, ToolCallDelta
 
 INVALID_CALLS = "invalid_tool_calls"
-"""Where a stream's last chunk says which calls are broken: LangChain mends cut JSON when it adds chunks up."""
+"""Where a stream's last chunk lists malformed calls: LangChain repairs cut JSON when it joins chunks."""
 
 _END: dict[FinishReason, str] = {
     "length": "the answer was cut at max_tokens",
     "stop": "the answer ended at a stop string or by itself",
     "tool_calls": "the model wrote it so",
 }
-# v1 output keeps calls in one list with text and thoughts, which LangChain numbers from 0.
+# v1 output has calls in one list with text and reasoning, which LangChain numbers from 0.
 _AFTER_TEXT = 1000
 
 
 class MessageChunks:
-    """Makes the message chunks of one answer. One chunk carries text, thoughts or calls, never two of them."""
+    """Makes the message chunks of one answer; a chunk carries text, reasoning or calls, never two of them."""
 
     def __init__(self, model_name: str, output_version: str | None) -> None:
         """Start an answer of ``model_name`` in LangChain's ``output_version``."""
@@ -38,17 +38,17 @@ class MessageChunks:
         self._first_index = _AFTER_TEXT if output_version == "v1" else 0
         self._calls: dict[int, InvalidToolCall] = {}
 
-    def push(self, piece: TextDelta) -> Iterator[ChatGenerationChunk]:
-        """Yield the chunks of ``piece``; none while text is held back."""
-        if piece.reasoning:
-            yield _chunk(additional_kwargs={REASONING: piece.reasoning})
-        if piece.text:
-            yield _chunk(content=piece.text)
+    def push(self, delta: TextDelta) -> Iterator[ChatGenerationChunk]:
+        """Yield the chunks of ``delta``; none while text is held back."""
+        if delta.reasoning:
+            yield _chunk(additional_kwargs={REASONING: delta.reasoning})
+        if delta.text:
+            yield _chunk(content=delta.text)
         # One delta a chunk: LangChain adds up deltas of one call over chunks, not within one.
-        for delta in piece.tool_calls:
-            yield _chunk(tool_call_chunks=[self._call(delta)])
-        if piece.finish_reason is not None and piece.stats is not None:
-            yield self._last(piece.finish_reason, piece.stats)
+        for call in delta.tool_calls:
+            yield _chunk(tool_call_chunks=[self._call(call)])
+        if delta.finish_reason is not None and delta.stats is not None:
+            yield self._last(delta.finish_reason, delta.stats)
 
     def _call(self, delta: ToolCallDelta) -> Any:
         call = self._calls.setdefault(
@@ -80,7 +80,7 @@ class MessageChunks:
 
 
 def whole_answer(chunks: Sequence[ChatGenerationChunk]) -> ChatResult:
-    """Return the answer that ``chunks`` add up to."""
+    """Join ``chunks`` to an answer."""
     result = generate_from_stream(iter(chunks))
     for generation in result.generations:
         mark_invalid_calls(generation.message)
@@ -88,7 +88,7 @@ def whole_answer(chunks: Sequence[ChatGenerationChunk]) -> ChatResult:
 
 
 def mark_invalid_calls(message: BaseMessage) -> None:
-    """File the calls that the last chunk called broken under ``invalid_tool_calls``: nobody is to run them."""
+    """Move malformed calls to ``invalid_tool_calls``, so that agents do not run them."""
     if not isinstance(message, AIMessage):
         return
     broken: dict[str | None, Any] = {
@@ -111,7 +111,7 @@ def mark_invalid_calls(message: BaseMessage) -> None:
 
 
 def usage_metadata(stats: DecodingStats) -> UsageMetadata:
-    """Return what an answer used, in tokens."""
+    """Return an answer's token usage."""
     return UsageMetadata(
         input_tokens=stats.prompt_tokens,
         output_tokens=stats.generated_tokens,
@@ -126,7 +126,7 @@ def _chunk(**fields: Any) -> ChatGenerationChunk:
 
 
 def _fault(arguments: str) -> str | None:
-    """Return what is wrong with a call's arguments, if anything is."""
+    """Return the error in a call's arguments, if any."""
     if parsed_arguments(arguments) is not None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""LangChain messages to the dicts that chat templates read. Knows no model and no tokenizer."""
+"""Converts LangChain messages to the dicts that chat templates read."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _calls(message: BaseMessage) -> Iterator[dict[str, Any]]:
 
 
 def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    # Chat templates run `tojson` on the arguments themselves, so these stay a dict, where they are one.
+    # Chat templates run `tojson` on the arguments themselves, so a dict stays a dict.
     function = {"name": call["name"] or "", "arguments": call["args"] or {}}
     return {"id": call["id"], "type": "function", "function": function}
 

@@ -48,8 +48,8 @@ def structured_output(
     known = ("schema", "method", "include_raw", "strict", "tools")
     reject_unknown(unknown, known, "with_structured_output")
     _check(schema, method, include_raw=include_raw, strict=strict, tools=tools)
-    told = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
-    options: dict[str, Any] = {} if schema is None else {"ls_structured_output_format": told}
+    trace = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+    options: dict[str, Any] = {} if schema is None else {"ls_structured_output_format": trace}
     name = None
     bound: Runnable[LanguageModelInput, AIMessage]
     if method == "function_calling":
@@ -91,27 +91,27 @@ def _check(
 
 
 class StructuredParser(BaseCumulativeTransformOutputParser[Any]):
-    """Reads the object that an answer is; of a stream also the objects that it might become."""
+    """Parses an answer into an object; a stream into growing partial objects."""
 
     answer_class: Any = None
-    """The pydantic class of the objects; None gives dicts."""
+    """The objects' pydantic class; None gives dicts."""
     call: str | None = None
-    """Name of the call whose arguments are the object; None reads the text."""
+    """Name of the tool whose call has the object as arguments; None reads the text."""
 
     @property
     def _type(self) -> str:
         return "rasd-structured"
 
     def parse(self, text: str) -> Any:
-        """Return the object that ``text`` is.
+        """Parse ``text``.
 
         Raises:
-            OutputParserException: It is none.
+            OutputParserException: It is no object of the schema.
         """
         return self._built(self._loaded(text), text)
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        """Return the object that an answer is; ``None`` while there is none yet.
+        """Parse an answer; ``None`` while there is no object yet.
 
         Raises:
             OutputParserException: The answer has ended and is no object of the schema.
@@ -131,7 +131,7 @@ class StructuredParser(BaseCumulativeTransformOutputParser[Any]):
             return None
 
     def beside_raw(self, raw: dict[str, BaseMessage]) -> dict[str, Any]:
-        """Return the message, what it parses to, and why it does not."""
+        """Return the message, its object, and the error if it has none."""
         message, parsed, error = raw["raw"], None, None
         calls = isinstance(message, AIMessage) and message.tool_calls
         if self.call is not None or not calls:
@@ -142,7 +142,7 @@ class StructuredParser(BaseCumulativeTransformOutputParser[Any]):
         return {"raw": message, "parsed": parsed, "parsing_error": error}
 
     def _arguments(self, message: BaseMessage) -> str:
-        """Return the arguments of the call as text: as written, where a chunk still has it."""
+        """Return the arguments of the call as text, verbatim if a chunk still has them."""
         for kind in ("tool_call_chunks", "tool_calls", "invalid_tool_calls"):
             for call in getattr(message, kind, ()):
                 if call["name"] == self.call:
@@ -176,7 +176,7 @@ _STOPPED = "A stop string may have cut it."
 
 
 def _cut(message: BaseMessage | None) -> str:
-    """Return what to do about an answer that had to end at its budget; empty for one that had not."""
+    """Return advice for an answer that ``max_tokens`` cut; else nothing."""
     if message is None or message.response_metadata.get("finish_reason") != "length":
         return ""
     spent = (getattr(message, "usage_metadata", None) or {}).get("output_tokens")

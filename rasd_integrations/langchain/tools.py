@@ -1,4 +1,4 @@
-"""Tools and forms of answers as LangChain says them, to what the engine takes."""
+"""Converts LangChain's tools and response formats to the engine's."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def openai_tool(tool: Tool, *, strict: bool | None = None) -> dict[str, Any]:
 
 
 def take_tool_use(options: dict[str, Any]) -> ToolUse | None:
-    """Take the options of tools out of a call's ``options``; ``None`` where there are no tools.
+    """Pop the options of tools from a call's ``options``; return ``None`` if there are no tools.
 
     Raises:
         ConfigurationError: A choice that cannot be met, a tool without a name, or OpenAI's old
@@ -73,7 +73,7 @@ def take_tool_use(options: dict[str, Any]) -> ToolUse | None:
 
 
 def answer_grammar(response_format: Any) -> Grammar | None:
-    """Return the grammar of an OpenAI ``response_format``, or of a class that stands for its schema.
+    """Return the grammar of an OpenAI ``response_format``, or of a class with a schema.
 
     Raises:
         ConfigurationError: It is neither.
@@ -123,7 +123,7 @@ def _is_model(schema: object) -> bool:
 
 
 def _is_recursive(schema: Mapping[str, Any]) -> bool:
-    """Whether a schema's definitions lead back to themselves."""
+    """True if a schema's definitions refer to themselves."""
     definitions = {**schema.get("$defs", {}), **schema.get("definitions", {})}
     uses = {name: set(_REFERENCE.findall(json.dumps(d))) for name, d in definitions.items()}
     for _ in uses:

@@ -119,16 +119,16 @@ class RASDLLM(RASDCalling):
     _found: weakref.ref[Any] | None = PrivateAttr(default=None)
 
     def model_post_init(self, context: Any, /) -> None:
-        """Begin to watch the pipelines of this process."""
+        """Observe the pipelines of this process."""
         super().model_post_init(context)
         self._trace = observe(self._capture)
 
     @property
     def metadata(self) -> LLMMetadata:
-        """The model's true window, and what its chat template allows.
+        """The model's context window, and what its chat template allows.
 
-        Loads no weights, but reads config and tokenizer at the first time; where that would hold up an event
-        loop, await :meth:`aload` before. Functions can be called where the chat template writes the prompts.
+        Loads no weights, but reads config and tokenizer once; await :meth:`aload` before to keep that off the
+        event loop. Functions can be called if the chat template writes the prompts.
         """
         return LLMMetadata(
             context_window=self._rasd.window,
@@ -140,7 +140,7 @@ class RASDLLM(RASDCalling):
 
     @property
     def _writes_prompts(self) -> bool:
-        """Whether the user's own function makes texts of messages."""
+        """True if the user's own function converts messages to text."""
         to_prompt = self.messages_to_prompt or generic_messages_to_prompt
         return to_prompt is not generic_messages_to_prompt
 
@@ -168,7 +168,7 @@ class RASDLLM(RASDCalling):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Answer a text: as a user's message, or as it stands if ``formatted``."""
+        """Answer a text: as a user's message, or verbatim if ``formatted``."""
         make = partial(self._completion_call, prompt, formatted, kwargs)
         return self._whole(completion_response, make)
 
@@ -207,8 +207,7 @@ class RASDLLM(RASDCalling):
             deltas = self._rasd.stream(make())
         return stream_responses(respond, deltas, errors)
 
-    # The asynchronous endpoints make their calls in a thread: the first one reads files, and filling a long
-    # template again takes its time.
+    # The asynchronous endpoints make requests in a thread: the first reads files, and templates may be long.
 
     async def _awhole(self, respond: Respond[_Response], make: Callable[[], Request]) -> _Response:
         with self._errors():
@@ -306,9 +305,9 @@ class RASDLLM(RASDCalling):
         )
 
     def _structured(self, sent: Sent) -> Filled | None:
-        """Return the template of the structured call around this one, if it gives this very prompt.
+        """Return the template of the structured call around this one, if it makes this prompt.
 
-        Structured programs fill their templates themselves; only the start of the call is told.
+        Structured programs fill their templates themselves; only an event at the start shows them.
         """
         for call in self._trace.structured_calls():
             filled = Filled(call.template, call.args, "structured")
@@ -317,7 +316,7 @@ class RASDLLM(RASDCalling):
         return None
 
     def _discover(self, retrieval: IndexRetrieval | None) -> None:
-        """Take the index of the pipeline's retriever as the store, where the user gave none."""
+        """Take the index of the pipeline's retriever as the store, unless the user gave one."""
         if self._store_given or retrieval is None or retrieval.index is None:
             return
         index = retrieval.index()

@@ -1,4 +1,4 @@
-"""What our errors are raised as where LlamaIndex would take them for a model's malformed answer."""
+"""Converts errors that LlamaIndex would take for a model's malformed answer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rasd_integrations.errors import ContextOverflowError, DecodingError, RASDEr
 
 @dataclass(frozen=True, slots=True)
 class PipelineErrors:
-    """A context that raises our `ValueError`s as `RuntimeError`s inside a LlamaIndex pipeline.
+    """A reentrant context that raises our `ValueError`s as `RuntimeError`s inside a LlamaIndex pipeline.
 
     Response synthesizers and extractors take ``ValueError`` and ``TypeError`` for an answer that could not be
-    parsed, and go on without it ("Empty Response"). A direct call of the LLM keeps the types of
-    :mod:`rasd_integrations.errors`. May be entered again.
+    parsed, and go on without it ("Empty Response"). A direct call keeps the types of
+    :mod:`rasd_integrations.errors`.
 
     Attributes:
-        in_pipeline: Whether the LLM is called by a component of LlamaIndex.
+        in_pipeline: The LLM is called by a component of LlamaIndex.
     """
 
     in_pipeline: bool

@@ -1,4 +1,4 @@
-"""LlamaIndex's messages to the dicts that chat templates read."""
+"""Converts LlamaIndex's messages to the dicts that chat templates read."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ _ROLES = {
 def to_message(message: ChatMessage) -> Message:
     """Return a message as chat templates read it.
 
-    Tool calls are read in both of the framework's forms. Thoughts are handed to the template, which knows
-    how many turns of them its model reads; cache points say nothing to a local model, and citations repeat
-    what is said. What an assistant or a tool said without text is passed over, with one line in the log.
+    Tool calls are read in both of the framework's forms. Cache points mean nothing to a local model, and citations
+    repeat the text. Other blocks of an assistant or a tool are skipped, with one line in the log.
 
     Raises:
         PromptError: A block that is not text in what a user or system message says, named by its type.

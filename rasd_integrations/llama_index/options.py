@@ -59,7 +59,7 @@ class RASDOptions(FrameworkModel, FunctionCallingLLM):
         return self._rasd.count_tokens(messages_to_prompt(messages))
 
     def template_tokens(self) -> int:
-        """Return the tokens that are put round a system and a user message, or round a plain text."""
+        """Return the number of tokens around a system and a user message, or around a plain text."""
         letter = "a"
         size = len(self.encode(letter))
         if not self._rasd.has_chat_template:

@@ -1,8 +1,7 @@
 """Makes LlamaIndex pack contexts by the tokens of the model that reads them.
 
-A response synthesizer packs by a :class:`PromptHelper`, whose default counts with the global tokenizer: another
-model's, unless ``Settings.tokenizer`` was set. German, code and numbers have up to 1.6 times as many tokens as
-that one says, so that a context packed to the brim exceeds the window.
+A response synthesizer packs by a :class:`PromptHelper`, which counts with the global tokenizer of another model
+unless ``Settings.tokenizer`` was set. German, code and numbers may have 1.6 times as many tokens as it counts.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def model_prompt_helper(llm: RASDOptions, like: PromptHelper | None = None) -> P
 
     Args:
         llm: Reads what is packed.
-        like: Its other options are kept, and its window where that is smaller than the model's.
+        like: Its other options are kept, and its window if smaller than the model's.
     """
     metadata = llm.metadata
     window = metadata.context_window - llm.template_tokens()
@@ -47,7 +46,7 @@ def model_prompt_helper(llm: RASDOptions, like: PromptHelper | None = None) -> P
 
 
 def pack_by_model(synthesizer: BaseSynthesizer) -> None:
-    """Let ``synthesizer`` count by its own LLM, if that is one of ours and nobody gave another tokenizer."""
+    """Let ``synthesizer`` count by its own LLM, if it is one of ours and no other tokenizer was given."""
     llm = synthesizer._llm  # noqa: SLF001 - no public name; absent, the default stays
     if isinstance(llm, StructuredLLM):
         llm = llm.llm

@@ -1,4 +1,4 @@
-"""Answers of the core as LlamaIndex's responses: whole, or growing chunk by chunk."""
+"""Converts answers to LlamaIndex's responses, whole or streamed."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _next_response(
 def stream_responses(
     respond: Respond[_Response], chunks: Iterator[TextDelta], errors: PipelineErrors
 ) -> Generator[_Response, None, None]:
-    """Yield an answer as it grows, the new text as ``delta``; ``raw`` stands on the last response.
+    """Yield an answer as it grows, the new text as ``delta``; ``raw`` is on the last response.
 
     Closing it stops the decoding.
     """

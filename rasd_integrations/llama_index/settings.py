@@ -1,4 +1,4 @@
-"""LlamaIndex's global settings, set to the measures of one LLM."""
+"""Sets LlamaIndex's global settings for one LLM."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from rasd_integrations.llama_index.packing import model_prompt_helper
 
 
 def configure_settings(llm: RASDLLM) -> None:
-    """Make ``llm`` LlamaIndex's default, and its tokenizer and window the measure of what fits. Loads no weights.
+    """Make ``llm`` LlamaIndex's default, and its tokenizer and window the global ones. Loads no weights.
 
-    Response synthesizers pack by the LLM's own tokens without it. With it text splitters and memories, which
-    know no LLM, count by them too.
-
-    The mode ``simple_summarize`` stays a risk at the brim: LlamaIndex shows its context as an escaped list,
-    which has more tokens than it counts.
+    Text splitters and memories then count by them; response synthesizers do so without it. The mode
+    ``simple_summarize`` may still exceed the window: it shows its context as an escaped list, which has more
+    tokens than LlamaIndex counts.
     """
     Settings.llm = llm
     Settings.tokenizer = llm.encode

@@ -1,4 +1,4 @@
-"""Tool calling and structured prediction, as LlamaIndex's agents and programs ask for them."""
+"""Tool calling and structured prediction for LlamaIndex's agents and programs."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class RASDCalling(RASDOptions):
             user_msg: Said after the history.
             chat_history: The conversation so far.
             verbose: Nothing is printed.
-            allow_parallel_tool_calls: Whether one answer may hold several calls.
-            tool_required: Whether a tool must be called; the call then follows its schema.
-            tool_choice: ``"auto"``, ``"required"``, ``"none"`` or a tool's name; goes before ``tool_required``.
+            allow_parallel_tool_calls: Allow several calls in one answer.
+            tool_required: Force a call, constrained to its schema.
+            tool_choice: ``"auto"``, ``"required"``, ``"none"`` or a tool's name; overrides ``tool_required``.
             **kwargs: Other options of the call.
         """
         messages = list(chat_history or ())
@@ -108,9 +108,9 @@ class RASDCalling(RASDOptions):
         llm_kwargs: dict[str, Any] | None = None,
         **prompt_args: Any,
     ) -> Model:
-        """Answer a filled template with an object; the answer cannot but follow the class's schema.
+        """Format the template and return an object; decoding is constrained to its schema.
 
-        A model with a chat template is made to call a tool of that schema; another one, or any in
+        A model with a chat template is forced to call a tool of that schema; another one, or any in
         ``PydanticProgramMode.LLM``, reads the schema in its prompt and writes JSON.
 
         Args:
@@ -210,7 +210,7 @@ class RASDCalling(RASDOptions):
     def _object_call(
         self, output_cls: type[Model], prompt: PromptTemplate, args: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return what makes a call one of the class's tool; it goes over a caller's options."""
+        """Return the options that force a call of the class's tool; they override the caller's."""
         return {
             "tools": [get_function_tool(output_cls)],
             "chat_history": self._extend_messages(prompt.format_messages(llm=self, **args)),

@@ -20,7 +20,7 @@ _OLD = "tool_calls"
 
 
 def tool_specs(tools: Sequence[Any] | None) -> list[Any]:
-    """Return tools in OpenAI's form; what is no tool of LlamaIndex's is left as it is.
+    """Return tools in OpenAI's form; what is no LlamaIndex tool is unchanged.
 
     Raises:
         ConfigurationError: ``tools`` is not a list.
@@ -34,13 +34,13 @@ def tool_specs(tools: Sequence[Any] | None) -> list[Any]:
 
 
 def arguments_of(text: str) -> dict[str, Any] | str:
-    """Return a call's arguments as a mapping; text that is no JSON object, or not yet, as it stands."""
+    """Return a call's arguments as a mapping; text that is no JSON object (yet) unchanged."""
     found = parsed_arguments(text) if text else None  # nothing yet may be a call that was cut
     return text if found is None else found
 
 
 def calls_in(message: ChatMessage) -> list[ToolCallBlock]:
-    """Return the tool calls of a message: its blocks, or the older form where it has none.
+    """Return the tool calls of a message: its blocks, else those in the older form.
 
     Raises:
         PromptError: A call in the older form without a function's name.
@@ -50,7 +50,7 @@ def calls_in(message: ChatMessage) -> list[ToolCallBlock]:
 
 
 def keep_first_call(message: ChatMessage) -> None:
-    """Take all tool calls but the first out of a message."""
+    """Remove all tool calls but the first from a message."""
     first = calls_in(message)[:1]
     message.blocks = [b for b in message.blocks if not isinstance(b, ToolCallBlock)] + first
     message.additional_kwargs.pop(_OLD, None)
@@ -59,8 +59,8 @@ def keep_first_call(message: ChatMessage) -> None:
 def selection(call: ToolCallBlock, *, cut: bool) -> ToolSelection:
     """Return a call in the form that LlamaIndex runs.
 
-    Arguments that are still being written, or that a free model wrote badly, are mended; where that is
-    impossible they are empty, and the tool says what it misses.
+    Incomplete or malformed arguments are repaired; if that is impossible they are empty, and the tool says what it
+    misses.
 
     Args:
         call: The call.

@@ -1,8 +1,8 @@
-"""What the pipeline around an LLM call did, seen through LlamaIndex's instrumentation.
+"""Records what the pipeline around an LLM call did, through LlamaIndex's instrumentation.
 
-One observer a process listens at the root dispatcher: spans tell which calls belong together and hand over
-the retriever objects, events tell what was retrieved. It holds retrievers weakly, texts in bounded lists,
-and does nothing while no LLM of this package lives.
+One observer per process at the root dispatcher: spans show which calls belong together and the retriever objects,
+events show what was retrieved. It holds retrievers weakly and texts in bounded lists, and does nothing while there is
+no LLM of this package.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ def _plain_query(query: Any) -> str:
 class _Span:
     parent: str | None
     of_llm: bool
-    """Whether it is a method of an LLM, rather than of what asks one."""
+    """True if it is a method of an LLM."""
 
 
 class Trace:
-    """The observer: spans, retrievals and structured calls of this process, the newest of each."""
+    """The observer: the newest spans, retrievals and structured calls of this process."""
 
     def __init__(self) -> None:
         """Start empty; :func:`observe` installs it."""
@@ -110,7 +110,7 @@ class Trace:
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def enter(self, span: str, parent: str | None, instance: Any) -> None:
-        """Note a span, and the retriever whose method it is; set what a synthesizer packs by."""
+        """Record a span and its retriever; make a synthesizer pack by its LLM's tokens."""
         if not self._listeners:
             return
         with self._lock:
@@ -121,7 +121,7 @@ class Trace:
             pack_by_model(instance)
 
     def handle(self, event: BaseEvent) -> None:
-        """Note what was retrieved, and which template a structured call fills."""
+        """Record what was retrieved, and the template of a structured call."""
         if not self._listeners:
             return
         if isinstance(event, RetrievalEndEvent):
@@ -149,11 +149,11 @@ class Trace:
             self._retrievals.appendleft(IndexRetrieval(query, chunks, root, index, filter_))
 
     def retrieval_for(self, text: str) -> IndexRetrieval | None:
-        """Return the retrieval that the prompt ``text``, about to be decoded, was made of.
+        """Return the retrieval that the prompt ``text`` was made from.
 
-        The one of the same root span that shares most chunks with the prompt, the newest of equals. Where no
-        root is shared (plain Python code, streams read after their query has returned) the one of the process
-        that shares most; its query may be another request's and is left out.
+        The one of the same root span with most chunks in the prompt, the newest of equals. If no root is shared
+        (plain Python, streams read after their query has returned), the best of the process, without its query,
+        which may be another request's.
         """
         with self._lock:
             root = self._root(active_span_id.get())
@@ -165,13 +165,13 @@ class Trace:
         return replace(best, query=None) if best is not None and best.share(text) else None
 
     def structured_calls(self) -> list[StructuredCall]:
-        """Return the structured calls that the running LLM call may belong to, newest first."""
+        """Return the structured calls around the running LLM call, newest first."""
         with self._lock:
             around = {None, *self._path(active_span_id.get())}
             return [call for call in self._structured if call.span in around]
 
     def in_pipeline(self) -> bool:
-        """Whether the running LLM call was made by something else than an LLM: a component, a workflow."""
+        """True if a component or workflow, not only an LLM, made the running LLM call."""
         with self._lock:
             around = [self._spans.get(span) for span in self._path(active_span_id.get())]
         return any(span is not None and not span.of_llm for span in around)
@@ -226,7 +226,7 @@ class _Spans(BaseSpanHandler[BaseSpan]):
         try:
             self._trace.enter(id_, parent_id, instance)
         except RASDError:
-            pass  # of a model that cannot be read: the call that follows raises it
+            pass  # a model that cannot be read: the call that follows raises it
         except Exception:
             # The dispatcher swallows what handlers raise; packing goes on by another tokenizer, so say it.
             logger.exception("A span could not be followed.")

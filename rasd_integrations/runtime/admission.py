@@ -1,4 +1,4 @@
-"""Which answers may hold keys and values at the same time: a gate weighted by bytes, first come first served."""
+"""Limits the KV memory of concurrent answers: a FIFO semaphore weighted by bytes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.process import Bell, locked
 
-_SHARE = 0.5  # of the memory that is available when a device's gate is made
-_UNKNOWN = 8 << 30  # bytes taken for available where the system does not say
-_HEARD_S = 0.1  # a cancelled request leaves the line within this time
+_SHARE = 0.5  # of the memory available when a device's gate is made
+_UNKNOWN = 8 << 30  # bytes, if the system does not report what is available
+_POLL_S = 0.1  # a cancelled request leaves the queue within this time
 
-# The answer that this context is inside of. What an answer itself asks for (a drafter or a store of the
-# user's own that calls a model) must not wait for that answer to end.
+# The answer that this context runs in. Answers nested in it (a user's drafter or store that calls a model)
+# must not wait for it to end.
 _inside: ContextVar[weakref.ref[_Place] | None] = ContextVar("rasd_admitted", default=None)
 
 
 class _Place:
-    """An answer in the line, or under way; where an interrupt comes before it leaves, it goes with its frames."""
+    """A waiting or running answer; held weakly, so that after an interrupt it goes with its frames."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
@@ -34,30 +34,30 @@ class _Place:
 
 
 class Admission:
-    """Lets answers in while the live ones fit in a limit; one is always let in, however large.
+    """Admits answers while the running ones fit in a limit; one is always admitted, however large.
 
-    Only for answers that run to their end by themselves. A synchronous stream must not pass here: it
-    lives as long as its consumer likes, who may ask for another answer in the same thread.
+    Only for answers that end by themselves. The consumer of a synchronous stream may ask for another answer in the
+    same thread before it ends the first, and would wait for itself.
 
     Attributes:
-        limit: Bytes that the live answers may hold together.
+        limit: Bytes that the running answers may hold together.
     """
 
     def __init__(self, limit: int) -> None:
         """Admit up to ``limit`` bytes."""
         self.limit = limit
-        self._lock = threading.Lock()  # of both, whose order is that of their coming
+        self._lock = threading.Lock()  # of both dicts, which keep the order of arrival
         self._live: weakref.WeakKeyDictionary[_Place, None] = weakref.WeakKeyDictionary()
         self._line: weakref.WeakKeyDictionary[_Place, None] = weakref.WeakKeyDictionary()
 
     @property
     def live(self) -> int:
-        """Answers under way."""
+        """Running answers."""
         return len(self._live)
 
     @property
     def waiting(self) -> int:
-        """Answers in the line."""
+        """Waiting answers."""
         return len(self._line)
 
     @contextmanager
@@ -65,8 +65,8 @@ class Admission:
         """Wait until an answer of ``nbytes`` fits, and count it until the block ends.
 
         Args:
-            nbytes: What its keys and values will come to.
-            cancelled: Once set, it leaves the line.
+            nbytes: Size of its keys and values at its end.
+            cancelled: Once set, it leaves the queue.
 
         Raises:
             DecodingError: It was cancelled while it waited.
@@ -80,7 +80,7 @@ class Admission:
                 if cancelled is not None and cancelled.is_set():
                     msg = "The request was cancelled while it waited for memory."
                     raise DecodingError(msg)
-                place.bell.wait(_HEARD_S)
+                place.bell.wait(_POLL_S)
             _inside.set(weakref.ref(place))
             yield
         finally:
@@ -93,7 +93,7 @@ class Admission:
 
     @locked
     def _enters(self, place: _Place, *, nested: bool) -> bool:
-        """Let the answer in, if it is its turn."""
+        """Admit the answer if it is its turn."""
         room = self.limit - sum(live.nbytes for live in self._live)
         fits = next(iter(self._line)) is place and (not self._live or place.nbytes <= room)
         if fits or nested:
@@ -116,15 +116,12 @@ class Admission:
 
 @cache
 def shared_admission(device: torch.device) -> Admission:
-    """Return the one gate of ``device``, whose memory all models on it share.
-
-    Made after the weights are loaded, it lets live answers hold half of what is left.
-    """
+    """Return the gate of ``device``, which all models on it share: half of what is left after loading."""
     return Admission(int(_SHARE * memory_available(device)))
 
 
 def memory_available(device: torch.device) -> int:
-    """Return the bytes that can be had on ``device`` now: free ones, and those that caches would give back."""
+    """Return the available bytes on ``device``: free memory and what caches would release."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + kept)
@@ -145,7 +142,7 @@ def _system_room() -> int | None:
 
 
 def _cgroup_rooms(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """Yield what the process's container, if any, has left: its limit less what cannot be reclaimed."""
+    """Yield the free memory of each cgroup limit on this process."""
     with suppress(OSError):
         for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)

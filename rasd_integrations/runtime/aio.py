@@ -1,4 +1,4 @@
-"""A blocking iterator as an asynchronous one: a worker thread, a queue, and a stop that is heard."""
+"""Runs a blocking iterator in a worker thread and yields its items asynchronously."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rasd_integrations.process import locked
 
 _T = TypeVar("_T")
 
-MAX_WORKERS = 32  # more threads than answers that decode at once bring nothing but their memory
+MAX_WORKERS = 32  # about as many answers as decode at once; more threads only cost memory
 
 
 class Workers:
-    """Runs jobs in daemon threads, so many at a time, in the order they came; keeps no idle thread.
+    """A FIFO pool of daemon threads that keeps no idle thread.
 
-    A job must end by itself, and wait for no other job: then a full house never stands still.
+    Jobs must not wait for one another, or a full pool deadlocks.
     """
 
     def __init__(self, limit: int) -> None:
@@ -32,7 +32,7 @@ class Workers:
 
     @property
     def busy(self) -> bool:
-        """Whether a job runs or waits."""
+        """True while a job runs or waits."""
         return bool(self._running)
 
     def run(self, job: Callable[[], None]) -> None:
@@ -75,8 +75,8 @@ class Workers:
 
 
 _workers = Workers(MAX_WORKERS)
-# Whether this context runs in a worker. A stream that is asked for in there (by a drafter or a store that
-# calls a model) gets a thread of its own: its worker may wait for it, and so may all the others.
+# True in a worker. A stream started there (by a drafter or a store that calls a model) gets its own thread: its
+# worker may wait for it, and so may all the others.
 _in_worker: contextvars.ContextVar[bool] = contextvars.ContextVar("rasd_worker", default=False)
 
 
@@ -90,7 +90,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def start_thread(work: Callable[[], None]) -> None:
-    """Run ``work`` in a new daemon thread; while it is at work, the end of the process waits for it."""
+    """Run ``work`` in a new daemon thread; the process does not end during its steps."""
     threading.Thread(target=work, name="rasd-stream", daemon=True).start()
 
 
@@ -99,23 +99,22 @@ async def iterate_in_thread(
 ) -> AsyncGenerator[_T, None]:
     """Run ``start()`` and the iterator it returns in a worker thread and yield its items here.
 
-    The event loop is never blocked. Where all workers are taken, the call waits for its turn. When the
-    consumer stops or is cancelled, the thread closes the iterator before its next item, which ends
-    decoding within one step; what has not started by then never does.
+    If all workers are busy, the call waits for its turn. When the consumer stops or is cancelled, the thread
+    closes the iterator before its next item, which ends decoding within one step.
 
     Args:
         start: Makes the iterator; both run in the caller's context variables.
         stopped: Set when the consumer has left, for an iterator that waits before its first item.
     """
     loop = asyncio.get_running_loop()
-    # Without a bound: the worker must run on to its end whatever its consumer waits for, perhaps a worker.
+    # Unbounded: a worker must never wait for its consumer, which may wait for a worker.
     items: asyncio.Queue[tuple[bool, _T | BaseException | None]] = asyncio.Queue()
     left = threading.Event() if stopped is None else stopped
 
     def put(alive: bool, item: _T | BaseException | None) -> None:
         try:
             loop.call_soon_threadsafe(items.put_nowait, (alive, item))
-        except RuntimeError:  # the loop was closed; nobody listens
+        except RuntimeError:  # the loop was closed
             left.set()
 
     def work() -> None:

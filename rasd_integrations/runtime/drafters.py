@@ -26,13 +26,13 @@ def named_drafter_model(
     device: str | None = None,
     executor: ExecutorName = "auto",
 ) -> SharedModel | None:
-    """Load the model that ``spec`` names; ``None`` where it names none. Who keeps it spares others a second copy.
+    """Load the drafter model that ``spec`` names, or return ``None``. Shared while any caller holds it.
 
     Args:
         spec: As :func:`make_drafter` takes it.
         model_kwargs: For loading it.
         device: Where it goes; ``None``: as ``model_kwargs`` says.
-        executor: The target's: a drafter model runs eagerly where that one was asked to, else as is best.
+        executor: The target's; "eager" holds for the drafter model, too, any other becomes "auto".
 
     Raises:
         ModelLoadError: The model is missing or broken.
@@ -59,7 +59,7 @@ def make_drafter(
         spec: ``"auto"``, ``"self"``, a model's hub id or path, a drafter, or ``None``.
         target: The model that is drafted for.
         drafter_model: The one that it names, or that was given beside it.
-        lossless: Whether the output follows the target alone; a lossy distribution needs a drafter's distribution.
+        lossless: The output follows the target alone; otherwise the drafter must give probabilities.
         cache_bytes: Most memory for the drafter model's kept keys and values.
         folder: Where keys and values of warmed documents lie.
         namespace: Whose files there are read.

@@ -1,4 +1,4 @@
-"""What one `RASD` decodes with, loaded when it is first asked for: weights, drafter and chat template."""
+"""Loads what one `RASD` decodes with on first use: weights, drafter and chat template."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class LazyEngine:
 
     @property
     def weights(self) -> dict[str, str]:
-        """Digests of objects that were handed over loaded, as they are now; empty for a model with a name."""
+        """Current digests of weights that were given loaded; empty for a model loaded by name."""
         shared, drafter = self._shared, self._drafter_model
         if self._taken and shared is not None:  # else closed: what was known last
             self._weights = {"weights": shared.fingerprint}
@@ -92,7 +92,7 @@ class LazyEngine:
         return self._weights
 
     def clear_caches(self) -> None:
-        """Forget the keys and values that are kept of prompts, in memory."""
+        """Drop the prefix caches in memory."""
         with self._lock:
             for model in (self._shared, self._drafter_model):
                 if model is not None:
@@ -105,7 +105,7 @@ class LazyEngine:
             self._decoder = self._template = self._shared = self._drafter_model = None
 
     def check_open(self) -> None:
-        """Raise if it was closed, or loaded in another process; takes no lock, which that one may have held.
+        """Raise if it was closed or loaded before a fork; takes no lock, as a fork may leave it held.
 
         Raises:
             DecodingError: It was, or it was loaded before this process was forked.
@@ -200,7 +200,7 @@ class LazyEngine:
 
     @property
     def max_tokens(self) -> int:
-        """Longest answer where no call sets it: the checkpoint's, else 512; reads its generation config only."""
+        """Longest answer of a call without ``max_tokens``: the checkpoint's, else 512; reads one config file."""
         self.check_open()
         if self._max_tokens is None:
             from rasd_integrations.engine.generation_config import checkpoint_sampling, sampling_of

@@ -1,4 +1,4 @@
-"""Loaded models. Weights stand once in a process, however many wrappers use them."""
+"""Loads each model once per process, however many wrappers use it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from rasd_integrations.storage.cache_folder import cache_folder
 
 
 class SharedModel:
-    """One model's weights, its tokenizer, and the keys and values kept between its answers.
+    """One model's weights, its tokenizer and its prefix caches.
 
     Attributes:
         target: The weights, ready for steps.
@@ -52,15 +52,15 @@ class SharedModel:
         owned: bool = False,
         identity: ModelIdentity | None = None,
     ) -> None:
-        """Wrap loaded objects, run eagerly where no executor is given.
+        """Wrap loaded objects.
 
         Args:
             model: The weights.
             tokenizer: The model's own.
             name: What it was loaded from.
-            executor: What runs its steps.
-            owned: Nobody else has the model, so that its weights never change.
-            identity: Of the weights, where they cannot be read any more.
+            executor: Runs its steps; ``None``: eagerly.
+            owned: No other code holds the model, so its weights never change.
+            identity: Of the weights, if they cannot be read any more.
 
         Raises:
             ConfigurationError: The architecture cannot run speculative steps.
@@ -69,7 +69,7 @@ class SharedModel:
         self.tokenizer = tokenizer
         self.name = name
         self._owned = owned
-        # Modules and parameters are shared with what runs the steps; compiled and recorded steps have their own.
+        # Eager steps use the model's own parameters; compiled and recorded steps have copies.
         self._follows = executor is None or type(executor) is EagerExecutor
         self._built_from = None if owned else self._state_of_build()
         self._identity: tuple[Hashable, ModelIdentity] | None = (
@@ -81,7 +81,7 @@ class SharedModel:
 
     @property
     def identity(self) -> ModelIdentity:
-        """What tells the weights from others', as they are now; read when it is first asked for."""
+        """Digests of the current weights; read on first use."""
         state = self._weights_state()
         with self._lock:
             if self._identity is None or self._identity[0] != state:
@@ -95,7 +95,7 @@ class SharedModel:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What its tokens stand for.
+        """The tokens' bytes.
 
         Raises:
             VocabularyMismatchError: The tokenizer cannot be read.
@@ -103,10 +103,10 @@ class SharedModel:
         return Vocabulary(self.tokenizer, self.name, self.target.vocab_size)
 
     def _weights_state(self) -> Hashable:
-        """Return what changes with the weights of a model that others have, too.
+        """Return a value that changes with the weights, if other code holds the model.
 
         Raises:
-            DecodingError: They changed, but what runs the steps has those of before.
+            DecodingError: They changed, but the steps run the old ones.
         """
         if self._owned:
             return None
@@ -120,21 +120,21 @@ class SharedModel:
 
     @property
     def is_stale(self) -> bool:
-        """Whether its steps run other weights than the model has by now."""
+        """True if its steps run weights that the model has no longer."""
         return not self._owned and self._built_from != self._state_of_build()
 
     def _state_of_build(self) -> Hashable:
-        """Return what must not change; parameters that the steps hold on to cannot give their id to others."""
+        """Return a value that must not change; the ids of parameters that the steps hold are never reused."""
         model = self.target.model
         return tuple(map(id, model.parameters())) if self._follows else weights_state(model)
 
     def prefix_cache(
         self, max_bytes: int, folder: PrefixFolder | None = None, *, deterministic: bool = False
     ) -> PrefixCache:
-        """Return the cache of this size, folder and kind of steps, the same for all that ask for it.
+        """Return the shared cache of this size, folder and kind of steps.
 
         Raises:
-            ConfigurationError: A folder is asked for, but this model cannot be told from others.
+            ConfigurationError: A folder is given, but this model has no digest.
         """
         key = max_bytes, folder, deterministic
         with self._lock:
@@ -147,7 +147,7 @@ class SharedModel:
     def new_cache(
         self, max_bytes: int, folder: PrefixFolder | None = None, *, deterministic: bool = False
     ) -> PrefixCache:
-        """Return a cache of its own, for a drafter.
+        """Return a new cache, for a drafter.
 
         Raises:
             ConfigurationError: As :meth:`prefix_cache` does.
@@ -158,7 +158,7 @@ class SharedModel:
         return cache
 
     def clear_caches(self) -> None:
-        """Forget all kept keys and values, and look at the weights anew; files stay where they are."""
+        """Drop all prefix caches in memory and read the weights' digest again; files stay."""
         with self._lock:
             for cache in list(self._caches):
                 cache.clear()
@@ -168,10 +168,10 @@ class SharedModel:
     def _prefix_files(
         self, folder: PrefixFolder | None, *, deterministic: bool
     ) -> PrefixFiles | None:
-        """Return this model's files in ``folder``; rows of ``deterministic`` steps have files of their own.
+        """Return this model's files in ``folder``; ``deterministic`` steps have separate files.
 
         Raises:
-            ConfigurationError: This model cannot be told from others.
+            ConfigurationError: This model has no digest.
         """
         if folder is None:
             return None
@@ -202,7 +202,7 @@ _loading = threading.Lock()
 
 
 def _after_fork() -> None:
-    """Begin anew in a forked process: what was loaded cannot run here, and locks may have been held."""
+    """Reset after a fork: loaded models cannot run here, and locks may have been held."""
     _loaded.clear()
     _wrapped.clear()
     shared_admission.cache_clear()
@@ -215,7 +215,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _check_can_run() -> None:
-    """See that steps can run in this process.
+    """Raise unless steps can run in this process.
 
     Raises:
         ConfigurationError: It was forked by a thread that had run a model.
@@ -234,7 +234,7 @@ def shared_model(
     device: str | None = None,
     executor: ExecutorName = "auto",
 ) -> SharedModel:
-    """Load a model, onto ``device`` where one is given, or return the one that is loaded already.
+    """Load a model, onto ``device`` if given, or return the loaded one.
 
     Raises:
         ModelLoadError: The model is missing or broken.
@@ -274,7 +274,7 @@ def _load(
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """Return what a loaded object was loaded from, else the name of its class."""
+    """Return the path or id that a model was loaded from, else the name of its class."""
     return getattr(model, "name_or_path", "") or type(model).__name__
 
 
@@ -284,7 +284,7 @@ def wrapped_model(
     name: str,
     executor: ExecutorName = "auto",
 ) -> SharedModel:
-    """Return the shared model round a loaded object: one an object, so that its kept prompts are found again.
+    """Wrap a loaded model; the same object returns the same `SharedModel` and prefix cache.
 
     Raises:
         ConfigurationError: Its architecture cannot run speculative steps, or not by this executor.

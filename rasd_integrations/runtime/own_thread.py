@@ -1,4 +1,4 @@
-"""Work in a thread that ends with it, and that Ctrl-C reaches."""
+"""Runs work in a thread of its own that Ctrl-C reaches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _HEARD_S = 0.2
 def in_own_thread(work: Callable[[], _T]) -> _T:
     """Return what ``work`` returns, or raise what it raises; run it in a thread of its own.
 
-    Python interrupts the main thread only, which here does nothing but wait. A ``KeyboardInterrupt`` is handed on to
-    the working thread, which takes it at its next line of Python and cleans up as if it had been the main one.
+    Python interrupts only the main thread, which waits here and raises ``KeyboardInterrupt`` in the working thread,
+    at its next line of Python.
     """
     done: Future[_T] = Future()
     stopped = threading.Event()
@@ -26,7 +26,7 @@ def in_own_thread(work: Callable[[], _T]) -> _T:
             return
         try:
             done.set_result(work())
-        except BaseException as err:  # noqa: BLE001 -- raised again where the result is waited for
+        except BaseException as err:  # noqa: BLE001 -- raised again in the waiting thread
             done.set_exception(err)
 
     thread = threading.Thread(target=run, name="rasd-load")

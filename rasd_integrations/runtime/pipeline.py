@@ -261,14 +261,14 @@ class Pipeline:
                     fields = self._closed_fields(ids, grammar)
                     if chunk.stats is not None:
                         chunk.stats.closed_fields = fields
-                    told = (
+                    msg = (
                         f"The answer was cut at max_tokens, {params.max_tokens} tokens"
                         f"{', and these values were closed: ' + ', '.join(fields) if fields else ''}. Raise "
                         f"max_tokens, or limit the length of texts and lists in the schema."
                     )
                     if params.on_cut == "raise":
-                        raise DecodingError(told)
-                    logger.warning("%s", told)
+                        raise DecodingError(msg)
+                    logger.warning("%s", msg)
                 yield chunk
 
     def _closed_fields(self, ids: Sequence[int], grammar: GrammarState) -> tuple[str, ...]:
@@ -333,7 +333,7 @@ def note(plan: PromptPlan, context: DraftContext, stats: DecodingStats) -> None:
 def warm_prefix_ids(template: ChatTemplate, document: Prompt) -> list[int]:
     """Return the ids that every prompt beginning with ``document`` shares.
 
-    A text is the head of the first user message, or of a plain prompt where there is no template.
+    A text is the prefix of the first user message, or of a plain prompt if there is no template.
     """
     if isinstance(document, str):
         if not template.exists:

@@ -17,6 +17,7 @@ from langchain_classic.retrievers import (
 )
 from langchain_classic.retrievers.document_compressors import EmbeddingsFilter
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.vectorstores import InMemoryVectorStore
@@ -113,6 +114,23 @@ def test_a_chain_without_a_store_is_refused():
     llm = ChatRASD(model=LLM)
     with pytest.raises(ConfigurationError, match=r"No vector store.*attach\(retriever\)"):
         llm.attach(PROMPT | llm)
+
+
+class NoStore(BaseRetriever):
+    """A retriever that asks a service."""
+
+    def _get_relevant_documents(self, query, *, run_manager):
+        return []
+
+
+def test_a_retriever_without_a_store_is_refused():
+    """The error names the retriever and what may be given in its place; the model is left as it was."""
+    llm = ChatRASD(model=LLM)
+    with pytest.raises(
+        ConfigurationError, match=r"This NoStore searches no vector store.*store=\[\.\.\.\]"
+    ):
+        llm.attach(NoStore())
+    assert (None, []) == (llm.store, llm._rasd.attached)
 
 
 def search_function(query, k):

@@ -13,8 +13,10 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.types import PydanticProgramMode
 from pydantic import BaseModel, ConfigDict, ValidationError
+from scripted import scripted_model
 
 from rasd_integrations.errors import DecodingError
+from rasd_integrations.llama_index import RASDLLM
 from rasd_integrations.response_format import Grammar
 
 
@@ -155,3 +157,25 @@ def test_a_response_format_binds_one_call(llm):
 
     expected = [*[Grammar.json_schema(schema)] * 2, Grammar.json_object(), None]
     assert expected == [call.params.grammar for call in llm._rasd.calls]
+
+
+async def test_a_cut_answer_is_closed_or_an_error(caplog):
+    """On the real engine: ``on_cut="close"`` warns and names what was closed; ``"raise"`` is an error everywhere."""
+    told = "cut at max_tokens, 40 tokens, and these values were closed: name"
+    said = '{"name": "A long song' + " and on" * 90
+    llm = RASDLLM.from_model(*scripted_model(lambda _: said), max_tokens=40)
+    closed = llm.complete("Sing.", response_format=Song)
+    assert Song.model_validate_json(closed.text).name.startswith("A long song")
+    assert ["name"] == closed.raw["rasd"]["closed_fields"]
+    assert told in caplog.text
+
+    for strict, options in (
+        (RASDLLM.from_model(*scripted_model(lambda _: said), max_tokens=40, on_cut="raise"), {}),
+        (llm, {"on_cut": "raise"}),
+    ):
+        with pytest.raises(DecodingError, match=told):
+            strict.complete("Sing.", response_format=Song, **options)
+        with pytest.raises(DecodingError, match=told):
+            await strict.achat(USER, response_format=Song, **options)
+        with pytest.raises(DecodingError, match=told):
+            list(strict.stream_chat(USER, response_format=Song, **options))
