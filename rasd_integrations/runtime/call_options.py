@@ -47,6 +47,16 @@ _NONE_IS_A_VALUE = ("drafter", "seed")  # of a call; None of another option is t
 _CONFIGS: Mapping[str, Any] = {"retrieval": RetrievalConfig(), "speculation": SpeculationConfig()}
 
 
+def _engine(default: Any, description: str, **more: Any) -> Any:
+    """Return an option that decides the engine, set once."""
+    return Field(default=default, description=description, frozen=True, **more)
+
+
+def _answer(description: str, default: Any = None) -> Any:
+    """Return an option of one answer, which a call may override."""
+    return Field(default=default, description=description)
+
+
 class LoadedName(str):
     """The name of a model, with the loaded objects; printed, dumped or pickled it is the name alone.
 
@@ -86,105 +96,83 @@ class FrameworkModel(BaseModel, ABC):
         frozen=True,
         description="Hub id, local folder, or path of a .gguf file. Loaded at the first call, or by load().",
     )
-    drafter: SkipValidation[str | Path | Drafter | None] = Field(
-        default="auto", frozen=True, repr=False,
-        description='"auto", None (plain decoding), "self", hub id or path of a small LM, or a Drafter object.',
-    )  # fmt: skip
-    drafter_device: str | None = Field(
-        default=None, frozen=True, repr=False,
-        description='Device of a drafter model: "cpu", "cuda:1", ...; None: the target\'s.',
-    )  # fmt: skip
-    executor: ExecutorName = Field(
-        default="auto", frozen=True, repr=False,
-        description='What runs steps: "auto", "eager" (torch), "openvino", "openvino-kv8" or "cuda-graphs".',
-    )  # fmt: skip
-    store: SkipValidation[object] = Field(
-        default=None, frozen=True, exclude=True, repr=False,
-        description="What as_chunk_source() takes: vector store, retriever, collection, texts, ... See attach().",
-    )  # fmt: skip
-    temperature: float | None = Field(
-        default=None,
-        description="0 is greedy. None, here and below: the checkpoint's generation_config, else greedy.",
+    drafter: SkipValidation[str | Path | Drafter | None] = _engine(
+        "auto",
+        '"auto", None (plain decoding), "self", hub id or path of a small LM, or a Drafter object.',
     )
-    top_p: float | None = Field(
-        default=None, description="Nucleus in (0, 1]; 1 is off, the default."
+    drafter_device: str | None = _engine(
+        None, 'Device of a drafter model: "cpu", "cuda:1", ...; None: the target\'s.'
     )
-    top_k: int | None = Field(
-        default=None, description="Most likely tokens kept; 0 is off, the default."
+    executor: ExecutorName = _engine(
+        "auto",
+        'What runs steps: "auto", "eager" (torch), "openvino", "openvino-kv8" or "cuda-graphs".',
     )
-    min_p: float | None = Field(
-        default=None,
-        description="Least probability, as a share of the most likely token's; 0 is off, the default.",
+    store: SkipValidation[object] = _engine(
+        None,
+        "What as_chunk_source() takes: vector store, retriever, collection, texts, ... See attach().",
+        exclude=True,
+        repr=False,
     )
-    repetition_penalty: float | None = Field(
-        default=None,
-        description="Divides the scores of tokens in prompt and answer; 1 is off, the default.",
+    temperature: float | None = _answer(
+        "0 is greedy. None, here and below: the checkpoint's generation_config, else greedy."
     )
-    no_repeat_ngram_size: int | None = Field(
-        default=None, description="No run of so many tokens occurs twice; 0 is off, the default."
+    top_p: float | None = _answer("Nucleus in (0, 1]; 1 is off, the default.")
+    top_k: int | None = _answer("Most likely tokens kept; 0 is off, the default.")
+    min_p: float | None = _answer(
+        "Least probability, as a share of the most likely token's; 0 is off, the default."
     )
-    max_tokens: int | None = Field(
-        default=None, description="Longest answer, in tokens; 512 by default."
+    repetition_penalty: float | None = _answer(
+        "Divides the scores of tokens in prompt and answer; 1 is off, the default."
     )
-    stop: str | list[str] | None = Field(
-        default=None, description="Strings that end the answer; they are not part of it."
+    no_repeat_ngram_size: int | None = _answer(
+        "No run of so many tokens occurs twice; 0 is off, the default."
     )
-    seed: int | None = Field(
-        default=None, description="Seed of the draws; None takes a fresh one for each answer."
+    max_tokens: int | None = _answer("Longest answer, in tokens; 512 by default.")
+    stop: str | list[str] | None = _answer("Strings that end the answer; they are not part of it.")
+    seed: int | None = _answer("Seed of the draws; None takes a fresh one for each answer.")
+    use_generation_config: bool = _answer(
+        "Use the checkpoint's own options and masks if none are set.", default=True
     )
-    use_generation_config: bool = Field(
-        default=True, description="Use the checkpoint's own options and masks if none are set."
-    )
-    on_cut: OnCut = Field(
+    on_cut: OnCut = _answer(
+        'If max_tokens ends a structured answer or forced call: "close" it and warn, or "raise".',
         default="close",
-        description='If max_tokens ends a structured answer or forced call: "close" it and warn, or "raise".',
     )
-    context: ContextMode = Field(
-        default="prompt", frozen=True,
-        description='What the target reads: the "prompt" as sent, or the whole "documents" of its chunks.',
-    )  # fmt: skip
-    knowledge_transfer: float = Field(
-        default=0.0, frozen=True, description="RAPID's eta; 0 is lossless."
+    context: ContextMode = _engine(
+        "prompt",
+        'What the target reads: the "prompt" as sent, or the whole "documents" of its chunks.',
     )
-    deterministic: bool = Field(
-        default=False, frozen=True,
-        description="The same call gives the same text, whatever was cached, drafted or batched; slower.",
-    )  # fmt: skip
-    model_kwargs: dict[str, Any] = Field(
-        default_factory=dict, frozen=True, exclude=True, repr=False,
-        description="Passed to from_pretrained: dtype, device_map, revision, token, ... Never dumped.",
-    )  # fmt: skip
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, frozen=True, repr=False,
-        description="Passed to the chat template: enable_thinking, ...",
-    )  # fmt: skip
-    num_draft_tokens: int | None = Field(
-        default=None, frozen=True,
-        description="Draft length; None lets the schedule choose it. Changes time only, never the answer.",
-    )  # fmt: skip
-    retrieval: RetrievalConfig = Field(
-        default=RetrievalConfig(), frozen=True, repr=False,
-        description="How chunks are found; a dict of its names is taken too.",
-    )  # fmt: skip
-    speculation: SpeculationConfig = Field(
-        default=SpeculationConfig(), frozen=True, repr=False,
-        description="How drafts are made and judged; a dict of its names is taken too.",
-    )  # fmt: skip
-    prefix_cache_bytes: int | None = Field(
-        default=None, frozen=True, repr=False,
-        description="Memory for the KV of earlier prompts; None: the engine's default.",
-    )  # fmt: skip
-    prefix_cache_dir: str | Path | None = Field(
-        default=None, frozen=True, repr=False,
-        description="Folder for the KV of what warm() read, found again by later processes.",
-    )  # fmt: skip
-    prefix_cache_dir_bytes: int | None = Field(
-        default=None, frozen=True, repr=False,
-        description="Most that the folder may hold; None: the engine's default.",
-    )  # fmt: skip
-    namespace: str = Field(
-        default="", frozen=True, repr=False, description="KV is reused only within a namespace."
+    knowledge_transfer: float = _engine(0.0, "RAPID's eta; 0 is lossless.")
+    deterministic: bool = _engine(
+        False, "The same call gives the same text, whatever was cached, drafted or batched; slower."
     )
+    model_kwargs: dict[str, Any] = _engine(
+        {},
+        "Passed to from_pretrained: dtype, device_map, revision, token, ... Never dumped.",
+        exclude=True,
+        repr=False,
+    )
+    chat_template_kwargs: dict[str, Any] = _engine(
+        {}, "Passed to the chat template: enable_thinking, ..."
+    )
+    num_draft_tokens: int | None = _engine(
+        None, "Draft length; None lets the schedule choose it. Changes time only, never the answer."
+    )
+    retrieval: RetrievalConfig = _engine(
+        RetrievalConfig(), "How chunks are found; a dict of its names is taken too."
+    )
+    speculation: SpeculationConfig = _engine(
+        SpeculationConfig(), "How drafts are made and judged; a dict of its names is taken too."
+    )
+    prefix_cache_bytes: int | None = _engine(
+        None, "Memory for the KV of earlier prompts; None: the engine's default."
+    )
+    prefix_cache_dir: str | Path | None = _engine(
+        None, "Folder for the KV of what warm() read, found again by later processes."
+    )
+    prefix_cache_dir_bytes: int | None = _engine(
+        None, "Most that the folder may hold; None: the engine's default."
+    )
+    namespace: str = _engine("", "KV is reused only within a namespace.")
 
     _rasd: RASD = PrivateAttr()
 

@@ -196,7 +196,6 @@ def smol():
 
 
 @pytest.mark.real
-@pytest.mark.slow
 def test_a_real_model_answers_from_the_retrieved_fact(smol, store):
     """SmolLM2 reads the context that the chain put in the prompt, and its text is drafted from it."""
     with ChatRASD(model=smol, store=store, max_tokens=24) as llm:

@@ -304,6 +304,7 @@ def test_smollm_tells_its_measures(smollm):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_settings")
 def test_smollm_prompts_packed_to_the_brim_fit(smollm, data_folder):
     """Real text packed by the model's own tokens fits the window."""
