@@ -17,6 +17,7 @@ from rasd_integrations import (
     SpeculationConfig,
     ToolUse,
 )
+from rasd_integrations.runtime.pipeline import Request
 
 ADD = {
     "type": "function",
@@ -127,14 +128,14 @@ def test_tool_choice_none_hides_the_tools():
 
 
 async def test_every_way_of_asking_says_the_same():
-    """stream, generate, astream and agenerate, with calls."""
+    """stream, generate, astream and agenerate, with calls; of a prompt or a whole request."""
     rasd, tools = saying(f"Fine: é€😀\n{CALL}"), ToolUse.of([ADD])
     whole = rasd.generate(QUESTION, PARAMS, tools=tools)
     streams = [
         list(rasd.stream(QUESTION, PARAMS, tools=tools)),
         [chunk async for chunk in rasd.astream(QUESTION, PARAMS, tools=tools)],
     ]
-    other = await rasd.agenerate(QUESTION, PARAMS, tools=tools)
+    other = await rasd.agenerate(Request(QUESTION, PARAMS, tools=tools))
     for chunks in streams:
         assert "".join(c.text for c in chunks) == whole.text == other.text == "Fine: é€😀"
         deltas = [d for c in chunks for d in c.tool_calls]
@@ -142,6 +143,14 @@ async def test_every_way_of_asking_says_the_same():
         arguments = "".join(d.arguments for d in deltas)
         assert arguments == whole.tool_calls[0].arguments == other.tool_calls[0].arguments
         assert chunks[-1].finish_reason == "tool_calls"
+
+
+def test_a_request_takes_nothing_besides():
+    """Its params, hints and tools are its own; others would be passed over."""
+    request = Request(QUESTION, PARAMS)
+    for others in ({"params": PARAMS}, {"tools": ToolUse.of([ADD])}, {"hints": None}):
+        with pytest.raises(ConfigurationError, match="Request holds its own"):
+            saying("Hi").stream(request, **others)
 
 
 def test_a_grammar_binds_the_text():

@@ -69,17 +69,17 @@ class FakeRASD(FakeEngine):
             return len(self.encode(prompt)) + 1
         return sum(len(self.encode(message["content"])) + 5 for message in prompt) + 3
 
-    def stream(self, request: Request) -> Iterator[TextDelta]:
-        return _now(self._say("stream", request))
+    def stream(self, prompt, params=None, **known) -> Iterator[TextDelta]:
+        return _now(self._say("stream", Request.of(prompt, params, **known)))
 
-    def generate(self, request: Request) -> Generation:
-        return joined(self._say("generate", request))
+    def generate(self, prompt, params=None, **known) -> Generation:
+        return joined(self._say("generate", Request.of(prompt, params, **known)))
 
-    async def agenerate(self, request: Request) -> Generation:
-        return joined(self._say("agenerate", request))
+    async def agenerate(self, prompt, params=None, **known) -> Generation:
+        return joined(self._say("agenerate", Request.of(prompt, params, **known)))
 
-    def astream(self, request: Request) -> AsyncIterator[TextDelta]:
-        return _later(self._say("astream", request))
+    def astream(self, prompt, params=None, **known) -> AsyncIterator[TextDelta]:
+        return _later(self._say("astream", Request.of(prompt, params, **known)))
 
     def _say(self, method: str, request: Request) -> list[TextDelta]:
         prompt = request.prompt
