@@ -90,6 +90,8 @@ def test_options_of_a_call_are_honoured_or_refused(llm):
     assert (2, ("X",)) == (llm._rasd.calls[0].params.max_tokens, llm._rasd.calls[0].params.stop)
     with pytest.raises(ConfigurationError, match="'max_tokens'"):
         llm.invoke("Hi", max_new_tokens=2)
+    with pytest.raises(ConfigurationError, match="functions"):
+        llm.invoke("Hi", functions=[{"name": "f"}])
 
 
 def test_two_models_never_share_a_cached_answer():

@@ -405,7 +405,7 @@ ROWS: tuple[Mutant, ...] = (
            ("langchain/test_messages.py",)),
     Mutant("an abandoned batch decodes on", "runtime/together.py",
            "if left is not None and left.is_set():", "if left is not None and left is None:",
-           ("langchain/test_together.py", "langchain/test_llm_batch.py")),
+           ("langchain/test_batch.py",)),
     # --- LlamaIndex ---
     Mutant("contexts are packed without room for the chat template", "llama_index/packing.py",
            "metadata.context_window - llm.template_tokens()", "metadata.context_window",
