@@ -23,7 +23,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
-from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.callbacks import llm_chat_requestback, llm_completion_requestback
 from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 from pydantic import PrivateAttr
@@ -144,93 +144,101 @@ class RASDLLM(RASDCalling):
         to_prompt = self.messages_to_prompt or generic_messages_to_prompt
         return to_prompt is not generic_messages_to_prompt
 
-    @llm_chat_callback()
+    @llm_chat_requestback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
-        return self._whole(chat_response, partial(self._chat_call, messages, kwargs))
+        return self._whole(chat_response, self._chat_request, messages, kwargs)
 
-    @llm_chat_callback()
+    @llm_chat_requestback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece; each response holds the answer so far and the new ``delta``."""
-        return self._streamed(chat_response, partial(self._chat_call, messages, kwargs))
+        return self._streamed(chat_response, self._chat_request, messages, kwargs)
 
-    @llm_chat_callback()
+    @llm_chat_requestback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation without blocking the event loop."""
-        return await self._awhole(chat_response, partial(self._chat_call, messages, kwargs))
+        return await self._awhole(chat_response, self._chat_request, messages, kwargs)
 
-    @llm_chat_callback()
+    @llm_chat_requestback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """Answer a conversation piece by piece without blocking the event loop."""
-        return await self._astreamed(chat_response, partial(self._chat_call, messages, kwargs))
+        return await self._astreamed(chat_response, self._chat_request, messages, kwargs)
 
-    @llm_completion_callback()
+    @llm_completion_requestback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a text: as a user's message, or verbatim if ``formatted``."""
-        make = partial(self._completion_call, prompt, formatted, kwargs)
-        return self._whole(completion_response, make)
+        return self._whole(completion_response, self._completion_request, prompt, formatted, kwargs)
 
-    @llm_completion_callback()
+    @llm_completion_requestback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
         """Answer a text piece by piece; each response holds the answer so far and the new ``delta``."""
-        make = partial(self._completion_call, prompt, formatted, kwargs)
-        return self._streamed(completion_response, make)
+        return self._streamed(
+            completion_response, self._completion_request, prompt, formatted, kwargs
+        )
 
-    @llm_completion_callback()
+    @llm_completion_requestback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
         """Answer a text without blocking the event loop."""
-        make = partial(self._completion_call, prompt, formatted, kwargs)
-        return await self._awhole(completion_response, make)
+        return await self._awhole(
+            completion_response, self._completion_request, prompt, formatted, kwargs
+        )
 
-    @llm_completion_callback()
+    @llm_completion_requestback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """Answer a text piece by piece without blocking the event loop."""
-        make = partial(self._completion_call, prompt, formatted, kwargs)
-        return await self._astreamed(completion_response, make)
+        return await self._astreamed(
+            completion_response, self._completion_request, prompt, formatted, kwargs
+        )
 
-    def _whole(self, respond: Respond[_Response], make: Callable[[], Request]) -> _Response:
+    def _whole(
+        self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
+    ) -> _Response:
         with self._errors():
-            return whole_response(respond, self._rasd.generate(make()))
+            return whole_response(respond, self._rasd.generate(make(*given)))
 
     def _streamed(
-        self, respond: Respond[_Response], make: Callable[[], Request]
+        self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
     ) -> Generator[_Response, None, None]:
         with (errors := self._errors()):
-            deltas = self._rasd.stream(make())
+            deltas = self._rasd.stream(make(*given))
         return stream_responses(respond, deltas, errors)
 
     # The asynchronous endpoints make requests in a thread: the first reads files, and templates may be long.
 
-    async def _awhole(self, respond: Respond[_Response], make: Callable[[], Request]) -> _Response:
+    async def _awhole(
+        self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
+    ) -> _Response:
         with self._errors():
-            request = await asyncio.to_thread(make)
+            request = await asyncio.to_thread(make, *given)
             return whole_response(respond, await self._rasd.agenerate(request))
 
     async def _astreamed(
-        self, respond: Respond[_Response], make: Callable[[], Request]
+        self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
     ) -> AsyncGenerator[_Response, None]:
         with (errors := self._errors()):
-            request = await asyncio.to_thread(make)
+            request = await asyncio.to_thread(make, *given)
         return astream_responses(respond, self._rasd.astream(request), errors)
 
     def _errors(self) -> PipelineErrors:
         return PipelineErrors(self._trace.in_pipeline())
 
-    def _chat_call(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Request:
+    def _chat_request(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Request:
         others = dict(options)
         given = {to: others.pop(name) for name, to in _TOOL_OPTIONS.items() if name in others}
         tools = ToolUse.of(tool_specs(given.pop("tools", None)), **given)
         return self._request(messages, self._chat_prompt, others, tools)
 
-    def _completion_call(self, text: str, formatted: bool, options: Mapping[str, Any]) -> Request:
+    def _completion_request(
+        self, text: str, formatted: bool, options: Mapping[str, Any]
+    ) -> Request:
         return self._request(text, partial(self._completion_prompt, formatted=formatted), options)
 
     def _request(
