@@ -97,8 +97,8 @@ def make_drafter(
 
 
 def _free_parts(target: TargetModel) -> list[Drafter]:
-    """Return drafters that need nothing but the prompt; others earned less than they took (ADR 9)."""
-    # The prompt's own candidates take a CPU longer than they save, where the tree copies from it.
+    """Return the parts of "auto", which use the prompt only (ADR 9)."""
+    # On a CPU the prompt's own candidates cost more than they save beside the tree.
     return [SuffixDrafter(tree=True), RecyclingDrafter(prompt=target.device.type != "cpu")]
 
 

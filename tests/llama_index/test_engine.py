@@ -17,7 +17,7 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.chat_engine import ContextChatEngine
 from llama_index.core.memory import ChatMemoryBuffer
-from llama_index.core.node_parser import TokenTextSplitter
+from llama_index.core.node_parser import SentenceSplitter, TokenTextSplitter
 from llama_index.core.schema import Document, TextNode
 from scripted import scripted_model
 from tiny import WINDOW, tiny_llama, tiny_tokenizer
@@ -269,6 +269,18 @@ def test_context_documents_reads_the_whole_document(parts):
         sizes[context] = llm.stats.prompt_tokens
 
     assert sizes["documents"] >= sizes["prompt"] + len(text) - 200
+
+
+def test_a_splitter_counts_without_weights(tmp_path):
+    """A folder without weights is enough."""
+    tiny_llama().config.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    llm = RASDLLM(tmp_path)
+    splitter = SentenceSplitter(chunk_size=40, chunk_overlap=0, tokenizer=llm.encode)
+    pieces = splitter.split_text("Ein Satz über Gärten. " * 8)
+
+    assert len(llm.tokenizer) > 0
+    assert 0 < max(len(llm.encode(piece)) for piece in pieces) <= 40
 
 
 # --- SmolLM2 --------------------------------------------------------------------------------------

@@ -48,6 +48,12 @@ def llm(cls):
     return cls(model="org/one")
 
 
+@pytest.fixture(scope="module")
+def parts():
+    """Return a model that always says the same, and its tokenizer."""
+    return scripted_model(lambda _: "Paris.")
+
+
 def ask(llm, **options):
     """Call a model and return the options that the engine got."""
     invoke = getattr(llm, "invoke", None) or llm.complete
@@ -148,6 +154,12 @@ def test_options_of_the_engine_cannot_be_set_later(llm):
 
 
 # --- loaded objects, copies and dumps ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_models_own_tokenizer_is_public(kind, parts):
+    """It is the very one that was given."""
+    assert model_class(kind).from_model(*parts).tokenizer is parts[1]
 
 
 def test_loaded_objects_reach_the_engine(cls):
@@ -349,12 +361,6 @@ def test_a_class_without_a_schema_is_refused(llm):
 
 
 # --- anything at all, on the real engine ---
-
-
-@pytest.fixture(scope="module")
-def parts():
-    """Return a model that always says the same, and its tokenizer."""
-    return scripted_model(lambda _: "Paris.")
 
 
 @pytest.mark.parametrize("kind", KINDS)
