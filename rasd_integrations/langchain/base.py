@@ -183,7 +183,7 @@ class RASDModel(FrameworkModel, BaseLanguageModel[Any], ABC):
         own = {name: value for name, value in self if name != "engines"}
         return type(self)(**{**own, **(update or {})})
 
-    def batch_as_completed(  # type: ignore[override]
+    def batch_as_completed(
         self,
         inputs: Sequence[Any],
         config: RunnableConfig | Sequence[RunnableConfig] | None = None,

@@ -23,7 +23,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
-from llama_index.core.llms.callbacks import llm_chat_requestback, llm_completion_requestback
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 from pydantic import PrivateAttr
@@ -144,34 +144,34 @@ class RASDLLM(RASDCalling):
         to_prompt = self.messages_to_prompt or generic_messages_to_prompt
         return to_prompt is not generic_messages_to_prompt
 
-    @llm_chat_requestback()
+    @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation."""
         return self._whole(chat_response, self._chat_request, messages, kwargs)
 
-    @llm_chat_requestback()
+    @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece; each response holds the answer so far and the new ``delta``."""
         return self._streamed(chat_response, self._chat_request, messages, kwargs)
 
-    @llm_chat_requestback()
+    @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation without blocking the event loop."""
         return await self._awhole(chat_response, self._chat_request, messages, kwargs)
 
-    @llm_chat_requestback()
+    @llm_chat_callback()
     async def astream_chat(
         self, messages: Sequence[ChatMessage], **kwargs: Any
     ) -> ChatResponseAsyncGen:
         """Answer a conversation piece by piece without blocking the event loop."""
         return await self._astreamed(chat_response, self._chat_request, messages, kwargs)
 
-    @llm_completion_requestback()
+    @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a text: as a user's message, or verbatim if ``formatted``."""
         return self._whole(completion_response, self._completion_request, prompt, formatted, kwargs)
 
-    @llm_completion_requestback()
+    @llm_completion_callback()
     def stream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseGen:
@@ -180,7 +180,7 @@ class RASDLLM(RASDCalling):
             completion_response, self._completion_request, prompt, formatted, kwargs
         )
 
-    @llm_completion_requestback()
+    @llm_completion_callback()
     async def acomplete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponse:
@@ -189,7 +189,7 @@ class RASDLLM(RASDCalling):
             completion_response, self._completion_request, prompt, formatted, kwargs
         )
 
-    @llm_completion_requestback()
+    @llm_completion_callback()
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
