@@ -17,8 +17,8 @@ _T = TypeVar("_T")
 
 MOST_AT_ONCE = 32  # answers of one call; the engine takes their steps together
 
-# Set once the caller of the answer that runs in this context has left.
-_left: ContextVar[threading.Event | None] = ContextVar("rasd_left", default=None)
+# Each set once a caller around this context has left: a batch may run inside another.
+_left: ContextVar[tuple[threading.Event, ...]] = ContextVar("rasd_left", default=())
 
 
 def as_they_end(
@@ -43,7 +43,7 @@ def as_they_end(
     try:
         for number, job in enumerate(jobs):
             context = copy_context()
-            context.run(_left.set, left)
+            context.run(_left.set, (*_left.get(), left))
             workers.run(partial(context.run, work, number, job))
         for _ in jobs:
             number, result, error = ended.get()
@@ -63,15 +63,15 @@ def as_they_end(
 
 
 def until_left(pieces: Generator[_T, None, None]) -> Generator[_T, None, None]:
-    """Yield ``pieces`` while the caller of :func:`as_they_end` around this context waits.
+    """Yield ``pieces`` while all callers of :func:`as_they_end` around this context wait.
 
     Raises:
-        DecodingError: The caller has left.
+        DecodingError: A caller has left.
     """
     left = _left.get()
     with closing(pieces):
         for piece in pieces:
-            if left is not None and left.is_set():
+            if any(event.is_set() for event in left):
                 msg = "The call that this answer was a part of has ended."
                 raise DecodingError(msg)
             yield piece
