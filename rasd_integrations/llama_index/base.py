@@ -38,7 +38,7 @@ from rasd_integrations.llama_index.capture import (
     same_prompt,
     sent_text,
 )
-from rasd_integrations.llama_index.errors import PipelineErrors
+from rasd_integrations.llama_index.errors import pipeline_errors
 from rasd_integrations.llama_index.messages import to_messages
 from rasd_integrations.llama_index.responses import (
     Respond,
@@ -201,34 +201,33 @@ class RASDLLM(RASDCalling):
     def _whole(
         self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
     ) -> _Response:
-        with self._errors():
+        with pipeline_errors(self._trace.in_pipeline()):
             return whole_response(respond, self._rasd.generate(make(*given)))
 
     def _streamed(
         self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
     ) -> Generator[_Response, None, None]:
-        with (errors := self._errors()):
+        in_pipeline = self._trace.in_pipeline()
+        with pipeline_errors(in_pipeline):
             deltas = self._rasd.stream(make(*given))
-        return stream_responses(respond, deltas, errors)
+        return stream_responses(respond, deltas, in_pipeline)
 
     # The asynchronous endpoints make requests in a thread: the first reads files, and templates may be long.
 
     async def _awhole(
         self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
     ) -> _Response:
-        with self._errors():
+        with pipeline_errors(self._trace.in_pipeline()):
             request = await asyncio.to_thread(make, *given)
             return whole_response(respond, await self._rasd.agenerate(request))
 
     async def _astreamed(
         self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
     ) -> AsyncGenerator[_Response, None]:
-        with (errors := self._errors()):
+        in_pipeline = self._trace.in_pipeline()
+        with pipeline_errors(in_pipeline):
             request = await asyncio.to_thread(make, *given)
-        return astream_responses(respond, self._rasd.astream(request), errors)
-
-    def _errors(self) -> PipelineErrors:
-        return PipelineErrors(self._trace.in_pipeline())
+        return astream_responses(respond, self._rasd.astream(request), in_pipeline)
 
     def _chat_request(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Request:
         others = dict(options)

@@ -16,7 +16,7 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from rasd_integrations.llama_index.errors import PipelineErrors
+from rasd_integrations.llama_index.errors import pipeline_errors
 from rasd_integrations.llama_index.tools import arguments_of
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import FinishReason, Generation, TextDelta, ToolCall
@@ -119,7 +119,7 @@ def _next_response(
 
 
 def stream_responses(
-    respond: Respond[_Response], chunks: Iterator[TextDelta], errors: PipelineErrors
+    respond: Respond[_Response], chunks: Iterator[TextDelta], in_pipeline: bool
 ) -> Generator[_Response, None, None]:
     """Yield an answer as it grows, the new text as ``delta``; ``raw`` is on the last response.
 
@@ -127,7 +127,7 @@ def stream_responses(
     """
     answer = Answer()
     try:
-        with errors:
+        with pipeline_errors(in_pipeline):
             for chunk in chunks:
                 if (response := _next_response(respond, answer, chunk)) is not None:
                     yield response
@@ -137,12 +137,12 @@ def stream_responses(
 
 
 async def astream_responses(
-    respond: Respond[_Response], chunks: AsyncIterator[TextDelta], errors: PipelineErrors
+    respond: Respond[_Response], chunks: AsyncIterator[TextDelta], in_pipeline: bool
 ) -> AsyncGenerator[_Response, None]:
     """Yield an answer as it grows, as :func:`stream_responses` does."""
     answer = Answer()
     try:
-        with errors:
+        with pipeline_errors(in_pipeline):
             async for chunk in chunks:
                 if (response := _next_response(respond, answer, chunk)) is not None:
                     yield response

@@ -36,6 +36,7 @@ from rasd_integrations.config import (
 from rasd_integrations.drafters.base import Drafter, drafter_name
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.response_format import Grammar
+from rasd_integrations.runtime.lazy_engine import name_of
 from rasd_integrations.runtime.pipeline import Progress
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.stats import DecodingStats
@@ -75,7 +76,7 @@ class LoadedName(str):
         drafter_model: PreTrainedModel | None,
     ) -> Self:
         """Take the name from ``model``, or its class."""
-        self = super().__new__(cls, getattr(model, "name_or_path", "") or type(model).__name__)
+        self = super().__new__(cls, name_of(model))
         self.model, self.tokenizer, self.drafter_model = model, tokenizer, drafter_model
         return self
 

@@ -43,6 +43,11 @@ class EngineOptions:
     namespace: str
 
 
+def name_of(model: PreTrainedModel) -> str:
+    """Return the path or id that a model was loaded from, else the name of its class."""
+    return getattr(model, "name_or_path", "") or type(model).__name__
+
+
 class LazyEngine:
     """Loads tokenizer, config and weights separately, each when it is first needed; safe across threads.
 
@@ -72,7 +77,7 @@ class LazyEngine:
         drafter_model: PreTrainedModel | None,
     ) -> None:
         """Use objects that are loaded already; the drafter model shares the tokenizer."""
-        from rasd_integrations.runtime.models import name_of, wrapped_model
+        from rasd_integrations.runtime.models import wrapped_model
 
         self._loaded_in = os.getpid()
         shared = wrapped_model(model, tokenizer, self.options.model, self.options.executor)

@@ -273,11 +273,6 @@ def _load(
     )
 
 
-def name_of(model: PreTrainedModel) -> str:
-    """Return the path or id that a model was loaded from, else the name of its class."""
-    return getattr(model, "name_or_path", "") or type(model).__name__
-
-
 def wrapped_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -36,7 +36,7 @@ from rasd_integrations.prompting import Prompt, PromptPlanner
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
 from rasd_integrations.runtime.aio import iterate_in_thread
-from rasd_integrations.runtime.lazy_engine import EngineOptions, LazyEngine
+from rasd_integrations.runtime.lazy_engine import EngineOptions, LazyEngine, name_of
 from rasd_integrations.runtime.pipeline import (
     Gate,
     Known,
@@ -163,8 +163,6 @@ class RASD:
         The model's attention implementation becomes ``"rasd"``, which outside this engine is sdpa.
         ``drafter_model`` must share the target's tokenizer.
         """
-        from rasd_integrations.runtime.models import name_of
-
         name = name_of(model)
         if drafter_model is not None and options.get("drafter", "auto") not in ("auto", "self"):
             msg = (
