@@ -44,15 +44,8 @@ class RASDCalling(RASDOptions):
     ) -> dict[str, Any]:
         """Return the arguments of a chat call; the caller's history is copied, never added to.
 
-        Args:
-            tools: What the model may call.
-            user_msg: Said after the history.
-            chat_history: The conversation so far.
-            verbose: Nothing is printed.
-            allow_parallel_tool_calls: Allow several calls in one answer.
-            tool_required: Force a call, constrained to its schema.
-            tool_choice: ``"auto"``, ``"required"``, ``"none"`` or a tool's name; overrides ``tool_required``.
-            **kwargs: Other options of the call.
+        ``tool_choice`` is ``"auto"``, ``"required"``, ``"none"`` or a tool's name, and overrides ``tool_required``.
+        Forced calls are constrained to their schema; ``verbose`` prints nothing.
         """
         messages = list(chat_history or ())
         if isinstance(user_msg, str):

@@ -28,18 +28,13 @@ def named_drafter_model(
 ) -> SharedModel | None:
     """Load the drafter model that ``spec`` names, or return ``None``. Shared while any caller holds it.
 
-    Args:
-        spec: As :func:`make_drafter` takes it.
-        model_kwargs: For loading it.
-        device: Where it goes; ``None``: as ``model_kwargs`` says.
-        executor: The target's; "eager" holds for the drafter model, too, any other becomes "auto".
-
     Raises:
         ModelLoadError: The model is missing or broken.
         ConfigurationError: Its architecture cannot run speculative steps, or there is no such device.
     """
     if not isinstance(spec, str | Path) or spec in ("auto", "self"):
         return None
+    # Eager like its target, if that was asked for; else whatever is best for it.
     return shared_model(spec, model_kwargs, device, "eager" if executor == "eager" else "auto")
 
 
@@ -58,11 +53,11 @@ def make_drafter(
     Args:
         spec: ``"auto"``, ``"self"``, a model's hub id or path, a drafter, or ``None``.
         target: The model that is drafted for.
-        drafter_model: The one that it names, or that was given beside it.
+        drafter_model: The one that ``spec`` names, or that was given besides.
         lossless: The output follows the target alone; otherwise the drafter must give probabilities.
-        cache_bytes: Most memory for the drafter model's kept keys and values.
-        folder: Where keys and values of warmed documents lie.
-        namespace: Whose files there are read.
+        cache_bytes: Most memory for the drafter model's prefix cache.
+        folder: Prefixes on disk.
+        namespace: Of these.
 
     Raises:
         VocabularyMismatchError: The drafter model has another vocabulary, which cannot be translated, or

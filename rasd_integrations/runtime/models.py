@@ -52,15 +52,10 @@ class SharedModel:
         owned: bool = False,
         identity: ModelIdentity | None = None,
     ) -> None:
-        """Wrap loaded objects.
+        """Wrap loaded objects; steps are eager without an ``executor``.
 
-        Args:
-            model: The weights.
-            tokenizer: The model's own.
-            name: What it was loaded from.
-            executor: Runs its steps; ``None``: eagerly.
-            owned: No other code holds the model, so its weights never change.
-            identity: Of the weights, if they cannot be read any more.
+        ``owned``: no other code holds the model, so its weights never change. ``identity``: of the weights, if they
+        cannot be read any more.
 
         Raises:
             ConfigurationError: The architecture cannot run speculative steps.
