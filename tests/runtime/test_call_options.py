@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import inspect
 import pickle
+import re
+import textwrap
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -151,6 +154,22 @@ def test_options_of_the_engine_cannot_be_set_later(llm):
     for name in ("model", "drafter"):
         with pytest.raises(ValueError, match="frozen"):
             setattr(llm, name, "org/two")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_in_the_docstring_are_code(kind):
+    """Each block compiles, and the first makes a model."""
+    cls = model_class(kind)
+    blocks = re.findall(
+        r"```python\n(.*?)```|::\n\n((?: {4,}.*\n|\n)+)", inspect.getdoc(cls), re.DOTALL
+    )
+    code = [textwrap.dedent(fenced or indented) for fenced, indented in blocks]
+    assert len(code) >= 5
+    for block in code:
+        compile(block, kind, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    names = {}
+    exec(code[0], names)
+    assert isinstance(names["llm"], cls)
 
 
 # --- loaded objects, copies and dumps ---
