@@ -160,9 +160,8 @@ def test_options_of_the_engine_cannot_be_set_later(llm):
 def test_examples_in_the_docstring_are_code(kind):
     """Each block compiles, and the first makes a model."""
     cls = model_class(kind)
-    blocks = re.findall(
-        r"```python\n(.*?)```|::\n\n((?: {4,}.*\n|\n)+)", inspect.getdoc(cls), re.DOTALL
-    )
+    pattern = r"```python\n(.*?)```|::\n\n((?: {8}[^\n]*\n|\n)+)"
+    blocks = re.findall(pattern, inspect.getdoc(cls) + "\n", re.DOTALL)
     code = [textwrap.dedent(fenced or indented) for fenced, indented in blocks]
     assert len(code) >= 5
     for block in code:
