@@ -22,19 +22,6 @@ def last_call(llm):
 # --- one path ---
 
 
-async def test_every_way_of_calling_says_the_same(llm):
-    """The join of a stream is the invoked answer, sync and async."""
-    answers = [
-        llm.invoke("Hi").content,
-        "".join(chunk.content for chunk in llm.stream("Hi")),
-        (await llm.ainvoke("Hi")).content,
-        "".join([chunk.content async for chunk in llm.astream("Hi")]),
-        llm.batch(["Hi"])[0].content,
-        (await llm.abatch(["Hi"]))[0].content,
-    ]
-    assert [ANSWER] * 6 == answers
-
-
 def test_text_arrives_word_by_word_without_empty_chunks(llm):
     """Held-back bytes make no chunk; the last chunk closes the stream."""
     assert ["Ada", " wrote", " it.", ""] == [chunk.content for chunk in llm.stream("Hi")]

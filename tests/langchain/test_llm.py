@@ -24,19 +24,6 @@ def test_the_prompt_goes_to_the_model_as_given(llm):
     assert "  Q: <|im_end|>\n" == llm._rasd.calls[0].prompt
 
 
-async def test_every_way_of_calling_says_the_same(llm):
-    """The join of a stream is the invoked answer, sync and async."""
-    answers = [
-        llm.invoke("Hi"),
-        "".join(llm.stream("Hi")),
-        await llm.ainvoke("Hi"),
-        "".join([text async for text in llm.astream("Hi")]),
-        *llm.batch(["Hi", "Ho"]),
-        *await llm.abatch(["Hi", "Ho"]),
-    ]
-    assert [ANSWER] * 8 == answers
-
-
 async def test_all_prompts_of_a_call_are_answered_with_their_usage(llm):
     """`generate` takes many prompts: each answer has its own usage, and the result has the sum."""
     for result in (llm.generate(["one", "two words"]), await llm.agenerate(["one", "two words"])):

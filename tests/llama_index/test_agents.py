@@ -122,14 +122,6 @@ async def test_function_agent_streams_thoughts_text_and_growing_calls(llm):
     assert "Let me add." == llm._rasd.calls[1].prompt[1]["reasoning_content"]
 
 
-async def test_the_first_tool_may_be_chosen(llm):
-    """``initial_tool_choice`` binds the first answer of a run and no other."""
-    llm._rasd.answers = (called("add", '{"a": 1, "b": 2}'), "3.")
-    await FunctionAgent(tools=[add], llm=llm, initial_tool_choice="add").run("Hello!")
-
-    assert ["add", "auto"] == [call.tools.choice for call in llm._rasd.calls]
-
-
 async def test_an_agent_without_tools_just_answers(llm):
     """No tools reach the engine where there are none."""
     result = await FunctionAgent(llm=llm).run("Hello!")

@@ -98,17 +98,6 @@ def test_options_of_a_chat_call_name_tools_too(llm):
     assert ("add", "plus") == call_of(llm).tools.names
 
 
-def test_the_callers_history_is_left_alone(llm):
-    """Neither the list nor its messages grow."""
-    before = list(USER)
-    llm.chat_with_tools([TOOL], user_msg="And when?", chat_history=USER)
-    llm.chat_with_tools([TOOL], user_msg=ChatMessage(content="Why?"), chat_history=USER)
-
-    assert before == USER
-    said = [call.prompt[-1]["content"] for call in llm._rasd.calls]
-    assert ["And when?", "Why?"] == said
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -218,16 +207,6 @@ def test_selections(llm):
     assert [expected] == llm.get_tool_calls_from_response(ChatResponse(message=old))
 
 
-def test_an_answer_without_a_call(llm):
-    """An error where one was needed, nothing where it was not."""
-    llm._rasd.answers = ("I would rather not.",)
-    response = llm.chat(USER, tools=[TOOL])
-
-    assert [] == llm.get_tool_calls_from_response(response, error_on_no_tool_call=False)
-    with pytest.raises(ValueError, match="I would rather not"):
-        llm.get_tool_calls_from_response(response)
-
-
 @pytest.mark.parametrize(
     ("written", "read"),
     [
@@ -254,16 +233,3 @@ def test_half_a_call_is_no_selection(llm):
     cut = llm.chat(USER, tools=[TOOL])
     with pytest.raises(DecodingError, match="Raise max_tokens"):
         llm.get_tool_calls_from_response(cut)
-
-
-async def test_one_call_where_several_are_refused(llm):
-    """The first one stays, in every form of a whole answer."""
-    llm._rasd.answers = [TWICE] * 4
-    sync = llm.chat_with_tools([TOOL], "Add.")
-    asynchronous = await llm.achat_with_tools([TOOL], "Add.")
-    both = llm.chat_with_tools([TOOL], "Add.", allow_parallel_tool_calls=True)
-    result = llm.predict_and_call([TOOL], "Add.")
-
-    counts = [len(llm.get_tool_calls_from_response(r)) for r in (sync, asynchronous, both)]
-    assert [1, 1, 2] == counts
-    assert str(result) == "3"

@@ -22,10 +22,8 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
-from llama_index.core.llms import LLM
 
 from rasd_integrations.errors import PromptError
-from rasd_integrations.llama_index import RASDLLM
 from rasd_integrations.runtime.rasd import RASD
 
 pytestmark = pytest.mark.usefixtures("fake_engine")
@@ -41,27 +39,6 @@ def test_the_recording_engine_has_the_engines_face(method):
     assert [(p.name, p.kind, p.default) for p in real.values()] == [
         (p.name, p.kind, p.default) for p in fake.values()
     ]
-
-
-def test_is_an_llm_of_the_framework(llm):
-    """Query engines and Settings take it as an LLM."""
-    assert isinstance(llm, LLM)
-
-
-async def test_every_endpoint_gives_the_same_text(llm):
-    """The joined deltas of both streams, sync and async, equal what the whole calls answer."""
-    answers = [
-        llm.complete("Who?").text,
-        "".join(r.delta for r in llm.stream_complete("Who?")),
-        (await llm.acomplete("Who?")).text,
-        "".join([r.delta async for r in await llm.astream_complete("Who?")]),
-        llm.chat(USER).message.content,
-        "".join(r.delta for r in llm.stream_chat(USER)),
-        (await llm.achat(USER)).message.content,
-        "".join([r.delta async for r in await llm.astream_chat(USER)]),
-    ]
-
-    assert [TEXT] * 8 == answers
 
 
 async def test_async_endpoints_use_the_engines_own_async(llm):
@@ -130,26 +107,6 @@ def test_a_stream_checks_its_prompt_when_called(llm):
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def test_completion_is_a_users_message(llm):
-    """A chat model reads a plain completion as what a user says, after the system prompt."""
-    llm.system_prompt = "Be brief."
-    llm.complete("Who?")
-
-    expected = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Who?"},
-    ]
-    assert expected == call_of(llm).prompt
-
-
-def test_formatted_completion_is_read_as_it_stands(llm):
-    """A prompt that is formatted already gets no template and no system prompt."""
-    llm.system_prompt = "Be brief."
-    llm.complete("<user>Who?", formatted=True)
-
-    assert call_of(llm).prompt == "<user>Who?"
-
-
 def test_a_base_model_gets_text(llm, monkeypatch):
     """Without a chat template, messages become the framework's own plain prompt."""
     monkeypatch.setattr(FakeRASD, "has_chat_template", False)
@@ -158,20 +115,6 @@ def test_a_base_model_gets_text(llm, monkeypatch):
 
     assert llm.metadata.is_chat_model is False
     assert ["user: Who built it?\nassistant: ", "Who?"] == [c.prompt for c in llm._rasd.calls]
-
-
-def test_hand_written_prompt_functions_are_used():
-    """``messages_to_prompt`` and ``completion_to_prompt`` win over the chat template."""
-    llm = RASDLLM(
-        "m",
-        messages_to_prompt=lambda messages: f"<{messages[0].content}>",
-        completion_to_prompt=lambda text: f"[{text}]",
-    )
-    llm.chat(USER)
-    llm.complete("Who?")
-    llm.complete("Who?", formatted=True)
-
-    assert ["<Who built it?>", "[Who?]", "Who?"] == [c.prompt for c in llm._rasd.calls]
 
 
 def test_messages_reach_the_chat_template_whole(llm):
