@@ -307,7 +307,7 @@ ROWS: tuple[Mutant, ...] = (
            "if chars <= self._retrieval.gate_share * view.chars:", "if chars <= view.chars:",
            ("prompting/test_compress.py", "prompting/test_planner.py")),
     Mutant("pieces of a prompt may be twice as long as asked", "prompting/splitting.py",
-           "if end - start <= size:", "if end - start <= 2 * size:", ("prompting/test_compress.py",)),
+           "if end - start <= size:", "if end - start <= 2 * size:", ("prompting/test_planner.py",)),
     Mutant("documents in the place of chunks exceed the room", "prompting/expand.py",
            "if total <= left:", "if total <= 2 * left:", ("prompting/test_expand.py",)),
     Mutant("an earlier answer that quotes a chunk is taken for context", "prompting/locate.py",
