@@ -409,7 +409,7 @@ ROWS: tuple[Mutant, ...] = (
     # --- LlamaIndex ---
     Mutant("contexts are packed without room for the chat template", "llama_index/packing.py",
            "metadata.context_window - llm.template_tokens()", "metadata.context_window",
-           ("llama_index/test_pipelines.py", "llama_index/test_options.py", "llama_index/test_llm.py")),
+           ("llama_index/test_pipeline_errors.py",)),
     Mutant("another request's query is taken for this one's", "llama_index/trace.py",
            "return replace(best, query=None) if", "return best if", ("llama_index/test_capture.py",)),
     Mutant("a direct call raises the errors of a pipeline", "llama_index/errors.py",
