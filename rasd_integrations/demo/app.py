@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,16 @@ from rasd_integrations.text.prompt.template import ChatTemplate
 if TYPE_CHECKING:
     from langchain_chroma import Chroma
     from langchain_core.documents import Document as LangChainDocument
+    from langchain_core.runnables import Runnable
 
     from rasd_integrations.langchain import ChatRASD
+    from rasd_integrations.stats import DecodingStats
 
 CHARACTERS_PER_TOKEN = 3.5
 PROMPT_OVERHEAD = 192
 BASELINE = "transformers"
+Asked = dict[str, str]
+"""``search``, the text to retrieve with, and ``question``."""
 NOTE = (
     "Cold reads the documents; cached finds their keys and values from an earlier question. Greedy "
     "decoding gives the same tokens in exact arithmetic; in bfloat16 two tokens can tie, and wide and "
@@ -83,87 +87,63 @@ class Library:
         return {d.name: d.text for d in self.documents}
 
 
-class Tour:
-    """The demo's three pipelines over one library, with a progress bar each."""
-
-    def __init__(self, options: Options, library: Library, llm: ChatRASD, bars: Progress) -> None:
-        """Use an indexed library and a loaded LLM."""
-        self.options, self.library, self.llm, self.bars = options, library, llm, bars
-        self.prompt = langchain_prompt(library.store, library.texts, options.characters)
-        topics = topics_for(options.docs, library.documents)
-        self.asked = [{"search": t.search, "question": q} for t in topics for q in t.questions]
-
-    def answers(self) -> dict[str, list[Measured]]:
-        """Return each pipeline's answers to the same questions."""
-        ours = {"LangChain": self._langchain(), "LlamaIndex": self._llama_index()}
-        self.llm.close()  # transformers loads the weights again: twice at once they may not fit
-        return {**ours, BASELINE: self._transformers()}
-
-    def _langchain(self) -> list[Measured]:
-        chain = self.prompt | self.llm
-        return [
-            timed_stream(q["question"], (m.text for m in chain.stream(q)), self.llm.stats)
-            for q in self._each("LangChain, Chroma")
-        ]
-
-    def _llama_index(self) -> list[Measured]:
-        from llama_index.core import QueryBundle
-
-        from rasd_integrations.llama_index import RASDLLM
-
-        library, options = self.library, self.options
-        index = build_faiss(library.chunks, library.store, library.embed)
-        llm = RASDLLM(store=index, **options.llm_options("llama-index"))
-        engine = llama_index_engine(index, library.texts, options.characters, llm)
-
-        def pieces(q: dict[str, str]) -> Iterator[str]:
-            bundle = QueryBundle(query_str=q["question"], custom_embedding_strs=[q["search"]])
-            response: Any = engine.query(bundle)
-            yield from response.response_gen
-
-        return [
-            timed_stream(q["question"], pieces(q), llm.stats)
-            for q in self._each("LlamaIndex, FAISS", llm)
-        ]
-
-    def _transformers(self) -> list[Measured]:
-        loaded = load_model(self.options.model or "", self.options.model_kwargs)
-        template = ChatTemplate(loaded.tokenizer)
-        answers = []
-        for q in self._each("transformers generate"):
-            (message,) = self.prompt.invoke(q).to_messages()
-            ids = template.encode_messages([{"role": "user", "content": message.text}])
-            answers.append(transformers_answer(q["question"], loaded, ids, self.options.max_tokens))
-        return answers
-
-    def _each(self, label: str, llm: Any = None) -> Iterator[dict[str, str]]:
-        task = self.bars.add_task(label, total=len(self.asked))
-        if llm is not None:
-            llm.load()
-        for question in self.asked:
-            yield question
-            self.bars.advance(task)
-
-
-@contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """Show progress bars on standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield progress
+def progress_bars() -> Progress:
+    """Return progress bars on standard error."""
+    count, time, text = MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    return Progress(text, BarColumn(bar_width=20), count, time, console=Console(stderr=True))
 
 
 def run_demo(options: Options) -> None:
     """Ask three pipelines the same long-context questions and print the results."""
     options, library, llm = opened(options)
+    prompt = langchain_prompt(library.store, library.texts, options.characters)
+    topics = topics_for(options.docs, library.documents)
+    asked = [{"search": search, "question": q} for search, qs in topics.items() for q in qs]
     with progress_bars() as bars:
-        results = Tour(options, library, llm, bars).answers()
+
+        def run(label: str, answer: Callable[[Asked], Measured]) -> list[Measured]:
+            return [answer(q) for q in bars.track(asked, description=label)]
+
+        results = {
+            "LangChain": run("LangChain, Chroma", partial(_stream, prompt | llm, llm.stats)),
+            "LlamaIndex": run("LlamaIndex, FAISS", _llama_index(options, library)),
+        }
+        llm.close()  # transformers loads the weights again: twice at once they may not fit
+        results[BASELINE] = run("transformers generate", _transformers(options, prompt))
     print_report(Console(), results, BASELINE, f"{Path(options.model or '').stem}. {NOTE}")
+
+
+def _stream(chain: Runnable[Asked, Any], stats: DecodingStats, q: Asked) -> Measured:
+    return timed_stream(q["question"], (m.text for m in chain.stream(q)), stats)
+
+
+def _llama_index(options: Options, library: Library) -> Callable[[Asked], Measured]:
+    from llama_index.core import QueryBundle
+
+    from rasd_integrations.llama_index import RASDLLM
+
+    index = build_faiss(library.chunks, library.store, library.embed)
+    llm = RASDLLM(store=index, **options.llm_options("llama-index")).load()
+    engine = llama_index_engine(index, library.texts, options.characters, llm)
+
+    def pieces(q: Asked) -> Iterator[str]:
+        bundle = QueryBundle(query_str=q["question"], custom_embedding_strs=[q["search"]])
+        response: Any = engine.query(bundle)
+        yield from response.response_gen
+
+    return lambda q: timed_stream(q["question"], pieces(q), llm.stats)
+
+
+def _transformers(options: Options, prompt: Runnable[Asked, Any]) -> Callable[[Asked], Measured]:
+    loaded = load_model(options.model or "", options.model_kwargs)
+    template = ChatTemplate(loaded.tokenizer)
+
+    def answer(q: Asked) -> Measured:
+        (message,) = prompt.invoke(q).to_messages()
+        ids = template.encode_messages([{"role": "user", "content": message.text}])
+        return transformers_answer(q["question"], loaded, ids, options.max_tokens)
+
+    return answer
 
 
 def opened(options: Options) -> tuple[Options, Library, ChatRASD]:

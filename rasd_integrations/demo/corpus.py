@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +32,6 @@ class Document:
 
     name: str
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Topic:
-    """A search text, and the questions on the documents it finds."""
-
-    search: str
-    questions: tuple[str, ...]
 
 
 def read_documents(path: str | Path | None, option: str = "--docs") -> list[Document]:
@@ -72,12 +64,14 @@ def read_documents(path: str | Path | None, option: str = "--docs") -> list[Docu
     return documents
 
 
-def topics_for(path: str | Path | None, documents: Sequence[Document]) -> list[Topic]:
-    """Return the topics: written ones for our own docs, general ones for the user's."""
+def topics_for(
+    path: str | Path | None, documents: Sequence[Document]
+) -> Mapping[str, tuple[str, ...]]:
+    """Return questions by search text: written ones for our own docs, general ones for the user's."""
     if path is None:
-        return [Topic(search, questions) for search, questions in OWN_TOPICS.items()]
+        return OWN_TOPICS
     longest = sorted(documents, key=lambda d: len(d.text), reverse=True)[: len(OWN_TOPICS)]
-    return [Topic(d.text[:400], GENERIC) for d in longest]
+    return {document.text[:400]: GENERIC for document in longest}
 
 
 def fingerprint(documents: Sequence[Document], *settings: object) -> str:

