@@ -100,7 +100,7 @@ def test_our_own_topics_are_asked_of_our_own_docs_alone() -> None:
 
 
 def test_whole_documents_are_chosen_by_rank_and_end_with_the_best() -> None:
-    """The best documents fill the room, each once, and the best one stands next to the question."""
+    """The best documents fill the context, each once, with the best one last."""
     from rasd_integrations.demo.pipelines import whole_documents
 
     texts = {"a": "AAAA", "b": "BBBB", "c": "CCCC"}

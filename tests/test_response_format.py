@@ -44,7 +44,7 @@ def test_every_form_of_tool_choice(given, choice):
     ],
 )
 def test_what_a_choice_shows_and_forces(choice, visible, forced):
-    """'none' hides the tools; a forced one still stands among the others in the prompt."""
+    """'none' hides the tools; with a forced one the prompt still shows the others."""
     use = ToolUse.of(OUTER, choice)
     assert [f["name"] for f in use.functions] == visible
     assert [f["name"] for f in use.forced] == forced
@@ -70,7 +70,7 @@ def test_a_forced_answer_is_one_call_unless_more_are_asked_for(choice, given, pa
 
 
 def test_strict_follows_the_tools_own_word():
-    """OpenAI's strict stands in the function; the argument wins."""
+    """OpenAI's strict is a field of the function; the argument overrides it."""
     strict = [{"type": "function", "function": {**ADD, "strict": True}}]
     assert ToolUse.of(strict).strict
     assert not ToolUse.of(strict, strict=False).strict

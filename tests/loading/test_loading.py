@@ -284,7 +284,7 @@ def test_damaged_cache_is_made_anew(gguf_file, cache, caplog, name, spoil):
 
 
 def test_an_older_versions_folder_is_left_alone(gguf_file, cache):
-    """Fault 17: what has no marker of ours is nobody's to remove."""
+    """Fault 17: folders without our marker are not removed."""
     old = cache / "gguf" / "tiny-0123-bfloat16"
     old.mkdir(parents=True)
     (old / "model.safetensors").write_bytes(b"weights")

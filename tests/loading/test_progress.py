@@ -32,7 +32,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(params=[io.StringIO, Terminal], ids=["pipe", "terminal"])
 def err(request):
-    """Return what stands in for standard error while a stage runs."""
+    """Return a replacement of standard error."""
     return request.param()
 
 

@@ -49,7 +49,7 @@ def test_a_template_that_cannot_be_filled_again_is_edited() -> None:
 
 
 def test_the_budget_decides_how_many_chunks_are_read() -> None:
-    """Chunks are taken in rank order, and stand in the prompt's order."""
+    """Chunks are chosen by rank and keep the prompt's order."""
     taken = {
         share: [
             i
@@ -62,7 +62,7 @@ def test_the_budget_decides_how_many_chunks_are_read() -> None:
 
 
 def test_overlapping_chunks_are_said_once() -> None:
-    """A sentence that two chunks share stands once in the drafter's prompt."""
+    """A sentence that two chunks share is in the drafter's prompt once."""
     text = " ".join(FACTS)
     chunks = tuple(Chunk(" ".join(FACTS[i : i + 2]), rank=i) for i in (3, 4))
     plan = planned(
@@ -176,7 +176,7 @@ def test_a_short_prompt_is_not_searched_for() -> None:
     assert source.queries == []
 
 
-def test_nobody_reads_it_nobody_makes_it() -> None:
+def test_without_a_reader_there_is_no_drafter_prompt() -> None:
     """Without a drafter that reads prompts there is no search, no prompt and no reason."""
     source = ListSource(RANKED)
     plan = planned(PROMPT, source=source, wants=False)

@@ -131,7 +131,7 @@ def test_documents_in_a_list_of_documents() -> None:
 
 
 def test_two_tool_results_share_a_document() -> None:
-    """A document stands at its first chunk; a later chunk of it stays a chunk."""
+    """A document replaces its first chunk; a later chunk of it stays a chunk."""
     call = tool_call({"query": "x"})
     prompt = [human(QUESTION), call, tool(ALPHA[3].text), call, tool(ALPHA[8].text)]
     plan = expanded(prompt, PromptHints(chunks=(ALPHA[8], ALPHA[3])))
@@ -161,7 +161,7 @@ def test_over_the_window_the_surroundings_of_the_chunks_come_first(room: int) ->
 
 
 def test_a_chunks_neighbours_are_kept_before_the_rest() -> None:
-    """What stands next to a chunk is read before the document's far end."""
+    """A chunk's neighbours are read before the document's far end."""
     plan = expanded(
         lcel(ALPHA[15].text),
         PromptHints(question=QUESTION, chunks=(ALPHA[15],), context=ALPHA[15].text),

@@ -23,8 +23,8 @@ def located(prompt: Prompt, *texts: str, context: str | None = None) -> list[Loc
     return index.locate(Chunk(text, rank=i) for i, text in enumerate(texts))[0]
 
 
-def stands(prompt: str, chunk: str) -> str | None:
-    """Return what of a plain prompt is taken for the chunk."""
+def found_text(prompt: str, chunk: str) -> str | None:
+    """Return the part of a plain prompt that is taken for the chunk."""
     found = located(prompt, chunk)
     return prompt[found[0].span.start : found[0].span.end] if found else None
 
@@ -37,9 +37,9 @@ around = st.text(max_size=200)
 def test_a_chunk_that_stands_in_the_prompt_is_found_exactly(
     before: str, chunk: list[str], after: str
 ) -> None:
-    """Whatever stands around a chunk, its span reads like the chunk."""
+    """A chunk's span has its text, whatever is around it."""
     text = "x" * 12 + " ".join(chunk) + "y" * 12
-    assert text == stands(before + text + after, text)
+    assert text == found_text(before + text + after, text)
 
 
 gaps = st.sampled_from([" ", "\n", "\n\n", "\t", "  ", "\\n", "\r\n"])
@@ -50,7 +50,7 @@ def test_white_space_does_not_matter(chunk: list[str], gaps: list[str]) -> None:
     """A chunk is found with any other white space between its words, escaped newlines included."""
     end = "and-an-ending-of-some-length"
     written = "".join(word + gap for word, gap in zip(chunk, gaps, strict=False)) + end
-    assert written == stands(f"Before. {written} After.", " ".join([*chunk, end]))
+    assert written == found_text(f"Before. {written} After.", " ".join([*chunk, end]))
 
 
 @given(st.text(), st.lists(st.text(max_size=300), max_size=6))
@@ -71,7 +71,7 @@ def test_spans_lie_in_the_prompt(prompt: str, chunks: list[str]) -> None:
 )
 def test_rewritten_chunks_are_found(name: str, written: str) -> None:
     """A chunk is found as `repr`, JSON or another splitter writes it."""
-    assert written == stands(
+    assert written == found_text(
         f"Context: ['{written}'] Question: why?", FACTS[0] + "\n\n" + FACTS[1] + ' it\'s "so"'
     ), name
 
@@ -80,11 +80,11 @@ def test_unicode_forms_do_not_matter() -> None:
     """Composed and decomposed letters are the same words."""
     decomposed = "Der Leuchtturm Scho\u0308nberg wurde 1900 von Magnus gebaut."
     composed = "Der Leuchtturm Schönberg wurde 1900 von Magnus gebaut."
-    assert decomposed == stands(f"Kontext: {decomposed} Frage?", composed)
+    assert decomposed == found_text(f"Kontext: {decomposed} Frage?", composed)
 
 
 def test_a_cut_chunk_is_found_by_its_rest() -> None:
-    """Of a chunk that a splitter cut, what stands in the prompt becomes its text."""
+    """If a splitter cut a chunk, its text is the part in the prompt."""
     words = TEXT.split()
     rest = " ".join(words[: int(len(words) * 0.8)])
     found = located(f"Context: {rest}\n\nQuestion: why?", TEXT)
@@ -108,7 +108,7 @@ def test_an_unlike_chunk_is_not_found() -> None:
 def test_a_child_is_found_in_its_parent() -> None:
     """The prompt has parent documents, the store their children."""
     parent = " ".join(FACTS)
-    assert FACTS[5] == stands(f"Context: {parent}", FACTS[5])
+    assert FACTS[5] == found_text(f"Context: {parent}", FACTS[5])
 
 
 def test_overlapping_chunks_are_both_found() -> None:
@@ -119,7 +119,7 @@ def test_overlapping_chunks_are_both_found() -> None:
 
 
 def test_short_chunks_fill_their_lines() -> None:
-    """A chunk of one word does not stand in the middle of the instructions."""
+    """A chunk of one word is not found within the instructions."""
     prompt = "Say Yes or no.\n\nYes\n\nQuestion?"
     assert [Span(0, 16, 19)] == [at.span for at in located(prompt, "Yes")]
     assert located("Say Yes or no.", "Yes") == []

@@ -108,7 +108,7 @@ def test_map_reduce_searches_a_chunk_that_is_a_document() -> None:
 
 
 def test_map_reduce_summaries_are_no_chunks() -> None:
-    """The reduce step's summaries stand in no store: the prompt itself is searched."""
+    """The reduce step's summaries are in no store: the prompt itself is searched."""
     summaries = "\n\n".join(
         f"Summary {i}: {' '.join(fact.split()[1:])}" for i, fact in enumerate(FACTS)
     )

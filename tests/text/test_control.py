@@ -1,4 +1,4 @@
-"""Nothing but a template's own text is read as control tokens, wherever data stands and whatever it is."""
+"""Nothing but a template's own text is read as control tokens, wherever data is and whatever it contains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers taken apart: text, thoughts and calls are the same for every way the answer may arrive."""
+"""Parsed text, reasoning and calls do not depend on how the answer is cut into pieces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rasd_integrations.text import tool_formats as tf
 from rasd_integrations.text.answer.parser import Parsed, parsed_arguments
 from rasd_integrations.types import ToolCallDelta
 
-# --- distributions --------------------------------------------------------------------------------------------
+# --- properties --------------------------------------------------------------------------------------
 
 FRAGMENTS = [
     "<tool_call>", "</tool_call>", "<tool_call>\n", "\n", " ", "[TOOL_CALLS]", "[TOOL_CALLS] [", "[ARGS]",
@@ -29,14 +29,14 @@ CUTS = st.lists(st.integers(0, 200), max_size=12)
 @given(st.sampled_from([*FORMATS, None]), ANSWERS, CUTS, st.booleans(), st.booleans())
 @example(tf.MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": [TOOL_CALLS]', [40], False, False)
 def test_pieces_do_not_matter(format, text, cuts, thinking, forced):
-    """Whole, in pieces or by the character, an answer is taken apart the same way."""
+    """An answer is parsed the same at once, in pieces or by the character."""
     options = {"thinking": thinking, "forced": forced}
     assert answer(format, text, **options) == answer(format, cut(text, cuts), **options)
 
 
 @given(st.sampled_from([*FORMATS, None]), ANSWERS)
 def test_answer_without_calls_is_unchanged(format, text):
-    """What turns out to be no call is text, to the character."""
+    """Anything that is not a call is text, unchanged."""
     done = answer(format, [text], reasoning=None)
     if not done.calls:
         assert text == done.text

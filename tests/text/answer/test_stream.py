@@ -53,7 +53,7 @@ def test_one_chunk_a_block_with_its_ids():
 
 
 def test_only_the_last_chunk_has_reason_and_statistics():
-    """The end is told once, on the last chunk."""
+    """The end is marked once, on the last piece."""
     chunks = list(chunks_of(Source(["a", "b"], finish="stop")))
     assert [None, "stop"] == [c.finish_reason for c in chunks]
     assert [None, 7] == [c.stats and c.stats.target_steps for c in chunks]
@@ -126,7 +126,7 @@ def test_calls_are_no_text_and_tell_the_reason():
 
 @pytest.mark.parametrize("stop", ["END", "\n", '"'])
 def test_stop_strings_end_the_text_only(stop):
-    """Thoughts and calls may hold a stop string: they are not the answer's text."""
+    """Reasoning and calls may contain a stop string: they are not the answer's text."""
     thought = f"a{stop}b</think>\n\n"
     chunks, _ = answer_of([thought, *TWO_CALLS], (stop,), thinking=True)
     assert "".join(c.reasoning for c in chunks) == f"a{stop}b"
@@ -136,7 +136,7 @@ def test_stop_strings_end_the_text_only(stop):
 
 
 def test_a_stop_string_before_the_calls_ends_all():
-    """What stands behind the end of the text is not handed out."""
+    """Nothing after the end of the text is emitted."""
     chunks, source = answer_of(TWO_CALLS, ("ine",))
     assert "".join(c.text for c in chunks) == "F"
     assert calls_of(chunks) == ([], "")

@@ -1,4 +1,4 @@
-"""Thoughts of a model: told from its answer, and known from its tokenizer and prompt."""
+"""Reasoning: separated from the answer, and detected from tokenizer and prompt."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from rasd_integrations.text.answer.parser import ReasoningFormat, opens_thought,
 )
 @pytest.mark.parametrize("format", [None, tf.HERMES, tf.LLAMA3, tf.FALLBACK])
 def test_thoughts_at_the_start_are_split_off(format, text, thinking, expected):
-    """Thoughts are no text, their marks neither; marks further on are words of the answer."""
+    """Reasoning and its marks are not text; later marks are."""
     assert expected == answer(format, text, thinking=thinking)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 def test_calls_inside_a_thought_are_thoughts(format):
-    """Only what follows the thought is called, even where it must stand at the very start."""
+    """Only calls after the reasoning count, even if they must come first in the answer."""
     first, second = call(format, "f", '{"a": 1}'), call(format, "g", "{}")
     done = answer(format, f"<think>\n{first}\n</think>\n\n{second}")
     assert Answer("", first, [("g", "{}")]) == done
 
 
 def test_other_marks_of_thoughts():
-    """The marks are the format's own."""
+    """Other families have other marks."""
     marks = ReasoningFormat("[THINK]", "[/THINK]")
     assert Answer("Yes", "hm", []) == answer(None, "[THINK]hm[/THINK]Yes", reasoning=marks)
 
@@ -60,7 +60,7 @@ def test_other_marks_of_thoughts():
     ],
 )  # fmt: skip
 def test_marks_of_thoughts_are_read_off_the_tokenizer(template, added, control, expected):
-    """Template or vocabulary tell; a model with neither has no thoughts to split off."""
+    """The template or the vocabulary has the marks; otherwise there is no reasoning."""
     assert expected == reasoning_format(tokenizer_with(template, control=control, added=added))
 
 

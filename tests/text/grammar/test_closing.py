@@ -1,4 +1,4 @@
-"""JSON answers are whole before their room ends, and what was drafted has no say in it."""
+"""JSON answers are complete within max_tokens, whatever is drafted."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def fill(answer, room, **options):
 @pytest.mark.parametrize("room", [100, 151, 152, 300])
 @pytest.mark.parametrize("kind", sorted(ENDLESS))
 def test_an_endless_answer_is_closed_in_time(kind, room):
-    """Whatever the model would go on with, the object is whole, and the reason is the room."""
+    """The object is complete and within max_tokens, whatever the model would write."""
     got = fill(ENDLESS[kind], room)
     value = json.loads(got.text)
     assert list(value) == SCHEMA["required"]
     assert value["mood"] in {"happy", "sad"}
     assert len(got.token_ids) <= room
-    if kind == "string":  # others end where a part may no longer be begun
+    if kind == "string":  # others end when no further part would fit
         assert got.finish_reason == "length"
 
 
 def test_an_answer_that_fits_is_left_alone():
-    """With room to spare the model's own words stand, and the reason is its own."""
+    """An answer that fits is not changed, and neither is its finish reason."""
     answer = '{"title": "x", "items": [{"name": "a", "count": 12}], "mood": "sad", "note": null, "day": "2026-11"}'
     got = fill(answer, 400)
     assert got.text == answer
@@ -69,7 +69,7 @@ def test_an_answer_that_fits_is_left_alone():
 
 
 def test_a_room_too_small_for_any_answer_is_refused():
-    """Fault 7: before the answer begins, with what it needs and what there is."""
+    """Fault 7: before the answer begins, with both numbers."""
     with pytest.raises(
         ConfigurationError, match=rf"max_tokens is 50, .* needs {len(LEAST)} tokens"
     ):
@@ -98,7 +98,7 @@ def test_a_forced_call_is_closed_in_time(room):
 
 @pytest.mark.parametrize(("room", "temperature"), [(90, 0.0), (90, 1.0), (120, 0.0)])
 def test_drafts_change_nothing_in_the_closing(room, temperature):
-    """Random weights: the ids with drafts of any kind are those without."""
+    """With random weights, drafted ids equal plain ones."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     params = {"max_tokens": room, "grammar": Grammar.json_schema(SCHEMA), "temperature": temperature, "seed": 3}  # fmt: skip
     drafters = (None, "auto", ScriptedDrafter(random_tokens(VOCAB)))
@@ -123,7 +123,7 @@ def test_the_search_leaves_the_state_where_it_was():
 
 
 def test_a_schema_without_an_end_is_refused():
-    """Fault 31: where every object needs another, no answer can be whole."""
+    """Fault 31: if every object needs another, no answer is complete."""
     endless = {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"]}}}  # fmt: skip
     compiler = GrammarCompiler(tiny_tokenizer(), VOCAB, {EOS})
     with pytest.raises(ConfigurationError, match=r"no whole answer|no answer at all"):
@@ -157,7 +157,7 @@ SHORTEST = {
 
 @pytest.mark.parametrize("kind", sorted(SHORTEST))
 def test_the_shortest_answer_is_found(kind):
-    """Fault 7: in bytes, which are this tokenizer's tokens; one token less is refused, with the number."""
+    """Fault 7: one token (here a byte) less is refused, with the number."""
     schema, size = SHORTEST[kind]
     least = len('{"x": ""}') + size
     tokenizer = tiny_tokenizer()
@@ -194,7 +194,7 @@ DEEP = {
 
 @pytest.mark.parametrize("kind", sorted(DEEP))
 def test_whatever_is_written_is_closed_in_time(kind):
-    """Fault 7: random tokens of what may follow, at every room from the least on, end in whole JSON."""
+    """Fault 7: random allowed tokens end in complete JSON, from the least max_tokens on."""
     tokenizer = tiny_tokenizer()
     compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
     grammar = Grammar.json_schema(DEEP[kind])

@@ -165,7 +165,7 @@ def test_begin_of_sequence_comes_once(text):
 
 
 def test_template_with_begin_of_sequence_gets_no_second():
-    """The template's own token stands alone at the head."""
+    """The template's own token is the only one."""
     tokenizer = llama_like(first_only=True)
     ids = ChatTemplate(tokenizer).encode_messages([user("hello")])
     assert 1 == ids.count(tokenizer.bos_token_id)
@@ -216,9 +216,9 @@ CONVERSATION = [
     ],
 )
 def test_every_order_of_roles_has_a_normal_form(roles, expected):
-    """Fault 3: whoever speaks first or twice, and wherever system and tools come in, an alternating template takes it.
+    """Fault 3: an alternating template accepts any order of roles.
 
-    An empty turn of the user stands before an assistant who speaks first; calls at the end are answered, not gone on with.
+    An empty user turn comes before a first assistant turn; calls at the end are answered, not continued.
     """
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     messages = [
