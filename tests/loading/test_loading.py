@@ -391,6 +391,7 @@ def test_package_without_a_model_is_named(name, words):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_smollm2_answers(monkeypatch):
     """The real model answers a question in its own chat format and ends its turn."""
     monkeypatch.delenv("RASD_CACHE")  # converted once for all tests

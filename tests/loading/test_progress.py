@@ -137,6 +137,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_real_terminal_shows_a_bar():
     """In a pseudo-terminal the bar is drawn, grows, and leaves an empty line behind."""
     with warnings.catch_warnings():
