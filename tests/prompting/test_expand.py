@@ -138,7 +138,7 @@ def test_two_tool_results_share_a_document() -> None:
     assert [*prompt[:2], tool(text_of(ALPHA)), *prompt[3:]] == plan.target
 
 
-@pytest.mark.parametrize("room", [150, 200, 400])
+@pytest.mark.parametrize("room", [150, 200, 400, 500])
 def test_over_the_window_the_surroundings_of_the_chunks_come_first(room: int) -> None:
     """The prompt keeps to its room, holds every chunk, and says what was left out."""
     plan = expanded(lcel(SENT), HINTS, room=room)

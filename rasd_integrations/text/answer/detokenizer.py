@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"
-# A character has at most four bytes, so the last four tokens contain the last character; a window that
-# starts with them decodes its end correctly even if its first token loses a leading space (sentencepiece).
-_CONTEXT_TOKENS = 4
 
 
 class IncrementalDetokenizer:
@@ -62,7 +59,7 @@ class IncrementalDetokenizer:
         unfinished = text.endswith(_REPLACEMENT)
         piece = self._take(text[: len(text) - unfinished])
         if end == len(self._window) and not unfinished:
-            del self._window[:-_CONTEXT_TOKENS]
+            del self._window[:-1]  # a decoder may drop the leading space of its first token
             self._sent = len(self._decode(self._window))
         return piece
 

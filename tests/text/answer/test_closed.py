@@ -15,6 +15,7 @@ from rasd_integrations.text.answer.closed import closed_fields
         ('{"items": [{"n": "A"}, {"n": "', '"}], "say: \\"{": true}', ("items.1.n", 'say: \\"{')),
         ('<tool_call>\n{"name": "f", "arguments": {"q": "cats', '"}}\n</tool_call>', ("q",)),
         ('{"a": 1}', "", ()),
+        ('{"a": "x"', ', "b": 2}', ("b",)),
     ],
 )  # fmt: skip
 def test_closed_fields(kept, rest, fields):
