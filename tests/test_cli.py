@@ -30,7 +30,7 @@ def docs(tmp_path: Path) -> Path:
 
 
 def test_info_names_versions_and_models(capsys: pytest.CaptureFixture[str]) -> None:
-    """``info`` prints one line for each part and fails on nothing."""
+    """``info`` prints one line for each part."""
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     names = [line.split()[0] for line in out.splitlines()]
@@ -195,7 +195,7 @@ def tiny_folder(tmp_path: Path) -> Path:
 def test_warm_reads_documents_into_a_folder_with_a_bar(
     docs: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``warm`` shows how far it is, says what the folder holds, and an engine finds it there."""
+    """``warm`` shows its progress and the folder's contents, and an engine finds them."""
     from rasd_integrations import RASD, SamplingParams
 
     cache = tmp_path / "kept"
@@ -256,7 +256,7 @@ def test_warm_needs_no_extra(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It runs where the demo's packages are missing."""
+    """It runs without the demo's packages."""
     monkeypatch.setitem(sys.modules, module, None)
     cache = str(tmp_path / "kept")
     assert main(["warm", "--model", str(tiny_folder), "--cache", cache, str(docs)]) == 0
@@ -266,7 +266,7 @@ def test_warm_needs_no_extra(
 def test_warm_refuses_a_document_over_the_window_by_name(
     docs: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file is named with its tokens, and nothing was written."""
+    """The error has the file and its tokens, and nothing was written."""
     (docs / "long.txt").write_text("x" * 3000, encoding="utf-8")
     cache = tmp_path / "kept"
     assert main(["warm", "--model", str(tiny_folder), "--cache", str(cache), str(docs)]) == 1

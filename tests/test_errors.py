@@ -30,7 +30,7 @@ def test_an_error_is_ours_and_a_built_in_one_and_can_be_pickled(kind):
 
 
 def test_a_prompt_that_is_too_long_is_named_with_its_sizes():
-    """The message has what was asked, what is allowed, and by how much it is over."""
+    """The message has the sizes, the limit and the excess."""
     error = errors.PromptTooLongError(8000, 512, 8192)
 
     assert "8000" in str(error)

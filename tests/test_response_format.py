@@ -79,7 +79,7 @@ def test_strict_follows_the_tools_own_word():
 
 @pytest.mark.parametrize("choice", [None, "auto", "none", False])
 def test_no_tools_is_no_tool_use(choice):
-    """Nothing to call, nothing demanded."""
+    """Without tools and without a required call there is nothing to do."""
     assert ToolUse.of([], choice) is None
     assert ToolUse.of(None, choice) is None
 
@@ -96,7 +96,7 @@ def test_no_tools_is_no_tool_use(choice):
     ],
 )
 def test_what_cannot_be_met_is_refused(tools, choice, message):
-    """The error names the value and what is possible."""
+    """The error names the value and the valid ones."""
     with pytest.raises(ConfigurationError, match=message):
         ToolUse.of(tools, choice)
 

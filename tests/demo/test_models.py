@@ -145,7 +145,7 @@ def no_pip(monkeypatch) -> None:
 def test_the_small_model_answers_where_the_other_has_no_room(
     memory, disk, small, no_pip, monkeypatch, capsys, tmp_path
 ):
-    """Memory or disk that is short is said with both figures; a model that was named is taken all the same."""
+    """Too little memory or disk is reported; a model that was named is used anyway."""
     monkeypatch.setenv("RASD_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "memory_available", lambda device: int(memory))
     usage = lambda folder: type("Usage", (), {"free": int(disk)})  # noqa: E731

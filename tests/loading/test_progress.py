@@ -1,4 +1,4 @@
-"""What a slow load says on standard error, and that a quick one says nothing."""
+"""A slow load shows its progress on standard error; a quick one is silent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WHAT = "Converting a.gguf, once"
 
 
 class Terminal(io.StringIO):
-    """A standard error that says it is a terminal."""
+    """A standard error that is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -71,7 +71,7 @@ def test_a_second_time_says_nothing_however_long(err, monkeypatch):
 
 
 def test_what_cannot_be_counted_shows_its_time(monkeypatch):
-    """A compiler says nothing, so the bar shows how long it has been at it."""
+    """Without counts the bar shows the elapsed time."""
     monkeypatch.setattr(progress, "DELAY_S", 0.05)
     with redirect_stderr(Terminal()) as err, stage("Compiling"):
         time.sleep(0.5)
@@ -87,7 +87,7 @@ def test_it_is_turned_off_as_transformers_bars_are(err, monkeypatch):
 
 
 def test_an_error_ends_the_bar_and_gives_transformers_its_bars_back(monkeypatch):
-    """Whatever happens inside, nothing is left behind: no thread, no hook."""
+    """No thread and no hook remains after an error."""
     monkeypatch.setattr(progress, "DELAY_S", 0.01)
     with pytest.raises(KeyboardInterrupt), transformers_stage(WHAT):
         raise KeyboardInterrupt

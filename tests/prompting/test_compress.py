@@ -37,7 +37,7 @@ def test_the_template_is_filled_again_where_that_is_possible() -> None:
 
 
 def test_a_template_that_cannot_be_filled_again_is_edited() -> None:
-    """A template that raises costs nothing but a line in the faults."""
+    """A template that raises is reported in the faults, and the prompt is edited."""
 
     def rerender(context: str) -> Prompt:
         msg = f"no variable for {len(context)} characters"

@@ -140,7 +140,7 @@ def test_two_tool_results_share_a_document() -> None:
 
 @pytest.mark.parametrize("room", [150, 200, 400, 500])
 def test_over_the_window_the_surroundings_of_the_chunks_come_first(room: int) -> None:
-    """The prompt keeps to its room, holds every chunk, and says what was left out."""
+    """The prompt fits its room, contains every chunk, and reports what was left out."""
     plan = expanded(lcel(SENT), HINTS, room=room)
     words = sum(map(count_words, PromptView.of(plan.target).texts))
     assert words <= room
@@ -210,7 +210,7 @@ def test_no_room_leaves_the_prompt_as_sent() -> None:
     ids=["unknown", "changed", "failing", "garbage"],
 )
 def test_a_store_that_cannot_tell_leaves_the_prompt_as_sent(source: ListSource) -> None:
-    """No document, another version of it, or a fault: the answer goes on with the prompt."""
+    """Without the document, or with another version or a fault, the prompt is unchanged."""
     prompt = lcel(SENT)
     assert prompt is expanded(prompt, HINTS, source).target
 

@@ -126,13 +126,13 @@ def test_short_chunks_fill_their_lines() -> None:
 
 
 def test_the_context_is_looked_at_first() -> None:
-    """A chunk that the history quotes is taken where the pipeline put it."""
+    """A chunk that the history quotes too is located in the context."""
     prompt = [system(f"Rules.\n\n{TEXT}"), human(f"You said: {FACTS[1]}"), human("Why?")]
     assert located(prompt, FACTS[1], context=TEXT)[0].span.message == 0
 
 
 def test_the_latest_message_wins_and_answers_are_no_context() -> None:
-    """Of two tool results the newer one counts; what the assistant said never does."""
+    """Of two tool results the newer one counts; assistant messages never do."""
     prompt = [tool(FACTS[0]), tool(FACTS[0]), assistant(FACTS[0])]
     assert located(prompt, FACTS[0])[0].span.message == 1
     assert located([assistant(FACTS[0])], FACTS[0]) == []

@@ -72,7 +72,7 @@ def test_a_store_that_fails_is_reported_and_the_prompt_itself_searched(
 def test_a_missing_store_is_told_of_once(
     context: ContextMode, wants: bool, level: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Faults B: where something would read a store, one line says that none was given."""
+    """Faults B: one log line if a store would be read and none was given."""
     caplog.set_level("INFO")
     plans = planner(None, context)
     for _ in range(2):
@@ -89,7 +89,7 @@ def test_a_missing_store_is_told_of_once(
 def test_a_store_that_nothing_would_read_is_not_asked_for(
     prompt: Prompt, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The default drafters read no chunks, so nothing is said."""
+    """The default drafters read no chunks, so nothing is logged."""
     caplog.set_level("INFO")
     planned(prompt, wants=False)
     planned(PROMPT, None, ListSource([]), context="documents")
@@ -98,7 +98,7 @@ def test_a_store_that_nothing_would_read_is_not_asked_for(
 
 
 def test_an_empty_store_is_no_fault() -> None:
-    """A store that finds nothing leaves the prompt's own parts."""
+    """If a store finds nothing, the prompt's own pieces are used."""
     plan = planned(PROMPT, None, ListSource([]))
     assert ((), "prompt") == (plan.faults, plan.chunk_source)
 

@@ -1,4 +1,4 @@
-"""The ladder on which the question is found, and the kinds of calls."""
+"""Where the question is found, and the kinds of calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def question(prompt: Prompt, **hints: object) -> Question | None:
 
 
 def test_explicit_hints_win() -> None:
-    """What the edge says is taken as it is, with its own search query."""
+    """Explicit hints are used unchanged, with their own search query."""
     asked = question([human("Hello?")], question="Why?", search_query="reasons")
     assert Question("Why?", "reasons", "explicit") == asked
 
@@ -49,7 +49,7 @@ def test_tool_calls_tell_what_to_search_for(arguments: object) -> None:
 
 @pytest.mark.parametrize("arguments", [None, 7, [], "", {"query": 3}, {"query": " "}])
 def test_odd_tool_arguments_are_passed_over(arguments: object) -> None:
-    """Arguments without a text say nothing."""
+    """Arguments without text are ignored."""
     asked = question([human("New?"), tool_call(arguments), tool(LONG)])
     assert Question("New?", "New?", "message") == asked
 
@@ -94,7 +94,7 @@ def test_markers_far_from_the_end_are_examples() -> None:
     "prompt", ["", "  \n", [], [system("")], [human(None)], [{"role": "user"}], [{}]]
 )
 def test_no_question_in_nothing(prompt: Prompt) -> None:
-    """An empty prompt asks nothing."""
+    """An empty prompt has no question."""
     assert question(prompt) is None
 
 

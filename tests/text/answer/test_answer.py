@@ -61,7 +61,7 @@ def test_only_what_may_be_markup_is_held_back(format, text):
 
 @given(st.text(max_size=40), CUTS)
 def test_text_passes_at_once_where_nothing_is_looked_for(text, cuts):
-    """Without tools and thoughts every piece comes straight back."""
+    """Without tools and reasoning every piece is returned at once."""
     machine = parser(None, reasoning=None)
     pieces = cut(text, cuts)
     assert pieces == [machine.push(piece).text for piece in pieces]
@@ -172,7 +172,7 @@ def test_arguments_before_the_name_wait_for_it():
     ],
 )  # fmt: skip
 def test_ways_to_write_calls(format, text, calls):
-    """What models write, neatly or not, comes out as their calls and nothing else."""
+    """Calls in any form that models write are parsed, with no text left over."""
     assert Answer("", "", calls) == answer(format, text)
 
 
@@ -282,7 +282,7 @@ def test_text_that_held_markup_still_finds_the_call_in_it():
 )
 @pytest.mark.parametrize("format", MARKED, ids=lambda f: f.name)
 def test_whole_answer_that_is_one_call_needs_no_mark(format, text):
-    """Bare or fenced, an answer that is nothing but the JSON of an offered tool is a call."""
+    """An answer that is only the JSON of an offered tool, bare or fenced, is a call."""
     assert Answer("", "", [("f", '{"a": 1}')]) == answer(format, text)
 
 

@@ -1,4 +1,4 @@
-"""Stop strings: the cut is where the whole text has it, for every way the text may arrive."""
+"""Stop strings cut streamed text as they cut the whole."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pieces(text: str, cuts: list[int]) -> list[str]:
 
 @given(TEXTS, STOPS, st.lists(st.integers(0, 24), max_size=8))
 def test_cut_is_at_the_first_stop_string_of_the_whole_text(text, stops, cuts):
-    """Whatever the pieces, what is shown is the text before the first stop string."""
+    """The shown text ends before the first stop string, for any pieces."""
     matcher = StopMatcher(stops)
     shown = "".join([matcher.push(piece) for piece in pieces(text, cuts)] + [matcher.flush()])
     assert cut(text, stops) == shown

@@ -79,7 +79,7 @@ def test_marks_of_thoughts_are_read_off_a_template_given_as_an_option():
     ],
 )
 def test_prompt_that_opens_the_thought_is_known(template, options, expected):
-    """QwQ's prompt ends inside the thought; Qwen3's leaves it to the model, or closes it again."""
+    """QwQ's prompt ends inside reasoning; Qwen3's leaves it to the model, or closes it."""
     tokenizer = tokenizer_with(template + "{# </think> #}")
     messages = [{"role": "user", "content": "What does <think> mean?"}]
     prompt = tokenizer.apply_chat_template(

@@ -67,7 +67,7 @@ SCHEMA = {
 
 
 def test_a_schema_lets_its_instances_through(compiler, tokenizer):
-    """In one way of writing; nothing else, and nothing behind the end."""
+    """Instances pass in one way of writing; nothing else does, nor anything after the end."""
     state = compiler.state(Grammar.json_schema(SCHEMA))
     assert accepts(state, tokenizer, '{"name": "Zoë \\" \U0001f600", "age": -3}')
     assert taken(state, tokenizer, '{"name":"Ada"')[0] == '{"name":'
@@ -90,7 +90,7 @@ def test_what_is_forced_is_told(compiler, tokenizer):
 
 
 def test_steps_are_taken_back_and_forks_stand_alone(compiler, tokenizer):
-    """A refused token takes no step; pop and fork leave the others where they are."""
+    """A refused token changes nothing; pop and fork are independent of other states."""
     state = compiler.state(Grammar.json_schema(SCHEMA))
     start = state.mask().tobytes()
     first, wrong = ids(tokenizer, "{")[0], ids(tokenizer, "[")[0]
@@ -130,7 +130,7 @@ CALLS = [
 
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_a_forced_call_is_written_as_the_model_writes_it(compiler, tokenizer, form):
-    """Each format's own words pass, text and unknown functions do not; several only where allowed."""
+    """Each format's own markup passes; text, unknown functions and, unless allowed, several calls do not."""
     form = FORMS[form]
     one = compiler.state(None, ToolUse.of(TOOLS, "required"), form)
     several = compiler.state(None, ToolUse.of(TOOLS, "required", parallel=True), form)
@@ -152,7 +152,7 @@ def test_a_named_choice_leaves_one_function(compiler, tokenizer):
 
 
 def test_a_free_model_is_free(compiler):
-    """Tools that may be called bind nothing, unless they are strict."""
+    """Optional tools constrain nothing unless they are strict."""
     assert compiler.state(None, ToolUse.of(TOOLS), tf.HERMES) is None
     assert compiler.state(None, ToolUse.of(TOOLS, "none"), tf.HERMES) is None
     assert compiler.state(None) is None
@@ -183,7 +183,7 @@ def test_tools_beside_a_grammar_leave_the_choice(compiler, tokenizer):
 
 
 def test_an_open_thought_comes_first(compiler, tokenizer):
-    """Where the prompt has opened a thought, it is free up to its end mark."""
+    """Reasoning that the prompt has opened is free up to its end mark."""
     state = compiler.state(Grammar.json_schema(SCHEMA), thought_end="</think>")
     assert accepts(state, tokenizer, 'Hm {"name"\n</think>\n\n{"name": "Ada", "age": 3}')
     assert not accepts(state, tokenizer, '{"name": "Ada", "age": 3}')
@@ -214,13 +214,13 @@ def test_control_tokens_of_the_markup_are_control_tokens(tokenizer):
     ],
 )
 def test_a_grammar_that_cannot_be_followed_is_refused(compiler, grammar, message):
-    """The error names what is in the way; nothing is passed over in silence."""
+    """The error names what cannot be followed; nothing is ignored."""
     with pytest.raises(ConfigurationError, match=message):
         compiler.state(grammar)
 
 
 def test_a_tool_that_cannot_be_followed_is_named(compiler):
-    """Among several the error tells which."""
+    """The error names the tool."""
     bad = {"name": "odd", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}
     with pytest.raises(ConfigurationError, match=r"Tool 'odd': .*not"):
         compiler.state(None, ToolUse.of([*TOOLS, bad], "required"), tf.HERMES)
@@ -252,7 +252,7 @@ def test_a_grammar_is_compiled_once_and_the_tokenizer_is_let_go():
 
 
 def test_without_llguidance_the_extra_is_named(monkeypatch):
-    """The error says what to install."""
+    """The error names the extra."""
     real = builtins.__import__
 
     def missing(name, *args, **kwargs):

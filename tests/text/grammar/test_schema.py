@@ -1,4 +1,4 @@
-"""Schemas made ready for a grammar: narrower where a model would wander, never wider."""
+"""Prepared schemas allow the same values or fewer, never more."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_sets_lose_the_keyword_that_no_grammar_knows():
 
 
 def test_the_schema_given_is_not_changed():
-    """Schemas are shared with whoever made them."""
+    """The caller may share them."""
     schema = obj(a=obj(b=TEXT))
     before = repr(schema)
     prepared(schema)

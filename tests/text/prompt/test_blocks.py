@@ -54,7 +54,7 @@ WITHOUT_TEXT = [
 
 @pytest.mark.parametrize(("block", "expected"), WITH_TEXT)
 def test_blocks_with_text_are_read(block, expected):
-    """Fault 12: whatever the provider calls it, whoever said it, text is text."""
+    """Fault 12: text is read in any provider's block and any role."""
     assert expected == block_text(block)
     for role in ("assistant", "tool", "user", "system"):
         assert f"{expected}b" == blocks_text([block, "b"], role)
@@ -74,7 +74,7 @@ def test_blocks_without_text_are_passed_over_in_a_history(block, caplog):
 
 
 def test_what_is_read_elsewhere_is_no_matter_for_the_log(caplog):
-    """Calls and thoughts of an assistant are left to whoever reads them; marks for caches say nothing to anyone."""
+    """Blocks that are read elsewhere and cache markers are skipped without a log line."""
     blocks = [{"type": "tool_use", "name": "f"}, "a", {"cachePoint": {"type": "default"}}]
     with caplog.at_level(logging.WARNING):
         assert "a" == blocks_text(blocks[:2], "assistant", {"tool_use"})

@@ -1,4 +1,4 @@
-"""Counting is not asking: whatever a part of a conversation is, it has a number of tokens."""
+"""Any part of a conversation can be counted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def template(request):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_counted(template, part):
-    """Fault 4: nothing is refused, and more words are more tokens."""
+    """Fault 4: no part is refused, and more words are more tokens."""
     messages = PARTS[part]
     tokens = count_messages(template, messages)
 

@@ -1,4 +1,4 @@
-"""Messages in the plain form of templates: tool calls, thoughts, and roles that are folded."""
+"""Normalised messages: tool calls, reasoning, and folded roles."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_empty_optional_fields_are_left_out():
     "call", ["f", {}, {"name": "f"}, {"function": "f"}, {"function": {"name": 3}}]
 )
 def test_tool_call_without_a_name_is_refused(call):
-    """The message says what was given and what is wanted."""
+    """The error has the given value and the expected form."""
     with pytest.raises(PromptError, match=r"'function': \{'name'"):
         plain_message({"role": "assistant", "content": "", "tool_calls": [call]})
 
 
 @pytest.mark.parametrize("template", [templates.QWEN3, templates.QWEN25, templates.LLAMA32])
 def test_thoughts_go_to_templates_that_use_them(template):
-    """Qwen3 shows the thought that led to a call; others never see it."""
+    """Qwen3's template writes the reasoning before a call; others do not."""
     history = [
         {"role": "user", "content": "q"},
         {**called({}), "reasoning_content": "I should call f."},

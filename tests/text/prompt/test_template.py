@@ -173,7 +173,7 @@ def test_template_with_begin_of_sequence_gets_no_second():
 
 
 def test_tokenizer_without_begin_of_sequence_gets_none():
-    """Where the tokenizer adds nothing, nothing is added."""
+    """A tokenizer that adds no token gets none."""
     assert list(b"hi") == [ord(t) for t in BYTES.convert_ids_to_tokens(CHATML.encode_text("hi"))]
 
 
@@ -312,7 +312,7 @@ def test_bad_messages_are_refused(messages, words):
 
 
 def test_missing_template_is_named():
-    """A base model's tokenizer says what to do instead."""
+    """The error for a base model says what to do instead."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ModelLoadError, match="plain text prompt"):
