@@ -15,7 +15,7 @@ from rasd_integrations.config import Sampling, SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.drafts import checked
 from rasd_integrations.decoding.schedule import Experience, Schedule, check_lockstep
 from rasd_integrations.decoding.steps import FreeSteps, Steps
-from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
+from rasd_integrations.drafters.base import Drafter, DraftSession, as_drafter
 from rasd_integrations.engine.generation_config import checkpoint_sampling, logits_processors
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
@@ -51,10 +51,10 @@ class SpeculativeDecoder:
     ) -> None:
         """Join the parts; nothing runs yet. Decoders that share a cache run the same kind of ``steps``."""
         self.target = target
-        self.drafter = drafter
+        self.drafter = None if drafter is None else as_drafter(drafter)
         self.config = config or SpeculationConfig()
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
-        self.keeps_hidden = bool(getattr(drafter, "reads_hidden", False))
+        self.keeps_hidden = self.drafter is not None and self.drafter.needs.hidden
         self.steps = steps or FreeSteps(target)
         self.experience = Experience()  # what the last answer has measured
 
@@ -351,8 +351,7 @@ class _Answer:
         started = time.perf_counter()
         try:
             self.session = session = self.drafter.start(self.context)
-            if isinstance(session, TargetReader):
-                session.attach(self.target, buffer)
+            session.attach(self.target, buffer)
             if block.token_ids:
                 session.observe(block)
         except Exception as err:  # noqa: BLE001
@@ -374,7 +373,7 @@ class _Answer:
             return 0.0
         started = time.perf_counter()
         try:
-            if asked and isinstance(self.session, StepLearner):  # what is off costs nothing
+            if asked:  # what is off costs nothing
                 self.session.learn(draft, logits)
             self.session.observe(block)
         except Exception as err:  # noqa: BLE001

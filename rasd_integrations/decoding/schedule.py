@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from rasd_integrations.config import Sampling, SpeculationConfig
 from rasd_integrations.decoding.costs import CostShape, StepCosts
+from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.calibration import Calibration, Judgements
 from rasd_integrations.engine.executors.eager import rows_at
 from rasd_integrations.errors import ConfigurationError
@@ -42,7 +43,7 @@ _LOST_AT_ONCE = 0.5
 _GRACE, _CREDIT = 2.0, 8.0
 
 
-def check_lockstep(drafter: object, config: SpeculationConfig, params: Sampling) -> None:
+def check_lockstep(drafter: Drafter | None, config: SpeculationConfig, params: Sampling) -> None:
     """See that processes that run one model together would take the same steps: each has a clock of its own.
 
     Args:
@@ -56,7 +57,7 @@ def check_lockstep(drafter: object, config: SpeculationConfig, params: Sampling)
     faults = []
     if drafter is not None and config.num_draft_tokens is None:
         faults.append("num_draft_tokens is None, so that the clock chooses it; set it")
-    if getattr(drafter, "keeps_time", False):
+    if drafter is not None and drafter.needs.timing:
         faults.append("the drafter chooses its parts by the clock; give a model or None")
     if params.temperature > 0 and params.seed is None:
         faults.append("seed is None, so that each process would draw its own; set it")

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rasd_integrations.drafters.base import Drafter, DraftSession
+    from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
     from rasd_integrations.drafters.cascade import CascadeDrafter
     from rasd_integrations.drafters.datastore import DatastoreDrafter
     from rasd_integrations.drafters.dense import DenseDrafter
@@ -27,6 +27,7 @@ _LAZY = {
     "EarlyExitDrafter": "early_exit",
     "FusedDrafter": "fused",
     "ModelDrafter": "model",
+    "Needs": "base",
     "RecyclingDrafter": "recycling",
     "SparseKVDrafter": "sparse_kv",
     "SuffixDrafter": "suffix",
@@ -42,6 +43,7 @@ __all__ = [
     "EarlyExitDrafter",
     "FusedDrafter",
     "ModelDrafter",
+    "Needs",
     "RecyclingDrafter",
     "SparseKVDrafter",
     "SuffixDrafter",

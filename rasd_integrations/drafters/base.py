@@ -1,10 +1,11 @@
-"""The drafter protocol: a drafter starts one session an answer; sessions never share state."""
+"""The drafter protocol: a drafter starts one session per answer; sessions never share state."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
@@ -16,78 +17,79 @@ if TYPE_CHECKING:
     from rasd_integrations.engine.target import TargetModel
 
 
-class DraftSession(Protocol):
-    """A drafter at work on one answer."""
+class Needs(NamedTuple):
+    """What a drafter needs from the pipeline and the decoder.
 
-    def propose(self, budget: int) -> Draft:
-        """Return a draft of at most ``budget`` tokens for what follows the committed tokens.
-
-        An empty draft says that there is nothing to propose. The draft may depend on the committed
-        tokens and on the drafter's own draws, never on a token it drew and then dropped.
-        """
-        ...
-
-    def observe(self, block: TokenBlock) -> None:
-        """Learn what the target committed."""
-        ...
-
-    def close(self) -> None:
-        """Free what the session holds."""
-        ...
-
-
-_OBJECT = "<drafter object: "
-
-
-@runtime_checkable
-class Drafter(Protocol):
-    """A source of drafts, shared by all answers of an engine."""
-
-    name: str
-
-    def start(self, context: DraftContext) -> DraftSession:
-        """Begin an answer."""
-        ...
-
-
-@runtime_checkable
-class TargetReader(Protocol):
-    """A session that reads the target at work, as far as it has come.
-
-    A drafter whose sessions read :meth:`KVBuffer.hidden` says so by ``reads_hidden = True``.
+    Attributes:
+        prompt: The retrieved chunks: ``DraftContext.chunk_ids``, and a short prompt of its own made of them.
+        hidden: The target's final hidden states, kept beside keys and values (:meth:`KVBuffer.hidden`).
+        timing: The clock: its drafts depend on measured times, so two processes may draft differently.
     """
 
-    def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
-        """Take the target and the answer's keys and values; called once, before the first draft.
+    prompt: bool = False
+    hidden: bool = False
+    timing: bool = False
 
-        Whenever a draft is asked for, the buffer holds all committed tokens but the last. It is read only: the
-        session must not commit to it, may run steps on a :meth:`KVBuffer.view` of it, and must not keep views of it
-        beyond :meth:`DraftSession.observe`.
+
+class DraftSession(ABC):
+    """State of a drafter for one answer."""
+
+    def attach(self, target: TargetModel, buffer: KVBuffer) -> None:  # noqa: B027
+        """Receive the target and the answer's keys and values; called once, before the first draft.
+
+        Whenever a draft is asked for, the buffer holds all committed tokens but the last. It is read-only: a
+        session commits nothing to it and keeps no view of it beyond :meth:`observe`.
         """
-        ...
 
+    @abstractmethod
+    def propose(self, budget: int) -> Draft:
+        """Return a draft of at most ``budget`` tokens to follow the committed tokens; an empty one is fine.
 
-@runtime_checkable
-class StepLearner(Protocol):
-    """A session that learns from what the target thought of each token that it ran, refused ones too."""
-
-    def learn(self, draft: Draft, logits: Tensor) -> None:
-        """Learn from ``[1 + len(draft), vocab]``: row 0 follows the last committed token, row 1 + i node i.
-
-        Called after each step, before :meth:`DraftSession.observe`.
+        The draft may depend on the committed tokens and on the drafter's own draws, never on a token that was
+        drawn and then dropped.
         """
-        ...
+
+    def learn(self, draft: Draft, logits: Tensor) -> None:  # noqa: B027
+        """Receive the target's logits ``[1 + len(draft), vocab]``, rejected nodes included.
+
+        Row 0 predicts the token after the last committed one, row ``1 + i`` the one after node ``i``. Called
+        after each step, before :meth:`observe`.
+        """
+
+    def observe(self, block: TokenBlock) -> None:  # noqa: B027
+        """Receive what the target committed."""
+
+    def close(self) -> None:  # noqa: B027
+        """Free what the session holds."""
+
+
+class Drafter(ABC):
+    """A source of drafts, shared by all answers of an engine.
+
+    Attributes:
+        name: Name in the statistics.
+        needs: What it needs from pipeline and decoder.
+        gives_logits: Its drafts carry logits, which knowledge transfer needs.
+    """
+
+    name: str
+    needs: Needs = Needs()
+    gives_logits: bool = False
+
+    @abstractmethod
+    def start(self, context: DraftContext) -> DraftSession:
+        """Start an answer."""
 
 
 class Helper(Protocol):
-    """What a model drafter asks of the cheap drafter that drafts for it."""
+    """A session that can also draft for a model drafter."""
 
     def propose_after(self, extra: Sequence[int], budget: int) -> tuple[int, ...]:
         """Return what may follow the committed tokens and ``extra``; change nothing."""
         ...
 
     def observe(self, block: TokenBlock) -> None:
-        """Learn what the target committed."""
+        """Receive what the target committed."""
         ...
 
     def close(self) -> None:
@@ -95,8 +97,40 @@ class Helper(Protocol):
         ...
 
 
+def as_drafter(drafter: Any) -> Drafter:
+    """Return ``drafter``; an object with the right methods that subclasses nothing gets the defaults."""
+    return drafter if isinstance(drafter, Drafter) else _DuckDrafter(drafter)
+
+
+class _DuckDrafter(Drafter):
+    def __init__(self, drafter: Any) -> None:
+        self._drafter = drafter
+        self.name = getattr(drafter, "name", type(drafter).__name__)
+        self.needs = getattr(drafter, "needs", Needs())
+        self.gives_logits = getattr(drafter, "gives_logits", True)  # each of its drafts is checked
+
+    def start(self, context: DraftContext) -> DraftSession:
+        session = self._drafter.start(context)
+        return session if isinstance(session, DraftSession) else _DuckSession(session)
+
+
+class _DuckSession(DraftSession):
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        for method in ("attach", "learn", "observe", "close"):
+            if hasattr(session, method):
+                setattr(self, method, getattr(session, method))
+
+    def propose(self, budget: int) -> Draft:
+        draft: Draft = self._session.propose(budget)
+        return draft
+
+
+_OBJECT = "<drafter object: "
+
+
 def drafter_name(drafter: object) -> str | None:
-    """Return what ``drafter`` is in dumped settings; an object, which cannot be read back, is marked as one."""
+    """Return ``drafter`` as dumped settings hold it; an object, which cannot be read back, is marked as one."""
     if drafter is None or isinstance(drafter, str | Path):
         return None if drafter is None else str(drafter)
     return f"{_OBJECT}{type(drafter).__name__}>"
@@ -105,10 +139,10 @@ def drafter_name(drafter: object) -> str | None:
 def check_drafter_spec(
     drafter: object, device: str | None = None, *, lossless: bool = True
 ) -> None:
-    """See that ``drafter`` is something a drafter can be made of, for a lossy distribution and on a device where asked.
+    """Raise unless a drafter can be made from ``drafter``.
 
     Raises:
-        ConfigurationError: It is not.
+        ConfigurationError: It cannot, or not for knowledge transfer, or not on ``device``.
     """
     is_name = isinstance(drafter, str | Path)
     if isinstance(drafter, str) and drafter.startswith(_OBJECT):
@@ -119,7 +153,7 @@ def check_drafter_spec(
     if device is not None and (not is_name or drafter in ("auto", "self")):
         msg = (
             f"drafter_device is {device!r}, but drafter {drafter!r} loads no model of its own. Give a drafter "
-            f"model's hub id or path; one that is loaded already stands where it stands."
+            f"model's hub id or path; one that is already loaded stays where it is."
         )
         raise ConfigurationError(msg)
     if drafter is None and not lossless:

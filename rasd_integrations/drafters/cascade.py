@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from rasd_integrations.drafters.base import DraftSession, Helper
+from rasd_integrations.drafters.base import Drafter, DraftSession, Helper, Needs
 from rasd_integrations.types import DraftContext
 
 
@@ -26,22 +26,25 @@ class HelpedDrafter(Protocol):
     """A drafter that can be drafted for."""
 
     name: str
+    needs: Needs
+    gives_logits: bool
 
     def start(self, context: DraftContext, helper: Helper | None = None) -> DraftSession:
         """Begin an answer."""
         ...
 
 
-class CascadeDrafter:
+class CascadeDrafter(Drafter):
     """``model`` drafts for the target, ``helper`` drafts for ``model``."""
 
     name = "cascade"
-    wants_prompt = True
 
     def __init__(self, model: HelpedDrafter, helper: HelperDrafter) -> None:
         """Join the two."""
         self.model = model
         self.helper = helper
+        self.needs = model.needs
+        self.gives_logits = model.gives_logits
 
     def start(self, context: DraftContext) -> DraftSession:
         """Begin an answer."""

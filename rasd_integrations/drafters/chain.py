@@ -13,7 +13,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from rasd_integrations.drafters.base import Helper
+from rasd_integrations.drafters.base import DraftSession, Helper
 from rasd_integrations.engine.drawing import Sampler
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
@@ -29,7 +29,7 @@ def _unchanged(logits: Tensor) -> Tensor:
     return logits
 
 
-class ChainSession:
+class ChainSession(DraftSession):
     """One answer of a drafter that runs a model.
 
     The draft is the model's own answer, greedy or sampled as the target's: token ``i`` is drawn from its

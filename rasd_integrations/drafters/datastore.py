@@ -13,6 +13,7 @@ from math import comb
 from rasd_integrations.datastores.tokens.encoding import SEPARATOR
 from rasd_integrations.datastores.tokens.shard import MAX_MATCH, continuations
 from rasd_integrations.datastores.tokens.store import TokenStore
+from rasd_integrations.drafters.base import Drafter, DraftSession
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
@@ -21,17 +22,12 @@ Tree = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
 """Token, parent and probability of each node."""
 
 
-class DatastoreDrafter:
+class DatastoreDrafter(Drafter):
     """Proposes how the store's texts went on after the last tokens, as a tree.
 
     A store over a whole collection drafts from texts that the prompt need not hold. Drafts never change
     what is said, but how fast it is said tells that a text is there: give tenants stores of their own.
-
-    Attributes:
-        gives_logits: It has no distribution that knowledge transfer could lean towards.
     """
-
-    gives_logits = False
 
     def __init__(
         self,
@@ -98,7 +94,7 @@ class DatastoreDrafter:
         return DatastoreSession(self, context)
 
 
-class DatastoreSession:
+class DatastoreSession(DraftSession):
     """A datastore at work on one answer. Each draft reads the store as it stands at that moment."""
 
     def __init__(self, drafter: DatastoreDrafter, context: DraftContext) -> None:

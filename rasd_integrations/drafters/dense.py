@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rasd_integrations.datastores.hidden import DenseStore, Neighbour, nearest
+from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError, RetrievalError
@@ -32,16 +33,10 @@ _MOST_ROWS = 1 << 11  # places of the prompt that are compared: the latest
 _BLOCK = 256  # of them at once
 
 
-class DenseDrafter:
-    """Proposes what followed the places where the target's hidden state was like the present one, as a tree.
+class DenseDrafter(Drafter):
+    """Proposes what followed the places where the target's hidden state was like the present one, as a tree."""
 
-    Attributes:
-        gives_logits: It has no distribution that knowledge transfer could lean towards.
-        reads_hidden: The engine keeps the hidden states of prompt and answer for it.
-    """
-
-    gives_logits = False
-    reads_hidden = True
+    needs = Needs(hidden=True)
 
     def __init__(
         self,
@@ -91,7 +86,7 @@ class DenseDrafter:
         return DenseSession(self, context)
 
 
-class DenseSession:
+class DenseSession(DraftSession):
     """A dense drafter at work on one answer. Without :meth:`attach` it has nothing to say."""
 
     def __init__(self, drafter: DenseDrafter, context: DraftContext) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rasd_integrations.drafters.base import Helper
+from rasd_integrations.drafters.base import Drafter, Helper
 from rasd_integrations.drafters.chain import ChainSession
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.module_copy import shared_copy
@@ -25,17 +25,15 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 
-class EarlyExitDrafter:
+class EarlyExitDrafter(Drafter):
     """Drafts chains with the first layers of the target.
 
     Models that were not trained to exit early agree little with their own first layers
     (docs/explanation/experiments.md).
-
-    Attributes:
-        name: In the statistics.
     """
 
     name = "early_exit"
+    gives_logits = True
 
     def __init__(self, layers: int, *, confidence: float = 0.1) -> None:
         """Stop after the first ``layers``.

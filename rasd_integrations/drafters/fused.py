@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rasd_integrations.drafters.base import Drafter, DraftSession, StepLearner, TargetReader
+from rasd_integrations.drafters.base import Drafter, DraftSession, Needs, as_drafter
 from rasd_integrations.drafters.calibration import SIZES, size_of
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
@@ -88,7 +88,7 @@ class _Part:
 
     def learn(self, draft: Draft, logits: Tensor) -> None:
         """Pass on what the target thought, unless the part rests."""
-        if self.answered and isinstance(self.session, StepLearner):
+        if self.answered:
             started = time.perf_counter()
             self.session.learn(draft, logits)
             self.spent += time.perf_counter() - started
@@ -128,7 +128,7 @@ class _Part:
         setattr(self, name, getattr(self, name) + weight * (value - getattr(self, name)))
 
 
-class FusedSession:
+class FusedSession(DraftSession):
     """Several drafters at work on one answer."""
 
     def __init__(self, drafter: FusedDrafter, context: DraftContext) -> None:
@@ -145,8 +145,7 @@ class FusedSession:
     def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
         """Hand the target to the parts that read it."""
         for part in self._parts:
-            if isinstance(part.session, TargetReader):
-                part.session.attach(target, buffer)
+            part.session.attach(target, buffer)
 
     def propose(self, budget: int) -> Draft:
         """Return the most likely nodes of all parts' drafts together, best first."""
@@ -192,17 +191,8 @@ class FusedSession:
                 stack.callback(part.session.close)
 
 
-class FusedDrafter:
-    """Joins drafters into one whose draft is a tree of the most likely of all their nodes.
-
-    Attributes:
-        gives_logits: Whether there is a model, whose distribution knowledge transfer can lean towards.
-        keeps_time: Parts rest by what they cost, so two processes may draft differently.
-        reads_hidden: Whether a part does.
-        wants_prompt: Whether the model reads a short prompt of its own.
-    """
-
-    keeps_time = True
+class FusedDrafter(Drafter):
+    """Joins drafters into one whose draft is a tree of the most likely of all their nodes."""
 
     def __init__(
         self,
@@ -234,15 +224,18 @@ class FusedDrafter:
                 msg = f"{option} is {value}, but must be at least 0."
                 raise ConfigurationError(msg)
         self.name = name
-        self.parts = tuple(parts)
-        self.model = model
+        self.parts = tuple(map(as_drafter, parts))
+        self.model = None if model is None else as_drafter(model)
         self.top_k = top_k
         self.siblings = siblings
-        everyone = (*self.parts, *(() if model is None else (model,)))
+        everyone = self.parts if self.model is None else (*self.parts, self.model)
         self.records: tuple[_Record, ...] = (_Record(),) * len(everyone)
-        self.gives_logits = model is not None and getattr(model, "gives_logits", True)
-        self.reads_hidden = any(getattr(p, "reads_hidden", False) for p in everyone)
-        self.wants_prompt = any(getattr(p, "wants_prompt", False) for p in everyone)
+        self.gives_logits = self.model is not None and self.model.gives_logits
+        self.needs = Needs(
+            prompt=any(drafter.needs.prompt for drafter in everyone),
+            hidden=any(drafter.needs.hidden for drafter in everyone),
+            timing=True,  # parts are paused by what they cost
+        )
 
     def start(self, context: DraftContext) -> DraftSession:
         """Begin an answer; under a distribution that leans towards the drafter, the model alone drafts."""

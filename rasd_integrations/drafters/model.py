@@ -7,23 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rasd_integrations.drafters.base import Helper
+from rasd_integrations.drafters.base import Drafter, Helper, Needs
 from rasd_integrations.drafters.chain import ChainSession
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 
-class ModelDrafter:
-    """Drafts chains with a language model, from its own prompt and its own keys and values.
-
-    Attributes:
-        name: In the statistics.
-        wants_prompt: Whether a short prompt of its own should be made for each answer.
-    """
+class ModelDrafter(Drafter):
+    """Drafts chains with a language model, from its own prompt and its own keys and values."""
 
     name = "model"
-    wants_prompt = True
+    needs = Needs(prompt=True)
+    gives_logits = True
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
 from rasd_integrations.drafters.candidates import Candidates, Shortlist
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
@@ -165,7 +166,7 @@ class CandidateIndex:
         self._known[slots] = True
 
 
-class RecyclingSession:
+class RecyclingSession(DraftSession):
     """The rows of one answer, kept as they are computed."""
 
     def __init__(self, drafter: RecyclingDrafter, context: DraftContext) -> None:
@@ -254,18 +255,12 @@ class RecyclingSession:
         self._index = CandidateIndex(1, self._drafter.num_candidates)
 
 
-class RecyclingDrafter:
+class RecyclingDrafter(Drafter):
     """Proposes trees of what the target found likely at places that ended in the same tokens.
 
     Nothing is kept between answers but the hidden states of a cached prompt, which lie in its namespace of
     the prefix cache.
-
-    Attributes:
-        gives_logits: It has no distribution that knowledge transfer could lean towards.
-        reads_hidden: The engine keeps final hidden states for it, where it looks at the prompt.
     """
-
-    gives_logits = False
 
     def __init__(
         self,
@@ -300,7 +295,8 @@ class RecyclingDrafter:
                 msg = f"{option} is {value}, but must be {limits}."
                 raise ConfigurationError(msg)
         self.name = name
-        self.prompt = self.reads_hidden = prompt
+        self.prompt = prompt
+        self.needs = Needs(hidden=prompt)
         self.num_candidates = num_candidates
         self.max_draft = max_draft
         self.min_probability = min_probability

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from rasd_integrations.drafters.base import Helper
+from rasd_integrations.drafters.base import Drafter, Helper, Needs
 from rasd_integrations.drafters.chain import ChainSession
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
@@ -34,18 +34,15 @@ _LEAST_SAVING = (
 _FRESH = 64  # committed tokens after which the rows are chosen anew
 
 
-class SparseKVDrafter:
+class SparseKVDrafter(Drafter):
     """Drafts chains with the target's own weights over some of its own rows.
 
     Rows are copied from the target's, which computed them over the whole text; nothing is run twice.
     ``start`` takes a helper, so :class:`CascadeDrafter` can draft for it.
-
-    Attributes:
-        name: In the statistics.
-        wants_prompt: Whether chunks should be found for each answer.
     """
 
     name = "sparse_kv"
+    gives_logits = True
 
     def __init__(
         self,
@@ -85,7 +82,7 @@ class SparseKVDrafter:
                 msg = f"{option} is {value!r}, but must be {limit}."
                 raise ConfigurationError(msg)
         self.pattern = pattern
-        self.wants_prompt = pattern == "chunks"  # whoever plans it finds the chunks
+        self.needs = Needs(prompt=pattern == "chunks")
         self.max_rows = max_rows
         self.sink = sink
         self.window = window

@@ -12,6 +12,7 @@ import heapq
 from array import array
 from collections.abc import Iterable, Sequence
 
+from rasd_integrations.drafters.base import Drafter, DraftSession
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 _NONE = -1
@@ -187,7 +188,7 @@ class SuffixAutomaton:
         return len(self._links) - 1
 
 
-class SuffixSession:
+class SuffixSession(DraftSession):
     """The text of one answer, indexed as it grows."""
 
     def __init__(self, drafter: SuffixDrafter, context: DraftContext) -> None:
@@ -261,14 +262,8 @@ class SuffixSession:
         return tuple(token_ids), tuple(parents), tuple(scores)
 
 
-class SuffixDrafter:
-    """Proposes what followed the longest earlier occurrence of the last tokens.
-
-    Attributes:
-        gives_logits: It has no distribution that knowledge transfer could lean towards.
-    """
-
-    gives_logits = False
+class SuffixDrafter(Drafter):
+    """Proposes what followed the longest earlier occurrence of the last tokens."""
 
     def __init__(
         self,

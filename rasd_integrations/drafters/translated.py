@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from rasd_integrations.drafters.base import DraftSession
+from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
 from rasd_integrations.drafters.vocabulary import Vocabulary, unfinished
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
@@ -24,8 +24,16 @@ LEAST_SHARE = 0.25
 """Of the smaller vocabulary; where less is shared, sampled answers are drafted for by text, too."""
 
 
-class RebasedSession(DraftSession, Protocol):
+class RebasedSession(Protocol):
     """A session whose committed tokens may be written anew."""
+
+    def propose(self, budget: int) -> Draft:
+        """Return a draft of at most ``budget`` tokens."""
+        ...
+
+    def close(self) -> None:
+        """Free what the session holds."""
+        ...
 
     @property
     def ids(self) -> Sequence[int]:
@@ -91,7 +99,7 @@ class Translation:
         return self.drafter.encode_prompt(self.target.join(body).decode("utf-8", "replace"))
 
 
-class TranslatedDrafter:
+class TranslatedDrafter(Drafter):
     """Drafts with a model whose token ids are not the target's.
 
     No other drafter helps it (:class:`CascadeDrafter`): a helper cannot take tokens back, which the drafter
@@ -99,13 +107,10 @@ class TranslatedDrafter:
 
     Attributes:
         name: In the statistics; drafts are counted as ``bridge`` and ``projection``.
-        wants_prompt: Whether a short prompt of its own should be made for each answer.
-        gives_logits: Its distribution says nothing of the tokens that only the target knows.
     """
 
     name = "translated"
-    wants_prompt = True
-    gives_logits = False
+    needs = Needs(prompt=True)
 
     def __init__(
         self, translation: Translation, free: RebasingDrafter, projected: RebasingDrafter
@@ -137,7 +142,7 @@ class TranslatedDrafter:
         return TranslatedSession(self.translation, session, context.prompt_ids, projects=projects)
 
 
-class TranslatedSession:
+class TranslatedSession(DraftSession):
     """A drafter of another vocabulary at work on one answer."""
 
     def __init__(

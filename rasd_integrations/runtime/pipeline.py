@@ -215,7 +215,7 @@ class Pipeline:
             )
             raise ConfigurationError(msg)
         drafter = self.decoder.drafter if request.params.drafting else None
-        if asked.lossless or getattr(drafter, "gives_logits", drafter is not None):
+        if asked.lossless or (drafter is not None and drafter.gives_logits):
             return asked
         msg = (
             f"knowledge_transfer is {eta if eta is not None else own.knowledge_transfer}, but this call has "
@@ -234,7 +234,7 @@ class Pipeline:
             room=self.decoder.target.window
             - max_tokens
             - template_tokens(self.template, request.prompt, request.tools),
-            wants_drafter_prompt=bool(getattr(drafter, "wants_prompt", False)),
+            wants_drafter_prompt=drafter is not None and drafter.needs.prompt,
         )
 
     def _grammar(self, request: Request, max_tokens: int, *, thinking: bool) -> GrammarState | None:

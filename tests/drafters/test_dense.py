@@ -17,7 +17,7 @@ from tiny import FAMILIES, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.datastores.hidden import DenseStore, Neighbour
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters.base import Drafter, TargetReader
+from rasd_integrations.drafters.base import Drafter, Needs
 from rasd_integrations.drafters.dense import DenseDrafter, grow
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
@@ -139,7 +139,7 @@ class Watcher:
     """Proposes by a script and keeps what it saw: tokens and hidden rows at each draft."""
 
     name = "watcher"
-    reads_hidden = True
+    needs = Needs(hidden=True)
 
     def __init__(self, script) -> None:
         self.script = script
@@ -387,8 +387,7 @@ def test_it_is_a_drafter_that_reads_hidden_states():
     """The engine finds out by the protocol."""
     drafter = DenseDrafter()
     assert isinstance(drafter, Drafter)
-    assert isinstance(drafter.start(DraftContext(prompt_ids=[1])), TargetReader)
-    assert drafter.reads_hidden
+    assert drafter.needs == Needs(hidden=True)
     assert not drafter.gives_logits
 
 

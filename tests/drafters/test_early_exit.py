@@ -14,6 +14,7 @@ from torch import nn
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.drafters.base import Needs
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.early_exit import EarlyExitDrafter, shallow
 from rasd_integrations.drafters.suffix import SuffixDrafter
@@ -97,7 +98,7 @@ def test_the_live_buffer_is_untouched(family, hidden):
     """After each block the target's rows, and its hidden states, are those of a fresh forward."""
     target, cache = TargetModel(FAMILIES[family]()), PrefixCache(1 << 22)
     drafter = EarlyExitDrafter(1, confidence=0.0)
-    drafter.reads_hidden = hidden
+    drafter.needs = Needs(hidden=hidden)
     config = SpeculationConfig(num_draft_tokens=5)
     decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
     ids = list(PROMPT)

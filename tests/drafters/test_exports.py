@@ -6,12 +6,14 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rasd_integrations import RASD, drafters
-from rasd_integrations.drafters.base import Drafter, drafter_name
+from rasd_integrations.drafters.base import Drafter, Needs, as_drafter, drafter_name
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 FOLDER = Path(drafters.__file__).parent
 DEFINED = {
@@ -20,6 +22,7 @@ DEFINED = {
     for node in ast.parse(path.read_text(encoding="utf-8")).body
     if isinstance(node, ast.ClassDef)
     and node.name.endswith("Drafter")
+    and not node.name.startswith("_")
     and not any(isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases)
 }
 
@@ -38,7 +41,30 @@ def test_a_name_is_the_modules_own(name):
         found.__name__,
         found.__module__,
     )
-    assert found is Drafter or hasattr(found, "start") or name == "DraftSession"
+    assert issubclass(found, Drafter) or name in ("DraftSession", "Needs")
+
+
+def test_an_object_without_the_base_classes_gets_the_defaults():
+    """`needs` and the session's methods may be missing; those that are there are called."""
+
+    class Session:
+        def propose(self, budget):
+            return Draft((budget,))
+
+        def learn(self, draft, logits):
+            learned.append(draft)
+
+    learned = []
+    bare = SimpleNamespace(name="bare", start=lambda _context: Session())
+    drafter = as_drafter(bare)
+    session = drafter.start(DraftContext(prompt_ids=(1,)))
+    session.attach(None, None)
+    session.learn(session.propose(3), None)
+    session.observe(TokenBlock((1,)))
+    session.close()
+
+    assert (drafter.name, drafter.needs, learned) == ("bare", Needs(), [Draft((3,))])
+    assert as_drafter(drafter) is drafter
 
 
 def test_a_dumped_object_is_not_taken_for_a_models_name():

@@ -158,7 +158,7 @@ def test_a_tree_teaches_what_its_paths_do():
 def test_without_the_prompt_only_steps_teach():
     """Nothing is drafted before a step was taken, no hidden state is kept, and what steps say is learned as ever."""
     drafter = RecyclingDrafter(prompt=False, num_candidates=2)
-    assert not drafter.reads_hidden
+    assert not drafter.needs.hidden
     session, _ = attached(drafter, TargetModel(tiny_llama()), PROMPT, hidden=False)
     assert not session.propose(8).token_ids
     logits = torch.full((1, 259), -20.0)

@@ -22,6 +22,7 @@ from rasd_integrations import RASD, SamplingParams
 from rasd_integrations.config import SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.decoding.schedule import check_lockstep
+from rasd_integrations.drafters.base import Needs
 from rasd_integrations.drafters.candidates import Shortlist
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
@@ -69,7 +70,7 @@ def test_a_device_without_a_drafter_model_is_refused(drafter):
 
 def test_a_drafter_that_is_loaded_already_is_not_moved():
     """Objects are used as they stand."""
-    with pytest.raises(ConfigurationError, match="stands where it stands"):
+    with pytest.raises(ConfigurationError, match="stays where it is"):
         RASD.from_model(tiny_llama(), tiny_tokenizer(), tiny_llama(1), drafter_device="cpu")
 
 
@@ -192,7 +193,7 @@ class Abroad:
     """A drafter whose distribution and logits stand on the other device."""
 
     name = "abroad"
-    wants_prompt = False
+    needs = Needs()
 
     def __init__(self, inner: ModelDrafter) -> None:
         self.inner = inner

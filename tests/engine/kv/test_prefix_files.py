@@ -23,6 +23,7 @@ from tiny import FAMILIES, tiny_llama
 
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.drafters.base import Needs
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.engine.kv import prefix_format
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
@@ -278,7 +279,7 @@ def test_a_drafter_of_the_same_model_shares_the_head(target, tmp_path):
 class Reader(ScriptedDrafter):
     """A drafter that has hidden states kept."""
 
-    reads_hidden = True
+    needs = Needs(hidden=True)
 
 
 def test_hidden_states_are_kept_with_their_rows(target, tmp_path):
