@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from rasd_integrations.drafters.base import Drafter, DraftSession
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 Propose = Callable[[list[int], int], Draft]
 """Takes the committed answer and the budget."""
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(Drafter):
     """Proposes what a function of the committed answer says."""
 
     name = "scripted"
@@ -26,7 +27,7 @@ class ScriptedDrafter:
         return self.sessions[-1]
 
 
-class ScriptedSession:
+class ScriptedSession(DraftSession):
     """One answer of a scripted drafter."""
 
     def __init__(self, propose: Propose, context: DraftContext) -> None:
