@@ -28,12 +28,12 @@ from rasd_integrations.config import SpeculationConfig
 from rasd_integrations.datastores.tokens import TokenStore
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.datastore import DatastoreDrafter
-from rasd_integrations.drafters.dense import DenseDrafter
-from rasd_integrations.drafters.early_exit import EarlyExitDrafter
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.papers.dense import DenseDrafter
+from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter
+from rasd_integrations.drafters.papers.sparse_kv import SparseKVDrafter
 from rasd_integrations.drafters.recycling import RecyclingDrafter
-from rasd_integrations.drafters.sparse_kv import SparseKVDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.loading import packaged_model
 from rasd_integrations.runtime.models import SharedModel, shared_model

@@ -9,29 +9,29 @@ if TYPE_CHECKING:
     from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
     from rasd_integrations.drafters.cascade import CascadeDrafter
     from rasd_integrations.drafters.datastore import DatastoreDrafter
-    from rasd_integrations.drafters.dense import DenseDrafter
-    from rasd_integrations.drafters.early_exit import EarlyExitDrafter
     from rasd_integrations.drafters.fused import FusedDrafter
     from rasd_integrations.drafters.model import ModelDrafter
+    from rasd_integrations.drafters.papers.dense import DenseDrafter
+    from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter
+    from rasd_integrations.drafters.papers.sparse_kv import SparseKVDrafter
+    from rasd_integrations.drafters.papers.translated import TranslatedDrafter
     from rasd_integrations.drafters.recycling import RecyclingDrafter
-    from rasd_integrations.drafters.sparse_kv import SparseKVDrafter
     from rasd_integrations.drafters.suffix import SuffixDrafter
-    from rasd_integrations.drafters.translated import TranslatedDrafter
 
 _LAZY = {
     "CascadeDrafter": "cascade",
     "DatastoreDrafter": "datastore",
-    "DenseDrafter": "dense",
+    "DenseDrafter": "papers.dense",
     "DraftSession": "base",
     "Drafter": "base",
-    "EarlyExitDrafter": "early_exit",
+    "EarlyExitDrafter": "papers.early_exit",
     "FusedDrafter": "fused",
     "ModelDrafter": "model",
     "Needs": "base",
     "RecyclingDrafter": "recycling",
-    "SparseKVDrafter": "sparse_kv",
+    "SparseKVDrafter": "papers.sparse_kv",
     "SuffixDrafter": "suffix",
-    "TranslatedDrafter": "translated",
+    "TranslatedDrafter": "papers.translated",
 }
 
 __all__ = [

@@ -75,10 +75,7 @@ class Segment:
         """
         known = self._blocked.get((window, device))
         if known is None:
-            known = _blocked(self.positions, self.tail_mask, prefix, window, device)
-            if window is not None and self.buffer.is_gathered:
-                known = known[0], self._too_far(prefix, window, device)
-            self._blocked[window, device] = known
+            known = self._blocked[window, device] = _blocked(self, prefix, window, device)
         return known
 
     def attend(
@@ -90,12 +87,6 @@ class Segment:
             ``[1, n, heads, value_dim]``.
         """
         return _attend(self, layer, query, key, value, scoring)
-
-    def _too_far(self, prefix: int, window: int, device: torch.device) -> Tensor:
-        """Return which of the last ``prefix`` rows stand out of each row's window, ``[n, prefix]``."""
-        length = self.buffer.length
-        keys = self.buffer.positions(length - prefix, length).to(device)
-        return self.positions.to(device)[:, None] - keys[None, :] >= window
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +176,9 @@ def _attend(
     buffer, window = segment.buffer, scoring.window
     prefix = buffer.length
     keys, values = buffer.write(layer, key[0], value[0])
-    if window is not None and prefix + buffer.shift + 1 > window:
+    if window is not None and buffer.next_position + 1 > window:
         # The first row's window; later rows see less of it.
-        start = buffer.first_from(prefix + buffer.shift + 1 - window)
+        start = buffer.first_from(buffer.next_position + 1 - window)
         keys, values = keys[:, start:], values[:, start:]
         prefix -= start
     kv_heads = keys.shape[0]
@@ -206,30 +197,24 @@ def _attend(
     return out.view(1, heads, n, -1).transpose(1, 2).contiguous()  # as the stock functions do
 
 
-def _blocked(
-    positions: Tensor,
-    tail_mask: Tensor | None,
-    prefix: int,
-    window: int | None,
-    device: torch.device,
-) -> _Blocked:
-    n = len(positions)
+def _blocked(segment: Segment, prefix: int, window: int | None, device: torch.device) -> _Blocked:
+    n, mask = segment.rows, segment.tail_mask
     tail: Tensor | None = None
-    if tail_mask is not None:
-        tail = ~tail_mask.to(device)
+    if mask is not None:
+        tail = ~mask.to(device)
     elif n > 1:
         tail = torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
     if window is None:
         return tail, None
-    positions = positions.to(device)
+    positions, buffer = segment.positions.to(device), segment.buffer
     depth = positions - positions[0]  # [n]
     if n > window and tail is not None:
         tail = tail | (depth[:, None] - depth[None, :] >= window)
-    lost = min(prefix, prefix + n - window)
+    lost = prefix if buffer.is_gathered else min(prefix, prefix + n - window)
     if lost <= 0:
         return tail, None
-    first = positions[0] - prefix  # position of the first key that is still here
-    key_positions = first + torch.arange(lost, device=device)
+    start = buffer.length - prefix
+    key_positions = buffer.positions(start, start + lost, device)
     return tail, positions[:, None] - key_positions[None, :] >= window
 
 

@@ -310,7 +310,7 @@ class TargetModel:
         """Do all that may fail for one answer alone, in its own thread."""
         with _memory_errors(len(ids), buffer, self.device):
             buffer.reserve(len(ids) + spare)
-            positions, mask = self._layout(len(ids), parents, buffer.length + buffer.shift)
+            positions, mask = self._layout(len(ids), parents, buffer.next_position)
             tokens = to_device(torch.tensor(ids, dtype=torch.long), self.device)
             return _Work(tokens, Segment(buffer, positions, mask), num_logits, rows)
 

@@ -11,9 +11,9 @@ from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.papers.translated import TranslatedDrafter, Translation
 from rasd_integrations.drafters.recycling import RecyclingDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.drafters.translated import TranslatedDrafter, Translation
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import VocabularyMismatchError

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rasd_integrations.config import ExecutorName, PrefixFolder
 from rasd_integrations.decoding.steps import roundings
-from rasd_integrations.drafters.vocabulary import Vocabulary
+from rasd_integrations.drafters.papers.vocabulary import Vocabulary
 from rasd_integrations.engine.executors.eager import EagerExecutor, Executor
 from rasd_integrations.engine.executors.factory import make_executor
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache

@@ -17,8 +17,8 @@ from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 FOLDER = Path(drafters.__file__).parent
 DEFINED = {
-    node.name: path.stem
-    for path in FOLDER.glob("*.py")
+    node.name: ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+    for path in FOLDER.rglob("*.py")
     for node in ast.parse(path.read_text(encoding="utf-8")).body
     if isinstance(node, ast.ClassDef)
     and node.name.endswith("Drafter")

@@ -26,6 +26,7 @@ from rasd_integrations.drafters.base import Needs
 from rasd_integrations.drafters.candidates import Shortlist
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.executors.eager import input_device
 from rasd_integrations.engine.executors.packing import pack_linears
@@ -324,7 +325,7 @@ def test_layers_keep_their_keys_where_they_stand():
     buffer.write(1, *(torch.randn(2, 3, 8, device="meta") for _ in range(2)))
     buffer.commit([0, 2])
     assert [buffer.rows(layer, 0, 2)[0].device.type for layer in (0, 1)] == ["cpu", "meta"]
-    for made in (buffer.copy(2, 16), buffer.gather([1], 16)):
+    for made in (buffer.copy(2, 16), GatheredKV(buffer, [1], 16)):
         assert [made.rows(layer, 0, 1)[1].device.type for layer in (0, 1)] == ["cpu", "meta"]
 
 

@@ -16,7 +16,7 @@ from tiny import WINDOW, tiny_llama, tiny_tokenizer
 
 from rasd_integrations import RASD, ConfigurationError, ContextOverflowError, SamplingParams
 from rasd_integrations.config import PrefixFolder
-from rasd_integrations.drafters.dense import DenseDrafter
+from rasd_integrations.drafters.papers.dense import DenseDrafter
 from rasd_integrations.engine.target import TargetModel
 
 PARAMS = SamplingParams(max_tokens=16, ignore_eos=True)

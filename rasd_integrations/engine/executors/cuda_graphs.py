@@ -183,7 +183,7 @@ class GraphExecutor:
         if vocab_size not in self._loops:
             self._loops[vocab_size] = Loop(vocab_size, ids.device)
         loop, read = self._loops[vocab_size], buffer.length + len(ids)
-        begin = partial(loop.begin, first, uniform, read, read - 1 + buffer.shift)
+        begin = partial(loop.begin, first, uniform, read, read - 1)
         if n == 1:
             begin()
             return loop.drawn(1)

@@ -187,7 +187,7 @@ class CompiledExecutor:
         """Whether the graph has the angles, and its windows, which count rows, see what the step's see by position."""
         if segment.buffer.long_rope:
             return False
-        end = segment.buffer.length + segment.buffer.shift + segment.rows
+        end = segment.buffer.next_position + segment.rows
         inside = all(
             layer.scoring.window is None or end <= layer.scoring.window
             for layer in self._plan.layers

@@ -8,7 +8,6 @@ path. Until it does, the buffer holds what it held.
 from __future__ import annotations
 
 import weakref
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,22 +34,22 @@ class KVBuffer:
     Attributes:
         length: Committed tokens.
         keeps_hidden: Whether steps leave their final hidden states here too.
-        shift: Position of the next row less ``length``: above 0 where rows of a longer text were gathered.
+        is_gathered: Rows skip positions; only in subclasses (:mod:`rasd_integrations.drafters.papers.gathered_kv`).
         long_rope: Whether keys are turned as in a text past the border of longrope (:mod:`..long_rope`).
         origin: Where its rows begin in the memory of :meth:`stores`: above 0 in a :class:`KVArena`.
     """
+
+    is_gathered = False
 
     def __init__(self, capacity: int, *, keeps_hidden: bool = False) -> None:
         """Plan for ``capacity`` tokens; memory is taken at the first write of each layer."""
         self.length = 0
         self.keeps_hidden = keeps_hidden
-        self.shift = 0
         self.long_rope = False
         self.origin = 0
         self._arena: KVArena | None = None
         self._row_major = False
         self._is_torn = False  # a move has not come to its end, so layers lie differently
-        self._places: tuple[int, ...] = ()  # positions of the gathered rows, ascending
         self._capacity = _rounded(capacity)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
@@ -76,9 +75,9 @@ class KVBuffer:
         )
 
     @property
-    def is_gathered(self) -> bool:
-        """Whether some rows do not stand one after the other in their text."""
-        return bool(self._places)
+    def next_position(self) -> int:
+        """Position of the next token."""
+        return self.length
 
     @property
     def num_layers(self) -> int:
@@ -230,28 +229,21 @@ class KVBuffer:
         self.length = min(self.length, length)
         if self.length < self._hidden_from:
             self._hidden = {}
-        if self.length < len(self._places):
-            self._places = self._places[: self.length]
-            self.shift = self._places[-1] + 1 - self.length if self._places else 0
 
-    def positions(self, start: int, end: int) -> Tensor:
-        """Return the positions ``[end - start]`` of rows ``start:end`` in their text."""
-        gathered = torch.tensor(self._places[start:end], dtype=torch.long)
-        rest = torch.arange(max(start, min(end, len(self._places))), end) + self.shift
-        return torch.cat([gathered, rest])
+    def positions(self, start: int, end: int, device: torch.device) -> Tensor:
+        """Return the positions ``[end - start]`` of rows ``start:end``."""
+        return torch.arange(start, end, device=device)
 
     def first_from(self, position: int) -> int:
-        """Return the first row that stands at ``position`` or behind it."""
-        if self._places and position <= self._places[-1]:
-            return bisect_left(self._places, position)
-        return max(position - self.shift, len(self._places))
+        """Return the first row at ``position`` or later."""
+        return position
 
     @torch.inference_mode()
     def copy(self, length: int, capacity: int) -> KVBuffer:
         """Return a buffer of its own that holds the first ``length`` tokens."""
         new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
         new._row_major, new.long_rope = self._row_major, self.long_rope
-        new.length, new.shift, new._places = self.length, self.shift, self._places
+        new.length = self.length
         new.truncate(length)
         if self._hidden and length > self._hidden_from:
             new._hidden_from = self._hidden_from
@@ -262,58 +254,6 @@ class KVBuffer:
             new._values[layer] = new._place(self._values[layer], new._capacity)
             new._keys[layer][:, :length] = key[:, :length]
             new._values[layer][:, :length] = self._values[layer][:, :length]
-        return new
-
-    @torch.inference_mode()
-    def gather(self, rows: Sequence[int], capacity: int) -> KVBuffer:
-        """Return a buffer of its own that holds some committed rows and goes on at this one's next position.
-
-        Keys keep the rotation of their own positions, and every row its position. Hidden states stay behind.
-
-        Args:
-            rows: Which ones, ascending.
-            capacity: Rows to plan for.
-        """
-        new = KVBuffer(max(capacity, len(rows)))
-        new._row_major, new.long_rope, new.length = self._row_major, self.long_rope, len(rows)
-        new.shift = self.length + self.shift - len(rows)
-        index = torch.tensor(rows, dtype=torch.long)
-        new._places = tuple(self.positions(0, self.length)[index].tolist())
-        for mine, theirs in ((self._keys, new._keys), (self._values, new._values)):
-            for layer, old in mine.items():
-                store = new._place(old, new._capacity, is_key=mine is self._keys)
-                store[:, : len(rows)] = old.index_select(1, index.to(old.device))
-                theirs[layer] = store
-        return new
-
-    @torch.inference_mode()
-    def extend(self, other: KVBuffer, start: int, end: int) -> None:
-        """Append committed rows ``start:end`` of ``other``, which stand where this buffer goes on."""
-        n = end - start
-        self.reserve(n)
-        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
-            for layer, store in mine.items():
-                store[:, self.length : self.length + n] = theirs[layer][:, start:end]
-        self.length += n
-
-    def view(self, num_layers: int, room: int) -> KVBuffer:
-        """Return a buffer over the first layers' rows in the same memory, with a length of its own.
-
-        What is run on it lies in this one's spare room, where the next step overwrites it. It is worth
-        nothing after that, and after this one grows.
-
-        Args:
-            num_layers: How many of the layers.
-            room: Rows that may be run on it; beyond them it would copy itself.
-        """
-        self.reserve(room)
-        new = KVBuffer(self._capacity)
-        new._row_major, new._arena, new.origin = self._row_major, self._arena, self.origin
-        new.long_rope = self.long_rope
-        new.length, new.shift, new._places = self.length, self.shift, self._places
-        written = range(min(num_layers, self.num_layers))  # none before the first step
-        new._keys = {layer: self._keys[layer] for layer in written}
-        new._values = {layer: self._values[layer] for layer in written}
         return new
 
     def _stores(self) -> tuple[Tensor, ...]:

@@ -29,6 +29,7 @@ from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.engine.attention import Scoring, Segment, StepContext
 from rasd_integrations.engine.executors import cuda_fixed as fixed
 from rasd_integrations.engine.executors import cuda_graphs as graphs
@@ -282,7 +283,7 @@ def test_what_does_not_fit_a_graph_runs_eagerly():
     ours = graph_target(tiny_llama, counted)
     counted.recordings = 0
     buffer = prefilled(ours, random_ids(30))
-    gathered = buffer.gather([0, 1, 5, 6], 64)
+    gathered = GatheredKV(buffer, [0, 1, 5, 6], 64)
     positions = torch.arange(30, 32)
     segments = tuple(Segment(b, positions, None) for b in (buffer, buffer.copy(30, 64)))
     both = StepContext(positions.repeat(2), segments)

@@ -25,6 +25,7 @@ from tiny import EOS, FAMILIES, VOCAB, tiny_llama
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.drawing import ROOM, Drawn, Sampler
 from rasd_integrations.engine.executors import cuda_graphs as graphs
@@ -274,7 +275,7 @@ def test_what_cannot_be_drawn_in_a_row_is_refused():
     for _ in model.prefill(random_ids(30), hidden):
         pass
     generator = torch.Generator()
-    for other in (buffer.gather([0, 1, 5], 64), KVBuffer(8), hidden):
+    for other in (GatheredKV(buffer, [0, 1, 5], 64), KVBuffer(8), hidden):
         assert model.draw([1], other, 4, sampler, generator) is None
     eager = TargetModel(tiny_llama())
     assert eager.draw([1], prefilled(eager, [1, 2]), 4, sampler, generator) is None

@@ -19,6 +19,7 @@ from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import _ASIDE, SpeculativeDecoder
+from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.engine.executors import factory as executors
 from rasd_integrations.engine.executors import openvino as compiled
 from rasd_integrations.engine.executors import openvino_graph as paged
@@ -124,7 +125,7 @@ def test_a_gathered_buffer_keeps_its_places(targets):
     ours, eager = targets("gemma3")
     ids = random_ids(50)
     rows = [0, 1, 2, 20, 21, 33, 45, 46, 47, 48, 49]
-    mine, theirs = (prefilled(t, ids).gather(rows, 64) for t in (ours, eager))
+    mine, theirs = (GatheredKV(prefilled(t, ids), rows, 64) for t in (ours, eager))
     close(ours.step([5, 6, 7], mine), eager.step([5, 6, 7], theirs))
 
 
@@ -150,7 +151,11 @@ def test_memory_that_is_no_number_stays_out(targets, monkeypatch):
     )
     ids = random_ids(GRANULE + 10)
     mine, theirs = prefilled(ours, ids, 8), prefilled(eager, ids, 8)
-    for rows in (lambda b: b, lambda b: b.copy(20, 40), lambda b: b.gather([0, 3, 9, 100], 40)):
+    for rows in (
+        lambda b: b,
+        lambda b: b.copy(20, 40),
+        lambda b: GatheredKV(b, [0, 3, 9, 100], 40),
+    ):
         got, wanted = ours.step([1, 2], rows(mine)), eager.step([1, 2], rows(theirs))
         assert bool(got.isfinite().all())
         close(got, wanted)

@@ -11,8 +11,9 @@ from tiny import VOCAB, tiny_gemma3, tiny_llama, tiny_tokenizer
 from rasd_integrations import RASD
 from rasd_integrations.config import PrefixFolder, SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters.early_exit import EarlyExitDrafter
-from rasd_integrations.drafters.sparse_kv import SparseKVDrafter
+from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter
+from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
+from rasd_integrations.drafters.papers.sparse_kv import SparseKVDrafter
 from rasd_integrations.engine.executors.factory import make_executor
 from rasd_integrations.engine.kv import buffer as kv
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
@@ -87,7 +88,7 @@ def test_logits_are_near_eager_ones_and_equal_after_moves(target, parents, monke
     fresh = prefilled(target, ids + [more[i] for i in path])
     wanted = target.step([5, 6], fresh)
     places = list(range(fresh.length))
-    for moved in (buffer, buffer.copy(buffer.length, 400), buffer.gather(places, 400)):
+    for moved in (buffer, buffer.copy(buffer.length, 400), GatheredKV(buffer, places, 400)):
         assert moved.length == fresh.length
         assert off(target.step([5, 6], moved), wanted) < 1e-3
 

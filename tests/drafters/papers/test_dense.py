@@ -18,7 +18,7 @@ from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.datastores.hidden import DenseStore, Neighbour
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.base import Drafter, Needs
-from rasd_integrations.drafters.dense import DenseDrafter, grow
+from rasd_integrations.drafters.papers.dense import DenseDrafter, grow
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache

@@ -16,12 +16,16 @@ from tokenizers import normalizers
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters import translated
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.papers import translated
+from rasd_integrations.drafters.papers.translated import (
+    TranslatedDrafter,
+    TranslatedSession,
+    Translation,
+)
+from rasd_integrations.drafters.papers.vocabulary import Vocabulary, unfinished
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.drafters.translated import TranslatedDrafter, TranslatedSession, Translation
-from rasd_integrations.drafters.vocabulary import Vocabulary, unfinished
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel

@@ -16,7 +16,7 @@ from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.base import Needs
 from rasd_integrations.drafters.cascade import CascadeDrafter
-from rasd_integrations.drafters.early_exit import EarlyExitDrafter, shallow
+from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter, shallow
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache

@@ -17,6 +17,7 @@ import torch
 
 from rasd_integrations.drafters.base import Drafter, Helper, Needs
 from rasd_integrations.drafters.chain import ChainSession
+from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
@@ -122,7 +123,7 @@ class SparseKVSession(ChainSession):
         self._layout = layout
         self._last = context.prompt_ids[-1]
         self._live: KVBuffer | None = None
-        self._rows = KVBuffer(0)
+        self._rows: GatheredKV | None = None
         self._chosen_at = 0  # rows of the live buffer when ours were chosen
         self._seen = 0  # rows of the live buffer that ours stand for
         self._own = 0  # of our rows, those that are no guesses
@@ -137,8 +138,7 @@ class SparseKVSession(ChainSession):
         """Return a chain of at most ``budget`` tokens."""
         if self._live is None or self._layout is None:
             return self._fallback(budget)
-        self._follow(self._live, self._layout)
-        return self._chain(self._rows, [self._last], budget)
+        return self._chain(self._current(self._live, self._layout), [self._last], budget)
 
     def observe(self, block: TokenBlock) -> None:
         """Take over what the target committed."""
@@ -147,19 +147,21 @@ class SparseKVSession(ChainSession):
 
     def close(self) -> None:
         """Free the rows."""
-        self._live, self._rows = None, KVBuffer(0)
+        self._live = self._rows = None
         super().close()
 
-    def _follow(self, live: KVBuffer, layout: _Layout) -> None:
-        """Forget the guesses and copy the rows that the target has computed since."""
-        if not self._own or live.length - self._chosen_at > _FRESH:
-            rows = layout.rows(live.length)
-            self._rows = live.gather(rows, len(rows) + 2 * _FRESH)
+    def _current(self, live: KVBuffer, layout: _Layout) -> GatheredKV:
+        """Return the gathered rows without earlier guesses and with what the target has computed since."""
+        rows = self._rows
+        if rows is None or live.length - self._chosen_at > _FRESH:
+            chosen = layout.rows(live.length)
+            rows = self._rows = GatheredKV(live, chosen, len(chosen) + 2 * _FRESH)
             self._chosen_at = live.length
         else:
-            self._rows.truncate(self._own)
-            self._rows.extend(live, self._seen, live.length)
-        self._seen, self._own = live.length, self._rows.length
+            rows.truncate(self._own)
+            rows.extend(live, self._seen, live.length)
+        self._seen, self._own = live.length, rows.length
+        return rows
 
 
 class _Layout:

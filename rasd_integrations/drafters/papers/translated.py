@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
-from rasd_integrations.drafters.vocabulary import Vocabulary, unfinished
+from rasd_integrations.drafters.papers.vocabulary import Vocabulary, unfinished
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 LEAST_SHARE = 0.25

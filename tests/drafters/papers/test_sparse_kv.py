@@ -12,9 +12,10 @@ from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters import sparse_kv
 from rasd_integrations.drafters.cascade import CascadeDrafter
-from rasd_integrations.drafters.sparse_kv import SparseKVDrafter, find_pieces
+from rasd_integrations.drafters.papers import sparse_kv
+from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
+from rasd_integrations.drafters.papers.sparse_kv import SparseKVDrafter, find_pieces
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
@@ -61,7 +62,7 @@ def decode(target, drafter=None, params=GREEDY, n=4, stats=None, cache=None, con
 
 def check_cache(target: TargetModel, buffer: KVBuffer, ids: list[int]) -> None:
     """Assert that ``buffer`` holds all of ``ids`` but the last and continues like a fresh forward."""
-    assert (buffer.length, buffer.shift) == (len(ids) - 1, 0)
+    assert buffer.length == len(ids) - 1
     torch.testing.assert_close(
         target.step(ids[-1:], buffer),
         target.step(ids[-1:], filled(target, ids[:-1])),
@@ -132,7 +133,7 @@ def test_a_draft_is_that_of_freshly_gathered_rows(family, pattern):
         ids += block
         session.observe(TokenBlock(tuple(block)))
     first = drafter.start(context())._layout.rows(len(PROMPT) - 1)
-    rows = filled(target, ids[:-1]).gather([*first, *range(len(PROMPT) - 1, len(ids) - 1)], 64)
+    rows = GatheredKV(filled(target, ids[:-1]), [*first, *range(len(PROMPT) - 1, len(ids) - 1)], 64)
     expected: list[int] = []
     for _ in range(6):
         last = expected[-1:] or ids[-1:]
@@ -153,11 +154,11 @@ def test_rows_are_chosen_anew_as_the_answer_grows(target, monkeypatch):
     for at in range(len(PROMPT), len(ids), 3):
         session.propose(5)
         assert session._rows.length <= 24 + 8 + 5
-        assert session._rows.length + session._rows.shift >= at
+        assert session._rows.next_position >= at
         target.step(ids[at - 1 : at + 2], live)
         live.commit(range(3))
         session.observe(TokenBlock(tuple(ids[at : at + 3])))
-    held = session._rows.positions(0, 24).tolist()
+    held = session._rows.positions(0, 24, torch.device("cpu")).tolist()
     assert held[:4] == [0, 1, 2, 3]
     assert held[4] > len(PROMPT)
 
@@ -211,10 +212,10 @@ def test_silence_without_cost(target, options, changes):
     for each in (drafter, CascadeDrafter(drafter, SuffixDrafter())):
         session = each.start(context(**changes))
         session.attach(target, filled(target, PROMPT[:-1]))
-        steps.append((len(session.propose(5)), session.forwards, session._rows.length))
+        steps.append((len(session.propose(5)), session.forwards, session._rows))
         session.close()
-    assert steps[0] == (0, 0, 0)
-    assert steps[1][1:] == (0, 0)
+    assert steps[0] == (0, 0, None)
+    assert steps[1][1:] == (0, None)
 
 
 def test_unattached_sessions_are_silent():

@@ -103,7 +103,9 @@ class EarlyExitSession(ChainSession):
         """Return a chain of at most ``budget`` tokens; its rows lie where the verifying step overwrites them."""
         if self._live is None:
             return self._fallback(budget)
-        rows = self._live.view(self._drafter.layers, budget + 1)
+        self._live.reserve(budget + 1)
+        rows = self._live.pinned(self._live.capacity)
+        rows.length = self._live.length
         return self._chain(rows, [self._last], budget)
 
     def observe(self, block: TokenBlock) -> None:
