@@ -13,8 +13,7 @@ takes, and beside a drafter that copies from the prompt it can be left out.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
 from rasd_integrations.drafters.candidates import Candidates, Shortlist
+from rasd_integrations.drafters.tree import grow
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
@@ -37,10 +37,8 @@ _KEY = len(_TRUST)
 _COPIED = 0.4
 # A distribution of one place is surer of its first token than a guess at another place may be.
 _FLATTENING = 0.7
-# A call costs more than a row: the rows around one are worked out with it, since texts are copied on from there,
-# and those that its node's rivals will ask for.
+# Rows around a missing one are computed with it: texts are copied on from there, and a call costs more than a row.
 _BLOCK = 32
-_AHEAD = 6
 # Rows worked out at once where each call has to wait for a device.
 _BATCH = 1024
 
@@ -92,17 +90,11 @@ class CandidateIndex:
         for start in range(0, len(wanted), _BATCH):
             self._work_out(wanted[start : start + _BATCH])
 
-    def distribution(
-        self, tail: Tail, ahead: Callable[[], Iterable[Tail]] = tuple
-    ) -> dict[int, float]:
-        """Return how likely each token is to follow ``tail``, as far as rows are known: a score in 0..1.
-
-        Where rows must be worked out first, those of the tails that ``ahead`` gives are, too.
-        """
+    def distribution(self, tail: Tail) -> dict[int, float]:
+        """Return how likely each token is to follow ``tail``, as far as rows are known: a score in 0..1."""
         rows = self._rows(tail)
-        if missing := self._missing(rows):
-            more = (self._missing(self._rows(other)) for other in ahead())
-            self._work_out(np.asarray(sorted(missing.union(*more))))
+        if missing := [slot for _, slot in rows if not self._known[slot]]:
+            self._work_out(np.asarray(missing))
         distribution: dict[int, float] = {}
         left = 1.0
         for n, slot in rows:
@@ -125,9 +117,6 @@ class CandidateIndex:
         under = [(n, self._find(key)) for n, key in enumerate(_keys(tail), start=1)]
         before = [(0, self._find(key)) for key in _keys(tail[:-1])[-1:]]
         return [(n, slot) for n, slot in (*reversed(under), *before) if slot is not None]
-
-    def _missing(self, rows: Iterable[tuple[int, int]]) -> set[int]:
-        return {slot for _, slot in rows if not self._known[slot]}
 
     def _row(self, slot: int) -> zip[tuple[int, float]]:
         return zip(self._token_ids[slot].tolist(), self._weights[slot].tolist(), strict=True)
@@ -214,37 +203,16 @@ class RecyclingSession(DraftSession):
 
     def propose(self, budget: int) -> Draft:
         """Return the most likely tree of at most ``budget`` tokens."""
-        most = min(budget, self._drafter.max_draft)
-        token_ids: list[int] = []
-        parents: list[int] = []
-        scores: list[float] = []
-        # Entries: path score (negative), order of finding, token, parent, tail of the parent.
-        heap: list[tuple[float, int, int, int, Tail]] = []
-        found = 0
+        drafter = self._drafter
 
-        def ahead() -> list[Tail]:
-            """Return the tails that will be asked for next."""
-            return [_after(tail, token) for _, _, token, _, tail in heapq.nsmallest(_AHEAD, heap)]
+        def children(tail: Tail, prob: float) -> Iterator[tuple[float, int, Tail]]:
+            if prob >= min(2 * drafter.min_probability, 1.0):
+                for token, score in self._index.distribution(tail).items():
+                    yield prob * score, token, _after(tail, token)
 
-        def push(tail: Tail, prob: float, parent: int) -> None:
-            nonlocal found
-            for token, score in self._index.distribution(tail, ahead).items():
-                if prob * score >= self._drafter.min_probability:
-                    heapq.heappush(heap, (-prob * score, found, token, parent, tail))
-                    found += 1
-
-        if most > 0:
-            push(self._tail, 1.0, -1)
-        while heap and len(token_ids) < most:
-            score, _, token, parent, tail = heapq.heappop(heap)
-            token_ids.append(token)
-            parents.append(parent)
-            scores.append(min(-score, 1.0))
-            if len(token_ids) < most and -score > 2 * self._drafter.min_probability:
-                push(_after(tail, token), -score, len(token_ids) - 1)
-        return Draft(
-            tuple(token_ids), tuple(parents), source=self._drafter.name, node_probs=tuple(scores)
-        )
+        most = min(budget, drafter.max_draft)
+        token_ids, parents, scores = grow(self._tail, children, most, drafter.min_probability)
+        return Draft(token_ids, parents, source=drafter.name, node_probs=scores)
 
     def observe(self, block: TokenBlock) -> None:
         """Step on to the committed tokens."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rasd_integrations.drafters.base import Drafter, DraftSession
+from rasd_integrations.drafters.tree import Tree, grow
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 _NONE = -1
@@ -223,43 +224,33 @@ class SuffixSession(DraftSession):
         """Free the index."""
         self._index = SuffixAutomaton()
 
-    def _grow(
-        self, extra: Sequence[int], budget: int, width: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
-        """Grow the draft node by node, most likely path first, ``width`` followers a node."""
+    def _grow(self, extra: Sequence[int], budget: int, width: int) -> Tree:
+        """Grow the draft behind the longest match, ``width`` followers a node."""
         index, drafter = self._index, self._drafter
         state, length = index.with_continuation(*index.match(extra))
         if length < drafter.min_match:
             return (), (), ()
-        # A longer match predicts a longer copy (SuffixDecoding); one token more costs little.
+        # Longer matches continue for longer (SuffixDecoding), so draft up to match length + 1.
         depth_limit = min(length + 1, drafter.max_draft)
-        token_ids: list[int] = []
-        parents: list[int] = []
-        scores: list[float] = []
-        # Entries: path probability (negative), order of finding, token, next state, parent, depth.
-        heap: list[tuple[float, int, int, int, int, int]] = []
-        found = 0
 
-        def push(state: int, prob: float, parent: int, depth: int) -> None:
-            nonlocal found
-            for share, token, target in index.followers(state, width):
-                if prob * share >= drafter.min_probability:
-                    heapq.heappush(heap, (-prob * share, found, token, target, parent, depth))
-                    found += 1
+        def children(
+            node: tuple[int, int], prob: float
+        ) -> Iterator[tuple[float, int, tuple[int, int]]]:
+            state, depth = node
+            # At the text's end the draft goes on from a shorter match: a loop is drafted whole.
+            state, _ = index.with_continuation(state, 0)
+            if state and depth < depth_limit:
+                for share, token, target in index.followers(state, width):
+                    yield prob * share, token, (target, depth + 1)
 
-        push(state, 1.0, _NONE, 1)
-        while heap and len(token_ids) < min(budget, drafter.max_draft):
-            prob, _, token, state, parent, depth = heapq.heappop(heap)
-            token_ids.append(token)
-            parents.append(parent)
-            # After a match of n tokens the next one is right n times of n + 1, as in REST's trie.
-            scores.append(-prob * length / (length + depth))
-            if depth < depth_limit:
-                # At the text's end the draft goes on from a shorter match: a loop is drafted whole.
-                state, _ = index.with_continuation(state, 0)
-                if state:
-                    push(state, -prob, len(token_ids) - 1, depth + 1)
-        return tuple(token_ids), tuple(parents), tuple(scores)
+        most = min(budget, drafter.max_draft)
+        token_ids, parents, shares = grow((state, 0), children, most, drafter.min_probability)
+        # After a match of n tokens the next one is right n times of n + 1, as in REST's trie.
+        depths: list[int] = []
+        for parent in parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        probs = (p * length / (length + d) for p, d in zip(shares, depths, strict=True))
+        return token_ids, parents, tuple(probs)
 
 
 class SuffixDrafter(Drafter):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 
 import numpy as np
 import pytest
 from fakes_datastore import encode, ids_store, random_ids
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rasd_integrations.datastores.tokens import TokenStore
-from rasd_integrations.datastores.tokens.encoding import SEPARATOR
-from rasd_integrations.drafters.base import Drafter
-from rasd_integrations.drafters.datastore import DatastoreDrafter, best_tree
+from rasd_integrations.drafters.datastore import DatastoreDrafter
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import DraftContext, TokenBlock
 
@@ -60,33 +55,6 @@ def test_a_chain_follows_the_most_frequent():
         ([1, 4], [1, 9]),
     ):  # equal counts: not the order of the texts decides
         assert propose(ids_store(*rows), [1], tree=False).token_ids == (4,)
-
-
-ROWS = st.lists(
-    st.lists(st.sampled_from([1, 2, 3, SEPARATOR]), min_size=3, max_size=3), min_size=1, max_size=12
-)
-
-
-@settings(deadline=None)  # a busy machine is no fault
-@given(ROWS, st.integers(1, 16), st.integers(1, 12))
-def test_every_head_of_a_tree_is_the_best_tree_of_its_size(rows, length, budget):
-    """Cut to any size, the nodes are the most likely ones of the trie, and form a tree."""
-    tokens, parents, node_probs = best_tree(rows, length, budget, 0.0)
-    ends = [next((i for i, t in enumerate(row) if t == SEPARATOR), len(row)) for row in rows]
-    nodes: dict[tuple[int, ...], int] = {}
-    for row, end in zip(rows, ends, strict=True):
-        for depth in range(1, end + 1):
-            nodes[tuple(row[:depth])] = nodes.get(tuple(row[:depth]), 0) + 1
-    steps = [(length + i) / (length + i + 3) for i in range(3)]
-    expected = {path: n / len(rows) * math.prod(steps[: len(path)]) for path, n in nodes.items()}
-    paths: list[tuple[int, ...]] = []
-    for token, parent in zip(tokens, parents, strict=True):
-        paths.append((*(paths[parent] if parent >= 0 else ()), token))
-    assert len(set(paths)) == len(paths) == min(budget, len(expected))
-    assert node_probs == pytest.approx(tuple(expected[p] for p in paths))
-    assert list(node_probs) == sorted(node_probs, reverse=True)
-    best = sorted(expected.values(), reverse=True)[: len(paths)]
-    assert [expected[p] for p in paths] == pytest.approx(best)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 64, 200])
@@ -163,13 +131,6 @@ def test_what_was_learned_counts_with_what_is_stored():
 
 
 # --- the face ------------------------------------------------------------------------------------
-
-
-def test_the_drafter_meets_the_protocol():
-    """The engine can hold it as a drafter, and the name is the statistics'."""
-    drafter = DatastoreDrafter(ids_store([1, 2, 3]), name="manuals")
-    assert isinstance(drafter, Drafter)
-    assert drafter.start(DraftContext(prompt_ids=[1])).propose(3).source == "manuals"
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,12 @@ import pytest
 import torch
 from fakes_datastore import encode, ids_store, random_ids
 from fakes_distributions import Model, Oracle, distance, outcomes, softmax
-from tiny import FAMILIES, tiny_llama
+from tiny import tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.datastores.tokens import TokenStore
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.datastore import DatastoreDrafter
-from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification import exact as verification
 from rasd_integrations.stats import DecodingStats
@@ -63,22 +61,6 @@ def oracle(monkeypatch):
 # --- exactness -----------------------------------------------------------------------------------
 
 
-@SHAPES
-@SAMPLINGS
-@pytest.mark.parametrize("n", [1, 2, 5, 16])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
-def test_ids_equal_plain_decoding(family, n, params, tree):
-    """Greedy or drawn with a seed, the answer is that without drafts; some drafts stand, some fall."""
-    target = TargetModel(FAMILIES[family]())
-    plain = decode(target, params=params)
-    assert len(set(plain)) > 3
-    stats = DecodingStats()
-    drafter = DatastoreDrafter(partly_right(plain), tree=tree)
-    assert decode(target, drafter, params, n, stats) == plain
-    counts = stats.as_dict()["drafters"]["datastore"]
-    assert 0 < counts["accepted"] < counts["drafted"]
-
-
 def test_a_store_that_holds_the_answer_is_accepted_whole(target):
     """Blocks are full: 40 tokens in 5 steps of 8 drafted ones."""
     plain = decode(target)
@@ -94,15 +76,6 @@ def test_ids_of_another_vocabulary_are_dropped(target):
     plain = decode(target)
     foreign = [*PROMPT[-4:], *plain[:5], 100_000, *plain[6:]]
     assert decode(target, DatastoreDrafter(ids_store(foreign))) == plain
-
-
-def test_it_drafts_for_a_model_drafter(target):
-    """In a cascade the answer stays, and the store saves forwards of the drafter model."""
-    model = TargetModel(tiny_llama(3))
-    plain = decode(target)
-    alone = ModelDrafter(model, confidence=0.0)
-    helped = CascadeDrafter(alone, DatastoreDrafter(partly_right(decode(model))))
-    assert decode(target, alone) == decode(target, helped) == plain
 
 
 def answer(model, drafter, length, budget):

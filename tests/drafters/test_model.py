@@ -153,17 +153,3 @@ def test_drafter_cache_is_true_after_rejections(target):
         answer += block
     fresh = drafter.start(DraftContext(prompt_ids=[*PROMPT, *answer]))
     assert session.propose(5).token_ids == fresh.propose(5).token_ids
-
-
-@pytest.mark.parametrize("n", [1, 3, 8])
-def test_greedy_transfer_is_independent_of_the_draft_length(target, n):
-    """The transfer distribution is a distribution of the position: draft lengths change time only."""
-    config = SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=n)
-    drafter = ModelDrafter(TargetModel(tiny_llama(7)), confidence=0.0)
-    stats = DecodingStats()
-    got = decode(target, drafter, config=config, short=SHORT, stats=stats)
-    reference = SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=0)
-    assert got == decode(target, drafter, config=reference, short=SHORT)
-    assert got != decode(target)
-    assert stats.mode == "knowledge_transfer"
-    assert stats.tv_bound is not None

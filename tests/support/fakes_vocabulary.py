@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import itertools
 import string
+from functools import cache
 
-from tiny import VOCAB, WINDOW, tiny_llama, tiny_tokenizer
+from tiny import EOS, VOCAB, WINDOW, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.papers.translated import TranslatedDrafter, Translation
+from rasd_integrations.drafters.papers.vocabulary import Vocabulary
+from rasd_integrations.engine.target import TargetModel
 
 PAIRS = [(a, b) for a, b in itertools.product(string.ascii_lowercase, repeat=2) if a < b]
 _MARK = "\u2581"
@@ -111,3 +117,27 @@ def renumbered(model: PreTrainedModel) -> PreTrainedModel:
 def ids_of(text: str) -> list[int]:
     """Return the tiny tokenizer's ids."""
     return tiny_tokenizer().encode(text)
+
+
+@cache
+def vocabulary(kind: str, padding: int = 5) -> Vocabulary:
+    tokenizer = tiny_tokenizer() if kind == "tiny" else KINDS[kind]()
+    return Vocabulary(tokenizer, kind, len(tokenizer) + (padding if kind != "tiny" else 0))
+
+
+def translated_drafter(kind="merged", model=None, confidence=0.0, cache=None):
+    """Return a drafter with the tokenizer ``kind`` for the tiny tokenizer's model, and its model."""
+    drafter = TargetModel(model or model_of(KINDS[kind](), seed=1))
+    padding = drafter.vocab_size - len(KINDS[kind]())
+    translation = Translation(
+        vocabulary("tiny"),
+        vocabulary(kind, padding),
+        target_ends={EOS},
+        drafter_ends=drafter.eos_ids,
+    )
+    options = {"confidence": confidence, "prefix_cache": cache}
+    return TranslatedDrafter(
+        translation,
+        ModelDrafter(drafter, **options),
+        ModelDrafter(drafter, allowed=translation.allowed, **options),
+    )

@@ -12,22 +12,20 @@ components as ``c``: both are about how often the next token is the same.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rasd_integrations.datastores.hidden import DenseStore, Neighbour, nearest
 from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
+from rasd_integrations.drafters.tree import grow_trie
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError, RetrievalError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
-_ROOT = -1
 _SHARPNESS = 5.0  # a place whose agreement is lower by a fifth weighs 1 / e as much
 _MOST_ROWS = 1 << 11  # places of the prompt that are compared: the latest
 _BLOCK = 256  # of them at once
@@ -133,8 +131,14 @@ class DenseSession(DraftSession):
             state = hidden[-1].float().cpu().numpy()
             found += drafter.store.find(state, self._ids[-1], drafter.neighbours, budget)
         found.sort(key=lambda neighbour: -neighbour.agreement)  # stable: the prompt's own first
-        token_ids, parents, node_probs = grow(
-            found[: drafter.neighbours],
+        found = found[: drafter.neighbours]
+        if not found:
+            return Draft(source=drafter.name)
+        best = found[0].agreement
+        token_ids, parents, node_probs = grow_trie(
+            [near.following for near in found],
+            [math.exp(_SHARPNESS * (near.agreement - best)) for near in found],
+            lambda depth: best**depth,
             budget,
             drafter.min_probability,
             width=None if drafter.tree else 1,
@@ -171,64 +175,3 @@ class DenseSession(DraftSession):
             )
             for i in nearest(cosines, self._drafter.neighbours)
         ]
-
-
-def grow(
-    neighbours: Sequence[Neighbour],
-    budget: int,
-    min_probability: float,
-    *,
-    width: int | None = None,
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
-    """Return the nodes of the neighbours' trie that are most likely to be accepted, best first.
-
-    A node at depth d (1 is the first token) has the likelihood ``share * best ** d``: the share of the
-    weights ``exp(5 * agreement)`` that runs through it, and the best neighbour's agreement for each token on
-    the way. Every head of the result is the best tree of its size.
-
-    Args:
-        neighbours: Best first.
-        budget: Most nodes.
-        min_probability: Least likelihood of a node.
-        width: Most children of a node; ``None`` is no limit.
-
-    Returns:
-        Tokens, parents and likelihoods.
-    """
-    token_ids: list[int] = []
-    parents: list[int] = []
-    node_probs: list[float] = []
-    if not neighbours:
-        return (), (), ()
-    best = neighbours[0].agreement
-    weights = [math.exp(_SHARPNESS * (n.agreement - best)) for n in neighbours]
-    total = math.fsum(weights)
-    # Entries: likelihood (negative), depth, order of finding, token, neighbours, parent.
-    heap: list[tuple[float, int, int, int, list[int], int]] = []
-    found = 0
-
-    def push(through: Sequence[int], depth: int, parent: int) -> None:
-        nonlocal found
-        following: dict[int, list[int]] = {}
-        for i in through:
-            if depth < len(neighbours[i].following):
-                following.setdefault(neighbours[i].following[depth], []).append(i)
-        trust = best ** (depth + 1) / total
-        ranked = sorted(
-            ((math.fsum(weights[i] for i in group) * trust, group[0], token)
-             for token, group in following.items()),
-            key=lambda entry: (-entry[0], entry[1]),
-        )  # fmt: skip
-        for share, _, token in ranked[:width]:
-            if share >= min_probability:
-                heapq.heappush(heap, (-share, depth, found, token, following[token], parent))
-                found += 1
-
-    push(range(len(neighbours)), 0, _ROOT)
-    while heap and len(token_ids) < budget:
-        share, depth, _, token, group, parent = heapq.heappop(heap)
-        token_ids.append(token)
-        parents.append(parent)
-        node_probs.append(min(-share, 1.0))
-        push(group, depth + 1, len(token_ids) - 1)
-    return tuple(token_ids), tuple(parents), tuple(node_probs)

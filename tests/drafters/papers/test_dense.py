@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import replace
 from functools import cache
@@ -10,15 +9,13 @@ from functools import cache
 import pytest
 import torch
 from fakes import ScriptedSession, as_tree, partly_right
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import FAMILIES, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.datastores.hidden import DenseStore, Neighbour
+from rasd_integrations.datastores.hidden import DenseStore
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters.base import Drafter, Needs
-from rasd_integrations.drafters.papers.dense import DenseDrafter, grow
+from rasd_integrations.drafters.base import Needs
+from rasd_integrations.drafters.papers.dense import DenseDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
@@ -286,35 +283,6 @@ def test_nothing_known_or_no_budget_gives_an_empty_draft():
     assert len(session.propose(4)) == 0
 
 
-NEIGHBOURS = st.lists(
-    st.tuples(st.floats(0, 1), st.lists(st.integers(0, 3), max_size=4)), min_size=1, max_size=10
-)
-
-
-@settings(deadline=None)  # a busy machine is no fault
-@given(NEIGHBOURS, st.integers(1, 12))
-def test_every_head_of_a_tree_is_the_best_tree_of_its_size(given_neighbours, budget):
-    """Cut to any size, the nodes are the most likely ones of the trie, form a tree and say how likely."""
-    near = sorted((Neighbour(a, tuple(f)) for a, f in given_neighbours), key=lambda n: -n.agreement)
-    tokens, parents, node_probs = grow(near, budget, 0.0)
-    weights = [math.exp(5 * n.agreement) for n in near]
-    nodes: dict[tuple[int, ...], float] = {}
-    for neighbour, weight in zip(near, weights, strict=True):
-        for depth in range(1, len(neighbour.following) + 1):
-            path = neighbour.following[:depth]
-            nodes[path] = nodes.get(path, 0) + weight / sum(weights)
-    expected = {path: share * near[0].agreement ** len(path) for path, share in nodes.items()}
-    paths: list[tuple[int, ...]] = []
-    for token, parent in zip(tokens, parents, strict=True):
-        paths.append((*(paths[parent] if parent >= 0 else ()), token))
-    assert len(set(paths)) == len(paths) == min(budget, len(expected))
-    assert list(node_probs) == pytest.approx([expected[p] for p in paths])
-    assert list(node_probs) == pytest.approx(sorted(expected.values(), reverse=True)[: len(paths)])
-    assert all(0 <= share <= 1 for share in node_probs)
-    everything = grow(near, 1000, 0.0)[2]
-    assert grow(near, 1000, 0.1)[2] == tuple(share for share in everything if share >= 0.1)
-
-
 @pytest.mark.parametrize("budget", [1, 5, 64, 200])
 def test_a_draft_keeps_to_the_budget(budget):
     """Never more tokens than asked for, nor than the drafter's own limit."""
@@ -381,14 +349,6 @@ def test_an_unchecked_file_with_wrong_content_changes_no_answer(tmp_path, seed):
 
 
 # --- the protocol --------------------------------------------------------------------------------
-
-
-def test_it_is_a_drafter_that_reads_hidden_states():
-    """The engine finds out by the protocol."""
-    drafter = DenseDrafter()
-    assert isinstance(drafter, Drafter)
-    assert drafter.needs == Needs(hidden=True)
-    assert not drafter.gives_logits
 
 
 @pytest.mark.parametrize(

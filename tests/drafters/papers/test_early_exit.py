@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, tiny_llama
+from tiny import VOCAB, tiny_llama
 from torch import nn
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters.base import Needs
-from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter, shallow
-from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel, _forward
@@ -79,41 +73,6 @@ def test_short_prompts_are_drafted_from(length, n):
     assert plain == drafted
     assert stats.faults == ()
     assert n is None or stats.drafted > 0  # the schedule may choose to leave it out
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-@pytest.mark.parametrize("n", [1, 2, 5, 16])
-def test_greedy_ids_equal_plain_decoding(family, n):
-    """The losslessness matrix, greedy, float32; something was drafted."""
-    target, stats = TargetModel(FAMILIES[family]()), DecodingStats()
-    drafter = EarlyExitDrafter(1, confidence=0.0)
-    assert decode(target, drafter, n=n, stats=stats) == decode(target)
-    assert stats.drafted > 0
-    assert stats.faults == ()
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("hidden", [False, True], ids=["rows", "rows-and-hidden"])
-def test_the_live_buffer_is_untouched(family, hidden):
-    """After each block the target's rows, and its hidden states, are those of a fresh forward."""
-    target, cache = TargetModel(FAMILIES[family]()), PrefixCache(1 << 22)
-    drafter = EarlyExitDrafter(1, confidence=0.0)
-    drafter.needs = Needs(hidden=hidden)
-    config = SpeculationConfig(num_draft_tokens=5)
-    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
-    ids = list(PROMPT)
-    for block in decoder.generate(PROMPT, GREEDY):
-        if not block.token_ids:
-            continue
-        ids += block.token_ids
-        live = cache._entries[-1].buffer
-        if hidden:
-            fresh = KVBuffer(len(ids), keeps_hidden=True)
-            for _ in target.prefill(ids[:-1], fresh):
-                pass
-            torch.testing.assert_close(live.hidden()[1], fresh.hidden()[1], atol=2e-4, rtol=1e-4)
-        check_cache(target, live, ids)
-    assert len(ids) == len(PROMPT) + 32
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -202,47 +161,6 @@ def test_bad_options_are_refused(options, message):
         EarlyExitDrafter(**options)
 
 
-def test_unattached_sessions_are_silent():
-    """Without a target to read there is no draft."""
-    assert len(EarlyExitDrafter(1).start(DraftContext(prompt_ids=PROMPT)).propose(5)) == 0
-
-
-def test_a_helper_saves_forwards_and_changes_no_draft():
-    """Greedy, the cascade's drafts are the drafter's own."""
-    target, alone = deep_llama(2), EarlyExitDrafter(2, confidence=0.0)
-    first = alone.start(DraftContext(prompt_ids=PROMPT))
-    first.attach(target, filled(target, PROMPT[:-1]))
-    truth = first.propose(12).token_ids
-    helped = CascadeDrafter(alone, SuffixDrafter())
-    session = helped.start(DraftContext(prompt_ids=PROMPT, chunk_ids=[[*PROMPT[-8:], *truth]]))
-    session.attach(target, filled(target, PROMPT[:-1]))
-    assert session.propose(12).token_ids == truth
-    assert session.forwards < first.forwards == 12
-
-
-def test_sampled_answers_follow_the_targets_distribution():
-    """First two tokens of 600 seeded answers lie within five standard errors of p."""
-    target, drafter = deep_llama(4), EarlyExitDrafter(2, confidence=0.0)
-    cache, stats, runs = PrefixCache(1 << 22), DecodingStats(), 600
-    counts: Counter[tuple[int, ...]] = Counter()
-    for seed in range(runs):
-        params = SamplingParams(
-            max_tokens=4, temperature=1.0, top_k=3, seed=7919 * seed, ignore_eos=True
-        )
-        counts[tuple(decode(target, drafter, params, 2, stats, cache)[:2])] += 1
-    assert stats.drafted > runs
-    distribution: dict[tuple[int, ...], float] = {}
-    buffer = filled(target, PROMPT[:-1])
-    first = target.step(PROMPT[-1:], buffer)[0].topk(3)
-    for i, j in product(range(3), range(3)):
-        second = target.step([PROMPT[-1], int(first.indices[i])], buffer)[1].topk(3)
-        p = first.values.softmax(0)[i] * second.values.softmax(0)[j]
-        distribution[int(first.indices[i]), int(second.indices[j])] = float(p)
-    assert set(counts) <= set(distribution)
-    for pair, p in distribution.items():
-        assert abs(counts[pair] / runs - p) <= 5 * math.sqrt(p * (1 - p) / runs)
-
-
 def test_sampled_drafts_carry_their_distribution():
     """Each row of probs is a distribution, and the drafted token has mass in it."""
     target = deep_llama()
@@ -253,34 +171,6 @@ def test_sampled_drafts_carry_their_distribution():
     assert draft.probs is not None
     assert draft.probs.shape == (6, VOCAB)
     assert (draft.probs[torch.arange(6), torch.tensor(draft.token_ids)] > 0).all()
-
-
-def test_greedy_transfer_is_independent_of_the_draft_length():
-    """Knowledge transfer reads the drafter's logits at every position."""
-    target, got = deep_llama(), []
-    for n in (0, 1, 3, 8):
-        config = SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=n)
-        got.append(decode(target, EarlyExitDrafter(2, confidence=0.0), config=config))
-    assert got[0] == got[1] == got[2] == got[3]
-    assert got[0] != decode(target)
-
-
-def test_two_streams_take_turns():
-    """Streams of one drafter share nothing but the weights: each gives what it gives alone."""
-    target = deep_llama()
-    prompts = [PROMPT, random_ids(45, seed=6)]
-    config = SpeculationConfig(num_draft_tokens=4)
-    drafter = EarlyExitDrafter(2, confidence=0.0)
-    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=PrefixCache(1 << 20))
-    plain = SpeculativeDecoder(target)
-    alone = [[t for b in plain.generate(ids, GREEDY) for t in b.token_ids] for ids in prompts]
-    streams = [decoder.generate(ids, GREEDY) for ids in prompts]
-    seen: list[list[int]] = [[], []]
-    while min(map(len, seen)) < 32:
-        for stream, out in zip(streams, seen, strict=True):
-            block = next(stream, None)
-            out += block.token_ids if block is not None else ()
-    assert seen == alone
 
 
 class Faulty:

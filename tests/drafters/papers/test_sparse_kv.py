@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from functools import partial
-from itertools import product
-
 import pytest
 import torch
 from tiny import FAMILIES, VOCAB, tiny_llama
@@ -18,8 +14,7 @@ from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.drafters.papers.sparse_kv import SparseKVDrafter, find_pieces
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
-from rasd_integrations.engine.kv.prefix_cache import PrefixCache
-from rasd_integrations.engine.target import TargetModel, _forward
+from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext, TokenBlock
@@ -58,46 +53,6 @@ def decode(target, drafter=None, params=GREEDY, n=4, stats=None, cache=None, con
     decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
     blocks = decoder.generate(PROMPT, params, context=context(), stats=stats)
     return [t for b in blocks for t in b.token_ids]
-
-
-def check_cache(target: TargetModel, buffer: KVBuffer, ids: list[int]) -> None:
-    """Assert that ``buffer`` holds all of ``ids`` but the last and continues like a fresh forward."""
-    assert buffer.length == len(ids) - 1
-    torch.testing.assert_close(
-        target.step(ids[-1:], buffer),
-        target.step(ids[-1:], filled(target, ids[:-1])),
-        atol=2e-4,
-        rtol=1e-4,
-    )
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("n", [1, 2, 5, 16])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
-def test_greedy_ids_equal_plain_decoding(family, n, pattern):
-    """The losslessness matrix, greedy, float32; something was drafted."""
-    target = TargetModel(FAMILIES[family]())
-    stats = DecodingStats()
-    assert decode(target, SparseKVDrafter(pattern, **SMALL), n=n, stats=stats) == decode(target)
-    assert stats.drafted > 0
-    assert stats.faults == ()
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_live_buffer_is_untouched(family, pattern):
-    """After each block the target's rows are those of a fresh forward."""
-    target = TargetModel(FAMILIES[family]())
-    cache = PrefixCache(1 << 22)
-    config = SpeculationConfig(num_draft_tokens=5)
-    drafter = SparseKVDrafter(pattern, **SMALL)
-    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
-    ids = list(PROMPT)
-    for block in decoder.generate(PROMPT, GREEDY, context=context()):
-        if block.token_ids:
-            ids += block.token_ids
-            check_cache(target, cache._entries[-1].buffer, ids)
-    assert len(ids) == len(PROMPT) + 32
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -218,11 +173,6 @@ def test_silence_without_cost(target, options, changes):
     assert steps[1][1:] == (0, None)
 
 
-def test_unattached_sessions_are_silent():
-    """Without a target to read there is no draft."""
-    assert len(SparseKVDrafter(**SMALL).start(context()).propose(5)) == 0
-
-
 @pytest.mark.parametrize("right", [True, False], ids=["accepted", "rejected"])
 def test_a_helper_saves_forwards_and_changes_no_draft(right):
     """Greedy, the cascade's drafts are the drafter's own."""
@@ -249,43 +199,6 @@ def test_a_helper_saves_forwards_and_changes_no_draft(right):
     assert forwards[1] < forwards[0]
 
 
-@pytest.mark.parametrize("helped", [False, True], ids=["alone", "cascade"])
-def test_sampled_answers_follow_the_targets_distribution(helped):
-    """First two tokens of 600 seeded answers lie within five standard errors of p."""
-    target = TargetModel(tiny_llama(4))
-    drafter = SparseKVDrafter("window", max_rows=16, sink=4, confidence=0.0)
-    if helped:
-        drafter = CascadeDrafter(drafter, SuffixDrafter())
-    config = SpeculationConfig(num_draft_tokens=2)
-    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=PrefixCache(1 << 22))
-    runs, stats = 600, DecodingStats()
-    counts: dict[tuple[int, ...], int] = {}
-    for seed in range(runs):
-        params = SamplingParams(
-            max_tokens=4, temperature=1.0, top_k=3, seed=7919 * seed, ignore_eos=True
-        )
-        blocks = decoder.generate(PROMPT, params, context=context(), stats=stats)
-        pair = tuple([t for b in blocks for t in b.token_ids][:2])
-        counts[pair] = counts.get(pair, 0) + 1
-    assert stats.drafted > runs
-    distribution = pair_distribution(target)
-    assert set(counts) <= set(distribution)
-    for pair, p in distribution.items():
-        assert abs(counts.get(pair, 0) / runs - p) <= 5 * math.sqrt(p * (1 - p) / runs)
-
-
-def pair_distribution(target: TargetModel) -> dict[tuple[int, int], float]:
-    """Return the distribution of the first two tokens at temperature 1, of the three most likely each."""
-    buffer = filled(target, PROMPT[:-1])
-    first = target.step(PROMPT[-1:], buffer)[0].topk(3)
-    distribution = {}
-    for i, j in product(range(3), range(3)):
-        second = target.step([PROMPT[-1], int(first.indices[i])], buffer)[1].topk(3)
-        p = first.values.softmax(0)[i] * second.values.softmax(0)[j]
-        distribution[int(first.indices[i]), int(second.indices[j])] = float(p)
-    return distribution
-
-
 def test_sampled_drafts_carry_their_distribution(target):
     """Each row of probs is a distribution, and the drafted token has mass in it; a greedy draft says how likely it is."""
     session = SparseKVDrafter(**SMALL).start(context(temperature=1.0, top_p=0.9, seed=4))
@@ -301,63 +214,6 @@ def test_sampled_drafts_carry_their_distribution(target):
     assert node_probs is not None
     assert list(node_probs) == sorted(node_probs, reverse=True)
     assert 0 < node_probs[-1] <= node_probs[0] <= 1
-
-
-def test_greedy_transfer_is_independent_of_the_draft_length(target):
-    """Knowledge transfer reads the drafter's logits at every position."""
-    got = []
-    for n in (0, 1, 3, 8):
-        config = SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=n)
-        drafter = SparseKVDrafter("window", max_rows=24, sink=4, confidence=0.0)
-        got.append(decode(target, drafter, config=config))
-    assert got[0] == got[1] == got[2] == got[3]
-    assert got[0] != decode(target)
-
-
-def test_two_streams_take_turns(target):
-    """Streams of one drafter share nothing: each gives what it gives alone."""
-    prompts = [PROMPT, random_ids(130, seed=6)]
-    drafter = SparseKVDrafter("power", **SMALL)
-    config = SpeculationConfig(num_draft_tokens=4)
-    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=PrefixCache(1 << 20))
-    plain = SpeculativeDecoder(target)
-    alone = [[t for b in plain.generate(ids, GREEDY) for t in b.token_ids] for ids in prompts]
-    streams = [decoder.generate(ids, GREEDY) for ids in prompts]
-    seen: list[list[int]] = [[], []]
-    while min(map(len, seen)) < 32:
-        for stream, out in zip(streams, seen, strict=True):
-            block = next(stream, None)
-            out += block.token_ids if block is not None else ()
-    assert seen == alone
-
-
-class Faulty:
-    """An executor that fails once, at a given decoding step."""
-
-    row_multiple = 1
-
-    def __init__(self, executor: object, at: int) -> None:
-        self.executor, self.left = executor, at
-
-    def step(self, ids: torch.Tensor, context: object, *, num_logits: int) -> object:
-        decodes = num_logits == len(ids)
-        self.left -= decodes
-        if decodes and self.left == 0:
-            msg = "broken on purpose"
-            raise RuntimeError(msg)
-        return self.executor.step(ids, context, num_logits=num_logits)
-
-
-@pytest.mark.parametrize("at", [1, 3, 8], ids=["first", "in-a-draft", "second-draft"])
-def test_an_error_in_a_draft_leaves_the_target_true(at):
-    """The fault is reported, and the answer and the target's rows are those of plain decoding."""
-    target = TargetModel(tiny_llama())
-    truth = decode(target)
-    target._turns._run = partial(_forward, Faulty(target._executor, at))
-    cache, stats = PrefixCache(1 << 22), DecodingStats()
-    assert decode(target, SparseKVDrafter("window", **SMALL), stats=stats, cache=cache) == truth
-    assert stats.faults == ("drafter 'sparse_kv' failed: RuntimeError: broken on purpose",)
-    check_cache(target, cache._entries[-1].buffer, [*PROMPT, *truth])
 
 
 @pytest.mark.parametrize(

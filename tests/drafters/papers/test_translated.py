@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import cache
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fakes_distributions import Model, Oracle, distance, outcomes, softmax
-from fakes_vocabulary import KINDS, ids_of, merged, model_of, plain_speaker, renumbered
+from fakes_vocabulary import (
+    KINDS,
+    ids_of,
+    merged,
+    plain_speaker,
+    renumbered,
+    translated_drafter,
+    vocabulary,
+)
 from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 from tokenizers import normalizers
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters.fused import FusedDrafter
-from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.papers import translated
 from rasd_integrations.drafters.papers.translated import (
-    TranslatedDrafter,
     TranslatedSession,
     Translation,
 )
 from rasd_integrations.drafters.papers.vocabulary import Vocabulary, unfinished
-from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
@@ -43,30 +46,6 @@ SAMPLED = SamplingParams(
     max_tokens=NUM_TOKENS, ignore_eos=True, temperature=0.9, top_p=0.95, seed=5
 )
 TEXTS = ("abacus  defcab\n\n\tthe x", "na\u00efve \u6771\u4eac \U0001f989!", " ", "\n", "ab ab")
-
-
-@cache
-def vocabulary(kind: str, padding: int = 5) -> Vocabulary:
-    tokenizer = tiny_tokenizer() if kind == "tiny" else KINDS[kind]()
-    return Vocabulary(tokenizer, kind, len(tokenizer) + (padding if kind != "tiny" else 0))
-
-
-def translated_drafter(kind="merged", model=None, confidence=0.0, cache=None):
-    """Return a drafter with the tokenizer ``kind`` for the tiny tokenizer's model, and its model."""
-    drafter = TargetModel(model or model_of(KINDS[kind](), seed=1))
-    padding = drafter.vocab_size - len(KINDS[kind]())
-    translation = Translation(
-        vocabulary("tiny"),
-        vocabulary(kind, padding),
-        target_ends={EOS},
-        drafter_ends=drafter.eos_ids,
-    )
-    options = {"confidence": confidence, "prefix_cache": cache}
-    return TranslatedDrafter(
-        translation,
-        ModelDrafter(drafter, **options),
-        ModelDrafter(drafter, allowed=translation.allowed, **options),
-    )
 
 
 def decode(target, drafter=None, params=GREEDY, n=4, short=None, stats=None):
@@ -165,20 +144,6 @@ def test_a_sampled_answer_by_text_is_the_plain_one(target, kind, n, monkeypatch)
     got = decode(target, translated_drafter(kind), SAMPLED, n=n, stats=stats)
     assert got == decode(target, params=SAMPLED)
     assert set(stats.drafters) - {""} == {"bridge"}
-
-
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("n", [1, 4, 16])
-@pytest.mark.parametrize("as_model", [True, False])
-def test_it_is_a_part_of_a_fused_drafter(target, as_model, n, params):
-    """As its model or as one of its parts; fused drafts are no draws, so a seed says the same as without."""
-    own, suffix = translated_drafter(), SuffixDrafter(tree=True)
-    fused = FusedDrafter([suffix], own) if as_model else FusedDrafter([suffix, own])
-    stats = DecodingStats()
-    assert decode(target, fused, params, n, SHORT, stats) == decode(target, None, params)
-    assert not stats.faults
-    sampled = params is SAMPLED and not as_model
-    assert ("projection" if sampled else "bridge") in stats.drafters
 
 
 @pytest.mark.parametrize("n", [1, 5, 16])

@@ -1,0 +1,372 @@
+"""What every drafter promises: it changes the time of an answer, never its tokens, whatever happens to it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import fakes
+import pytest
+import torch
+from fakes import ScriptedDrafter
+from fakes_datastore import ids_store, random_ids
+from fakes_distributions import Oracle, distance, outcomes
+from fakes_grammar import TableGrammar, banded
+from fakes_vocabulary import translated_drafter
+from tiny import FAMILIES, VOCAB, tiny_llama
+
+from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.datastores.tokens import TokenStore
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.drafters import (
+    CascadeDrafter,
+    DatastoreDrafter,
+    DenseDrafter,
+    Drafter,
+    EarlyExitDrafter,
+    FusedDrafter,
+    ModelDrafter,
+    RecyclingDrafter,
+    SparseKVDrafter,
+    SuffixDrafter,
+)
+from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.kv.prefix_cache import PrefixCache
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.engine.verification import exact as verification
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import DraftContext
+
+NUM_TOKENS = 32
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.95, top_k=40, seed=11)
+TEXT = random_ids(90, seed=19)
+PROMPT = [*TEXT, *TEXT[20:60], *TEXT[10:40]]
+CONTEXT = DraftContext(
+    prompt_ids=(), chunk_ids=(PROMPT[30:50], PROMPT[60:72]), drafter_prompt_ids=PROMPT[-30:]
+)
+SMALL = {"max_rows": 48, "sink": 4, "window": 8, "confidence": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A drafter under the contract.
+
+    Attributes:
+        make: Takes the target and its plain answer; builds the drafter.
+        samples: Sampled answers are drafted by draws of its own, so one seed gives other tokens of the same
+            distribution.
+        bytes_only: It reads text, so it has no drafter for a vocabulary of two tokens.
+    """
+
+    make: Callable[[TargetModel, Sequence[int]], Drafter]
+    samples: bool = False
+    bytes_only: bool = False
+
+
+@cache
+def other_model(vocab_size: int) -> TargetModel:
+    return TargetModel(tiny_llama(7, vocab_size=vocab_size))
+
+
+def model_drafter(target: TargetModel) -> ModelDrafter:
+    return ModelDrafter(other_model(target.vocab_size), confidence=0.0)
+
+
+def store(truth: Sequence[int], vocab: int) -> TokenStore:
+    """Return a store of texts that agree with the answer here and there, and of others."""
+    spoiled = [(t + 1) % vocab if i % 7 == 5 else t for i, t in enumerate(truth)]
+    forked = [(t + 3) % vocab if i % 5 == 4 else t for i, t in enumerate(truth)]
+    return ids_store(spoiled, forked, random_ids(400, 8, vocab), list(truth[:17]))
+
+
+def fused(target: TargetModel, truth: Sequence[int]) -> FusedDrafter:
+    vocab = target.vocab_size
+    scripts = (
+        fakes.as_tree(fakes.partly_right(truth, vocab), vocab),
+        fakes.always_wrong(truth, vocab),
+        fakes.empty(),
+        fakes.too_long(truth) if vocab > 2 else fakes.empty(),
+    )
+    return FusedDrafter(
+        [SuffixDrafter(tree=True), RecyclingDrafter(), *map(ScriptedDrafter, scripts)]
+    )
+
+
+CASES = {
+    "suffix": Case(lambda target, truth: SuffixDrafter()),
+    "suffix tree": Case(lambda target, truth: SuffixDrafter(tree=True)),
+    "recycling": Case(lambda target, truth: RecyclingDrafter()),
+    "recycling, steps alone": Case(lambda target, truth: RecyclingDrafter(prompt=False)),
+    "datastore": Case(lambda target, truth: DatastoreDrafter(store(truth, target.vocab_size))),
+    "datastore chain": Case(
+        lambda target, truth: DatastoreDrafter(store(truth, target.vocab_size), tree=False)
+    ),
+    "model": Case(lambda target, truth: model_drafter(target), samples=True),
+    "self": Case(lambda target, truth: ModelDrafter(target, confidence=0.0), samples=True),
+    "cascade": Case(
+        lambda target, truth: CascadeDrafter(model_drafter(target), SuffixDrafter()), samples=True
+    ),
+    "cascade with a datastore": Case(
+        lambda target, truth: CascadeDrafter(
+            model_drafter(target), DatastoreDrafter(store(truth, target.vocab_size))
+        ),
+        samples=True,
+    ),
+    "fused": Case(fused),
+    "fused with a model": Case(
+        lambda target, truth: FusedDrafter(
+            [SuffixDrafter(), RecyclingDrafter()],
+            CascadeDrafter(model_drafter(target), SuffixDrafter()),
+        )
+    ),
+    "dense": Case(lambda target, truth: DenseDrafter()),
+    "dense chain": Case(lambda target, truth: DenseDrafter(tree=False)),
+    "sparse chunks": Case(lambda target, truth: SparseKVDrafter("chunks", **SMALL), samples=True),
+    "sparse window": Case(lambda target, truth: SparseKVDrafter("window", **SMALL), samples=True),
+    "sparse power": Case(lambda target, truth: SparseKVDrafter("power", **SMALL), samples=True),
+    "sparse cascade": Case(
+        lambda target, truth: CascadeDrafter(SparseKVDrafter("window", **SMALL), SuffixDrafter()),
+        samples=True,
+    ),
+    "early exit": Case(lambda target, truth: EarlyExitDrafter(1, confidence=0.0), samples=True),
+    "translated": Case(
+        lambda target, truth: translated_drafter("merged"), samples=True, bytes_only=True
+    ),
+    "fused with a translated one": Case(
+        lambda target, truth: FusedDrafter(
+            [SuffixDrafter(tree=True)], translated_drafter("merged")
+        ),
+        bytes_only=True,
+    ),
+}
+EVERY = pytest.mark.parametrize("name", CASES)
+
+
+@cache
+def target_of(family: str) -> TargetModel:
+    return TargetModel(FAMILIES[family]())
+
+
+@cache
+def plain(family: str, params: SamplingParams = GREEDY) -> tuple[int, ...]:
+    return tuple(decode(target_of(family), params=params))
+
+
+def made(name: str, family: str = "llama", params: SamplingParams = GREEDY) -> Drafter:
+    return CASES[name].make(target_of(family), plain(family, params))
+
+
+def decode(target, drafter=None, params=GREEDY, n=5, *, ids=PROMPT, stats=None, cache=None, **more):
+    config = more.pop("config", SpeculationConfig(num_draft_tokens=n, max_draft_tokens=16))
+    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
+    blocks = decoder.generate(ids, params, context=CONTEXT, stats=stats, **more)
+    return [token for block in blocks for token in block.token_ids]
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("family", "n"),
+    [*(("llama", n) for n in (None, 1, 2, 5, 16)), ("gemma3", 1), ("gemma3", 16), ("mistral", 5), ("gpt2", 5)],
+)  # fmt: skip
+def test_greedy_ids_equal_plain_decoding(name, family, n):
+    """In float32, for every draft length and the schedule's own, with something drafted and no fault."""
+    stats = DecodingStats()
+    assert tuple(decode(target_of(family), made(name, family), n=n, stats=stats)) == plain(family)
+    assert stats.faults == ()
+    assert stats.drafted > 0 or n is None
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.samples])
+@pytest.mark.parametrize(("family", "n"), [("llama", 1), ("llama", 5), ("gemma3", 16)])
+def test_a_seed_gives_the_plain_answer(name, family, n):
+    """Deterministic drafts change no sampled token: one draw decides each node."""
+    stats = DecodingStats()
+    drafter = made(name, family, SAMPLED)
+    assert tuple(decode(target_of(family), drafter, SAMPLED, n, stats=stats)) == plain(
+        family, SAMPLED
+    )
+    assert (stats.faults, stats.drafted > 0) == ((), True)
+
+
+SMALL_PROMPT = random_ids(160, seed=3, vocab=2)
+TEMPERATURE = 2.0
+
+
+@cache
+def two_tokens() -> tuple[TargetModel, dict[tuple[int, ...], float]]:
+    """Return a model with a vocabulary of two, and the distribution of its answers of three tokens."""
+    model = tiny_llama(4, vocab_size=2)
+    expected: dict[tuple[int, ...], float] = {}
+    for ids in itertools.product(range(2), repeat=3):
+        rows = model(torch.tensor([[*SMALL_PROMPT, *ids]])).logits[0, -4:-1].double()
+        probs = (rows / TEMPERATURE).softmax(-1)
+        expected[ids] = float(probs[torch.arange(3), torch.tensor(ids)].prod())
+    return TargetModel(model), expected
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.bytes_only])
+@pytest.mark.parametrize("n", [1, 2])
+def test_sampled_answers_follow_the_targets_distribution(name, n, monkeypatch):
+    """By enumeration of every draw, the drafter's own included: three tokens, exactly."""
+    oracle, (target, expected) = Oracle(), two_tokens()
+    monkeypatch.setattr(verification, "draw", oracle.draw)
+    monkeypatch.setattr(verification, "bernoulli", oracle.bernoulli)
+    params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=TEMPERATURE, seed=1)
+    stats, cached = DecodingStats(), PrefixCache(1 << 24)
+    truth = [*SMALL_PROMPT[-9:], 1, 0, 1]
+
+    def answer():
+        drafter = CASES[name].make(target, truth)
+        config = SpeculationConfig(num_draft_tokens=n)
+        decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cached)
+        context = DraftContext(prompt_ids=(), chunk_ids=(SMALL_PROMPT[30:50],))
+        blocks = decoder.generate(SMALL_PROMPT, params, context=context, stats=stats)
+        return tuple(token for block in blocks for token in block.token_ids)
+
+    found: dict[tuple[int, ...], float] = defaultdict(float, outcomes(oracle, answer))
+    assert min(expected.values()) > 0.001
+    assert distance(found, expected) < 1e-5
+    assert (stats.faults, stats.drafted > 0) == ((), True)
+
+
+@EVERY
+@pytest.mark.parametrize("n", [None, 5])
+def test_the_grammar_is_kept(name, n):
+    """Under a grammar with forced tokens greedy answers are those of plain decoding under it."""
+    target, stats = target_of("llama"), DecodingStats()
+    expected = decode(target, grammar=TableGrammar(banded, VOCAB))
+    drafter = CASES[name].make(target, expected)
+    got = decode(target, drafter, n=n, stats=stats, grammar=TableGrammar(banded, VOCAB))
+    assert (got, stats.faults) == (expected, ())
+    assert all(token in banded(tuple(got[:i])) for i, token in enumerate(got))
+
+
+@EVERY
+def test_two_streams_take_turns(name):
+    """Streams of one drafter share no state: each gives what it gives alone."""
+    target = target_of("llama")
+    prompts = [PROMPT, [*random_ids(25, seed=6), *PROMPT[30:]]]
+    alone = [decode(target, ids=ids) for ids in prompts]
+    config = SpeculationConfig(num_draft_tokens=4)
+    cached = PrefixCache(1 << 22)
+    decoder = SpeculativeDecoder(target, made(name), config=config, prefix_cache=cached)
+    streams = [decoder.generate(ids, GREEDY, context=CONTEXT) for ids in prompts]
+    seen: list[list[int]] = [[], []]
+    for blocks in itertools.zip_longest(*streams):
+        for block, out in zip(blocks, seen, strict=True):
+            out += block.token_ids if block is not None else ()
+    assert seen == alone
+
+
+class Broken(Drafter):
+    """A drafter one of whose methods raises at its second call, or at once where it is called only once."""
+
+    def __init__(self, inner: Drafter, method: str) -> None:
+        self.inner, self.method, self.name = inner, method, inner.name
+        self.needs, self.gives_logits = inner.needs, inner.gives_logits
+
+    def start(self, context):
+        if self.method == "start":
+            self.fail()
+        session = self.inner.start(context)
+        own, calls = getattr(session, self.method), iter(range(1, 100))
+
+        def broken(*args):
+            if next(calls) > 1 or self.method in ("attach", "close"):
+                self.fail()
+            return own(*args)
+
+        setattr(session, self.method, broken)
+        return session
+
+    def fail(self):
+        msg = "broken on purpose"
+        raise RuntimeError(msg)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *itertools.product(CASES, ["propose"]),
+        *itertools.product(["suffix", "fused"], ["start", "attach", "learn", "observe", "close"]),
+    ],
+)
+def test_a_broken_drafter_costs_speed_only(name, method):
+    """The fault is reported, and answer, keys and values are those of plain decoding."""
+    target, cached, stats = target_of("llama"), PrefixCache(1 << 22), DecodingStats()
+    drafter = Broken(made(name), method)
+    assert tuple(decode(target, drafter, stats=stats, cache=cached)) == plain("llama")
+    told = f"drafter {drafter.name!r} failed: RuntimeError: broken on purpose"
+    assert stats.faults == (() if method == "close" else (told,))
+    check_cache(target, cached, [*PROMPT, *plain("llama")])
+
+
+@EVERY
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_cache_equals_a_fresh_one(name, family):
+    """In mid-answer and at its end, keys, values and hidden states are those of one forward."""
+    target, cached = target_of(family), PrefixCache(1 << 22)
+    config = SpeculationConfig(num_draft_tokens=5)
+    decoder = SpeculativeDecoder(target, made(name, family), config=config, prefix_cache=cached)
+    ids = list(PROMPT)
+    for number, block in enumerate(decoder.generate(PROMPT, GREEDY, context=CONTEXT)):
+        ids += block.token_ids
+        if number == 5:
+            check_cache(target, cached, ids)
+    check_cache(target, cached, ids)
+
+
+def check_cache(target: TargetModel, cached: PrefixCache, ids: list[int]) -> None:
+    """Assert that the cached buffer holds all of ``ids`` but the last as a fresh forward makes them."""
+    buffer = cached._entries[-1].buffer
+    assert buffer.length == len(ids) - 1
+    fresh = KVBuffer(len(ids), keeps_hidden=True)
+    for _ in target.prefill(ids[:-1], fresh):
+        pass
+    pairs = [
+        pair
+        for layer in range(fresh.num_layers)
+        for pair in zip(
+            buffer.rows(layer, 0, buffer.length), fresh.rows(layer, 0, fresh.length), strict=True
+        )
+    ]
+    if buffer.keeps_hidden:
+        pairs.append((buffer.hidden()[1], fresh.hidden()[1]))
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fused with a model",
+        *(n for n, case in CASES.items() if case.samples and not case.bytes_only),
+    ],
+)
+def test_greedy_transfer_is_independent_of_the_draft_length(name):
+    """Knowledge transfer reads the drafter's logits at every position."""
+    target, got = target_of("llama"), []
+    for n in (0, 1, 3, 8):
+        stats, config = (
+            DecodingStats(),
+            SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=n),
+        )
+        got.append(decode(target, made(name), config=config, stats=stats))
+        assert (stats.mode, stats.tv_bound is not None) == ("knowledge_transfer", True)
+    assert got[0] == got[1] == got[2] == got[3]
+    assert tuple(got[0]) != plain("llama")
+
+
+@EVERY
+def test_a_session_may_be_asked_for_nothing(name):
+    """Unattached, without a budget and closed twice: no error, and no draft longer than asked for."""
+    drafter = made(name)
+    assert isinstance(drafter, Drafter)
+    session = drafter.start(replace(CONTEXT, prompt_ids=PROMPT))
+    assert len(session.propose(0)) == 0
+    session.close()
+    session.close()
