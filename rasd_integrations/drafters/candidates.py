@@ -1,7 +1,7 @@
-"""The target's most likely next tokens at some places: what a logits tree is drafted from.
+"""Top-k next tokens of the target at given positions, for :class:`RecyclingDrafter`.
 
-They steer drafts and never the output, so their probabilities may be rough: over the kept tokens only, and
-before temperature and soft caps.
+They choose drafts and never the output, so the probabilities may be rough: over the kept tokens only, and before
+temperature and soft caps.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from transformers import PreTrainedModel
 from rasd_integrations.engine.executors.eager import input_device
 
 _COMMON = 2048
-_SCORES = (
-    32_768  # torch shares larger operations among a CPU's threads, and waking those takes longer
-)
+# torch shares larger operations among a CPU's threads, and waking those takes longer.
+_SCORES = 32_768
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The target's most likely next tokens after each of some rows.
+    """The target's top-k next tokens after each of some positions.
 
     Attributes:
-        token_ids: ``[rows, k]`` int32, most likely first; -1 fills rows of which less is known.
-        probs: ``[rows, k]`` float32, their probabilities among one another; 0 where the id is -1.
+        token_ids: ``[rows, k]`` int32, most likely first; padded with -1.
+        probs: ``[rows, k]`` float32, probabilities among the kept tokens; 0 where the id is -1.
     """
 
     token_ids: NDArray[np.int32]
@@ -42,7 +41,7 @@ class Candidates:
 
     @staticmethod
     def unknown(rows: int, k: int) -> Candidates:
-        """Return rows of which nothing is known."""
+        """Return rows of padding."""
         return Candidates(np.full((rows, k), -1, np.int32), np.zeros((rows, k), np.float32))
 
 
@@ -51,35 +50,35 @@ def most_likely(logits: Tensor, k: int, token_ids: NDArray[np.int32] | None = No
 
     Args:
         logits: ``[rows, n]``, any float type.
-        k: At least 1; where ``n`` is smaller, or tokens are impossible (-inf), the rest is -1.
+        k: At least 1; padded if ``n`` is smaller or tokens are impossible (-inf).
         token_ids: ``[n]``, the tokens of the columns; ``None``: column ``i`` is token ``i``.
     """
     found = Candidates.unknown(logits.shape[0], k)
     best = logits.topk(min(k, logits.shape[1]))
     columns, scores = best.indices.cpu().numpy(), best.values.float().cpu().numpy()
     n = columns.shape[1]
-    # Behind a grammar's end nothing may follow: such a row is all -inf, and nothing is known of it.
+    # A row behind the end of a grammar is all -inf.
     known = np.isfinite(scores) & np.isfinite(scores[:, :1])
     found.token_ids[:, :n] = np.where(
         known, columns if token_ids is None else token_ids[columns], -1
     )
     peak = np.where(known[:, :1], scores[:, :1], 0.0)
     weights = np.exp(np.where(known, scores - peak, -np.inf))
-    total = weights.sum(axis=1, keepdims=True)  # at least 1 where anything is known
+    total = weights.sum(axis=1, keepdims=True)  # at least 1 if anything is known
     found.probs[:, :n] = weights / np.maximum(total, 1.0)
     return found
 
 
 class Shortlist:
-    """Ranks some tokens only: those of a prompt, and the commonest of all.
+    """Ranks a part of the vocabulary: the tokens of a prompt, and the 2048 most common.
 
-    Answers over documents are written in the documents' words, and an output layer of some thousand tokens
-    costs a tenth of the whole one. Byte-pair vocabularies number their tokens by how common they are. Where
-    the layer's weight cannot be read, all of it is run.
+    Answers over documents are written in the documents' words, and an output layer of some thousand tokens costs a
+    tenth of the whole one. Byte-pair vocabularies are numbered by frequency. If the layer's weight cannot be read,
+    the whole layer runs.
     """
 
     def __init__(self, model: PreTrainedModel, token_ids: Iterable[int], k: int) -> None:
-        """Rank ``token_ids`` and the commonest tokens, ``k`` of them for each row."""
+        """Rank ``token_ids`` and the most common tokens, ``k`` of them for each row."""
         config = model.config.get_text_config()
         self._k = k
         self._head = model.get_output_embeddings()
@@ -93,24 +92,26 @@ class Shortlist:
 
     def of_hidden(self, hidden: Tensor) -> Candidates:
         """Return the candidates of final hidden states ``[rows, hidden]``."""
-        if self._some is None:
+        if self._layer is None:
             return self.of_logits(self._head(hidden))
-        logits = nn.functional.linear(hidden.to(self._some.device), self._some, self._offset)
+        weight, bias = self._layer
+        logits = nn.functional.linear(hidden.to(weight.device), weight, bias)
         return most_likely(logits, self._k, self._token_ids)
 
     @cached_property
-    def _some(self) -> Tensor | None:
-        """The output layer's rows of these tokens; whoever has logits already needs no copy of them."""
-        return None if self._weight is None else self._weight.detach()[self._wanted]
-
-    @cached_property
-    def _offset(self) -> Tensor | None:
+    def _layer(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the output layer for these tokens; copied only if hidden states are ranked."""
+        if self._weight is None:
+            return None
         bias = getattr(self._head, "bias", None)
-        return None if bias is None else bias.detach()[self._wanted]
+        rows = self._weight.detach()[self._wanted]
+        return rows, None if bias is None else bias.detach()[self._wanted]
 
     def of_logits(self, logits: Tensor) -> Candidates:
         """Return the candidates of logits ``[rows, vocab]``."""
-        wanted = self._wanted.to(logits.device)  # of a model over several, it may be another
+        wanted = self._wanted.to(
+            logits.device
+        )  # a model over several devices has its logits elsewhere
         few = _SCORES // len(wanted) if logits.device.type == "cpu" else len(logits)
         parts = [
             most_likely(rows.index_select(1, wanted), self._k, self._token_ids)
@@ -127,7 +128,7 @@ def _weight(model: PreTrainedModel, head: nn.Module) -> Tensor | None:
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     for layer in (head, model.get_input_embeddings() if tied else None):
         weight = getattr(layer, "weight", None)
-        # Shards and quantised weights have types of their own; an offloaded layer's weight is not here.
+        # Sharded and quantised weights have types of their own; an offloaded weight is on the meta device.
         if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
             continue
         if weight.ndim == 2 and weight.is_floating_point() and not weight.is_meta:

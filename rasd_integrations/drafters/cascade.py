@@ -1,7 +1,6 @@
-"""A cheap drafter drafts for the model drafter, so that one drafter forward checks several tokens.
+"""A cheap drafter drafts for the model drafter, so that one drafter forward verifies several tokens.
 
-The draft is token for token (sampled: in distribution) what the model drafter alone would propose; only the
-number of its forwards falls.
+Greedy drafts are the model drafter's own, sampled ones have its distribution; only the number of forwards falls.
 """
 
 from __future__ import annotations
@@ -13,24 +12,21 @@ from rasd_integrations.types import DraftContext
 
 
 class HelperDrafter(Protocol):
-    """A drafter whose sessions can look ahead of a partial draft."""
-
-    name: str
+    """A drafter whose sessions can continue a partial draft."""
 
     def start(self, context: DraftContext) -> Helper:
-        """Begin an answer."""
+        """Start an answer."""
         ...
 
 
 class HelpedDrafter(Protocol):
-    """A drafter that can be drafted for."""
+    """A drafter that takes a helper."""
 
-    name: str
     needs: Needs
     gives_logits: bool
 
     def start(self, context: DraftContext, helper: Helper | None = None) -> DraftSession:
-        """Begin an answer."""
+        """Start an answer."""
         ...
 
 
@@ -40,12 +36,12 @@ class CascadeDrafter(Drafter):
     name = "cascade"
 
     def __init__(self, model: HelpedDrafter, helper: HelperDrafter) -> None:
-        """Join the two."""
+        """Combine the two."""
         self.model = model
         self.helper = helper
         self.needs = model.needs
         self.gives_logits = model.gives_logits
 
     def start(self, context: DraftContext) -> DraftSession:
-        """Begin an answer."""
+        """Start an answer."""
         return self.model.start(context, self.helper.start(context))

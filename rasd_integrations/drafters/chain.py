@@ -1,8 +1,4 @@
-"""How a model drafts a chain over keys and values, whatever model and whatever rows these are.
-
-Shared by the drafters that run a model: its own prompt, a part of the target's rows, or the target's
-first layers differ only in the buffer that they hand over.
-"""
+"""Drafts a chain with a model over a KV buffer; shared by all drafters that run a model."""
 
 from __future__ import annotations
 
@@ -30,13 +26,13 @@ def _unchanged(logits: Tensor) -> Tensor:
 
 
 class ChainSession(DraftSession):
-    """One answer of a drafter that runs a model.
+    """State of one answer of a drafter that runs a model.
 
-    The draft is the model's own answer, greedy or sampled as the target's: token ``i`` is drawn from its
-    distribution q after the same processors, and q travels with a sampled draft. A helper drafts for the model.
+    The draft is the model's own answer, greedy or sampled as the target's: token ``i`` is drawn from q, the model's
+    distribution under the target's sampling parameters, and a sampled draft carries q. A helper drafts for the model.
 
     Attributes:
-        forwards: Forwards of the model so far, the prefill aside.
+        forwards: Forwards of the model so far, without the prefill.
     """
 
     _model: TargetModel  # set before the first chain
@@ -49,9 +45,14 @@ class ChainSession(DraftSession):
         helper: Helper | None,
         fit: Callable[[Tensor], Tensor] = _unchanged,
     ) -> None:
-        """Draft as ``source``; a token less likely than ``confidence`` ends the draft and stays in it.
+        """Make a session.
 
-        ``fit`` turns the model's logits into those over the target's vocabulary, the same one for all answers.
+        Args:
+            source: Name in the statistics.
+            context: Of the answer.
+            confidence: A token less likely than this ends the draft and stays in it.
+            helper: Drafts for the model.
+            fit: Maps the model's logits to the target's vocabulary; the same function for all answers.
         """
         self._source = source
         self._context = context
@@ -65,7 +66,7 @@ class ChainSession(DraftSession):
         self.forwards = 0
 
     def observe(self, block: TokenBlock) -> None:
-        """Step over what the target committed."""
+        """Advance over what the target committed."""
         if self._grammar is not None:
             for token in block.token_ids:
                 self._grammar.push(token)
@@ -81,26 +82,26 @@ class ChainSession(DraftSession):
         """Return a chain of at most ``budget`` tokens with its logits, one row more for knowledge transfer.
 
         Args:
-            buffer: Rows of what the model has read. Afterwards the rows of ``pending`` and of the drafted
-                tokens follow; that of the last one may be missing.
-            pending: The last committed tokens, whose rows are not in ``buffer``; at least one.
-            budget: Most tokens of the draft.
+            buffer: KV of what the model has read; extended by ``pending`` and the drafted tokens, perhaps without
+                the last one.
+            pending: The last committed tokens that ``buffer`` lacks, at least one.
+            budget: Maximum tokens of the draft.
         """
         start = buffer.length
         tokens: list[int] = []
-        chances: list[float] = []
+        probs: list[float] = []
         rows: list[Tensor] = []  # [m, vocab] each
         ended = False
         while len(tokens) < budget and not ended:
             unread = [*pending, *tokens][buffer.length - start :]
-            new, sure, logits = self._forward(buffer, unread, tokens, budget - len(tokens))
-            ended, kept = self._ends(new, sure)
+            new, new_probs, logits = self._forward(buffer, unread, tokens, budget - len(tokens))
+            ended, kept = self._ends(new, new_probs)
             tokens += new[:kept]
-            chances += sure[:kept]
+            probs += new_probs[:kept]
             rows.append(logits[:kept])
             buffer.truncate(start + len(pending) + len(tokens) - 1)
         if self._context.wants_logits:
-            # also after the last token: see docs/adr on the transfer distribution
+            # also after the last token, as the transfer rule needs (docs/adr)
             unread = [*pending, *tokens][buffer.length - start :]
             rows.append(self._forward(buffer, unread, tokens, 0)[-1])
         if not rows:
@@ -111,13 +112,13 @@ class ChainSession(DraftSession):
             probs=None if self._distribution is None else self._distribution(logits[: len(tokens)]),
             logits=logits,
             source=self._source,
-            node_probs=tuple(accumulate(chances, mul)) if self._distribution is None else None,
+            node_probs=tuple(accumulate(probs, mul)) if self._distribution is None else None,
         )
 
     def _forward(
         self, buffer: KVBuffer, unread: Sequence[int], drafted: Sequence[int], budget: int
     ) -> tuple[list[int], list[float], Tensor]:
-        """Run the model and return what it says behind ``drafted``, how sure it is, and the logits these come from.
+        """Run the model; return the tokens after ``drafted``, their probabilities and the logits of each.
 
         With budget 0, return no token and the logits ``[1, vocab]`` after the last one.
         """
@@ -130,12 +131,12 @@ class ChainSession(DraftSession):
             before = self._generator.get_state()
             drawn = self._model.draw(unread, buffer, budget, self._sampler, self._generator)
             if drawn is not None:
-                new, sure = drawn.read()
+                new, probs = drawn.read()
                 self.forwards += len(new)
                 buffer.commit(range(len(unread) + len(new) - 1))
-                _, kept = self._ends(new, sure)
-                rewind_generator(self._generator, before, kept)  # as if each had been asked for
-                return new[:kept], sure[:kept], drawn.logits[:kept]
+                _, kept = self._ends(new, probs)
+                rewind_generator(self._generator, before, kept)  # as if drawn one by one
+                return new[:kept], probs[:kept], drawn.logits[:kept]
         logits = self._model.step([*unread, *guess], buffer)
         self.forwards += 1
         logits = self._sampler.fit(logits[len(unread) - 1 :])  # [1 + len(guess), vocab]
@@ -148,25 +149,25 @@ class ChainSession(DraftSession):
         verdict = sample_and_walk(logits, Draft(guess), self._distribution, self._generator)
         buffer.commit(range(len(unread) + len(verdict.accepted)))
         new = [*(guess[i] for i in verdict.accepted), verdict.token_id]
-        return new, self._chances(new, logits), logits[: len(new)]
+        return new, self._probs(new, logits), logits[: len(new)]
 
-    def _chances(self, tokens: list[int], logits: Tensor) -> list[float]:
+    def _probs(self, tokens: list[int], logits: Tensor) -> list[float]:
         """Return the model's probability of each of ``tokens``."""
         probs = (
             logits.float().softmax(-1) if self._distribution is None else self._distribution(logits)
         )
-        chances: list[float] = probs[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
-        return chances
+        each: list[float] = probs[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
+        return each
 
-    def _ends(self, tokens: list[int], chances: list[float]) -> tuple[bool, int]:
-        """Return whether the draft ends among ``tokens``, and how many of them it takes."""
-        for i, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
-            if chance < self._confidence or token in self._model.eos_ids:
+    def _ends(self, tokens: list[int], probs: list[float]) -> tuple[bool, int]:
+        """Return True if the draft ends among ``tokens``, and how many of them belong to it."""
+        for i, (token, prob) in enumerate(zip(tokens, probs, strict=True)):
+            if prob < self._confidence or token in self._model.eos_ids:
                 return True, i + 1
         return False, len(tokens)
 
     def _fallback(self, budget: int) -> Draft:
-        """Where the model is silent, its helper's draft is free."""
+        """Return the helper's draft; the model has none."""
         if self._helper is None or self._context.wants_logits:
             return Draft(source=self._source)
         return Draft(self._helper.propose_after((), budget), source="suffix")

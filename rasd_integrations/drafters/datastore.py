@@ -1,7 +1,7 @@
-"""REST's drafter: what followed the last tokens in a store of texts (arXiv 2311.08252, section 3).
+"""REST: drafts what followed the last tokens in a store of texts (arXiv 2311.08252, section 3).
 
-The longest suffix of the context that occurs in the store gives continuations; counted, they are a trie,
-and the draft is its best tree within the budget. Reading is all it does: no model, no training.
+The longest suffix of the context that occurs in the store has continuations, which form a trie with counts; the draft
+is its most probable tree. No model, no training.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 
 class DatastoreDrafter(Drafter):
-    """Proposes how the store's texts went on after the last tokens, as a tree.
+    """Proposes the store's continuations of the last tokens, as a tree.
 
-    A store over a whole collection drafts from texts that the prompt need not hold. Drafts never change
-    what is said, but how fast it is said tells that a text is there: give tenants stores of their own.
+    The store's texts need not be in the prompt. Drafts never change an answer, but its speed tells that a text is in
+    the store: give each tenant a store of its own.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class DatastoreDrafter(Drafter):
 
         Args:
             store: Texts, as the target's tokenizer encodes them.
-            learned: Also drafted from, and given every answer when it ends; must have ``max_tokens``.
+            learned: Also drafted from, and extended by every answer when it ends; must have ``max_tokens``.
                 ``None`` learns nothing: answers of one user would draft for another.
             name: Name in the statistics.
-            min_match: Shortest match that is drafted from, in tokens, 1 to 16.
-            max_draft: Most tokens of a draft.
+            min_match: Least tokens of a match, 1 to 16.
+            max_draft: Maximum tokens of a draft.
             min_probability: Least estimated probability of a drafted token.
-            max_rows: Most occurrences that are read; of more, that many, evenly spread.
+            max_rows: Maximum occurrences read, evenly spread over all.
             tree: Draft less frequent continuations too; else one chain.
 
         Raises:
@@ -86,12 +86,12 @@ class DatastoreDrafter(Drafter):
         self.tree = tree
 
     def start(self, context: DraftContext) -> DatastoreSession:
-        """Begin an answer."""
+        """Start an answer."""
         return DatastoreSession(self, context)
 
 
 class DatastoreSession(DraftSession):
-    """A datastore at work on one answer. Each draft reads the store as it stands at that moment."""
+    """State of one answer: its last tokens. Each draft reads the store as it is then."""
 
     def __init__(self, drafter: DatastoreDrafter, context: DraftContext) -> None:
         """Made by :meth:`DatastoreDrafter.start`."""
@@ -100,7 +100,7 @@ class DatastoreSession(DraftSession):
         self._answer: list[int] = []
 
     def propose(self, budget: int) -> Draft:
-        """Return the most likely continuations as a tree of at most ``budget`` tokens.
+        """Return the most probable continuations as a tree of at most ``budget`` tokens.
 
         Raises:
             RetrievalError: The store's file was changed in place.
@@ -109,7 +109,7 @@ class DatastoreSession(DraftSession):
         return Draft(token_ids, parents, source=self._drafter.name, node_probs=node_probs)
 
     def propose_after(self, extra: Sequence[int], budget: int) -> tuple[int, ...]:
-        """Return the most likely continuation of the committed tokens and ``extra``."""
+        """Return the most probable continuation of the committed tokens and ``extra``."""
         return self._grow(extra, budget, tree=False)[0]
 
     def observe(self, block: TokenBlock) -> None:
@@ -117,7 +117,7 @@ class DatastoreSession(DraftSession):
         self._answer.extend(block.token_ids)
 
     def close(self) -> None:
-        """Hand the answer to the store that learns."""
+        """Add the answer to the learned store."""
         answer, self._answer = self._answer, []
         if self._drafter.learned is not None and answer:
             self._drafter.learned.add_ids([answer])

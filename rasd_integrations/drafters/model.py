@@ -1,4 +1,4 @@
-"""RAPID's drafter: a language model that reads a short retrieved prompt (arXiv 2502.20330, section 3)."""
+"""RAPID: a language model drafts from a short retrieved prompt (arXiv 2502.20330, section 3)."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class ModelDrafter(Drafter):
 
         Args:
             model: The drafter model; may be the target itself.
-            vocab_size: The target's, where it differs by padding.
-            needs_own_prompt: Draft only where there is a drafter prompt. True for the target itself:
-                on the target's own prompt it costs as much as it saves.
-            confidence: A drafted token less likely than this ends the draft; it stays in the draft,
-                since dropping a token after its draw would bias the output.
+            vocab_size: The target's, if it differs by padding.
+            needs_own_prompt: Draft only if there is a drafter prompt. True for the target itself, which on its own
+                prompt costs as much as it saves.
+            confidence: A drafted token less likely than this ends the draft. It stays in the draft, since dropping
+                a token after its draw would bias the output.
             prefix_cache: Keeps the drafter's keys and values between answers.
-            namespace: Of the prefix cache.
-            allowed: ``[vocab_size]`` bool, the tokens that may be drafted; ``None``: all.
+            namespace: Namespace of the prefix cache.
+            allowed: ``[vocab_size]`` bool, the tokens that may be drafted; ``None`` is all.
         """
         self.model = model
         self.vocab_size = vocab_size or model.vocab_size
@@ -54,7 +54,7 @@ class ModelDrafter(Drafter):
         self._cache = PrefixCache(0) if prefix_cache is None else prefix_cache
 
     def start(self, context: DraftContext, helper: Helper | None = None) -> ModelSession:
-        """Begin an answer; ``helper`` drafts for the drafter."""
+        """Start an answer; ``helper`` drafts for this drafter."""
         own = context.drafter_prompt_ids
         prompt = own if own is not None or self._needs_own_prompt else context.prompt_ids
         if prompt is not None and not 0 < len(prompt) < self.model.window:
@@ -62,7 +62,7 @@ class ModelDrafter(Drafter):
         return ModelSession(self, self._cache, context, prompt, helper)
 
     def fitted(self, logits: Tensor) -> Tensor:
-        """Crop or pad logits ``[n, vocab]`` to the target's vocabulary (one family pads differently by size)."""
+        """Crop or pad logits ``[n, vocab]`` to the target's vocabulary (padding differs within a family)."""
         missing = self.vocab_size - logits.shape[-1]
         if missing:  # padding by less than nothing crops
             logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
@@ -72,7 +72,7 @@ class ModelDrafter(Drafter):
 
 
 class ModelSession(ChainSession):
-    """A model drafter at work on one answer."""
+    """State of one answer: prompt and committed tokens, and the model's keys and values."""
 
     def __init__(
         self,
@@ -90,11 +90,11 @@ class ModelSession(ChainSession):
         room, lease = len(self._ids) + 512, drafter.model.lease
         self._lease = lease(cache, self._ids, room, drafter.namespace) if self._ids else None
         self._prefilled = False
-        self._guesses: tuple[int, ...] = ()  # drafted last, with rows in the buffer
+        self._guesses: tuple[int, ...] = ()  # the last draft, in the buffer
 
     @torch.inference_mode()
     def propose(self, budget: int) -> Draft:
-        """Return a chain of at most ``budget`` tokens, with logits where knowledge transfer wants them."""
+        """Return a chain of at most ``budget`` tokens, with logits for knowledge transfer."""
         if self._lease is None or len(self._ids) + budget + 1 >= self._model.window:
             return self._fallback(budget)
         buffer = self._lease.buffer
@@ -107,7 +107,7 @@ class ModelSession(ChainSession):
         return draft
 
     def observe(self, block: TokenBlock) -> None:
-        """Take over what the target committed and forget the guesses that failed."""
+        """Append what the target committed and drop the rejected draft tokens."""
         self.rebase(len(self._ids), block.token_ids)
         super().observe(block)
 
@@ -117,7 +117,7 @@ class ModelSession(ChainSession):
         return self._ids
 
     def rebase(self, kept: int, new: Sequence[int]) -> None:
-        """Replace the committed tokens from ``kept`` on by ``new``; rows of what stays the same are kept."""
+        """Replace the committed tokens from ``kept`` on by ``new``, keeping the KV of equal tokens."""
         if self._lease is None:
             return
         held = [*self._ids[kept:], *self._guesses]
@@ -128,7 +128,7 @@ class ModelSession(ChainSession):
         self._guesses = ()
 
     def close(self) -> None:
-        """Give the keys and values back."""
+        """Return the keys and values to the cache."""
         if self._lease is not None:
             self._lease.buffer.truncate(len(self._ids))
             self._lease.release(self._ids)

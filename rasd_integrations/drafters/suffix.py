@@ -1,9 +1,9 @@
-"""Drafts by looking up how the text went on after its own last tokens. No model, no training.
+"""Drafts what followed the last tokens earlier in the same text (SAM decoding, SuffixDecoding).
 
-A suffix automaton over the retrieved chunks, the prompt and the running answer gives the longest
-suffix of the committed tokens that occurred before, in amortised constant time a token. The draft
-follows the most frequent continuation, ties to the most recent. On greedy answers of SmolLM2 to
-Spec-Bench this gains 4 % in tokens a step over the first occurrence and 1 % over the latest.
+A suffix automaton over the retrieved chunks, the prompt and the running answer gives the longest suffix of the
+committed tokens that occurred before, in amortised constant time per token. The draft follows the most frequent
+continuation, ties to the most recent. On greedy answers of SmolLM2 to Spec-Bench this gains 4 % in tokens a step over
+the first occurrence and 1 % over the latest.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from rasd_integrations.drafters.tree import Tree, grow
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 _NONE = -1
-# How many of the shorter suffixes, longest first, learn of each occurrence: 8 drafts as well as all
-# do, and bounds the work on a text that repeats itself.
+# Suffixes, longest first, that count each occurrence: 8 draft as well as all of them, and bound the work on a text that
+# repeats itself.
 _LEARNING_DEPTH = 8
-# Continuations looked at after one match when a tree is asked for.
+# Maximum children of a node in a tree.
 _WIDTH = 3
 
 
 class SuffixAutomaton:
     """The online suffix automaton of a sequence of non-negative token ids.
 
-    A state stands for the substrings that end at the same places; state 0 is the empty string. Most
-    states have one transition, kept in two arrays; further ones are in a dict. About 100 bytes and
-    2 microseconds a token.
+    A state is a set of substrings that end at the same positions; state 0 is the empty string. Most states have one
+    transition, kept in two arrays; further ones are in a dict. About 100 bytes and 2 microseconds per token.
     """
 
     __slots__ = (
@@ -52,7 +51,7 @@ class SuffixAutomaton:
         self._more: dict[int, dict[int, int]] = {}
         self._links = array("i", [_NONE])
         self._lengths = array("i", [0])
-        self._counts = array("i", [0])  # occurrences, the one at the text's end not included
+        self._counts = array("i", [0])  # occurrences, without the one at the text's end
         self._lasts = array("i", [_NONE])  # the latest of them, an index into the text
         self._tail = 0  # the state of the whole text
         self._size = 0
@@ -70,15 +69,14 @@ class SuffixAutomaton:
             self._append(token)
 
     def separate(self) -> None:
-        """Append a token that no other token equals: no match and no draft runs across it."""
+        """Append a token that equals no other, so that no match and no draft crosses it."""
         self._separators += 1
         self.extend((_NONE - self._separators,))
 
     def match(self, extra: Sequence[int] = ()) -> tuple[int, int]:
         """Return state and length of the longest suffix of text + ``extra`` that occurred before.
 
-        Occurrences that end where the text ends do not count while ``extra`` is empty. The text is
-        not changed.
+        Occurrences at the end of the text do not count if ``extra`` is empty. The text is not changed.
         """
         state = max(self._links[self._tail], 0)
         length = self._lengths[state]
@@ -87,14 +85,14 @@ class SuffixAutomaton:
         return state, length
 
     def with_continuation(self, state: int, length: int) -> tuple[int, int]:
-        """Return the longest suffix of a match that something follows, possibly the empty one."""
+        """Return the longest suffix of a match that has a continuation, possibly the empty one."""
         while state and self._first_token[state] < 0 and state not in self._more:
             state = self._links[state]
             length = self._lengths[state]
         return state, length
 
     def followers(self, state: int, limit: int) -> list[tuple[float, int, int]]:
-        """Return (share, token, next state) of what followed, most frequent first, then latest."""
+        """Return share, token and next state of the continuations, most frequent first, then latest."""
         token = self._first_token[state]
         if token == _NONE:
             return []
@@ -110,7 +108,7 @@ class SuffixAutomaton:
         return [(count / total, t, s) for count, _, t, s in best]
 
     def _target(self, state: int, token: int) -> int:
-        """Return the state after ``token``; 0 where there is none."""
+        """Return the state after ``token``, 0 if there is none."""
         if self._first_token[state] == token:
             return self._first_target[state]
         more = self._more.get(state)
@@ -125,7 +123,7 @@ class SuffixAutomaton:
         return (target, length + 1) if target else (0, 0)
 
     def _learn(self) -> None:
-        """Count the occurrence that ends the text for the longest suffixes."""
+        """Count the occurrence at the end of the text for the longest suffixes."""
         state, depth, end = self._tail, _LEARNING_DEPTH, self._size - 1
         while state > 0 and depth:
             self._counts[state] += 1
@@ -163,7 +161,7 @@ class SuffixAutomaton:
         self._size += 1
 
     def _split(self, old: int, state: int, token: int) -> int:
-        """Part from ``old`` its suffix of length ``state`` + 1, which now has an occurrence more."""
+        """Split off ``old``'s suffix of length ``state`` + 1, which now has one more occurrence."""
         clone = self._state(self._lengths[state] + 1, self._links[old], self._lasts[old])
         self._counts[clone] = self._counts[old]
         self._first_token[clone] = self._first_token[old]
@@ -190,10 +188,10 @@ class SuffixAutomaton:
 
 
 class SuffixSession(DraftSession):
-    """The text of one answer, indexed as it grows."""
+    """State of one answer: the index of its text."""
 
     def __init__(self, drafter: SuffixDrafter, context: DraftContext) -> None:
-        """Index chunks and prompt, the prompt last: its end is what is looked up."""
+        """Index chunks and prompt, the prompt last: its end is looked up."""
         self._drafter = drafter
         self._index = SuffixAutomaton()
         for chunk in context.chunk_ids:
@@ -202,7 +200,7 @@ class SuffixSession(DraftSession):
         self._index.extend(context.prompt_ids)
 
     def propose(self, budget: int) -> Draft:
-        """Return the most likely continuation, a chain or a tree, of at most ``budget`` tokens."""
+        """Return the most probable continuation, a chain or a tree, of at most ``budget`` tokens."""
         width = _WIDTH if self._drafter.tree else 1
         token_ids, parents, node_probs = self._grow((), budget, width)
         return Draft(
@@ -213,7 +211,7 @@ class SuffixSession(DraftSession):
         )
 
     def propose_after(self, extra: Sequence[int], budget: int) -> tuple[int, ...]:
-        """Return the continuation of the committed tokens and ``extra``, and keep no trace of it."""
+        """Return the continuation of the committed tokens and ``extra``; change nothing."""
         return self._grow(extra, budget, 1)[0]
 
     def observe(self, block: TokenBlock) -> None:
@@ -225,7 +223,7 @@ class SuffixSession(DraftSession):
         self._index = SuffixAutomaton()
 
     def _grow(self, extra: Sequence[int], budget: int, width: int) -> Tree:
-        """Grow the draft behind the longest match, ``width`` followers a node."""
+        """Return the draft after the longest match, with at most ``width`` children per node."""
         index, drafter = self._index, self._drafter
         state, length = index.with_continuation(*index.match(extra))
         if length < drafter.min_match:
@@ -237,7 +235,7 @@ class SuffixSession(DraftSession):
             node: tuple[int, int], prob: float
         ) -> Iterator[tuple[float, int, tuple[int, int]]]:
             state, depth = node
-            # At the text's end the draft goes on from a shorter match: a loop is drafted whole.
+            # At the end of the text the draft continues from a shorter match, so that loops are drafted whole.
             state, _ = index.with_continuation(state, 0)
             if state and depth < depth_limit:
                 for share, token, target in index.followers(state, width):
@@ -245,7 +243,7 @@ class SuffixSession(DraftSession):
 
         most = min(budget, drafter.max_draft)
         token_ids, parents, shares = grow((state, 0), children, most, drafter.min_probability)
-        # After a match of n tokens the next one is right n times of n + 1, as in REST's trie.
+        # After a match of n tokens the next one is right n times of n + 1.
         depths: list[int] = []
         for parent in parents:
             depths.append(1 if parent < 0 else depths[parent] + 1)
@@ -265,12 +263,12 @@ class SuffixDrafter(Drafter):
         min_probability: float = 0.2,
         tree: bool = False,
     ) -> None:
-        """Set what is worth drafting.
+        """Configure what is drafted.
 
         Args:
             name: Name in the statistics.
-            min_match: Shortest match that is drafted from, in tokens.
-            max_draft: Longest draft, in tokens.
+            min_match: Least tokens of a match.
+            max_draft: Maximum tokens of a draft.
             min_probability: Least product of the continuation's shares along the draft.
             tree: Draft the less frequent continuations too, as a tree.
         """
@@ -281,5 +279,5 @@ class SuffixDrafter(Drafter):
         self.tree = tree
 
     def start(self, context: DraftContext) -> SuffixSession:
-        """Index the prompt and its chunks."""
+        """Start an answer: index its prompt and chunks."""
         return SuffixSession(self, context)

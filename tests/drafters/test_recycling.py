@@ -94,41 +94,6 @@ def test_rows_of_a_reused_prefix_that_nobody_kept_are_only_copied_from():
     assert set(draft.token_ids) <= set(PROMPT)
 
 
-def test_nothing_is_worked_out_that_no_draft_passes():
-    """Of a long prompt only the places around the same tokens are run through the output layer."""
-    target = TargetModel(tiny_llama())
-    prompt = [t % 200 for t in range(150)] + [3, 4]
-    session, _ = attached(RecyclingDrafter(), target, prompt)
-    session.propose(1)
-    known = np.flatnonzero(session._index._known[: len(prompt)])
-    assert known.tolist() == [*range(32), *range(128, 151)]
-
-
-def test_rows_of_a_prompt_are_found_as_learned_ones_are():
-    """A text announced at once has the keys of its places, the latest occurrence counting, and no others."""
-    text = [5, 6, 7, 5, 6, 8, 5]
-    whole, one_by_one = CandidateIndex(16, 1), CandidateIndex(16, 1)
-    rows = Candidates(np.arange(7, dtype=np.int32)[:, None], np.ones((7, 1), np.float32))
-    whole.announce(text, lambda slots: Candidates(rows.token_ids[slots], rows.probs[slots]))
-    one_by_one.add([tuple(text[: i + 1]) for i in range(7)], rows)
-    tails = [(5,), (6,), (5, 6), (7, 5, 6), (5, 6, 7, 5), (6, 5), (8, 5), (9,), (0, 5)]
-    for tail in tails:
-        assert whole.distribution(tail) == one_by_one.distribution(tail)
-    assert whole.distribution((5, 6))
-    assert not whole.distribution((9,))
-
-
-def test_all_rows_can_be_worked_out_at_once():
-    """Filling gives the same drafts as working out place by place."""
-    target = TargetModel(tiny_llama())
-    one, _ = attached(RecyclingDrafter(), target, PROMPT)
-    other, _ = attached(RecyclingDrafter(), target, PROMPT)
-    other._index.fill()
-    assert other._index._known[: len(PROMPT) - 1].all()
-    ours, theirs = one.propose(16), other.propose(16)
-    assert (ours.token_ids, ours.parents) == (theirs.token_ids, theirs.parents)
-
-
 def test_refused_nodes_teach():
     """What the target thought behind a refused node is drafted when its tokens come again."""
     session, _ = attached(RecyclingDrafter(num_candidates=2), TargetModel(tiny_llama()), PROMPT)
@@ -153,6 +118,13 @@ def test_a_tree_teaches_what_its_paths_do():
         session.learn(draft, logits[rows])
         learned.append(session._index.distribution((5, 6, 40, 91)))
     assert learned[0] == learned[1] != {}
+
+
+def test_the_latest_rows_of_a_long_prompt_are_kept():
+    """A prompt longer than the index fills it with its last positions."""
+    session, _ = attached(RecyclingDrafter(max_rows=4), TargetModel(tiny_llama()), PROMPT)
+    found = {token: bool(session._index.distribution((token,))) for token in PROMPT}
+    assert found == {5: True, 6: True, 7: True, 8: False, 9: False, 1: False, 2: True}
 
 
 def test_without_the_prompt_only_steps_teach():

@@ -235,10 +235,10 @@ ROWS: tuple[Mutant, ...] = (
            "truncate(min(kept + agreed, len(self._ids) - 1))", "truncate(min(kept + agreed + 1, len(self._ids) - 1))",
            ("drafters/test_model.py",)),
     Mutant("model drafter drafts on behind an end token", "drafters/chain.py",
-           "if chance < self._confidence or token in self._model.eos_ids:", "if chance < self._confidence:",
+           "if prob < self._confidence or token in self._model.eos_ids:", "if prob < self._confidence:",
            ("drafters/test_model.py",)),
     Mutant("hidden-state drafts start one token late", "drafters/papers/dense.py",
-           "ids[places[i] + 2 : places[i] + 2 + depth]", "ids[places[i] + 3 : places[i] + 3 + depth]",
+           "ids[positions[i] + 2 : positions[i] + 2 + depth]", "ids[positions[i] + 3 : positions[i] + 3 + depth]",
            ("drafters/papers/test_dense.py",)),
     # --- stores of tokens and hidden states ---
     Mutant("the same text is stored twice", "datastores/tokens/store.py",

@@ -1,13 +1,13 @@
-"""DReSD's drafter: what followed where the target thought alike (arXiv 2502.15572).
+"""DReSD: nearest hidden states propose the tokens that followed them (arXiv 2502.15572).
 
-The hidden state that gave the last committed token is compared with those of earlier places that gave the
-same token; what followed there is the draft. Places are those of the prompt and the running answer, whose
-hidden states stand beside their keys and values, and those of a :class:`DenseStore`.
+The hidden state that predicted the last committed token is compared with those of earlier positions that predicted
+the same token; what followed there is the draft. Positions are those of the prompt and the running answer, whose hidden
+states are kept beside their keys and values, and those of a :class:`DenseStore`.
 
-Of the prompt the raw states are compared, by cosine: z-scores, 64 principal components of the prompt, of a
-store, or a random projection find no better places, and cost time before the first token
-(docs/explanation/experiments.md). A raw cosine ``c`` counts as an agreement of ``c ** 2``, one of principal
-components as ``c``: both are about how often the next token is the same.
+States of the prompt are compared as they are, by cosine: z-scores, 64 principal components of the prompt or of a store,
+or a random projection find no better positions, and cost time before the first token
+(docs/explanation/experiments.md). A raw cosine ``c`` counts as an agreement of ``c ** 2``, one of principal components
+as ``c``: either is about how often the next token is the same.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError, RetrievalError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
-_SHARPNESS = 5.0  # a place whose agreement is lower by a fifth weighs 1 / e as much
-_MOST_ROWS = 1 << 11  # places of the prompt that are compared: the latest
-_BLOCK = 256  # of them at once
+_SHARPNESS = 5.0  # a neighbour whose agreement is lower by a fifth weighs 1 / e as much
+_MOST_ROWS = 1 << 11  # positions of the text that are compared, the latest
+_BLOCK = 256  # positions compared at once
 
 
 class DenseDrafter(Drafter):
-    """Proposes what followed the places where the target's hidden state was like the present one, as a tree."""
+    """Proposes what followed the nearest hidden states of the target, as a tree."""
 
     needs = Needs(hidden=True)
 
@@ -50,11 +50,11 @@ class DenseDrafter(Drafter):
         """Draft from prompt and answer, and from ``store``.
 
         Args:
-            store: Places of other texts, built with the target.
+            store: Hidden states of other texts, built with the target.
             name: Name in the statistics.
             prompt: Draft from the prompt and the running answer.
-            neighbours: Most places that a draft is made of, the most similar ones.
-            max_draft: Most tokens of a draft.
+            neighbours: Number of nearest neighbours per draft.
+            max_draft: Maximum tokens of a draft.
             min_probability: Least estimated probability of a drafted token.
             tree: Draft less likely continuations too; else one chain.
 
@@ -80,24 +80,24 @@ class DenseDrafter(Drafter):
         self.tree = tree
 
     def start(self, context: DraftContext) -> DenseSession:
-        """Begin an answer."""
+        """Start an answer."""
         return DenseSession(self, context)
 
 
 class DenseSession(DraftSession):
-    """A dense drafter at work on one answer. Without :meth:`attach` it has nothing to say."""
+    """State of one answer. Proposes nothing before :meth:`attach`."""
 
     def __init__(self, drafter: DenseDrafter, context: DraftContext) -> None:
         """Made by :meth:`DenseDrafter.start`."""
         self._drafter = drafter
         self._ids = list(context.prompt_ids)
         self._buffer: KVBuffer | None = None
-        # Places by the token that came next; those of the last two tokens have no follower yet.
-        self._places: defaultdict[int, list[int]] = defaultdict(list)
-        self._num_placed = 0
+        # Positions by the token that came next; those of the last two tokens have no successor yet.
+        self._positions: defaultdict[int, list[int]] = defaultdict(list)
+        self._num_indexed = 0
 
     def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
-        """Take the answer's hidden states.
+        """Receive the answer's hidden states.
 
         Raises:
             RetrievalError: The store is of a model of another width.
@@ -114,7 +114,7 @@ class DenseSession(DraftSession):
 
     @torch.inference_mode()
     def propose(self, budget: int) -> Draft:
-        """Return the most likely continuations as a tree of at most ``budget`` tokens.
+        """Return the most probable continuations as a tree of at most ``budget`` tokens.
 
         Raises:
             RetrievalError: The store's file was changed in place.
@@ -150,28 +150,28 @@ class DenseSession(DraftSession):
         self._ids.extend(block.token_ids)
 
     def close(self) -> None:
-        """Let go of the hidden states."""
+        """Release the hidden states."""
         self._buffer = None
 
     def _earlier(self, first: int, hidden: Tensor, depth: int) -> list[Neighbour]:
-        """Return the most similar of the rows ``first``, ... that gave the last token too and have a follower."""
+        """Return the nearest positions from ``first`` on that predicted the last token too and have a successor."""
         ids = self._ids
-        for place in range(self._num_placed, len(ids) - 2):
-            self._places[ids[place + 1]].append(place)
-        self._num_placed = max(self._num_placed, len(ids) - 2)
-        places = [i for i in self._places.get(ids[-1], ())[-_MOST_ROWS:] if i >= first]
-        if not places:
+        for position in range(self._num_indexed, len(ids) - 2):
+            self._positions[ids[position + 1]].append(position)
+        self._num_indexed = max(self._num_indexed, len(ids) - 2)
+        positions = [i for i in self._positions.get(ids[-1], ())[-_MOST_ROWS:] if i >= first]
+        if not positions:
             return []
-        index = torch.tensor([i - first for i in places], device=hidden.device)
+        index = torch.tensor([i - first for i in positions], device=hidden.device)
         query = torch.nn.functional.normalize(hidden[-1].float(), dim=0)
-        # Block by block, so that the wide copies stay in a CPU's cache.
+        # Block by block, so that the float32 copies stay in a CPU's cache.
         blocks = (hidden[block].float() for block in index.split(_BLOCK))
         parts = [(rows @ query) / rows.norm(dim=1).clamp_min(1e-9) for rows in blocks]
         cosines = torch.cat(parts).clamp(0, 1).cpu().numpy()
         return [
             Neighbour(
                 float(cosines[i]) ** 2,
-                tuple(ids[places[i] + 2 : places[i] + 2 + depth]),
+                tuple(ids[positions[i] + 2 : positions[i] + 2 + depth]),
             )
             for i in nearest(cosines, self._drafter.neighbours)
         ]

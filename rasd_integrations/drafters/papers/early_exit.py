@@ -1,10 +1,9 @@
-"""The target's first layers draft, read out by its own last norm and output layer (LITE, arXiv 2310.18581).
+"""LITE: the target's first layers draft through its own last norm and output layer (arXiv 2310.18581).
 
-The layers are the target's, so its rows are theirs: nothing is prefilled, nothing copied. The verifying step
-runs the first layers again. To go on from the drafted states instead, it would have to enter the stock
-module in the middle, with rows made one at a time: another float sum than the plain step's, so ids could
-change, and neither trees nor steps of several answers in one forward could use it. It would save the first
-layers' share of one step; their weights are read once for all its rows.
+The layers are the target's, so they read its keys and values: no prefill, no copy. The verifying step runs the first
+layers again. Continuing from the drafted states would enter the stock module in the middle, with rows made one at a
+time: other roundings than the plain step's, so greedy ids could change, and no trees or batches. It would save the first
+layers' share of one step, whose weights are read once for all its rows.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from transformers import PreTrainedModel
 
 from rasd_integrations.drafters.base import Drafter, Helper
 from rasd_integrations.drafters.chain import ChainSession
-from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.module_copy import shared_copy
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
@@ -39,7 +38,7 @@ class EarlyExitDrafter(Drafter):
         """Stop after the first ``layers``.
 
         Args:
-            layers: At least 1, and fewer than the target has, which is seen when an answer starts.
+            layers: At least 1, and fewer than the target has (checked when an answer starts).
             confidence: A drafted token less likely than this, 0 to 1, ends the draft and stays in it.
 
         Raises:
@@ -57,14 +56,14 @@ class EarlyExitDrafter(Drafter):
         self._lock = threading.Lock()
 
     def start(self, context: DraftContext, helper: Helper | None = None) -> EarlyExitSession:
-        """Begin an answer; ``helper`` drafts for the drafter."""
+        """Start an answer; ``helper`` drafts for this drafter."""
         return EarlyExitSession(self, context, helper)
 
     def first_layers(self, target: TargetModel) -> TargetModel:
-        """Return the model that stops early, made once for each target; it shares all weights.
+        """Return the model that stops early, made once per target; it shares all weights.
 
         Raises:
-            ConfigurationError: The target has too few layers, or keeps them where they cannot be found.
+            ConfigurationError: The target has too few layers, or no list of them.
         """
         with self._lock:
             if target not in self._models:
@@ -73,7 +72,7 @@ class EarlyExitDrafter(Drafter):
 
 
 class EarlyExitSession(ChainSession):
-    """The first layers at work on one answer."""
+    """State of one answer: the target's own buffer."""
 
     def __init__(
         self, drafter: EarlyExitDrafter, context: DraftContext, helper: Helper | None
@@ -85,10 +84,10 @@ class EarlyExitSession(ChainSession):
         self._live: KVBuffer | None = None
 
     def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
-        """Take the model and its rows.
+        """Receive the model and its keys and values.
 
         Raises:
-            ConfigurationError: As :meth:`EarlyExitDrafter.first_layers`, or the rows are in 8 bits.
+            ConfigurationError: As :meth:`EarlyExitDrafter.first_layers`, or the keys and values are in 8 bits.
         """
         if target.in_8_bits:
             msg = (
@@ -100,7 +99,7 @@ class EarlyExitSession(ChainSession):
 
     @torch.inference_mode()
     def propose(self, budget: int) -> Draft:
-        """Return a chain of at most ``budget`` tokens; its rows lie where the verifying step overwrites them."""
+        """Return a chain of at most ``budget`` tokens; the verifying step overwrites its keys and values."""
         if self._live is None:
             return self._fallback(budget)
         self._live.reserve(budget + 1)
@@ -109,12 +108,12 @@ class EarlyExitSession(ChainSession):
         return self._chain(rows, [self._last], budget)
 
     def observe(self, block: TokenBlock) -> None:
-        """Take over what the target committed."""
+        """Advance over what the target committed."""
         self._last = block.token_ids[-1]
         super().observe(block)
 
     def close(self) -> None:
-        """Let go of the target's rows."""
+        """Release the target's buffer."""
         self._live = None
         super().close()
 
@@ -123,7 +122,7 @@ def shallow(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     """Return a copy of ``model`` with its first ``layers`` only, over the same weights.
 
     Raises:
-        ConfigurationError: It has no more layers than that, or its body holds no list of them.
+        ConfigurationError: It has no more layers than that, or no list of them.
     """
     body = model.base_model
     total = int(model.config.get_text_config().num_hidden_layers)

@@ -1,10 +1,9 @@
-"""The target drafts for itself from a part of its own keys and values: no second model, no second prefill.
+"""The target drafts over a part of its own keys and values: no second model, no second prefill.
 
-Which part is a pattern: the retrieved chunks (RetroLM's pages, arXiv 2502.11444, as TriForce's draft cache,
-arXiv 2404.11912), a sink and a window (StreamingLLM's cache, LongSpec's constant memory, arXiv 2502.17421), or
-power-of-two distances (PowerAttention, arXiv 2503.03588). A draft step saves the attention over the other
-rows and nothing else: with a small model or a short prompt it costs nearly a step of the target
-(docs/explanation/experiments.md).
+The part is a pattern: the retrieved chunks (RetroLM's pages, arXiv 2502.11444, as TriForce's draft cache, arXiv
+2404.11912), a sink and a window (StreamingLLM's cache, LongSpec's constant memory, arXiv 2502.17421), or power-of-two
+distances (PowerAttention, arXiv 2503.03588). A draft step saves only the attention over the other positions: with a
+small model or a short prompt it costs nearly a step of the target (docs/explanation/experiments.md).
 """
 
 from __future__ import annotations
@@ -24,22 +23,20 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 Pattern = Literal["chunks", "window", "power"]
-Span = tuple[int, int]
-"""First row, and the one behind the last."""
+RowRange = tuple[int, int]
+"""First row, and the one after the last."""
 
-_ANCHOR = 8  # tokens in a row that tell where a piece of a chunk stands
+_ANCHOR = 8  # equal tokens in a row that locate a piece of a chunk
 _BORDER = 2  # tokens on either side of it that may have merged with their neighbours
-_LEAST_SAVING = (
-    2  # the prompt has so many times the rows that are read, or drafting is left to others
-)
-_FRESH = 64  # committed tokens after which the rows are chosen anew
+_LEAST_SAVING = 2  # drafts only if the prompt has this many times the rows that are read
+_FRESH = 64  # committed tokens after which the rows are chosen again
 
 
 class SparseKVDrafter(Drafter):
-    """Drafts chains with the target's own weights over some of its own rows.
+    """Drafts chains with the target's own weights over some of its own keys and values.
 
-    Rows are copied from the target's, which computed them over the whole text; nothing is run twice.
-    ``start`` takes a helper, so :class:`CascadeDrafter` can draft for it.
+    They are copied from the target's buffer, which computed them over the whole text. ``start`` takes a helper, so
+    :class:`CascadeDrafter` can draft for it.
     """
 
     name = "sparse_kv"
@@ -57,15 +54,15 @@ class SparseKVDrafter(Drafter):
         """Choose what is read: the sink and the window first, then what the pattern adds.
 
         Args:
-            pattern: ``"chunks"`` adds the end of the prompt and the retrieved chunks, best first, and
-                is silent where none stands in the prompt; ``"power"`` adds rows at distances 1, 2, 4,
-                8, ... from the last ones; ``"window"`` adds nothing.
-            max_rows: Most rows, at least ``sink + window``. Up to 64 new tokens come on top.
-            sink: First rows of the prompt: its instruction, and the sink of attention.
-            window: Last rows of the text, at least 1; ``None``: all that the sink leaves of ``max_rows``
-                with ``"window"``, else a quarter of it.
-            confidence: A drafted token less likely than this, 0 to 1, ends the draft; it stays in the
-                draft, since dropping a token after its draw would bias the output.
+            pattern: ``"chunks"`` adds the end of the prompt and the retrieved chunks, best first, and drafts nothing
+                if none is in the prompt; ``"power"`` adds rows at distances 1, 2, 4, 8, ... from the last ones;
+                ``"window"`` adds nothing.
+            max_rows: Maximum rows, at least ``sink + window``; up to 64 new tokens are added to them.
+            sink: First rows of the prompt: its instruction, and the attention sink.
+            window: Last rows of the text, at least 1; ``None`` is the rest of ``max_rows`` for ``"window"``, else a
+                quarter of it.
+            confidence: A drafted token less likely than this, 0 to 1, ends the draft. It stays in the draft, since
+                dropping a token after its draw would bias the output.
 
         Raises:
             ConfigurationError: An unknown pattern, or a value out of its range.
@@ -90,15 +87,15 @@ class SparseKVDrafter(Drafter):
         self.confidence = confidence
 
     def start(self, context: DraftContext, helper: Helper | None = None) -> SparseKVSession:
-        """Begin an answer; ``helper`` drafts for the drafter."""
+        """Start an answer; ``helper`` drafts for this drafter."""
         return SparseKVSession(self, self._layout(context), context, helper)
 
     def _layout(self, context: DraftContext) -> _Layout | None:
-        """Return what to read for this prompt; ``None`` where there is too little to leave out."""
+        """Return what to read for this prompt; ``None`` if too little can be left out."""
         prompt, most = context.prompt_ids, len(context.prompt_ids) // _LEAST_SAVING
         if self.sink + self.window > most:
             return None
-        fixed: list[Span] = [(0, self.sink)]
+        fixed: list[RowRange] = [(0, self.sink)]
         if self.pattern == "chunks":
             pieces = find_pieces(prompt, context.chunk_ids)
             if not pieces:
@@ -109,7 +106,7 @@ class SparseKVDrafter(Drafter):
 
 
 class SparseKVSession(ChainSession):
-    """The target at work on its own gathered rows, for one answer."""
+    """State of one answer: the target over a subset of its KV."""
 
     def __init__(
         self,
@@ -124,12 +121,12 @@ class SparseKVSession(ChainSession):
         self._last = context.prompt_ids[-1]
         self._live: KVBuffer | None = None
         self._rows: GatheredKV | None = None
-        self._chosen_at = 0  # rows of the live buffer when ours were chosen
-        self._seen = 0  # rows of the live buffer that ours stand for
-        self._own = 0  # of our rows, those that are no guesses
+        self._chosen_at = 0  # length of the live buffer when the rows were chosen
+        self._seen = 0  # length of the live buffer that the gathered rows cover
+        self._own = 0  # gathered rows without guesses
 
     def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
-        """Take the model and the rows to read."""
+        """Receive the model and its keys and values."""
         if self._layout is not None:
             self._model, self._live = target, buffer
 
@@ -141,7 +138,7 @@ class SparseKVSession(ChainSession):
         return self._chain(self._current(self._live, self._layout), [self._last], budget)
 
     def observe(self, block: TokenBlock) -> None:
-        """Take over what the target committed."""
+        """Advance over what the target committed."""
         self._last = block.token_ids[-1]
         super().observe(block)
 
@@ -151,7 +148,7 @@ class SparseKVSession(ChainSession):
         super().close()
 
     def _current(self, live: KVBuffer, layout: _Layout) -> GatheredKV:
-        """Return the gathered rows without earlier guesses and with what the target has computed since."""
+        """Return the gathered rows without guesses, extended by what the target has committed since."""
         rows = self._rows
         if rows is None or live.length - self._chosen_at > _FRESH:
             chosen = layout.rows(live.length)
@@ -167,8 +164,8 @@ class SparseKVSession(ChainSession):
 class _Layout:
     """Chooses rows of a text of any length."""
 
-    def __init__(self, fixed: Sequence[Span], window: int, most: int, *, power: bool) -> None:
-        """Read the ``fixed`` spans, best first, the last ``window`` rows and, with ``power``, rows between."""
+    def __init__(self, fixed: Sequence[RowRange], window: int, most: int, *, power: bool) -> None:
+        """Read the ``fixed`` ranges, best first, the last ``window`` rows and, with ``power``, rows between."""
         self._fixed = fixed
         self._window = window
         self._most = most
@@ -188,24 +185,24 @@ class _Layout:
         rows: list[int] = np.flatnonzero(chosen).tolist()
         return rows
 
-    def _powers(self, length: int, room: int) -> list[Span]:
-        """Return what the last rows see at distances of powers of two: as many of them as there is room for."""
+    def _powers(self, length: int, room: int) -> list[RowRange]:
+        """Return ranges of equal width at power-of-two distances from the end, ``room`` rows in all."""
         ends = [length - (1 << k) for k in range(length.bit_length()) if 1 << k >= self._window]
         width = room // max(len(ends), 1)
         return [(end - width, end) for end in ends]
 
 
-def find_pieces(prompt_ids: Sequence[int], chunk_ids: Sequence[Sequence[int]]) -> list[Span]:
-    """Return where the chunks stand in the prompt, in their order.
+def find_pieces(prompt_ids: Sequence[int], chunk_ids: Sequence[Sequence[int]]) -> list[RowRange]:
+    """Return the row ranges of the chunks in the prompt, in the chunks' order.
 
-    A chunk may merge with its neighbours at its borders, or stand there in pieces: runs of 8 equal tokens
-    or more are found, each at its first place, and taken with 2 tokens on either side.
+    A chunk's borders may have merged with its neighbours, and it may be there in pieces: runs of 8 equal tokens or more
+    are found, each at its first occurrence, and taken with 2 tokens on either side.
     """
     prompt = tuple(prompt_ids)
     places: dict[tuple[int, ...], int] = {}
     for place in range(len(prompt) - _ANCHOR + 1):
         places.setdefault(prompt[place : place + _ANCHOR], place)
-    spans: list[Span] = []
+    spans: list[RowRange] = []
     for chunk in map(tuple, chunk_ids):
         i = 0
         while i <= len(chunk) - _ANCHOR:

@@ -1,7 +1,7 @@
-"""What the tokens of a vocabulary stand for, in bytes: the ground on which two vocabularies meet.
+"""Tokens as bytes, which two vocabularies can be compared by.
 
-Byte-level tokenizers (GPT-2, Llama 3, Qwen, SmolLM) and sentencepiece ones (Llama 2, Mistral, Gemma) write the
-same text in different marks. As bytes tokens can be compared, joined and cut, unfinished characters included.
+Byte-level tokenizers (GPT-2, Llama 3, Qwen, SmolLM) and sentencepiece ones (Llama 2, Mistral, Gemma) write the same text
+in different symbols. As bytes, tokens can be compared, joined and cut, incomplete characters included.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from rasd_integrations.text.prompt.encoding import Continuation
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LOOK_BEHIND = 12  # tokens that are encoded anew with what follows them
+_LOOK_BEHIND = 12  # tokens that are encoded again with what follows them
 # Spaces, line ends and characters of one to four bytes: a tokenizer that rewrites any of them is not read.
 _PROBE = "\nA probe,  of 12 words:\n\n\tna\u00efve \u6771\u4eac \u0436 \U0001f989 (ok).\r\n  Ok"
 
-_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))  # written as they are by GPT-2
+_PRINTABLE = (
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+)  # GPT-2 writes these bytes as they are
 _BYTES = {chr(b): b for b in _PRINTABLE} | {
     chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PRINTABLE)
 }
@@ -31,10 +35,10 @@ class Vocabulary:
     """The tokens of one tokenizer as bytes. Safe to use from many threads.
 
     Attributes:
-        texts: What each id stands for: of a special token its name, of a row of padding nothing.
-        ids: The id of each text; of several the one that models use.
-        special: Ids that stand for no text.
-        bos: What the tokenizer writes before a text: its begin-of-sequence id, or nothing.
+        texts: Bytes of each id: of a special token its name, of padding nothing.
+        ids: Id of each text; of several the one that models use.
+        special: Ids without text.
+        bos: Ids that the tokenizer writes before a text: its begin-of-sequence id, or none.
         eos: The tokenizer's end token.
     """
 
@@ -44,10 +48,10 @@ class Vocabulary:
         Args:
             tokenizer: The model's own.
             name: The model's, for messages.
-            size: Rows of its logits.
+            size: Size of the model's vocabulary, padding included.
 
         Raises:
-            VocabularyMismatchError: Its tokens do not join to the text they were made of.
+            VocabularyMismatchError: Its tokens do not join to the text they were made from.
         """
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
@@ -69,7 +73,7 @@ class Vocabulary:
         self.bos = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
 
     def join(self, ids: Sequence[int]) -> bytes:
-        """Return what ``ids`` stand for; special tokens are written by name."""
+        """Return the bytes of ``ids``; special tokens are written by name."""
         return b"".join(map(self.texts.__getitem__, ids))
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -77,7 +81,7 @@ class Vocabulary:
         return [*self.bos, *self._plain(text)]
 
     def encode(self, data: bytes) -> list[int]:
-        """Return the ids of a text in the middle of another; bytes that are no text by their own tokens."""
+        """Return the ids of a text in the middle of another; invalid UTF-8 becomes byte tokens."""
         ids: list[int] = []
         while data:
             try:
@@ -90,23 +94,23 @@ class Vocabulary:
         return ids
 
     def extend(self, ids: Sequence[int], data: bytes) -> tuple[int, list[int]]:
-        """Write ``data`` behind ``ids`` as the tokenizer would, the last few tokens anew with it.
+        """Append ``data`` to ``ids`` as the tokenizer would, with the last few tokens encoded again.
 
         Returns:
-            How many of ``ids`` stay, and the ids that follow these.
+            How many of ``ids`` stay, and the ids that follow them.
         """
         start = self._border(ids)
         return start, self.encode(self.join(ids[start:]) + data)
 
     def follow(self, ids: Sequence[int], data: bytes) -> list[int]:
-        """Return the ids of ``data`` behind ``ids``, all of which stay as they are."""
+        """Return the ids of ``data`` after ``ids``, all of which stay as they are."""
         start, new = self.extend(ids, data)
         border = len(self.join(ids[start:]))
         places = list(accumulate((len(self.texts[i]) for i in new), initial=0))
         return new[places.index(border) :] if border in places else self.encode(data)
 
     def _border(self, ids: Sequence[int]) -> int:
-        """Return where encoding anew may begin: a word's start among the last tokens, behind special ones."""
+        """Return where encoding again may begin: a word's start among the last tokens, after special ones."""
         start = len(ids)
         while start > max(len(ids) - _LOOK_BEHIND, 0) and ids[start - 1] not in self.special:
             start -= 1
@@ -116,7 +120,7 @@ class Vocabulary:
         return next(words, start)
 
     def _read(self, vocab: dict[str, int], added: dict[int, Any], size: int) -> bool:
-        """Fill the tables by the reading that gives a probe back; say whether there is one."""
+        """Fill the tables by the format that restores a probe; return False if none does."""
         probe = self._plain(_PROBE)
         for read in (_byte_level, _sentencepiece):
             self.texts = [b""] * size
@@ -126,19 +130,19 @@ class Vocabulary:
                 break
         else:
             return False
-        # Of two tokens for the same text the one that is no byte's is the one that models use.
+        # Of two tokens for the same text models use the one that is no byte token.
         bytewise = {i for token, i in vocab.items() if _fallback_byte(token) is not None}
         plain = [i for i, text in enumerate(self.texts) if text and i not in self.special]
         self.ids = {self.texts[i]: i for i in sorted(plain, key=lambda i: (i not in bytewise, -i))}
         return True
 
     def _plain(self, text: str) -> list[int]:
-        # Not through the tokenizer: its calls change settings, which other threads may be reading.
+        # Not through the tokenizer: its calls change settings that other threads may be reading.
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
 
 def unfinished(data: bytes) -> int:
-    """Return how many bytes at the end of ``data`` begin a character that is not complete."""
+    """Return how many bytes at the end of ``data`` begin an incomplete character."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(data[-3:] if data[-3:].isascii() else data)
     return len(decoder.getstate()[0])
@@ -150,7 +154,7 @@ def _byte_level(token: str) -> bytes | None:
 
 
 def _fallback_byte(token: str) -> int | None:
-    """Return the byte that ``<0x41>`` stands for."""
+    """Return the byte of a token such as ``<0x41>``."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return int(token[3:5], 16)
     return None
