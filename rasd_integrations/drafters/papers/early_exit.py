@@ -2,8 +2,8 @@
 
 The layers are the target's, so they read its keys and values: no prefill, no copy. The verifying step runs the first
 layers again. Continuing from the drafted states would enter the stock module in the middle, with rows made one at a
-time: other roundings than the plain step's, so greedy ids could change, and no trees or batches. It would save the first
-layers' share of one step, whose weights are read once for all its rows.
+time: other roundings than the plain step's, so greedy ids could change, and no trees or batches. It would save the
+first layers' share of one step, whose weights are read once for all its rows.
 """
 
 from __future__ import annotations

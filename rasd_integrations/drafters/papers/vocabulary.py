@@ -1,7 +1,7 @@
 """Tokens as bytes, which two vocabularies can be compared by.
 
-Byte-level tokenizers (GPT-2, Llama 3, Qwen, SmolLM) and sentencepiece ones (Llama 2, Mistral, Gemma) write the same text
-in different symbols. As bytes, tokens can be compared, joined and cut, incomplete characters included.
+Byte-level tokenizers (GPT-2, Llama 3, Qwen, SmolLM) and sentencepiece ones (Llama 2, Mistral, Gemma) write the same
+text in different symbols. As bytes, tokens can be compared, joined and cut, incomplete characters included.
 """
 
 from __future__ import annotations
