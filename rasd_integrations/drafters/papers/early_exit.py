@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from rasd_integrations.drafters.base import Drafter, Helper
 from rasd_integrations.drafters.chain import ChainSession
-from rasd_integrations.engine.module_copy import shared_copy
 from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.module_copy import shared_copy
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
