@@ -38,7 +38,7 @@ from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification import exact as verification
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import DraftContext
+from rasd_integrations.types import DraftContext, TokenBlock
 
 NUM_TOKENS = 32
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -156,6 +156,21 @@ def plain(family: str, params: SamplingParams = GREEDY) -> tuple[int, ...]:
     return tuple(decode(target_of(family), params=params))
 
 
+def filled(target: TargetModel, ids: Sequence[int], **options: bool) -> KVBuffer:
+    """Return a buffer that holds ``ids``."""
+    buffer = KVBuffer(len(ids) + 64, **options)
+    for _ in target.prefill(ids, buffer):
+        pass
+    return buffer
+
+
+def attached(drafter: Drafter, live: KVBuffer, **context: object):
+    """Return a session of ``drafter`` over ``live``, for the prompt."""
+    session = drafter.start(replace(CONTEXT, prompt_ids=PROMPT, **context))
+    session.attach(target_of("llama"), live)
+    return session
+
+
 def made(name: str, family: str = "llama", params: SamplingParams = GREEDY) -> Drafter:
     return CASES[name].make(target_of(family), plain(family, params))
 
@@ -263,7 +278,7 @@ def test_two_streams_take_turns(name):
 
 
 class Broken(Drafter):
-    """A drafter one of whose methods raises at its second call, or at once where it is called only once."""
+    """A drafter one of whose methods raises after its work: at the second call, or at the only one."""
 
     def __init__(self, inner: Drafter, method: str) -> None:
         self.inner, self.method, self.name = inner, method, inner.name
@@ -276,9 +291,10 @@ class Broken(Drafter):
         own, calls = getattr(session, self.method), iter(range(1, 100))
 
         def broken(*args):
+            done = own(*args)
             if next(calls) > 1 or self.method in ("attach", "close"):
                 self.fail()
-            return own(*args)
+            return done
 
         setattr(session, self.method, broken)
         return session
@@ -324,9 +340,7 @@ def check_cache(target: TargetModel, cached: PrefixCache, ids: list[int]) -> Non
     """Assert that the cached buffer holds all of ``ids`` but the last as a fresh forward makes them."""
     buffer = cached._entries[-1].buffer
     assert buffer.length == len(ids) - 1
-    fresh = KVBuffer(len(ids), keeps_hidden=True)
-    for _ in target.prefill(ids[:-1], fresh):
-        pass
+    fresh = filled(target, ids[:-1], keeps_hidden=True)
     pairs = [
         pair
         for layer in range(fresh.num_layers)
@@ -370,3 +384,41 @@ def test_a_session_may_be_asked_for_nothing(name):
     assert len(session.propose(0)) == 0
     session.close()
     session.close()
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.samples and not c.bytes_only])
+def test_sampled_drafts_carry_their_distribution(name):
+    """Each row of probs is a distribution with mass on its token; a greedy draft carries probabilities."""
+    live = filled(target_of("llama"), PROMPT[:-1])
+    draft = attached(made(name), live, temperature=1.0, top_p=0.9, seed=4).propose(6)
+    assert draft.probs.shape == (len(draft), VOCAB)
+    torch.testing.assert_close(draft.probs.sum(-1), torch.ones(len(draft)))
+    assert (draft.probs[torch.arange(len(draft)), torch.tensor(draft.token_ids)] > 0).all()
+    assert draft.node_probs is None
+    node_probs = attached(made(name), live).propose(6).node_probs
+    assert 1 >= node_probs[0] >= node_probs[-1] > 0
+    assert list(node_probs) == sorted(node_probs, reverse=True)
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["accepted", "rejected"])
+@pytest.mark.parametrize("name", ["model", "sparse chunks", "early exit"])
+def test_a_helper_saves_forwards_and_changes_no_draft(name, right):
+    """Greedy, the drafts of a cascade are those of its model alone."""
+    target = target_of("llama")
+    answer = plain("llama") if right else random_ids(NUM_TOKENS, seed=9)
+    drafts, forwards = [], []
+    for drafter in (made(name), CascadeDrafter(made(name), SuffixDrafter())):
+        live, ids, found = filled(target, PROMPT[:-1]), list(PROMPT), []
+        first = attached(made(name), live).propose(12).token_ids  # a text that the drafter repeats
+        chunks = (*CONTEXT.chunk_ids, [*PROMPT[-8:], *first])
+        session = attached(drafter, live, chunk_ids=chunks)
+        for start in range(0, NUM_TOKENS - 3, 3):
+            found.append(session.propose(8).token_ids)
+            target.step([ids[-1], *answer[start : start + 2]], live)
+            live.commit(range(3))
+            ids += answer[start : start + 3]
+            session.observe(TokenBlock(tuple(answer[start : start + 3])))
+        drafts.append(found)
+        forwards.append(session.forwards)
+    assert drafts[0] == drafts[1]
+    assert forwards[1] < forwards[0]

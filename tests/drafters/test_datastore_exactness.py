@@ -98,22 +98,6 @@ def answer(model, drafter, length, budget):
     return said, accepted
 
 
-@SHAPES
-@pytest.mark.parametrize("budget", [1, 2, 5, 16])
-@pytest.mark.parametrize("seed", range(4))
-def test_answers_follow_the_target_distribution(oracle, seed, budget, tree):
-    """By enumeration of every draw: the distribution of an answer's first four tokens is the target's own."""
-    model = Model(seed, vocab=3)
-    store = ids_store(*(random_ids(12, seed=10 * seed + i, vocab=3) for i in range(4)))
-    drafter = DatastoreDrafter(store, tree=tree)
-    sampling = outcomes(oracle, lambda: answer(model, drafter, 4, budget))
-    assert any(accepted for _, accepted in sampling)
-    said: dict[tuple[int, ...], float] = defaultdict(float)
-    for (ids, _), weight in sampling.items():
-        said[ids[:4]] += weight
-    assert distance(said, model.extend({(): 1.0}, 4)) < 1e-6
-
-
 def test_what_was_learned_from_one_answer_leaves_the_distribution_of_the_next(oracle):
     """The joint distribution of two answers, the second drafted from the first, is the product of two distributions."""
     model = Model(3, vocab=3)

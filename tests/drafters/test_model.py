@@ -45,16 +45,6 @@ def decode(target, drafter=None, params=GREEDY, n=4, short=None, stats=None, con
     return [t for b in blocks for t in b.token_ids]
 
 
-@pytest.mark.parametrize("kind", ["model", "cascade"])
-@pytest.mark.parametrize("n", [1, 2, 5, 16])
-@pytest.mark.parametrize("seed", [0, 7], ids=["self", "other"])
-@pytest.mark.parametrize("short", [None, SHORT], ids=["same-prompt", "short-prompt"])
-def test_greedy_ids_equal_plain_decoding(target, kind, n, seed, short):
-    """Whatever model drafts from whatever prompt, the ids are the target's."""
-    model = target if seed == 0 else TargetModel(tiny_llama(seed))
-    assert decode(target, drafters(model)[kind], n=n, short=short) == decode(target)
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_self_drafts_on_the_same_prompt_are_accepted_whole(family):
     """A drafter that reads what the target reads is always right."""
@@ -74,43 +64,6 @@ def test_the_target_itself_needs_a_prompt_of_its_own(target, kind):
     assert "model" not in stats.drafters
 
 
-def proposals(drafter, context, answer, budget):
-    """Return the drafts for an answer that is committed in blocks of 3."""
-    session = drafter.start(context)
-    out = []
-    for start in range(0, len(answer) - 3, 3):
-        out.append(session.propose(budget))
-        session.observe(TokenBlock(tuple(answer[start : start + 3])))
-    session.close()
-    return out, getattr(session, "forwards", 0)
-
-
-@pytest.mark.parametrize("right", [True, False], ids=["accepted", "rejected"])
-def test_cascade_drafts_what_the_model_alone_drafts(right):
-    """Greedy, the helper changes the number of forwards and nothing else."""
-    model = TargetModel(tiny_llama(3))
-    both = drafters(model, confidence=0.0)
-    context = DraftContext(prompt_ids=SHORT * 3)
-    answer = decode(model, params=SamplingParams(max_tokens=30, ignore_eos=True))
-    answer = answer if right else random_ids(30, seed=9)
-    alone, forwards_alone = proposals(both["model"], context, answer, 6)
-    helped, forwards_helped = proposals(both["cascade"], context, answer, 6)
-    assert [d.token_ids for d in alone] == [d.token_ids for d in helped]
-    assert forwards_helped <= forwards_alone
-
-
-def test_cascade_needs_fewer_forwards_on_repetitive_text():
-    """Where the drafter copies, one forward checks several of its tokens."""
-    model = TargetModel(tiny_llama(2))
-    answer = decode(model, params=SamplingParams(max_tokens=90, ignore_eos=True))
-    looping = [*PROMPT, *answer * 3]
-    both = drafters(model, confidence=0.0)
-    context = DraftContext(prompt_ids=PROMPT, chunk_ids=[looping])
-    _, forwards_alone = proposals(both["model"], context, answer, 8)
-    _, forwards_helped = proposals(both["cascade"], context, answer, 8)
-    assert forwards_helped < 0.6 * forwards_alone
-
-
 def test_confidence_stop_keeps_the_unlikely_token():
     """A token under the threshold ends the draft and stays in it."""
     model = TargetModel(tiny_llama())
@@ -118,16 +71,6 @@ def test_confidence_stop_keeps_the_unlikely_token():
     chain = free.propose(12).token_ids
     strict = ModelDrafter(model, confidence=1.0).start(DraftContext(prompt_ids=PROMPT))
     assert strict.propose(12).token_ids == chain[:1]
-
-
-def test_sampled_drafts_carry_their_distribution(target):
-    """Each row of probs is a distribution, and the drafted token has mass in it."""
-    context = DraftContext(prompt_ids=PROMPT, temperature=1.0, top_p=0.9, seed=4)
-    draft = ModelDrafter(target, confidence=0.0).start(context).propose(6)
-    assert draft.probs is not None
-    assert draft.probs.shape == (6, VOCAB)
-    torch.testing.assert_close(draft.probs.sum(-1), torch.ones(6))
-    assert (draft.probs[torch.arange(6), torch.tensor(draft.token_ids)] > 0).all()
 
 
 def test_padded_vocabularies_are_fitted(target):

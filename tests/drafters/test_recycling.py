@@ -12,6 +12,7 @@ from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters import candidates
 from rasd_integrations.drafters.candidates import Candidates, Shortlist, most_likely
 from rasd_integrations.drafters.recycling import CandidateIndex, RecyclingDrafter
+from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
@@ -170,26 +171,27 @@ def test_the_oldest_rows_go(size):
     assert found == [False] * 6 + [True] * size
 
 
-def test_hidden_rows_are_those_of_a_fresh_forward():
-    """After tree commits, reuse and truncation, kept hidden states are the model's own."""
+@pytest.mark.parametrize("between", [RecyclingDrafter, SuffixDrafter])
+def test_hidden_rows_are_those_of_a_fresh_forward(between):
+    """After tree commits, reuse, truncation and a drafter that reads none, kept hidden states are the model's own."""
     target = TargetModel(FAMILIES["gemma3"]())
     cache = PrefixCache(1 << 30)
-    decoder = SpeculativeDecoder(
-        target,
-        RecyclingDrafter(),
-        config=SpeculationConfig(num_draft_tokens=8),
-        prefix_cache=cache,
-    )
     prompt = list(range(30, 60))
-    for ids in (prompt, [*prompt[:20], 7, 8, 9], prompt):
+    forks = (prompt, [*prompt[:20], 7, 8, 9], [*prompt[:22], 4], prompt)
+    for ids, made in zip(
+        forks, (RecyclingDrafter, between, RecyclingDrafter, RecyclingDrafter), strict=True
+    ):
+        config = SpeculationConfig(num_draft_tokens=8)
+        decoder = SpeculativeDecoder(target, made(), config=config, prefix_cache=cache)
         blocks = decoder.generate(ids, SamplingParams(max_tokens=12, ignore_eos=True))
         ids = [*ids, *(t for b in blocks for t in b.token_ids)]
     lease = decoder.lease([*ids, 1], 100, "")
     first, hidden = lease.buffer.hidden()
-    assert (first, len(hidden)) == (0, lease.reused)
+    assert first + len(hidden) == lease.reused
+    assert first == 0 or between is SuffixDrafter
     with torch.inference_mode():
         fresh = target.model.base_model(torch.tensor([ids[: lease.reused]])).last_hidden_state[0]
-    torch.testing.assert_close(hidden, fresh, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(hidden, fresh[first:], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("option", ["num_candidates", "max_draft", "max_rows"])

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.suffix import SuffixAutomaton, SuffixDrafter
 from rasd_integrations.types import DraftContext, TokenBlock
 
@@ -139,11 +138,6 @@ def test_states_and_transitions_stay_linear(text):
     """At most 2n states: the index is linear in the text."""
     automaton = SuffixAutomaton(text)
     assert len(automaton._links) <= max(2 * len(text), 2)
-
-
-def test_the_drafter_meets_the_protocol():
-    """The engine can hold it as a drafter."""
-    assert isinstance(SuffixDrafter(), Drafter)
 
 
 def test_draft_is_the_continuation_of_the_longest_match():

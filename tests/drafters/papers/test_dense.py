@@ -8,15 +8,12 @@ from functools import cache
 
 import pytest
 import torch
-from fakes import ScriptedSession, as_tree, partly_right
 from tiny import FAMILIES, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.datastores.hidden import DenseStore
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters.base import Needs
 from rasd_integrations.drafters.papers.dense import DenseDrafter
-from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.errors import ConfigurationError, RetrievalError
@@ -130,81 +127,6 @@ def test_ids_of_another_vocabulary_are_refused(folder):
 
 
 # --- the rows that are read ----------------------------------------------------------------------
-
-
-class Watcher:
-    """Proposes by a script and keeps what it saw: tokens and hidden rows at each draft."""
-
-    name = "watcher"
-    needs = Needs(hidden=True)
-
-    def __init__(self, script) -> None:
-        self.script = script
-        self.seen: list[tuple[list[int], int, torch.Tensor]] = []
-
-    def start(self, context):
-        return WatchingSession(self, context)
-
-
-class WatchingSession(ScriptedSession):
-    """One answer of a watcher."""
-
-    def __init__(self, watcher, context) -> None:
-        super().__init__(watcher.script, context)
-        self.watcher = watcher
-
-    def attach(self, target, buffer) -> None:
-        self.buffer = buffer
-
-    def propose(self, budget):
-        first, rows = self.buffer.hidden()
-        ids = [*self.context.prompt_ids, *self.answer]
-        self.watcher.seen.append((ids, first, rows.clone()))
-        return super().propose(budget)
-
-
-def check_rows(family: str, seen) -> None:
-    """Assert that all rows are those of a fresh forward of transformers' own model."""
-    fresh = FAMILIES[family]()
-    ids = seen[-1][0]
-    with torch.inference_mode():
-        out = fresh(torch.tensor([ids]), output_hidden_states=True)
-    for known, first, rows in seen:
-        assert known == ids[: len(known)]
-        assert first + len(rows) == len(known) - 1
-        expected = out.hidden_states[-1][0, first : len(known) - 1]
-        torch.testing.assert_close(rows, expected, atol=2e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("shape", ["chain", "tree"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_rows_are_those_of_a_fresh_forward(family, shape):
-    """After blocks of chains and of trees, whose accepted rows are gathered from among others."""
-    truth = decode(model(family))
-    script = partly_right(truth, VOCAB)
-    watcher = Watcher(as_tree(script, VOCAB) if shape == "tree" else script)
-    assert decode(model(family), watcher, n=15) == truth
-    assert len(watcher.seen) < 30  # some drafts stood
-    assert all(first == 0 for _, first, _ in watcher.seen)
-    check_rows(family, watcher.seen)
-
-
-@pytest.mark.parametrize("between", ["another reader", "nobody who reads"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_rows_of_reused_and_cut_prefixes_are_true(family, between):
-    """A buffer that others took over and cut in the meantime holds the rows of its tokens, or says so."""
-    shared, kept = model(family), PrefixCache(1 << 22)
-    truth = decode(shared)
-    forks = [PROMPT, [*PROMPT[:40], *random_ids(50, 3)], [*PROMPT[:45], *random_ids(9, 4)], PROMPT]
-    for number, prompt in enumerate(forks):
-        if number == 1 and between == "nobody who reads":
-            decode(shared, SuffixDrafter(), cache=kept, prompt=prompt)
-            continue
-        watcher = Watcher(as_tree(partly_right(truth, VOCAB), VOCAB))
-        stats = DecodingStats()
-        decode(shared, watcher, n=9, cache=kept, prompt=prompt, stats=stats)
-        assert (stats.cached_prompt_tokens > 0) == (number > 0)
-        check_rows(family, watcher.seen)
 
 
 def test_rows_that_nobody_asked_for_are_not_drafted_from():

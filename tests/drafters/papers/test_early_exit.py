@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from tiny import VOCAB, tiny_llama
+from tiny import tiny_llama
 from torch import nn
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter, shallow
 from rasd_integrations.engine.kv.buffer import KVBuffer
-from rasd_integrations.engine.kv.prefix_cache import PrefixCache
-from rasd_integrations.engine.target import TargetModel, _forward
+from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext
@@ -44,17 +41,6 @@ def decode(target, drafter=None, params=GREEDY, n=4, stats=None, cache=None, con
     config = config or SpeculationConfig(num_draft_tokens=n)
     decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
     return [t for b in decoder.generate(PROMPT, params, stats=stats) for t in b.token_ids]
-
-
-def check_cache(target: TargetModel, buffer: KVBuffer, ids: list[int]) -> None:
-    """Assert that ``buffer`` holds all of ``ids`` but the last and continues like a fresh forward."""
-    assert buffer.length == len(ids) - 1
-    torch.testing.assert_close(
-        target.step(ids[-1:], buffer),
-        target.step(ids[-1:], filled(target, ids[:-1])),
-        atol=2e-4,
-        rtol=1e-4,
-    )
 
 
 @pytest.mark.parametrize("n", [4, None])
@@ -159,45 +145,3 @@ def test_bad_options_are_refused(options, message):
     """The error names the option, its value and the limit."""
     with pytest.raises(ConfigurationError, match=message):
         EarlyExitDrafter(**options)
-
-
-def test_sampled_drafts_carry_their_distribution():
-    """Each row of probs is a distribution, and the drafted token has mass in it."""
-    target = deep_llama()
-    context = DraftContext(prompt_ids=PROMPT, temperature=1.0, top_p=0.9, seed=4)
-    session = EarlyExitDrafter(2, confidence=0.0).start(context)
-    session.attach(target, filled(target, PROMPT[:-1]))
-    draft = session.propose(6)
-    assert draft.probs is not None
-    assert draft.probs.shape == (6, VOCAB)
-    assert (draft.probs[torch.arange(6), torch.tensor(draft.token_ids)] > 0).all()
-
-
-class Faulty:
-    """An executor that fails at a given decoding step."""
-
-    row_multiple = 1
-
-    def __init__(self, executor: object, at: int) -> None:
-        self.executor, self.left = executor, at
-
-    def step(self, ids: torch.Tensor, context: object, *, num_logits: int) -> object:
-        decodes = num_logits == len(ids)
-        self.left -= decodes
-        if decodes and self.left == 0:
-            msg = "broken on purpose"
-            raise RuntimeError(msg)
-        return self.executor.step(ids, context, num_logits=num_logits)
-
-
-@pytest.mark.parametrize("at", [1, 3, 6], ids=["first", "in-a-draft", "second-draft"])
-def test_an_error_in_a_draft_leaves_the_target_true(at):
-    """The fault is reported, and the answer and the target's rows are those of plain decoding."""
-    target, drafter = deep_llama(), EarlyExitDrafter(2, confidence=0.0)
-    truth = decode(target)
-    short = drafter.first_layers(target)
-    short._turns._run = partial(_forward, Faulty(short._executor, at))
-    cache, stats = PrefixCache(1 << 22), DecodingStats()
-    assert decode(target, drafter, stats=stats, cache=cache) == truth
-    assert stats.faults == ("drafter 'early_exit' failed: RuntimeError: broken on purpose",)
-    check_cache(target, cache._entries[-1].buffer, [*PROMPT, *truth])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, tiny_llama
+from tiny import FAMILIES, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
@@ -171,49 +171,6 @@ def test_silence_without_cost(target, options, changes):
         session.close()
     assert steps[0] == (0, 0, None)
     assert steps[1][1:] == (0, None)
-
-
-@pytest.mark.parametrize("right", [True, False], ids=["accepted", "rejected"])
-def test_a_helper_saves_forwards_and_changes_no_draft(right):
-    """Greedy, the cascade's drafts are the drafter's own."""
-    target = TargetModel(tiny_llama(2))
-    truth = decode(target, params=SamplingParams(max_tokens=60, ignore_eos=True))
-    answer = truth if right else random_ids(60, seed=9)
-    loop = context(chunk_ids=[*CHUNKS, truth])
-    alone = SparseKVDrafter(**SMALL)
-    drafts, forwards = [], []
-    for drafter in (alone, CascadeDrafter(alone, SuffixDrafter())):
-        live, ids = filled(target, PROMPT[:-1]), list(PROMPT)
-        session = drafter.start(loop)
-        session.attach(target, live)
-        found = []
-        for start in range(0, 57, 3):
-            found.append(session.propose(6).token_ids)
-            target.step([ids[-1], *answer[start : start + 2]], live)
-            live.commit(range(3))
-            ids += answer[start : start + 3]
-            session.observe(TokenBlock(tuple(answer[start : start + 3])))
-        drafts.append(found)
-        forwards.append(session.forwards)
-    assert drafts[0] == drafts[1]
-    assert forwards[1] < forwards[0]
-
-
-def test_sampled_drafts_carry_their_distribution(target):
-    """Each row of probs is a distribution, and the drafted token has mass in it; a greedy draft says how likely it is."""
-    session = SparseKVDrafter(**SMALL).start(context(temperature=1.0, top_p=0.9, seed=4))
-    session.attach(target, filled(target, PROMPT[:-1]))
-    draft = session.propose(6)
-    assert draft.probs is not None
-    assert draft.probs.shape == (6, VOCAB)
-    assert (draft.probs[torch.arange(6), torch.tensor(draft.token_ids)] > 0).all()
-    assert draft.node_probs is None
-    session = SparseKVDrafter(**SMALL).start(context())
-    session.attach(target, filled(target, PROMPT[:-1]))
-    node_probs = session.propose(6).node_probs
-    assert node_probs is not None
-    assert list(node_probs) == sorted(node_probs, reverse=True)
-    assert 0 < node_probs[-1] <= node_probs[0] <= 1
 
 
 @pytest.mark.parametrize(
