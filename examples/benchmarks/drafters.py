@@ -26,13 +26,11 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 from rasd_integrations import RASD, Draft, DraftContext, Generation, SamplingParams, TokenBlock
 from rasd_integrations.config import SpeculationConfig
 from rasd_integrations.datastores.tokens import TokenStore
+from rasd_integrations.drafters import DenseDrafter, EarlyExitDrafter, SparseKVDrafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.datastore import DatastoreDrafter
 from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.model import ModelDrafter
-from rasd_integrations.drafters.papers.dense import DenseDrafter
-from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter
-from rasd_integrations.drafters.papers.sparse_kv import SparseKVDrafter
 from rasd_integrations.drafters.recycling import RecyclingDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.loading import packaged_model

@@ -199,14 +199,14 @@ def find_pieces(prompt_ids: Sequence[int], chunk_ids: Sequence[Sequence[int]]) -
     are found, each at its first occurrence, and taken with 2 tokens on either side.
     """
     prompt = tuple(prompt_ids)
-    places: dict[tuple[int, ...], int] = {}
-    for place in range(len(prompt) - _ANCHOR + 1):
-        places.setdefault(prompt[place : place + _ANCHOR], place)
+    firsts: dict[tuple[int, ...], int] = {}
+    for i in range(len(prompt) - _ANCHOR + 1):
+        firsts.setdefault(prompt[i : i + _ANCHOR], i)
     spans: list[RowRange] = []
     for chunk in map(tuple, chunk_ids):
         i = 0
         while i <= len(chunk) - _ANCHOR:
-            at = places.get(chunk[i : i + _ANCHOR])
+            at = firsts.get(chunk[i : i + _ANCHOR])
             if at is None:
                 i += 1
                 continue

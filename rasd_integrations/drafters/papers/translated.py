@@ -177,9 +177,9 @@ class TranslatedSession(DraftSession):
         if whole < held or not data.startswith(self._held):
             return Draft(source="bridge")
         new = translation.target.follow(self._ids, data[held:whole])
-        places = accumulate((len(translation.target.texts[t]) for t in new), initial=held)
+        offsets = accumulate((len(translation.target.texts[t]) for t in new), initial=held)
         # Some tokenizers compose characters (NFC), so the new text may be a little longer.
-        source_of = [min(bisect_left(ends, place), num_text - 1) for place in list(places)[1:]]
+        source_of = [min(bisect_left(ends, offset), num_text - 1) for offset in list(offsets)[1:]]
         stops = num_text < len(ids) and ids[num_text] in translation.ends and whole == len(data)
         if stops and translation.end is not None:
             new.append(translation.end)

@@ -106,8 +106,8 @@ class Vocabulary:
         """Return the ids of ``data`` after ``ids``, all of which stay as they are."""
         start, new = self.extend(ids, data)
         border = len(self.join(ids[start:]))
-        places = list(accumulate((len(self.texts[i]) for i in new), initial=0))
-        return new[places.index(border) :] if border in places else self.encode(data)
+        offsets = list(accumulate((len(self.texts[i]) for i in new), initial=0))
+        return new[offsets.index(border) :] if border in offsets else self.encode(data)
 
     def _border(self, ids: Sequence[int]) -> int:
         """Return where encoding again may begin: a word's start among the last tokens, after special ones."""
