@@ -11,6 +11,8 @@ from functools import cache
 import fakes
 import pytest
 import torch
+from drafting import GREEDY, filled
+from drafting import decode as decoded
 from fakes import ScriptedDrafter
 from fakes_datastore import ids_store, random_ids
 from fakes_distributions import Oracle, distance, outcomes
@@ -41,7 +43,6 @@ from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext, TokenBlock
 
 NUM_TOKENS = 32
-GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
 SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.95, top_k=40, seed=11)
 TEXT = random_ids(90, seed=19)
 PROMPT = [*TEXT, *TEXT[20:60], *TEXT[10:40]]
@@ -156,14 +157,6 @@ def plain(family: str, params: SamplingParams = GREEDY) -> tuple[int, ...]:
     return tuple(decode(target_of(family), params=params))
 
 
-def filled(target: TargetModel, ids: Sequence[int], **options: bool) -> KVBuffer:
-    """Return a buffer that holds ``ids``."""
-    buffer = KVBuffer(len(ids) + 64, **options)
-    for _ in target.prefill(ids, buffer):
-        pass
-    return buffer
-
-
 def attached(drafter: Drafter, live: KVBuffer, **context: object):
     """Return a session of ``drafter`` over ``live``, for the prompt."""
     session = drafter.start(replace(CONTEXT, prompt_ids=PROMPT, **context))
@@ -171,15 +164,12 @@ def attached(drafter: Drafter, live: KVBuffer, **context: object):
     return session
 
 
+def decode(target, drafter=None, params=GREEDY, n=5, *, ids=PROMPT, **how):
+    return decoded(target, drafter, params, n, ids=ids, context=CONTEXT, **how)
+
+
 def made(name: str, family: str = "llama", params: SamplingParams = GREEDY) -> Drafter:
     return CASES[name].make(target_of(family), plain(family, params))
-
-
-def decode(target, drafter=None, params=GREEDY, n=5, *, ids=PROMPT, stats=None, cache=None, **more):
-    config = more.pop("config", SpeculationConfig(num_draft_tokens=n, max_draft_tokens=16))
-    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
-    blocks = decoder.generate(ids, params, context=CONTEXT, stats=stats, **more)
-    return [token for block in blocks for token in block.token_ids]
 
 
 @EVERY

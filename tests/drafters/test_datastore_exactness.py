@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from drafting import decode as decoded
 from fakes_datastore import encode, ids_store, random_ids
 from fakes_distributions import Model, Oracle, distance, outcomes, softmax
 from tiny import tiny_llama
@@ -22,11 +23,8 @@ from rasd_integrations.engine.verification import exact as verification
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext, TokenBlock
 
-NUM_TOKENS = 40
-GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-SAMPLED = SamplingParams(
-    temperature=0.9, top_p=0.95, seed=11, max_tokens=NUM_TOKENS, ignore_eos=True
-)
+GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.95, seed=11, max_tokens=40, ignore_eos=True)
 PROMPT = random_ids(60, seed=19)  # every family has something to say to it
 SAMPLINGS = pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 SHAPES = pytest.mark.parametrize("tree", [True, False], ids=["tree", "chain"])
@@ -41,8 +39,7 @@ def partly_right(truth: list[int]) -> TokenStore:
 
 
 def decode(target, drafter=None, params=GREEDY, n=8, stats=None) -> list[int]:
-    decoder = SpeculativeDecoder(target, drafter, config=SpeculationConfig(num_draft_tokens=n))
-    return [t for block in decoder.generate(PROMPT, params, stats=stats) for t in block.token_ids]
+    return decoded(target, drafter, params, n, ids=PROMPT, stats=stats)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from drafting import decode, random_ids
 from tiny import FAMILIES, VOCAB, tiny_llama
 
-from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
@@ -15,16 +13,7 @@ from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext, TokenBlock
 
-NUM_TOKENS = 32
-GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-
-
-def random_ids(n: int, seed: int) -> list[int]:
-    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 PROMPT = random_ids(60, seed=1)
-SHORT = PROMPT[30:]
 
 
 @pytest.fixture(scope="module")
@@ -32,36 +21,34 @@ def target() -> TargetModel:
     return TargetModel(tiny_llama())
 
 
-def drafters(model: TargetModel, **options: object) -> dict[str, object]:
-    alone = ModelDrafter(model, **options)
-    return {"model": alone, "cascade": CascadeDrafter(alone, SuffixDrafter())}
-
-
-def decode(target, drafter=None, params=GREEDY, n=4, short=None, stats=None, config=None):
-    config = config or SpeculationConfig(num_draft_tokens=n)
-    decoder = SpeculativeDecoder(target, drafter, config=config)
-    context = DraftContext(prompt_ids=(), drafter_prompt_ids=short)
-    blocks = decoder.generate(PROMPT, params, context=context, stats=stats)
-    return [t for b in blocks for t in b.token_ids]
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_self_drafts_on_the_same_prompt_are_accepted_whole(family):
     """A drafter that reads what the target reads is always right."""
     target = TargetModel(FAMILIES[family]())
     stats = DecodingStats()
-    decode(target, ModelDrafter(target, confidence=0.0), n=7, stats=stats)
+    decode(target, ModelDrafter(target, confidence=0.0), n=7, ids=PROMPT, stats=stats)
     assert stats.acceptance_rate == 1.0
     assert stats.target_steps == 4
 
 
-@pytest.mark.parametrize("kind", ["model", "cascade"])
-def test_the_target_itself_needs_a_prompt_of_its_own(target, kind):
+@pytest.mark.parametrize("helped", [False, True])
+def test_the_target_itself_needs_a_prompt_of_its_own(target, helped):
     """On the target's own prompt the target does not draft."""
-    stats = DecodingStats()
-    drafter = drafters(target, needs_own_prompt=True)[kind]
-    assert decode(target, drafter, stats=stats) == decode(target)
+    drafter, stats = ModelDrafter(target, needs_own_prompt=True), DecodingStats()
+    if helped:
+        drafter = CascadeDrafter(drafter, SuffixDrafter())
+    assert decode(target, drafter, ids=PROMPT, stats=stats) == decode(target, ids=PROMPT)
     assert "model" not in stats.drafters
+
+
+def test_an_end_token_ends_the_draft():
+    """Nothing is drafted behind a token that ends an answer; it stays in the draft."""
+    model = TargetModel(tiny_llama())
+    context = DraftContext(prompt_ids=PROMPT)
+    chain = ModelDrafter(model, confidence=0.0).start(context).propose(9).token_ids
+    model.eos_ids = frozenset([chain[3]])
+    ended = ModelDrafter(model, confidence=0.0).start(context).propose(9).token_ids
+    assert ended == chain[: chain.index(chain[3]) + 1]
 
 
 def test_confidence_stop_keeps_the_unlikely_token():

@@ -8,6 +8,8 @@ from functools import cache
 
 import pytest
 import torch
+from drafting import decode as decoded
+from drafting import random_ids
 from tiny import FAMILIES, VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
@@ -28,10 +30,6 @@ SAMPLED = SamplingParams(
 )
 
 
-def random_ids(n: int, seed: int) -> list[int]:
-    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 PROMPT = random_ids(60, seed=19)  # every family has something to say to it
 
 
@@ -40,11 +38,8 @@ def model(family: str = "llama") -> SharedModel:
     return SharedModel(FAMILIES[family](), tiny_tokenizer(), f"tiny {family}")
 
 
-def decode(shared, drafter=None, params=GREEDY, n=8, stats=None, cache=None, prompt=None):
-    config = SpeculationConfig(num_draft_tokens=n)
-    decoder = SpeculativeDecoder(shared.target, drafter, config=config, prefix_cache=cache)
-    blocks = decoder.generate(prompt or PROMPT, params, stats=stats)
-    return [t for block in blocks for t in block.token_ids]
+def decode(shared, drafter=None, params=GREEDY, n=8, *, prompt=PROMPT, **how):
+    return decoded(shared.target, drafter, params, n, ids=prompt, **how)
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +65,7 @@ def partly_right_store(folder, family, truth, name) -> DenseStore:
 
 @pytest.mark.parametrize("tree", [True, False], ids=["tree", "chain"])
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("n", [1, 2, 5, 16])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(("family", "n"), [("llama", 1), ("llama", 5), ("gemma3", 16)])
 def test_ids_equal_plain_decoding(folder, family, n, params, tree):
     """Greedy or drawn with a seed, the answer is that without drafts; some drafts stand, some fall."""
     plain = decode(model(family), params=params)

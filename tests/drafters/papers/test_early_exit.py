@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafting import decode, filled, random_ids
 from tiny import tiny_llama
 from torch import nn
 
-from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter, shallow
-from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext
-
-GREEDY = SamplingParams(max_tokens=32, ignore_eos=True)
-
-
-def random_ids(n: int, seed: int) -> list[int]:
-    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
 
 PROMPT = random_ids(60, seed=1)
 
@@ -30,32 +21,14 @@ def deep_llama(seed: int = 0) -> TargetModel:
     return TargetModel(tiny_llama(seed, num_hidden_layers=4))
 
 
-def filled(target: TargetModel, ids: list[int]) -> KVBuffer:
-    buffer = KVBuffer(len(ids) + 64)
-    for _ in target.prefill(ids, buffer):
-        pass
-    return buffer
-
-
-def decode(target, drafter=None, params=GREEDY, n=4, stats=None, cache=None, config=None):
-    config = config or SpeculationConfig(num_draft_tokens=n)
-    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
-    return [t for b in decoder.generate(PROMPT, params, stats=stats) for t in b.token_ids]
-
-
 @pytest.mark.parametrize("n", [4, None])
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_short_prompts_are_drafted_from(length, n):
     """Fault 33: of a prompt of one token the target has read nothing when the first draft is asked for."""
     target, stats, drafter = deep_llama(), DecodingStats(), EarlyExitDrafter(1, confidence=0.0)
-    decoders = [
-        SpeculativeDecoder(target, d, config=SpeculationConfig(num_draft_tokens=n))
-        for d in (None, drafter)
-    ]
-    plain, drafted = (
-        [t for b in d.generate(PROMPT[:length], GREEDY, stats=s) for t in b.token_ids]
-        for d, s in zip(decoders, (None, stats), strict=True)
-    )
+    ids = PROMPT[:length]
+    plain = decode(target, ids=ids)
+    drafted = decode(target, drafter, n=n, ids=ids, stats=stats)
     assert plain == drafted
     assert stats.faults == ()
     assert n is None or stats.drafted > 0  # the schedule may choose to leave it out
@@ -90,7 +63,7 @@ def test_layers_that_add_nothing_are_drafted_for_whole():
         layer.mlp.down_proj.weight.zero_()
     target.model.generation_config.eos_token_id = None
     target.model.config.eos_token_id = None
-    decode(target, EarlyExitDrafter(2, confidence=0.0), n=7, stats=stats)
+    decode(target, EarlyExitDrafter(2, confidence=0.0), n=7, ids=PROMPT, stats=stats)
     assert stats.acceptance_rate == 1.0
     assert stats.target_steps == 4
 
@@ -129,7 +102,8 @@ def test_too_few_layers_or_none_to_be_found_are_refused():
 def test_a_target_too_shallow_costs_speed_only():
     """What is seen at the start of an answer is reported, and the answer is whole."""
     target, stats = TargetModel(tiny_llama()), DecodingStats()
-    assert decode(target, EarlyExitDrafter(7), stats=stats) == decode(target)
+    drafted = decode(target, EarlyExitDrafter(7), ids=PROMPT, stats=stats)
+    assert drafted == decode(target, ids=PROMPT)
     assert stats.off_reason is not None
     assert "layers is 7, but the target has 2" in stats.off_reason
 

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drafting import filled, random_ids
 from tiny import FAMILIES, tiny_llama
 
 from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 
-IDS = torch.randint(0, 256, (80,), generator=torch.Generator().manual_seed(1)).tolist()
+IDS = random_ids(80, seed=1)
 NEXT = [5, 9, 17, 31]
-
-
-def filled(target: TargetModel, ids: list[int] = IDS, **options: bool) -> KVBuffer:
-    buffer = KVBuffer(len(ids), **options)
-    for _ in target.prefill(ids, buffer):
-        pass
-    return buffer
 
 
 def positions(buffer: KVBuffer, end: int) -> list[int]:
@@ -29,7 +23,7 @@ def positions(buffer: KVBuffer, end: int) -> list[int]:
 def test_all_rows_gathered_continue_alike(family):
     """A gathered buffer of all rows gives the live one's logits, chain and tree."""
     target = TargetModel(FAMILIES[family]())
-    live = filled(target)
+    live = filled(target, IDS)
     gathered = GatheredKV(live, range(80), 80)
     assert (gathered.length, gathered.next_position) == (80, 80)
     for parents in (None, [-1, -1, 1]):
@@ -44,7 +38,7 @@ def test_left_out_rows_are_masked_rows(family):
     model = FAMILIES[family]()
     target = TargetModel(model)
     rows = [0, 1, 2, 40, 41, 42, 43, 70, 71, 79]
-    got = target.step(NEXT, GatheredKV(filled(target), rows, 16))
+    got = target.step(NEXT, GatheredKV(filled(target, IDS), rows, 16))
     seen = torch.ones(84, 84, dtype=torch.bool).tril()
     seen[80:, :80] = False
     seen[80:, rows] = True
@@ -59,7 +53,7 @@ def test_left_out_rows_are_masked_rows(family):
 def test_sliding_layers_see_gathered_rows_by_position(family, n):
     """Layers with a window lose the rows that stand too far back, wherever they lie."""
     target = TargetModel(FAMILIES[family]())
-    live = filled(target)
+    live = filled(target, IDS)
     ids = IDS[:n]
     near = [*range(2), *range(50, 80)]  # all that the windows of 16 and 24 reach, and a sink
     whole, part = GatheredKV(live, range(80), 80), GatheredKV(live, near, 64)
@@ -80,7 +74,7 @@ def test_sliding_layers_see_gathered_rows_by_position(family, n):
 def test_gathered_rows_grow_from_the_live_ones():
     """Rows appended from the live buffer equal rows that were gathered at once."""
     target = TargetModel(tiny_llama())
-    live = filled(target)
+    live = filled(target, IDS)
     early = GatheredKV(live.copy(60, 80), [0, 1, 30, 59], 8)
     assert early.next_position == 60
     early.extend(live, 60, 80)
@@ -93,17 +87,17 @@ def test_gathered_rows_grow_from_the_live_ones():
 def test_rows_are_found_by_position():
     """The first row from a position on, before, between and behind gathered rows."""
     target = TargetModel(tiny_llama())
-    gathered = GatheredKV(filled(target), [0, 10, 20, 60], 8)
+    gathered = GatheredKV(filled(target, IDS), [0, 10, 20, 60], 8)
     assert [gathered.first_from(p) for p in (0, 1, 10, 59, 60, 61, 79, 80, 82)] == [
         0, 1, 1, 3, 3, 4, 4, 4, 6,
     ]  # fmt: skip
-    assert not filled(target).is_gathered
-    assert filled(target).first_from(33) == 33
+    assert not filled(target, IDS).is_gathered
+    assert filled(target, IDS).first_from(33) == 33
 
 
 def test_guesses_are_truncated_and_gathered_rows_stay():
     """Rows behind the gathered ones can be dropped; the next position follows."""
-    live = filled(TargetModel(tiny_llama()))
+    live = filled(TargetModel(tiny_llama()), IDS)
     gathered = GatheredKV(live, [0, 10, 20, 60], 8)
     gathered.extend(live, 78, 80)
     assert (gathered.length, gathered.next_position) == (6, 82)
@@ -115,7 +109,7 @@ def test_guesses_are_truncated_and_gathered_rows_stay():
 
 def test_hidden_states_stay_behind():
     """A gathered buffer keeps none; the live one's are untouched."""
-    live = filled(TargetModel(tiny_llama()), keeps_hidden=True)
+    live = filled(TargetModel(tiny_llama()), IDS, keeps_hidden=True)
     gathered = GatheredKV(live, [0, 5, 9], 8)
     assert not gathered.keeps_hidden
     assert gathered.hidden()[1].numel() == 0
@@ -125,8 +119,8 @@ def test_hidden_states_stay_behind():
 def test_a_pinned_buffer_shares_memory_and_not_the_length():
     """Rows run on it lie in the live buffer's spare room, whose rows and length stay."""
     target = TargetModel(tiny_llama())
-    live = filled(target)
-    fresh = target.step(NEXT, filled(target))
+    live = filled(target, IDS)
+    fresh = target.step(NEXT, filled(target, IDS))
     held = [t.clone() for t in live.rows(1, 0, 80)]
     live.reserve(300)
     pinned = live.pinned(live.capacity)

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from drafting import decode, filled, random_ids
 from tiny import FAMILIES, tiny_llama
 
-from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.papers import sparse_kv
 from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.drafters.papers.sparse_kv import SparseKVDrafter, find_pieces
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext, TokenBlock
 
-GREEDY = SamplingParams(max_tokens=32, ignore_eos=True)
 SMALL = {"max_rows": 48, "sink": 4, "window": 8, "confidence": 0.0}
 PATTERNS = ["chunks", "window", "power"]
-
-
-def random_ids(n: int, seed: int) -> list[int]:
-    return torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 PROMPT = random_ids(160, seed=1)
@@ -41,18 +36,7 @@ def context(**changes: object) -> DraftContext:
     return DraftContext(**{"prompt_ids": PROMPT, "chunk_ids": CHUNKS, **changes})
 
 
-def filled(target: TargetModel, ids: list[int]) -> KVBuffer:
-    buffer = KVBuffer(len(ids) + 64)
-    for _ in target.prefill(ids, buffer):
-        pass
-    return buffer
-
-
-def decode(target, drafter=None, params=GREEDY, n=4, stats=None, cache=None, config=None):
-    config = config or SpeculationConfig(num_draft_tokens=n)
-    decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
-    blocks = decoder.generate(PROMPT, params, context=context(), stats=stats)
-    return [t for b in blocks for t in b.token_ids]
+plainly = partial(decode, ids=PROMPT, context=context())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -65,7 +49,7 @@ def test_all_rows_draft_the_targets_own_tokens(family, monkeypatch):
     everything = sparse_kv._Layout([(0, 0)], 250, 250, power=False)
     monkeypatch.setattr(drafter, "_layout", lambda _: everything)
     stats = DecodingStats()
-    decode(target, drafter, n=7, stats=stats)
+    plainly(target, drafter, n=7, stats=stats)
     assert stats.acceptance_rate == 1.0
     assert stats.target_steps == 4
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from drafting import decode as decoded
 from fakes_distributions import Model, Oracle, distance, outcomes, softmax
 from fakes_vocabulary import (
     KINDS,
@@ -22,7 +23,6 @@ from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 from tokenizers import normalizers
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.papers import translated
 from rasd_integrations.drafters.papers.translated import (
     TranslatedSession,
@@ -49,12 +49,8 @@ TEXTS = ("abacus  defcab\n\n\tthe x", "na\u00efve \u6771\u4eac \U0001f989!", " "
 
 
 def decode(target, drafter=None, params=GREEDY, n=4, short=None, stats=None):
-    decoder = SpeculativeDecoder(
-        target, drafter, config=SpeculationConfig(num_draft_tokens=n, max_draft_tokens=64)
-    )
     context = DraftContext(prompt_ids=(), drafter_prompt_ids=short)
-    blocks = decoder.generate(PROMPT, params, context=context, stats=stats)
-    return [t for b in blocks for t in b.token_ids]
+    return decoded(target, drafter, params, n, ids=PROMPT, context=context, stats=stats)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +121,7 @@ def test_an_unfinished_character_is_known(data, count):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [1, 2, 5, 16])
-@pytest.mark.parametrize("short", [None, SHORT], ids=["same-prompt", "short-prompt"])
+@pytest.mark.parametrize(("n", "short"), [(1, None), (5, SHORT), (16, None)])
 def test_greedy_ids_equal_plain_decoding(target, kind, n, short):
     """Whatever vocabulary drafts, of whatever bytes, the ids are the target's."""
     stats = DecodingStats()
