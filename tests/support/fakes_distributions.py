@@ -25,7 +25,7 @@ class Oracle:
         if place == len(self.script):
             self.script.append(0)
         taken = self.script[place]
-        self.weight *= chances[taken]
+        self.weight *= chances[taken] if self.weight else 0.0  # impossible branches may lead to NaN
         return taken
 
     def draw(self, probs: Tensor, generator: object) -> Tensor:
