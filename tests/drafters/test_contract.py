@@ -35,6 +35,7 @@ from rasd_integrations.drafters import (
     SparseKVDrafter,
     SuffixDrafter,
 )
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification import exact as verification
@@ -339,11 +340,11 @@ def check_broken(name: str, method: str) -> None:
 
 
 @every()
-def test_the_cache_equals_a_fresh_one(name, family="gemma3"):
+def test_the_cache_equals_a_fresh_one(name):
     """In mid-answer and at its end, keys, values and hidden states are those of one forward."""
-    target, cached = target_of(family), PrefixCache(1 << 22)
+    target, cached = target_of("gemma3"), PrefixCache(1 << 22)
     config = SpeculationConfig(num_draft_tokens=5)
-    decoder = SpeculativeDecoder(target, made(name, family), config=config, prefix_cache=cached)
+    decoder = SpeculativeDecoder(target, made(name, "gemma3"), config=config, prefix_cache=cached)
     ids = list(PROMPT)
     for number, block in enumerate(decoder.generate(PROMPT, GREEDY, context=CONTEXT)):
         ids += block.token_ids
@@ -375,10 +376,8 @@ def test_greedy_transfer_is_independent_of_the_draft_length(name):
     """Knowledge transfer reads the drafter's logits at every position."""
     target, got = target_of("llama"), []
     for n in (0, 1, 3, 8):
-        stats, config = (
-            DecodingStats(),
-            SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=n),
-        )
+        stats = DecodingStats()
+        config = SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=n)
         got.append(decode(target, made(name), config=config, stats=stats))
         assert (stats.mode, stats.tv_bound is not None) == ("knowledge_transfer", True)
     assert got[0] == got[1] == got[2] == got[3]
