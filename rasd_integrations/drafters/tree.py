@@ -73,6 +73,8 @@ def grow_trie(
         width: Maximum number of children of a node; ``None`` is no limit.
         end: Token behind which a row does not count.
     """
+    if not rows:
+        return (), (), ()
     total = math.fsum(weights)
 
     def children(

@@ -57,3 +57,4 @@ def test_a_chain_follows_the_heaviest_row():
 def test_nothing_is_grown_without_a_budget():
     """Children are not asked for."""
     assert grow(None, lambda *_: pytest.fail("asked"), 0, 0.0) == ((), (), ())
+    assert grow_trie([], [], trust, 5, 0.0) == ((), (), ())

@@ -132,9 +132,7 @@ class DenseSession(DraftSession):
             found += drafter.store.find(state, self._ids[-1], drafter.neighbours, budget)
         found.sort(key=lambda neighbour: -neighbour.agreement)  # stable: the prompt's own first
         found = found[: drafter.neighbours]
-        if not found:
-            return Draft(source=drafter.name)
-        best = found[0].agreement
+        best = found[0].agreement if found else 1.0
         token_ids, parents, node_probs = grow_trie(
             [near.following for near in found],
             [math.exp(_SHARPNESS * (near.agreement - best)) for near in found],
