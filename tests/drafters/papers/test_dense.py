@@ -73,7 +73,7 @@ def test_ids_equal_plain_decoding(folder, family, n, params, tree):
     store = partly_right_store(folder, family, plain, params.temperature)
     stats = DecodingStats()
     drafter = DenseDrafter(store, tree=tree)
-    assert decode(model(family), drafter, params, n, stats) == plain
+    assert decode(model(family), drafter, params, n, stats=stats) == plain
     counts = stats.as_dict()["drafters"]["dense"]
     assert 0 < counts["accepted"] < counts["drafted"]
     assert stats.faults == ()
