@@ -146,7 +146,7 @@ class _Answer:
         context: DraftContext, config: SpeculationConfig, stats: DecodingStats, namespace: str,
     ) -> None:  # fmt: skip
         self.target, self.config, self.grammar = decoder.target, config, context.grammar
-        self.steps = decoder.steps
+        self.decoder, self.steps = decoder, decoder.steps
         self.drafter = decoder.drafter if params.drafting else None
         self.lease = partial(decoder.lease, namespace=namespace)
         self.ids, self.params, self.stats = ids, params, stats
@@ -156,7 +156,6 @@ class _Answer:
         self.distribution: Distribution | None = sampling_distribution(*self.sampling, params.min_p)
         eos_ids = self.target.eos_ids
         self.processors = logits_processors(self.target.model, params, len(ids), eos_ids)
-        self.decoder = decoder
         most, fixed = self.config.max_draft_tokens, self.config.num_draft_tokens
         self.schedule = Schedule(
             most,
