@@ -93,4 +93,5 @@ def grow_trie(
         for weight, token in ranked[:width]:
             yield -weight * scale, token, (following[token], depth + 1)
 
-    return grow((range(len(rows)), 0), children, budget, min_probability)
+    root: tuple[Sequence[int], int] = (range(len(rows)), 0)
+    return grow(root, children, budget, min_probability)

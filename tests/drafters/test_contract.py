@@ -44,7 +44,7 @@ from rasd_integrations.types import DraftContext, TokenBlock
 
 NUM_TOKENS = 32
 SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.95, top_k=40, seed=11)
-TEXT = random_ids(90, seed=19)
+TEXT = random_ids(90, seed=39)  # every family has something to say to it
 PROMPT = [*TEXT, *TEXT[20:60], *TEXT[10:40]]
 CONTEXT = DraftContext(
     prompt_ids=(), chunk_ids=(PROMPT[30:50], PROMPT[60:72]), drafter_prompt_ids=PROMPT[-30:]
@@ -180,7 +180,9 @@ def target_of(family: str) -> TargetModel:
 
 @cache
 def plain(family: str, *, sampled: bool = False) -> tuple[int, ...]:
-    return tuple(decode(target_of(family), params=SAMPLED if sampled else GREEDY))
+    ids = decode(target_of(family), params=SAMPLED if sampled else GREEDY)
+    assert len(set(ids)) > 3
+    return tuple(ids)
 
 
 def decode(target, drafter=None, params=GREEDY, n=5, *, ids=PROMPT, **how):
