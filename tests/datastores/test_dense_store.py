@@ -12,8 +12,8 @@ from fakes_dense import TEXTS, encode, model, states
 from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rasd_integrations.datastores.hidden import DenseStore, build, nearest, store
-from rasd_integrations.datastores.hidden.build import SEPARATOR
 from rasd_integrations.datastores.hidden.transform import Transform
+from rasd_integrations.datastores.tokens.encoding import SEPARATOR
 from rasd_integrations.errors import ConfigurationError, RetrievalError
 from rasd_integrations.runtime.models import SharedModel
 from rasd_integrations.types import Chunk

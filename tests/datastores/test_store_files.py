@@ -59,13 +59,15 @@ def test_a_damaged_or_forged_store_is_refused_by_name(kind, case):
 
 
 def test_a_missing_store_says_how_to_make_one(kind):
-    """The next step is in the error."""
+    """The next step is in the error, for a folder of that name, too."""
     folder, title, _, open_store, _ = kind
-    (folder / "store.safetensors").unlink()
-    with pytest.raises(
-        RetrievalError, match=rf"There is no {title} at .*(TokenStore|DenseStore)\.build"
-    ):
-        open_store(folder)
+    path = folder / "store.safetensors"
+    for replace in (path.unlink, path.mkdir):
+        replace()
+        with pytest.raises(
+            RetrievalError, match=rf"no {title} at .*(TokenStore|DenseStore)\.build"
+        ):
+            open_store(folder)
 
 
 def test_a_replaced_store_leaves_open_ones_as_they_are(kind):

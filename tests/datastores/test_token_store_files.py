@@ -76,13 +76,6 @@ def test_a_store_of_another_tokenizer_is_refused(saved):
         TokenStore.open(path, tiny_tokenizer())
 
 
-def test_a_missing_file_says_how_to_make_one(tmp_path):
-    """The next step is in the error, for a folder too."""
-    for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(RetrievalError, match=r"no token store at .*TokenStore.build"):
-            TokenStore.open(path, encode)
-
-
 def test_a_saved_file_has_the_rights_of_any_new_file(saved, tmp_path):
     """A store that one process built can be opened by those that may read the folder's other files."""
     path, _ = saved

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from rasd_integrations.datastores.hidden.transform import Transform
 from rasd_integrations.datastores.mapped_file import MappedFile, StoreKind
+from rasd_integrations.datastores.tokens.encoding import SEPARATOR, Ids, portions
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
@@ -35,7 +36,6 @@ FILE = "store.safetensors"
 KIND = StoreKind(
     FileKind("rasd-dense-store", "2"), "dense store", "DenseStore.build(texts, model, folder)"
 )
-SEPARATOR = 0xFFFF_FFFF  # after each piece; no token has this id
 _PARTS = "parts"
 _PART_NAME = re.compile(r"[0-9a-f]{16}-[0-9]{6,}\.safetensors")  # of this build or an abandoned one
 _PIECE = 1024  # tokens of a text that are read together, as in DReSD
@@ -43,7 +43,6 @@ _PART = 1 << 14  # tokens that a kill loses, at most
 _SAMPLE = 4  # parts whose hidden states are kept to fit the transform to
 _LARGEST = 6e4  # of float16
 
-Ids = NDArray[np.uint32]
 Halves = NDArray[np.float16]
 Progress = Callable[[int, int], object]
 
@@ -88,7 +87,7 @@ def build(source: Any, model: Reader, folder: Path, progress: Progress | None) -
     job = _job(pieces, model)
     if (_marks(folder / FILE) or {}).get("job") == job:
         return
-    parts = list(_portions(pieces))
+    parts = list(portions(pieces, _PART, lambda piece: piece.num_tokens))
     total, count = sum(piece.num_tokens for piece in pieces), 0
 
     def tick(num_tokens: int) -> None:
@@ -167,19 +166,6 @@ def _job(pieces: Iterable[Piece], model: Reader) -> str:
     for piece in pieces:
         digest.update(f"{piece.skip},{len(piece.ids)};".encode() + piece.ids)
     return digest.hexdigest()
-
-
-def _portions(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    part: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        part.append(piece)
-        size += piece.num_tokens
-        if size >= _PART:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 def _marks(path: Path) -> Mapping[str, str] | None:

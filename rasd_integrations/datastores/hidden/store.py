@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from rasd_integrations.datastores.hidden import build
-from rasd_integrations.datastores.hidden.build import SEPARATOR, Reader
+from rasd_integrations.datastores.hidden.build import Reader
 from rasd_integrations.datastores.hidden.transform import Transform
 from rasd_integrations.datastores.mapped_file import MappedFile
+from rasd_integrations.datastores.tokens.encoding import SEPARATOR
 from rasd_integrations.errors import RetrievalError
 
 # Keys compared for one draft (of more, that many, evenly spaced), and at once.

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.retrieval.items import items_of, text_of
 
 Ids = NDArray[np.uint32]
+_T = TypeVar("_T")
 SEPARATOR = 0xFFFF_FFFF  # between texts; no token has this id
 
 # Scripts, numbers, white space, code and punctuation that tokenizers split differently.
@@ -93,16 +94,20 @@ def texts_of(source: Any) -> Iterator[str]:
     return (text_of(item) for item in items_of(source))
 
 
-def batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Yield ``texts`` in lists of ``size``."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def portions(
+    items: Iterable[_T], limit: int, size: Callable[[_T], int] = lambda _: 1
+) -> Iterator[list[_T]]:
+    """Yield ``items`` in lists of at most ``limit`` in total ``size``, or of one larger item."""
+    part: list[_T] = []
+    total = 0
+    for item in items:
+        if part and total + size(item) > limit:
+            yield part
+            part, total = [], 0
+        part.append(item)
+        total += size(item)
+    if part:
+        yield part
 
 
 def keys_of(items: Any) -> NDArray[np.uint64]:

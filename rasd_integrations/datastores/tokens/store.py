@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from rasd_integrations.datastores.tokens.encoding import (
     Encoder,
     Ids,
     as_ids,
-    batches,
     chunk_key,
     ids_key,
     keys_of,
+    portions,
     texts_of,
 )
 from rasd_integrations.datastores.tokens.shard import Shard
@@ -171,7 +171,7 @@ class TokenStore:
     def _add(self, texts: Any, progress: Callable[[int], object] | None, seen: set[int]) -> int:
         added, waiting = 0, 0
         pending: dict[int, Ids] = {}
-        for batch in batches(texts_of(texts), _BATCH):
+        for batch in portions(texts_of(texts), _BATCH):
             keyed = {chunk_key(text): text for text in batch}
             seen.update(keyed)
             known = _held(self.shards, list(keyed)) | pending.keys()
@@ -192,8 +192,9 @@ class TokenStore:
             shards = self.shards
             known = _held(shards, list(rows))
             fresh = {key: ids for key, ids in rows.items() if len(ids) > 1 and key not in known}
-            for part in _portions(fresh):
-                shards = _merged((*shards, Shard.build([*part.values()], [*part])))
+            for part in portions(fresh.items(), _MOST_SORTED, lambda item: len(item[1])):
+                keys, ids = zip(*part, strict=True)
+                shards = _merged((*shards, Shard.build(ids, keys)))
             self._shards = self._bounded(shards)
             return len(fresh)
 
@@ -217,20 +218,6 @@ def _held(shards: Iterable[Shard], keys: Sequence[int] | NDArray[np.uint64]) -> 
     """Return those of ``keys`` whose texts are present."""
     wanted = np.asarray(keys, np.uint64)
     return {key for s in shards for key in s.keys[s.alive & np.isin(s.keys, wanted)].tolist()}
-
-
-def _portions(rows: dict[int, Ids]) -> Iterator[dict[int, Ids]]:
-    """Split ``rows`` into parts of at most ``_MOST_SORTED`` tokens."""
-    part: dict[int, Ids] = {}
-    size = 0
-    for key, ids in rows.items():
-        if part and size + len(ids) > _MOST_SORTED:
-            yield part
-            part, size = {}, 0
-        part[key] = ids
-        size += len(ids)
-    if part:
-        yield part
 
 
 def _without(shards: Iterable[Shard], dead: Callable[[Shard], Any]) -> tuple[Shard, ...]:
