@@ -61,13 +61,13 @@ class Case:
         samples: Sampled answers are drafted by draws of its own, so one seed gives other tokens of the same
             distribution.
         bytes_only: It reads text, so it has no drafter for a vocabulary of two tokens.
-        paper: It is in ``drafters.papers``: most of its tests are slow ones.
+        slow: Its tests are not part of the fast suite: drafters of papers, and variants of others.
     """
 
     make: Callable[[TargetModel, Sequence[int]], Drafter]
     samples: bool = False
     bytes_only: bool = False
-    paper: bool = False
+    slow: bool = False
 
 
 @cache
@@ -100,7 +100,7 @@ def fused(target: TargetModel, truth: Sequence[int]) -> FusedDrafter:
 
 
 def sparse(pattern: str) -> Case:
-    return Case(lambda target, truth: SparseKVDrafter(pattern, **SMALL), samples=True, paper=True)
+    return Case(lambda target, truth: SparseKVDrafter(pattern, **SMALL), samples=True, slow=True)
 
 
 CASES = {
@@ -113,7 +113,9 @@ CASES = {
         lambda target, truth: DatastoreDrafter(store(truth, target.vocab_size), tree=False)
     ),
     "model": Case(lambda target, truth: model_drafter(target), samples=True),
-    "self": Case(lambda target, truth: ModelDrafter(target, confidence=0.0), samples=True),
+    "self": Case(
+        lambda target, truth: ModelDrafter(target, confidence=0.0), samples=True, slow=True
+    ),
     "cascade": Case(
         lambda target, truth: CascadeDrafter(model_drafter(target), SuffixDrafter()), samples=True
     ),
@@ -122,6 +124,7 @@ CASES = {
             model_drafter(target), DatastoreDrafter(store(truth, target.vocab_size))
         ),
         samples=True,
+        slow=True,
     ),
     "fused": Case(fused),
     "fused with a model": Case(
@@ -131,41 +134,41 @@ CASES = {
             siblings=min(3, target.vocab_size - 1),
         )
     ),
-    "dense": Case(lambda target, truth: DenseDrafter(), paper=True),
-    "dense chain": Case(lambda target, truth: DenseDrafter(tree=False), paper=True),
+    "dense": Case(lambda target, truth: DenseDrafter(), slow=True),
+    "dense chain": Case(lambda target, truth: DenseDrafter(tree=False), slow=True),
     "sparse chunks": sparse("chunks"),
     "sparse window": sparse("window"),
     "sparse power": sparse("power"),
     "sparse cascade": Case(
         lambda target, truth: CascadeDrafter(SparseKVDrafter("window", **SMALL), SuffixDrafter()),
         samples=True,
-        paper=True,
+        slow=True,
     ),
     "early exit": Case(
-        lambda target, truth: EarlyExitDrafter(1, confidence=0.0), samples=True, paper=True
+        lambda target, truth: EarlyExitDrafter(1, confidence=0.0), samples=True, slow=True
     ),
     "translated": Case(
         lambda target, truth: translated_drafter("merged"),
         samples=True,
         bytes_only=True,
-        paper=True,
+        slow=True,
     ),
     "fused with a translated one": Case(
         lambda target, truth: FusedDrafter(
             [SuffixDrafter(tree=True)], translated_drafter("merged")
         ),
         bytes_only=True,
-        paper=True,
+        slow=True,
     ),
 }
 
 
 def every(wanted: Callable[[Case], bool] = lambda case: True, *more: str) -> pytest.MarkDecorator:
-    """Parametrise a test by the names of the wanted cases; those of papers are slow."""
+    """Parametrise a test by the names of the wanted cases; some are slow."""
     chosen = [name for name, case in CASES.items() if wanted(case) or name in more]
     slow = pytest.mark.slow
     return pytest.mark.parametrize(
-        "name", [pytest.param(n, marks=[slow] if CASES[n].paper else []) for n in chosen]
+        "name", [pytest.param(n, marks=[slow] if CASES[n].slow else []) for n in chosen]
     )
 
 

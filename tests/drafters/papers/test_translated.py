@@ -120,6 +120,7 @@ def test_an_unfinished_character_is_known(data, count):
     assert unfinished(data) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "short"), [(1, None), (5, SHORT), (16, None)])
 def test_greedy_ids_equal_plain_decoding(target, kind, n, short):
@@ -130,6 +131,7 @@ def test_greedy_ids_equal_plain_decoding(target, kind, n, short):
     assert (stats.drafters["bridge"].drafted > 0, stats.faults) == (True, ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [1, 5])
 def test_a_sampled_answer_by_text_is_the_plain_one(target, kind, n, monkeypatch):
@@ -198,6 +200,7 @@ def oracle(monkeypatch):
     return oracle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_projection_and_block_verification_are_exact(oracle, length, seed):
@@ -238,6 +241,7 @@ def test_projection_and_block_verification_are_exact(oracle, length, seed):
     assert distance(target.extend(distribution, length + 1), expected) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_the_drafters_cache_is_true_after_every_block(kind, temperature):
