@@ -1,4 +1,4 @@
-"""What a drafter hands over is looked at once, where it enters: it may be the user's own code."""
+"""Checks what a drafter proposes: it may be the user's own code."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def checked(draft: object, budget: int, vocab_size: int) -> Draft:
 
     Args:
         draft: What a session proposed.
-        budget: Most tokens; less than 1 is none.
+        budget: Longest draft; less than 1 is an empty one.
         vocab_size: Of the target, and so of ``probs`` and ``logits``.
 
     Raises:
-        DecodingError: It is no draft, or its parts do not fit one another; says which and how.
+        DecodingError: It is no draft, or its parts do not fit one another.
     """
     if not isinstance(draft, Draft):
         msg = f"propose() returned a {type(draft).__name__}, but must return a Draft."
@@ -55,7 +55,7 @@ def checked(draft: object, budget: int, vocab_size: int) -> Draft:
 
 def _integers(name: str, values: Sequence[object]) -> tuple[int, ...]:
     try:
-        return tuple(map(index, values))  # type: ignore[arg-type]  # what is no integer is told below
+        return tuple(map(index, values))  # type: ignore[arg-type]  # the error below names what is no integer
     except TypeError as err:
         msg = f"{name} is {values!r}, but must be a tuple of integers."
         raise DecodingError(msg) from err
@@ -83,7 +83,7 @@ def _check_rows(
 
 
 def _check_names(draft: Draft) -> None:
-    """See that the statistics can count by ``source`` and ``sources``."""
+    """Check that the statistics can count by ``source`` and ``sources``."""
     if draft.sources is not None:
         _has_length("sources", draft.sources, len(draft))
     names: Sequence[object] = (draft.source, *(draft.sources or ()))

@@ -1,10 +1,9 @@
-"""How an answer's steps are run: as is quickest, or so that every number in them can be had again.
+"""Runs an answer's steps: as fast as possible, or reproducibly to the bit.
 
-The bits of a row of a matrix product depend on how many rows the product has, and those of attention on how many
-keys stand before the step's own. So the same token gets other logits with a draft behind it, with other answers in
-the step, or behind a cached prefix: by a rounding, which decides where two tokens are equally likely.
-:class:`FixedSteps` runs a token always among the same rows: those of its window of positions. What the rows behind
-it hold does not matter to a causal model, so there the draft stands, or padding.
+How a matrix product rounds depends on its number of rows, and attention on the number of keys before the step. So a
+token's logits differ by a rounding with a draft after it, with other answers in the step, or after a cached prefix,
+which decides between two equally likely tokens. :class:`FixedSteps` runs a token always among the same rows, those of
+its window of positions. A causal model ignores what comes after a token, so the draft goes there, or padding.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,56 +21,18 @@ from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft
 
-WIDTH = 8  # positions of a decoding step under deterministic=True; a draft ends where they do
+WIDTH = 8  # positions of a decoding step under deterministic=True; a draft ends with them
 PIECE = 128  # of a prefill's step; a multiple of WIDTH
 _PADDING = 0  # an id that every model knows
 
 
-class Steps(Protocol):
-    """What the decoder asks of a target.
+class Steps:
+    """Steps of any shape: trees, any width, several answers in one forward.
 
     Attributes:
-        is_fixed: Whether each step has the rows that its positions say.
+        is_fixed: The rows of each step follow from its positions alone.
         row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
     """
-
-    is_fixed: bool
-    row_multiple: int
-
-    def fresh_seed(self) -> int:
-        """Return the seed of an answer that is given none."""
-        ...
-
-    def prefill(self, ids: Sequence[int], buffer: KVBuffer, *, first: bool) -> Iterator[Tensor]:
-        """Append rows of the prompt ``ids``, those that are not there; let others have turns in between.
-
-        With ``first`` all of them, and the last yield is the logits ``[1, vocab]`` that predict the first token.
-        """
-        ...
-
-    def kept(self, rows: int) -> int:
-        """Return how many of a prefill's ``rows`` other answers may reuse."""
-        ...
-
-    def room(self, length: int) -> int:
-        """Return the most drafted tokens of the step behind ``length`` tokens."""
-        ...
-
-    def fitted(self, draft: Draft) -> Draft:
-        """Return what of a draft can be verified."""
-        ...
-
-    def step(self, ids: Sequence[int], draft: Draft, buffer: KVBuffer, rows: int) -> Tensor:
-        """Run the last of ``ids`` and the draft behind it; commit nothing new.
-
-        Returns:
-            Logits ``[1 + len(draft), vocab]``; the rows lie in the buffer's spare room in the same order.
-        """
-        ...
-
-
-class FreeSteps:
-    """Steps of any shape: trees, any number of rows, several answers in one forward."""
 
     is_fixed = False
 
@@ -82,58 +42,66 @@ class FreeSteps:
         self.row_multiple = target.row_multiple
 
     def fresh_seed(self) -> int:
-        """Return another one each time."""
+        """Return the seed of an answer without one."""
         return random.getrandbits(63)
 
     def prefill(self, ids: Sequence[int], buffer: KVBuffer, *, first: bool) -> Iterator[Tensor]:
-        """Do as :meth:`Steps.prefill` says."""
+        """Append the positions of the prompt ``ids`` that the buffer lacks.
+
+        Other answers run between yields. With ``first`` all positions, and the last yield is the logits
+        ``[1, vocab]`` of the first token.
+        """
         rest = ids[buffer.length : len(ids) - (not first)]
         return self._target.prefill(rest, buffer, num_logits=int(first))
 
-    def kept(self, rows: int) -> int:
-        """Return all that there can be: those of the answer may be reused, too."""
+    def kept(self, length: int) -> int:
+        """Return how many positions are reusable after a prefill of ``length``."""
         return self._target.window
 
     def room(self, length: int) -> int:
-        """Return what the window leaves."""
+        """Return the longest draft of a step after ``length`` tokens."""
         return self._target.window - length
 
     def fitted(self, draft: Draft) -> Draft:
-        """Return the draft."""
+        """Return the part of a draft that can be verified."""
         return draft
 
     def step(self, ids: Sequence[int], draft: Draft, buffer: KVBuffer, rows: int) -> Tensor:
-        """Do as :meth:`Steps.step` says, as ``rows`` rows at least."""
+        """Run the last of ``ids`` and ``draft``, padded to ``rows``; commit nothing new.
+
+        Returns:
+            Logits ``[1 + len(draft), vocab]``; keys and values are in the buffer's spare room in the same order.
+        """
         parents = None if draft.is_chain else draft.parents
         return self._target.step([ids[-1], *draft.token_ids], buffer, parents, rows=rows)
 
 
-class FixedSteps:
-    """Steps whose rows follow from positions alone, so that a row's bits follow from the tokens up to it alone.
+class FixedSteps(Steps):
+    """Steps in which a token's bits depend only on the tokens up to it.
 
-    A prefill runs whole pieces of :data:`PIECE` positions, up to the window of :data:`WIDTH` positions in which the
-    prompt's last token lies. A decoding step runs all positions of the window that its last token lies in, those
-    before it once more. Steps of several answers never share a forward.
+    A prefill runs whole pieces of :data:`PIECE` positions, up to the window of :data:`WIDTH` positions that holds the
+    prompt's last token. A decoding step runs all positions of its last token's window, those before it once more.
+    Steps of several answers never share a forward.
     """
 
     is_fixed = True
-    row_multiple = 1
 
     def __init__(self, target: TargetModel) -> None:
-        """Run steps of ``target``, once it was seen that their numbers can be had again.
+        """Check that steps of ``target`` are reproducible.
 
         Raises:
-            ConfigurationError: What stands behind a token changes its numbers.
+            ConfigurationError: Tokens after another one change its numbers.
         """
-        self._target = target
+        super().__init__(target)
+        self.row_multiple = 1
         self._check()
 
     def fresh_seed(self) -> int:
-        """Return the same one each time."""
+        """Return 0."""
         return 0
 
     def prefill(self, ids: Sequence[int], buffer: KVBuffer, *, first: bool = False) -> Iterator[Tensor]:  # fmt: skip
-        """Append rows up to the window of the last of ``ids``, whose logits come with the first step."""
+        """Append positions up to the last window, whose logits come with the first step."""
         end = _start(len(ids) - 1, WIDTH)
         while buffer.length < end:
             start = _start(buffer.length, PIECE)
@@ -142,18 +110,18 @@ class FixedSteps:
             buffer.commit(range(min(end - start, PIECE)))
             yield logits
 
-    def kept(self, rows: int) -> int:
-        """Return the rows of whole pieces, where every later prefill begins."""
-        return _start(rows, PIECE)
+    def kept(self, length: int) -> int:
+        """Return the length of whole pieces, where every later prefill begins."""
+        return _start(length, PIECE)
 
     def room(self, length: int) -> int:
-        """Return how many positions the window has behind its last token."""
+        """Return the number of positions left in the last token's window."""
         return WIDTH - 1 - (length - 1) % WIDTH
 
     def fitted(self, draft: Draft) -> Draft:
-        """Return the most likely path of a draft: a token of a tree has another place than its position's."""
+        """Return the most likely path, to be verified with plain decoding's draws."""
         if draft.is_chain:
-            return draft
+            return draft if draft.probs is None else replace(draft, probs=None)
         best: dict[int, int] = {}
         for node, parent in enumerate(draft.parent_of):
             rival = best.setdefault(parent, node)
@@ -173,7 +141,7 @@ class FixedSteps:
         )
 
     def step(self, ids: Sequence[int], draft: Draft, buffer: KVBuffer, rows: int = 0) -> Tensor:
-        """Do as :meth:`Steps.step` says; where it fails, the buffer ends at the window's first position."""
+        """Run the window; if that fails, the buffer ends at its first position."""
         last = len(ids) - 1
         start = _start(last, WIDTH)
         buffer.truncate(start)
@@ -188,7 +156,7 @@ class FixedSteps:
 
     @torch.inference_mode()
     def _check(self) -> None:
-        """See that neither a piece nor a window gives a token other bits where other tokens stand behind it."""
+        """Check that a token's bits do not depend on the tokens after it."""
         config = self._target.model.config.get_text_config()
         name = type(self._target.model).__name__
         if any("expert" in key and isinstance(n, int) and n > 1 for key, n in vars(config).items()):
@@ -210,7 +178,7 @@ class FixedSteps:
                 seen.append(torch.cat([part.flatten().view(torch.uint8).cpu() for part in flat]))
             if not all(torch.equal(seen[0], other) for other in seen[1:]):
                 msg = (
-                    f"deterministic=True, but {name} gives a token other numbers where other tokens stand behind it "
+                    f"deterministic=True, but {name} gives a token other numbers if other tokens follow it "
                     f"in the same step, so that drafts would change them. Use deterministic=False, or another "
                     f"executor."
                 )
@@ -218,7 +186,7 @@ class FixedSteps:
 
 
 def roundings(target: TargetModel) -> str:
-    """Return what the bits of fixed steps depend on besides the weights: how and where they run."""
+    """Return what the bits depend on besides weights: executor, libraries, processor."""
     engine = version("openvino") if "Compiled" in target.executor_name else ""
     where = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     return "-".join(
@@ -227,5 +195,5 @@ def roundings(target: TargetModel) -> str:
 
 
 def _start(position: int, size: int) -> int:
-    """Return the first position of the stretch of ``size`` that ``position`` lies in."""
+    """Return the first position of the stretch of ``size`` that holds ``position``."""
     return position - position % size

@@ -74,10 +74,10 @@ SCRIPTS = fakes.scripts(VOCAB)
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
-@pytest.mark.parametrize("n", [1, 2, 5, 16])
+@pytest.mark.parametrize("n", [None, 1, 2, 5, 16])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_greedy_ids_equal_plain_decoding(family, n, script, shape):
-    """The losslessness matrix, greedy, float32."""
+    """The losslessness matrix, greedy, float32; the schedule chooses if no length is given."""
     target = TargetModel(FAMILIES[family]())
     truth = decode(target)
     propose = SCRIPTS[script](truth)
@@ -86,29 +86,15 @@ def test_greedy_ids_equal_plain_decoding(family, n, script, shape):
     assert decode(target, ScriptedDrafter(propose), n=n) == truth
 
 
-@pytest.mark.parametrize("script", ["oracle", "partly_right"])
-def test_scheduled_draft_length_changes_no_id(target, script):
-    """With the schedule choosing lengths the ids stay."""
-    truth = decode(target)
-    assert decode(target, ScriptedDrafter(SCRIPTS[script](truth)), n=None) == truth
-
-
-def test_oracle_blocks_are_full(target):
-    """An oracle's draft is accepted whole: blocks of n + 1 until the room ends."""
-    truth = decode(target)
+def test_an_oracle_s_drafts_are_accepted_whole(target):
+    """Blocks are of n + 1 tokens until the room ends, and the counters agree with them."""
+    truth, stats = decode(target), DecodingStats()
     config = SpeculationConfig(num_draft_tokens=5)
     decoder = SpeculativeDecoder(target, ScriptedDrafter(fakes.oracle(truth)), config=config)
-    blocks = [b for b in decoder.generate(prompt_ids(), GREEDY) if b.token_ids]
+    blocks = [b for b in decoder.generate(prompt_ids(), GREEDY, stats=stats) if b.token_ids]
     assert [len(b.token_ids) for b in blocks] == [6, 6, 6, 6, 6, 6, 4]
     assert [b.num_accepted_tokens for b in blocks] == [5, 5, 5, 5, 5, 5, 3]
     assert [b.finish_reason for b in blocks] == [None] * 6 + ["length"]
-
-
-def test_statistics_count_drafts(target):
-    """Counters agree with the blocks."""
-    truth = decode(target)
-    stats = DecodingStats()
-    decode(target, ScriptedDrafter(fakes.oracle(truth)), n=5, stats=stats)
     assert (stats.target_steps, stats.generated_tokens, stats.prompt_tokens) == (7, NUM_TOKENS, 24)
     assert stats.as_dict()["drafters"] == {"s": {"drafted": 33, "accepted": 33}}
     assert stats.acceptance_rate == 1.0
@@ -270,18 +256,18 @@ def test_seeded_sampling_is_reproducible_and_independent_of_drafts(target, n):
     assert decode(target, params=SamplingParams(temperature=0.9, seed=12, max_tokens=30)) != plain
 
 
-def test_overflow_is_refused_at_the_call(target):
-    """Prompt plus answer over the window raises before any work."""
-    decoder = SpeculativeDecoder(target)
-    with pytest.raises(ContextOverflowError, match=f"window is {WINDOW}: 13 too many"):
-        decoder.generate([1] * (WINDOW - 27), GREEDY)
-    decoder.generate([1] * (WINDOW - NUM_TOKENS), GREEDY)  # fills the window to its last token
-
-
-@pytest.mark.parametrize(("ids", "message"), [([], "no tokens"), ([1, VOCAB], "outside")])
-def test_bad_prompts_are_refused_at_the_call(target, ids, message):
-    """An empty prompt or a foreign id raises when called, not when read."""
-    with pytest.raises(PromptError, match=message):
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([1] * (WINDOW - 27), ContextOverflowError, f"window is {WINDOW}: 13 too many"),
+        ([], PromptError, "no tokens"),
+        ([1, VOCAB], PromptError, "outside"),
+    ],
+    ids=["too long", "empty", "a foreign id"],
+)
+def test_bad_prompts_are_refused_at_the_call(target, ids, error, message):
+    """Before any work: when called, not when read."""
+    with pytest.raises(error, match=message):
         SpeculativeDecoder(target).generate(ids, GREEDY)
 
 

@@ -292,7 +292,7 @@ def test_what_cannot_be_kept_is_refused(monkeypatch):
 
     target = TargetModel(tiny_llama())
     monkeypatch.setattr(EagerExecutor, "step", leaks)
-    with pytest.raises(ConfigurationError, match="other tokens stand behind it"):
+    with pytest.raises(ConfigurationError, match="other tokens follow it"):
         FixedSteps(target)
 
 

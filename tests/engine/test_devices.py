@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from rasd_integrations import RASD, SamplingParams
 from rasd_integrations.config import SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.decoding.schedule import check_lockstep
+from rasd_integrations.decoding.lockstep import check_lockstep
 from rasd_integrations.drafters.base import Needs
 from rasd_integrations.drafters.candidates import Shortlist
 from rasd_integrations.drafters.fused import FusedDrafter

@@ -1,0 +1,100 @@
+"""Runs a drafter, maybe the user's own: its faults cost speed, never the answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+from rasd_integrations.decoding.drafts import checked
+from rasd_integrations.drafters.base import Drafter, DraftSession
+from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import DecodingError
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Drafting:
+    """A drafter's session; without one, or after a fault, drafts are empty.
+
+    Attributes:
+        is_on: A session is there to propose drafts.
+    """
+
+    def __init__(self, target: TargetModel, stats: DecodingStats, *, lossless: bool) -> None:
+        """Draft for ``target``; faults go to ``stats``, or are raised unless ``lossless``."""
+        self._target, self._stats, self._lossless = target, stats, lossless
+        self._name = ""
+        self._session: DraftSession | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """True until a fault or :meth:`close`."""
+        return self._session is not None
+
+    def start(self, drafter: Drafter, context: DraftContext, buffer: KVBuffer) -> None:
+        """Start a session on the prompt.
+
+        Raises:
+            DecodingError: The drafter failed, and the answer needs it; so for all methods.
+        """
+        self._name = drafter.name
+
+        def start() -> None:
+            self._session = drafter.start(context)
+            self._session.attach(self._target, buffer)
+
+        self._guarded(start, None)
+
+    def propose(self, budget: int) -> Draft:
+        """Return a draft of at most ``budget`` tokens; an empty one may carry logits."""
+        session = self._session
+        if session is None or (budget <= 0 and self._lossless):
+            return Draft()
+        vocab_size = self._target.vocab_size
+        return self._guarded(
+            lambda: checked(session.propose(max(budget, 0)), budget, vocab_size), Draft()
+        )
+
+    def observe(self, block: TokenBlock, draft: Draft, logits: Tensor | None) -> None:
+        """Hand over what was committed, and the step's logits unless drafting is off."""
+        session = self._session
+        if session is None:
+            return
+
+        def observe() -> None:
+            if logits is not None:
+                session.learn(draft, logits)
+            session.observe(block)
+
+        self._guarded(observe, None)
+
+    def close(self) -> None:
+        """Close the session; an error is logged."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        try:
+            session.close()
+        except Exception:
+            logger.exception("closing a drafter's session failed")
+
+    def _guarded(self, call: Callable[[], _T], otherwise: _T) -> _T:
+        try:
+            return call()
+        except Exception as err:
+            fault = f"drafter {self._name!r} failed: {type(err).__name__}: {err}"
+            if not self._lossless:
+                msg = f"Knowledge transfer cannot go on: {fault}"
+                raise DecodingError(msg) from err
+            logger.warning("%s; decoding goes on without it", fault, exc_info=err)
+            self._stats.faults = (*self._stats.faults, fault)
+            self._stats.off_reason = fault
+            self.close()
+            return otherwise
