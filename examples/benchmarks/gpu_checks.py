@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor
+from rasd_integrations.engine.executors.cuda_graphs.executor import GraphExecutor
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ class Steps:
     def __init__(self, target: TargetModel) -> None:
         """Run steps of ``target``."""
         self._target = target
-        self.row_multiple = target.row_multiple
+        self.row_multiple = target.layout.row_multiple
 
     def fresh_seed(self) -> int:
         """Return the seed of an answer without one."""
@@ -187,11 +186,8 @@ class FixedSteps(Steps):
 
 def roundings(target: TargetModel) -> str:
     """Return what the bits depend on besides weights: executor, libraries, processor."""
-    engine = version("openvino") if "Compiled" in target.executor_name else ""
     where = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return "-".join(
-        map(str, (WIDTH, PIECE, target.executor_name, torch.__version__, engine, *where))
-    )
+    return "-".join(map(str, (WIDTH, PIECE, target.executor_name, torch.__version__, *where)))
 
 
 def _start(position: int, size: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rasd_integrations.drafters.base import DraftSession, Helper
-from rasd_integrations.engine.drawing import Sampler
+from rasd_integrations.engine.executors.base import Sampler
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.constraints import chain_masks, forced_after, mask_rows

@@ -16,14 +16,9 @@ from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.device import to_device
-from rasd_integrations.engine.drawing import ROOM, DrawingExecutor, Drawn, Sampler
-from rasd_integrations.engine.executors.eager import (
-    EagerExecutor,
-    Executor,
-    check_attention,
-    input_device,
-)
-from rasd_integrations.engine.kv.buffer import KVBuffer, LayerRow
+from rasd_integrations.engine.executors.base import Drawn, Executor, Sampler
+from rasd_integrations.engine.executors.eager import EagerExecutor, check_attention, input_device
+from rasd_integrations.engine.kv.buffer import KVBuffer, KVLayout, LayerRow
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.long_rope import long_rope_border
 from rasd_integrations.engine.step_queue import StepQueue
@@ -119,24 +114,19 @@ class TargetModel:
         self._turns.leave()
 
     @property
-    def row_multiple(self) -> int:
-        """Steps are run as ``1 + k * row_multiple`` rows; more than 1 where changes of their number cost time."""
-        return self._executor.row_multiple
+    def layout(self) -> KVLayout:
+        """How its executor wants keys and values in memory, and step widths."""
+        return self._executor.layout
 
     @property
-    def row_major(self) -> bool:
-        """Whether keys had best be laid row by row, also where they lie otherwise by default."""
-        return self._executor.row_major
+    def shares_weights(self) -> bool:
+        """True if steps read the model's own parameters, so that a change of them shows."""
+        return self._executor.shares_weights
 
     @property
     def executor_name(self) -> str:
-        """Its class, which decides how steps are rounded."""
-        return type(self._executor).__name__
-
-    @property
-    def in_8_bits(self) -> bool:
-        """Whether keys and values are kept in bytes, which only its own steps read."""
-        return self._executor.in_8_bits
+        """Its class and version, which decide how steps are rounded."""
+        return self._executor.name
 
     def layer_rows(self) -> tuple[LayerRow, ...]:
         """Return what one token takes in each layer, from a step of one token."""
@@ -257,7 +247,7 @@ class TargetModel:
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
         """
-        buffer.lay_by_rows()
+        buffer.make_row_major()
         work = self._prepared(ids, None, buffer, num_logits)
         logits: Tensor = self._turns.submit(work, len(ids), alone=True)
         return logits
@@ -276,7 +266,7 @@ class TargetModel:
             ids: The last tokens, whose rows are not in the buffer yet.
             buffer: The prefix; afterwards its spare room holds the rows of ``ids`` and of all drawn tokens but the
                 last, for :meth:`KVBuffer.commit`.
-            n: How many, at least 1; at most :data:`~rasd_integrations.engine.drawing.ROOM` are drawn.
+            n: How many at most; at least 1.
             sampler: How.
             generator: On the CPU; each token takes one number of it.
 
@@ -286,14 +276,12 @@ class TargetModel:
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
         """
-        executor, n = self._executor, min(n, ROOM)
-        if not isinstance(executor, DrawingExecutor) or buffer.keeps_hidden:
-            return None
-        if not executor.can_record(buffer, len(ids)):
+        n = min(n, self._executor.max_drawn(buffer, len(ids)))
+        if n == 0:
             return None
         work = self._prepared(ids, None, buffer, 1, spare=n - 1)
         numbers = to_device(uniform_numbers((n,), generator), self.device)
-        draw = partial(executor.draw, work.tokens, work.segment, sampler, numbers)
+        draw = partial(self._executor.draw, work.tokens, work.segment, sampler, numbers)
         drawn: Drawn = self._turns.submit(replace(work, draw=draw), len(ids), alone=True)
         return drawn
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rasd_integrations.config import ExecutorName, PrefixFolder
 from rasd_integrations.decoding.steps import roundings
 from rasd_integrations.drafters.papers.vocabulary import Vocabulary
-from rasd_integrations.engine.executors.eager import EagerExecutor, Executor
+from rasd_integrations.engine.executors.base import Executor
 from rasd_integrations.engine.executors.factory import make_executor
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
@@ -65,7 +65,7 @@ class SharedModel:
         self.name = name
         self._owned = owned
         # Eager steps use the model's own parameters; compiled and recorded steps have copies.
-        self._follows = executor is None or type(executor) is EagerExecutor
+        self._follows = self.target.shares_weights
         self._built_from = None if owned else self._state_of_build()
         self._identity: tuple[Hashable, ModelIdentity] | None = (
             None if identity is None else (None, identity)
@@ -177,7 +177,7 @@ class SharedModel:
                 f"Load it whole on one device, or leave the option out."
             )
             raise ConfigurationError(msg)
-        kind = "-kv8" if self.target.in_8_bits else ""
+        kind = "-kv8" if self.target.layout.in_8_bits else ""
         if deterministic:
             kind += f"-{roundings(self.target)}"
         return PrefixFiles(
@@ -186,7 +186,7 @@ class SharedModel:
             RowLayout(self.target.layer_rows(), self.target.hidden_size),
             folder.max_bytes,
             self.target.device,
-            row_major=self.target.row_major or deterministic,
+            row_major=self.target.layout.row_major or deterministic,
             model=self.name,
         )
 

@@ -19,7 +19,8 @@ from rasd_integrations import RASD, SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.engine.attention import StepContext
-from rasd_integrations.engine.executors.eager import EagerExecutor, StepOutput
+from rasd_integrations.engine.executors.base import StepOutput
+from rasd_integrations.engine.executors.eager import EagerExecutor
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import PREFILL_PIECE, TargetModel

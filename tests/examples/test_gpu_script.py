@@ -10,8 +10,8 @@ import gpu
 import pytest
 import torch
 
-from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor
-from rasd_integrations.engine.executors.eager import StepOutput
+from rasd_integrations.engine.executors.base import StepOutput
+from rasd_integrations.engine.executors.cuda_graphs.executor import GraphExecutor
 
 
 def test_the_script_prints_one_document(

@@ -69,7 +69,7 @@ ROWS: tuple[Mutant, ...] = (
            "1 + row_multiple * -(-(n - 1) // row_multiple)", "1 + row_multiple * ((n - 1) // row_multiple)", ("decoding/test_schedule.py",)),
     Mutant("check at load tolerates a hundred times the difference", "engine/executors/agreement.py",
            "if most <= far:", "if most <= 100 * far:", ("engine/executors/test_agreement.py",)),
-    Mutant("CUDA graphs run gathered buffers", "engine/executors/cuda_graphs.py",
+    Mutant("CUDA graphs run gathered buffers", "engine/executors/cuda_graphs/executor.py",
            "buffer.memory is not None and not buffer.is_gathered and", "buffer.memory is not None and",
            ("engine/executors/test_cuda_graphs.py",)),
     # --- keys and values ---

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.engine.executors import cuda_graphs as graphs
-from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor, run_again
-from rasd_integrations.engine.executors.eager import StepOutput
+from rasd_integrations.engine.executors.base import StepOutput
+from rasd_integrations.engine.executors.cuda_graphs import executor as graphs
+from rasd_integrations.engine.executors.cuda_graphs.executor import GraphExecutor, run_again
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 

@@ -89,7 +89,7 @@ class EarlyExitSession(ChainSession):
         Raises:
             ConfigurationError: As :meth:`EarlyExitDrafter.first_layers`, or the keys and values are in 8 bits.
         """
-        if target.in_8_bits:
+        if target.layout.in_8_bits:
             msg = (
                 "Early exit runs the target's first layers eagerly, which cannot read keys and values in 8 bits. "
                 "Use executor='openvino', or another drafter."

@@ -1,6 +1,6 @@
-"""How a step runs: one small protocol, and eager torch behind it.
+"""Steps in eager torch, on any device: the reference for other executors.
 
-An executor runs a copy of the stock transformers module (``engine/module_copy.py``) with our attention
+It runs a copy of the stock transformers module (``engine/module_copy.py``) with our attention
 (``engine/attention.py``) and a cache object that keeps nothing, so every architecture written against
 transformers' attention interface works.
 """
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,47 +18,11 @@ from transformers import Cache, PreTrainedModel
 
 from rasd_integrations.engine.attention import NAME, Segment, StepContext
 from rasd_integrations.engine.executors.agreement import check_agreement, refusal
+from rasd_integrations.engine.executors.base import Executor, StepOutput
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.long_rope import always_long, long_rope_border
 from rasd_integrations.engine.module_copy import Switches, shared_copy
 from rasd_integrations.errors import ConfigurationError
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What a step returns; its keys and values lie in the buffer behind the committed rows.
-
-    Attributes:
-        logits: ``[num_logits, vocab]``, of the last rows.
-        hidden: ``[n, hidden]``, what the output layer reads; kept only where a buffer asks for it.
-    """
-
-    logits: Tensor
-    hidden: Tensor
-
-
-class Executor(Protocol):
-    """Runs steps of one model.
-
-    Attributes:
-        row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
-        row_major: Whether it reads keys as they lie, row by row, wherever they are.
-        in_8_bits: Whether it keeps keys and values in bytes, which nobody else reads.
-    """
-
-    row_multiple: int
-    row_major: bool
-    in_8_bits: bool
-
-    def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
-        """Run ``ids`` ``[n]`` behind the prefix in ``context.buffer``; read the prefix, never change it.
-
-        Args:
-            ids: Of the step's rows.
-            context: What they are, and what stands before them.
-            num_logits: Of the last rows: all ``n`` in decoding, 0 or 1 in a prefill.
-        """
-        ...
 
 
 class NoCache(Cache):
@@ -80,8 +43,8 @@ class NoCache(Cache):
         return 0
 
 
-class EagerExecutor:
-    """Eager torch on any device: the reference that every other executor is tested against.
+class EagerExecutor(Executor):
+    """Runs a copy of the stock module over the same weights.
 
     Attributes:
         model: The modules that it runs, of its own, over the weights of the model it was given.
@@ -89,9 +52,7 @@ class EagerExecutor:
         long_rope_border: See :func:`~rasd_integrations.engine.long_rope.long_rope_border`.
     """
 
-    row_multiple = 1
-    row_major = False
-    in_8_bits = False
+    shares_weights = True
 
     def __init__(self, model: PreTrainedModel, *, checked: bool = True) -> None:
         """Copy ``model``'s modules, over the same weights, and route the attention of the copy through ours.
@@ -198,5 +159,5 @@ def check_attention(executor: Executor, num_layers: int, device: torch.device) -
 
 
 def rows_at(n: int, row_multiple: int) -> int:
-    """Return as how many rows a step of ``n`` tokens is run: the next ``1 + k * row_multiple``."""
+    """Return the width of a step of ``n`` tokens: the next ``1 + k * row_multiple``."""
     return 1 + row_multiple * -(-(n - 1) // row_multiple)

@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from rasd_integrations.config import ExecutorName
-from rasd_integrations.engine.executors import cuda_graphs as graphs
-from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor
-from rasd_integrations.engine.executors.eager import EagerExecutor, Executor
+from rasd_integrations.engine.executors.base import Executor
+from rasd_integrations.engine.executors.cuda_graphs.executor import GraphExecutor, is_available
+from rasd_integrations.engine.executors.eager import EagerExecutor
 from rasd_integrations.engine.executors.packing import pack_linears
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 
@@ -44,7 +44,7 @@ def make_executor(
         ConfigurationError: The architecture cannot run speculative steps, or not as asked.
     """
     if name == "cuda-graphs":
-        if not graphs.is_available(model.device):
+        if not is_available(model.device):
             msg = (
                 f"executor 'cuda-graphs' needs a CUDA device, but {type(model).__name__} is on {model.device}. "
                 f"Use executor='auto'."
@@ -74,6 +74,6 @@ def _compiled(
     if not has_openvino():
         package = "openvino"
         raise MissingDependencyError(package, package)
-    from rasd_integrations.engine.executors.openvino import CompiledExecutor  # an extra
+    from rasd_integrations.engine.executors.openvino.executor import CompiledExecutor  # an extra
 
     return CompiledExecutor(model, folder=folder, identity=identity, in_8_bits=in_8_bits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,21 @@ class LayerRow(NamedTuple):
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """How an executor wants keys and values in memory, and step widths.
+
+    Attributes:
+        row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
+        row_major: Keys of a head are read row by row, on a CPU too.
+        in_8_bits: Keys and values are bytes that only this executor's own steps can read.
+    """
+
+    row_multiple: int = 1
+    row_major: bool = False
+    in_8_bits: bool = False
 
 
 class KVBuffer:
@@ -113,8 +129,8 @@ class KVBuffer:
         return new
 
     @torch.inference_mode()
-    def lay_by_rows(self) -> None:
-        """Lay keys out row by row from now on, for who reads this memory as it lies."""
+    def make_row_major(self) -> None:
+        """Lay keys out row by row from now on."""
         if not self._row_major:
             self._row_major = True
             self._move(self._capacity)

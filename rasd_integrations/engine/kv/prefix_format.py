@@ -79,7 +79,7 @@ def read(
     length = len(ids)
     buffer = KVBuffer(max(capacity, length))
     if row_major:
-        buffer.lay_by_rows()
+        buffer.make_row_major()
     with _checked(path, key, layout) as file:
         if not np.array_equal(_ids(file)[:length], ids):
             refuse("another file of other tokens took its name")

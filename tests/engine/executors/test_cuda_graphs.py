@@ -31,9 +31,9 @@ from rasd_integrations.config import SamplingParams
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.engine.attention import Scoring, Segment, StepContext
-from rasd_integrations.engine.executors import cuda_fixed as fixed
-from rasd_integrations.engine.executors import cuda_graphs as graphs
-from rasd_integrations.engine.executors.cuda_graphs import ROW_BUCKETS, kv_bucket
+from rasd_integrations.engine.executors.cuda_graphs import executor as graphs
+from rasd_integrations.engine.executors.cuda_graphs import fixed
+from rasd_integrations.engine.executors.cuda_graphs.executor import ROW_BUCKETS, kv_bucket
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
 from rasd_integrations.engine.target import TargetModel
 

@@ -27,8 +27,9 @@ from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.drafters.suffix import SuffixDrafter
-from rasd_integrations.engine.drawing import ROOM, Drawn, Sampler
-from rasd_integrations.engine.executors import cuda_graphs as graphs
+from rasd_integrations.engine.executors.base import Drawn, Sampler
+from rasd_integrations.engine.executors.cuda_graphs import executor as graphs
+from rasd_integrations.engine.executors.cuda_graphs.loop import ROOM
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.sampling import draw, sampling_distribution

@@ -23,10 +23,10 @@ from fakes_graphs import (
 )
 from tiny import FAMILIES, VOCAB, tiny_llama
 
-from rasd_integrations.engine.executors import cuda_fixed as fixed
-from rasd_integrations.engine.executors import cuda_graphs as graphs
-from rasd_integrations.engine.executors.cuda_graphs import GraphExecutor
-from rasd_integrations.engine.executors.eager import StepOutput
+from rasd_integrations.engine.executors.base import StepOutput
+from rasd_integrations.engine.executors.cuda_graphs import executor as graphs
+from rasd_integrations.engine.executors.cuda_graphs import fixed
+from rasd_integrations.engine.executors.cuda_graphs.executor import GraphExecutor
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.exact import argmax_rows
 

@@ -21,11 +21,11 @@ from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import _ASIDE, SpeculativeDecoder
 from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.engine.executors import factory as executors
-from rasd_integrations.engine.executors import openvino as compiled
-from rasd_integrations.engine.executors import openvino_graph as paged
 from rasd_integrations.engine.executors.eager import EagerExecutor
 from rasd_integrations.engine.executors.factory import make_executor
-from rasd_integrations.engine.executors.openvino import CompiledExecutor
+from rasd_integrations.engine.executors.openvino import executor as compiled
+from rasd_integrations.engine.executors.openvino import graph as paged
+from rasd_integrations.engine.executors.openvino.executor import CompiledExecutor
 from rasd_integrations.engine.executors.packing import PackedLinear
 from rasd_integrations.engine.kv import buffer as kv
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer

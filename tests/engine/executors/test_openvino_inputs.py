@@ -12,10 +12,10 @@ from tiny import FAMILIES
 
 pytest.importorskip("openvino")
 
-from rasd_integrations.engine.executors import openvino_graph as paged
-from rasd_integrations.engine.executors.openvino import CompiledExecutor
-from rasd_integrations.engine.executors.openvino_inputs import Frame
-from rasd_integrations.engine.executors.tracing import Angles
+from rasd_integrations.engine.executors.openvino import graph as paged
+from rasd_integrations.engine.executors.openvino.executor import CompiledExecutor
+from rasd_integrations.engine.executors.openvino.inputs import Frame
+from rasd_integrations.engine.executors.openvino.tracing import Angles
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 

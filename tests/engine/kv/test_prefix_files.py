@@ -128,7 +128,7 @@ def test_keys_are_laid_as_they_will_be_read(row_major, target, tmp_path):
     buffer = files_of(tmp_path, target, row_major=row_major).load(np.asarray(DOCUMENT), "", 200)
     memory = buffer.memory
     assert memory.is_contiguous() == row_major
-    buffer.lay_by_rows()
+    buffer.make_row_major()
     assert (buffer.memory is memory) == row_major
     fresh = cache_of(tmp_path, target).lease([*DOCUMENT, 1], 200).buffer
     for layer in range(buffer.num_layers):

@@ -1,6 +1,6 @@
 """Decoding steps as CUDA graphs: a step's thousand small kernels are recorded once and launched as one.
 
-A graph holds the addresses and shapes of one rounded step (:mod:`.cuda_fixed`). It belongs to the memory of one
+A graph holds the addresses and shapes of one rounded step (:mod:`.fixed`). It belongs to the memory of one
 :class:`KVBuffer` and goes when the buffer grows or is let go of. The other choice, one arena of fixed memory for
 all streams, would hold a long prefix twice (17 GB for 128K tokens of an 8B model) or move streams in and out of
 it. The price of ours: new memory records anew, at the cost of a few steps a shape. So a shape is recorded when it
@@ -23,15 +23,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.drawing import Drawn, Sampler
-from rasd_integrations.engine.executors.cuda_fixed import (
+from rasd_integrations.engine.executors.base import Drawn, Executor, Sampler, StepOutput
+from rasd_integrations.engine.executors.cuda_graphs.fixed import (
     FixedInputs,
     FixedSegment,
     PrefixAttention,
     flash_prefix,
 )
-from rasd_integrations.engine.executors.cuda_loop import Loop
-from rasd_integrations.engine.executors.eager import EagerExecutor, StepOutput
+from rasd_integrations.engine.executors.cuda_graphs.loop import ROOM, Loop
+from rasd_integrations.engine.executors.eager import EagerExecutor
 from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _flash_prefix_for(model: PreTrainedModel) -> PrefixAttention | None:
     return flash_prefix if "seqused_k" in inspect.signature(varlen_attn).parameters else None
 
 
-class GraphExecutor:
+class GraphExecutor(Executor):
     """Runs one answer's step of up to 64 rows as a graph, and everything else eagerly.
 
     A drafter's steps, each reading the token that the one before it has drawn, follow one another without the host.
@@ -118,10 +118,6 @@ class GraphExecutor:
     are run by :class:`EagerExecutor`. So is everything where the check at construction finds that graphs
     cannot be recorded or give other logits; one warning says so.
     """
-
-    row_multiple = 1
-    row_major = False
-    in_8_bits = False
 
     def __init__(self, model: PreTrainedModel, *, recorder: Recorder | None = None) -> None:
         """Wrap ``model`` and compare graphs with eager on two small steps.
@@ -199,6 +195,10 @@ class GraphExecutor:
         for _ in range(n - 1):
             run()
         return loop.drawn(n)
+
+    def max_drawn(self, buffer: KVBuffer, n: int) -> int:
+        """Return how many tokens can be drawn in a row behind ``n`` more."""
+        return ROOM if self.can_record(buffer, n) and not buffer.keeps_hidden else 0
 
     def can_record(self, buffer: KVBuffer, rows: int) -> bool:
         """Whether a step of one answer, of so many rows, can run over fixed memory."""

@@ -1,7 +1,7 @@
 """Steps on a CPU as one compiled graph, run by OpenVINO (extra ``openvino``).
 
 Eager torch spends a good part of a step between operations; a graph of the same module does not. It reads the
-keys and values where they lie, in ``KVBuffer``'s own memory. Only :mod:`.factory` imports this module,
+keys and values where they lie, in ``KVBuffer``'s own memory. Only :mod:`..factory` imports this module,
 where OpenVINO is installed.
 """
 
@@ -25,11 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.attention import Segment, StepContext
-from rasd_integrations.engine.executors import openvino_graph as paged
-from rasd_integrations.engine.executors.eager import EagerExecutor, Executor, StepOutput, rows_at
-from rasd_integrations.engine.executors.openvino_inputs import Frame
-from rasd_integrations.engine.executors.tracing import Plan, plan_of
-from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
+from rasd_integrations.engine.executors.base import Executor, StepOutput
+from rasd_integrations.engine.executors.eager import EagerExecutor, rows_at
+from rasd_integrations.engine.executors.openvino import graph as paged
+from rasd_integrations.engine.executors.openvino.inputs import Frame
+from rasd_integrations.engine.executors.openvino.tracing import Plan, plan_of
+from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer, KVLayout
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading.progress import stage
 from rasd_integrations.storage.cache_folder import is_whole, title_of
@@ -49,15 +50,12 @@ _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FAR, _FAR_IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}, 0.3
 
 
-class CompiledExecutor:
+class CompiledExecutor(Executor):
     """OpenVINO's graph of a stock module, for steps of one answer or of several together.
 
     The graph has weights of its own, laid out for the processor. It is traced once a model, and then loaded
     from ``folder``.
     """
-
-    row_major = True
-    row_multiple = 4  # fitting the graph to other rows takes a third of a plain step (docs/explanation/experiments.md)
 
     def __init__(
         self, model: PreTrainedModel, *,
@@ -87,7 +85,8 @@ class CompiledExecutor:
         if why := paged.lacking(self._plan, in_8_bits=in_8_bits):
             msg = f"{type(model).__name__} {why}"
             raise ConfigurationError(msg)
-        self.in_8_bits = in_8_bits
+        # Fitting the graph to another width takes a third of a plain step (docs/explanation/experiments.md).
+        self.layout = KVLayout(row_multiple=4, row_major=True, in_8_bits=in_8_bits)
         self._dtype = model.dtype
         path = None
         if folder is not None and identity is not None:
@@ -116,6 +115,11 @@ class CompiledExecutor:
                 f"{str(err).strip().splitlines()[0]} Use executor='eager'."
             )
             raise ConfigurationError(msg) from err
+
+    @property
+    def name(self) -> str:
+        """Class, and OpenVINO's version."""
+        return f"{type(self).__name__} {ov.__version__}"
 
     def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
         """Run ``ids`` ``[n]`` behind the prefixes; the new rows are laid behind them."""
@@ -196,7 +200,7 @@ class CompiledExecutor:
 
     def _width(self, n: int, context: StepContext) -> int:
         """Return as how many rows to run a decoding step of ``n`` tokens."""
-        width = rows_at(n, self.row_multiple)
+        width = rows_at(n, self.layout.row_multiple)
         if len(context.segments) == 1:
             return max(width, context.rows)
         # What several answers draft together is another number each time; one row more costs less than a change.
@@ -208,9 +212,9 @@ class CompiledExecutor:
         if len(buffers) == 1:
             buffers[0].reserve(rows)
             buffers[0].leave_arena()
-        dtype, more = (torch.uint8, paged.MARKS) if self.in_8_bits else (self._dtype, 0)
+        dtype, more = (torch.uint8, paged.MARKS) if self.layout.in_8_bits else (self._dtype, 0)
         for buffer in buffers:
-            buffer.lay_by_rows()
+            buffer.make_row_major()
             shapes = self._plan.layers
             for index, shape in enumerate(shapes[buffer.num_layers :], buffer.num_layers):
                 key = torch.empty(shape.kv_heads, 0, shape.key_dim + more, dtype=dtype)
@@ -266,10 +270,10 @@ class CompiledExecutor:
             for buffer in buffers:
                 buffer.commit(range(last - first))
             off.append(float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median()))
-        for rows in range(1, _USUAL_ROWS + 1, self.row_multiple):
+        for rows in range(1, _USUAL_ROWS + 1, self.layout.row_multiple):
             segment = Segment(buffers[0], len(ids) + torch.arange(rows), None)
             self.step(ids[:rows], StepContext(segment.positions, (segment,)), num_logits=rows)
-        far = _FAR_IN_8_BITS if self.in_8_bits else _FAR[model.dtype]
+        far = _FAR_IN_8_BITS if self.layout.in_8_bits else _FAR[model.dtype]
         if not max(off) <= far:
             msg = (
                 f"{type(model).__name__} compiled by OpenVINO gives logits that are {max(off):.2g} off eager ones "

@@ -10,8 +10,8 @@ import openvino as ov
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.executors import openvino_graph as paged
-from rasd_integrations.engine.executors.tracing import Plan
+from rasd_integrations.engine.executors.openvino import graph as paged
+from rasd_integrations.engine.executors.openvino.tracing import Plan
 
 
 class Frame:

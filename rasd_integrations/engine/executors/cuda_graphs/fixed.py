@@ -2,7 +2,7 @@
 
 Rows and prefix are rounded up, and the true numbers lie in tensors: keys behind the length are masked, and the
 rows added repeat the last real one, down to the place where its keys and values are laid. Nothing else is
-written. What can be recorded once and run again with other contents (:mod:`.cuda_graphs`) is made of this.
+written. What can be recorded once and run again with other contents (:mod:`.executor`) is made of this.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class FixedInputs:
         self.used.fill_(length)
         self.end.fill_(length + n)
 
-    def stand_at(self, length: int, position: int) -> None:
-        """Place a step of one row behind ``length`` rows of the prefix; its token is laid in by :meth:`follow`."""
+    def set_position(self, length: int, position: int) -> None:
+        """Place a step of one row behind ``length`` rows of the prefix; its token is laid in by :meth:`advance`."""
         self.positions.fill_(position)
         self.length.fill_(length)
         self.used.fill_(length)
         self.end.fill_(length + 1)
 
-    def follow(self, ids: Tensor) -> None:
+    def advance(self, ids: Tensor) -> None:
         """Lay ``ids`` ``[1]`` in and move on by the one row that was read before it."""
         self.ids.copy_(ids)
         for number in (self.positions, self.length, self.used, self.end):

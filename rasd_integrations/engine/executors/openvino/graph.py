@@ -19,7 +19,7 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from openvino.op import Constant, Parameter, _PagedAttentionExtension
 from transformers import PreTrainedModel
 
-from rasd_integrations.engine.executors.tracing import (
+from rasd_integrations.engine.executors.openvino.tracing import (
     Layer,
     Plan,
     TracedStep,

@@ -1,7 +1,7 @@
 """Tokens drawn one after another where the model stands, each fed back as it is drawn; the host looks once.
 
 A drafter's forward is so short that asking the device for every token and its probability costs as much again.
-Here a step ends by drawing its own successor into the memory that the next one reads (:mod:`.cuda_fixed`), so any
+Here a step ends by drawing its own successor into the memory that the next one reads (:mod:`.fixed`), so any
 number of steps follow each other without the host, and one recording of a step serves drafts of every length.
 """
 
@@ -10,8 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.drawing import ROOM, Choice, Drawn, Sampler
-from rasd_integrations.engine.executors.cuda_fixed import FixedInputs
+from rasd_integrations.engine.executors.base import Drawn, Sampler
+from rasd_integrations.engine.executors.cuda_graphs.fixed import FixedInputs
+
+ROOM = 16  # tokens drawn in a row; longer drafts are several such runs
+
+Choice = tuple[Tensor, Tensor, Tensor]
+"""Tokens, their probabilities, and the logits ``[n, vocab]`` that they were drawn from."""
 
 
 class Loop:
@@ -40,7 +45,7 @@ class Loop:
         """
         self._place.zero_()
         self._uniform[: len(uniform)] = uniform
-        self.inputs.stand_at(length - 1, position)
+        self.inputs.set_position(length - 1, position)
         self._put(first)
 
     def take(self, sampler: Sampler, logits: Tensor) -> None:
@@ -52,7 +57,7 @@ class Loop:
         self._chosen.index_copy_(1, self._place, torch.stack([tokens.double(), chances.double()]))
         self._logits.index_copy_(0, self._place, logits.float())
         self._place += 1
-        self.inputs.follow(tokens.clamp(min=0))
+        self.inputs.advance(tokens.clamp(min=0))
 
     def drawn(self, n: int) -> Drawn:
         """Return a copy of the first ``n`` tokens; the next draft overwrites this memory."""

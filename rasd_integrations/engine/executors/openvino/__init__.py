@@ -1,0 +1,1 @@
+"""Steps on a CPU as one graph compiled by OpenVINO (extra ``openvino``)."""
