@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """Return ``numbers`` of the host on ``device``, without waiting for what the device is at."""
+    """Copy a host tensor to ``device`` without waiting for the device."""
     if device.type != "cuda":
         return numbers.to(device)
     return numbers.pin_memory().to(device, non_blocking=True)

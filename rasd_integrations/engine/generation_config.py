@@ -1,4 +1,4 @@
-"""What a checkpoint's ``generation_config`` asks for: sampling options, masks and penalties of its answers."""
+"""A checkpoint's ``generation_config``: sampling options, masks and penalties."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from rasd_integrations.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 _SAME_NAME = ("top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
-_TOP_K_OF_GENERATE = 50  # transformers' own default where a checkpoint samples and names no top_k
+_TOP_K_OF_GENERATE = 50  # transformers' default if a checkpoint samples without top_k
 _MASKS = (
     "sequence_bias", "bad_words_ids", "min_length", "min_new_tokens",
     "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 )  # fmt: skip
-# Values that leave an answer as it is, where a checkpoint writes them all the same.
+# Values that do not change an answer.
 _OFF: Mapping[str, Any] = {
     "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beams": 1, "num_beam_groups": 1,
     "num_return_sequences": 1, "guidance_scale": 1, "encoder_repetition_penalty": 1.0,
@@ -51,9 +51,9 @@ _reported: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def checkpoint_sampling(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what a model's checkpoint sets, by the names of :class:`~rasd_integrations.config.SamplingParams`.
+    """Return :func:`sampling_of` a model's checkpoint.
 
-    The first call for a model logs what changes its answers, and warns of what is not followed.
+    The first call for a model logs what changes its answers, and warns of options that are not followed.
     """
     config = getattr(model, "generation_config", None)
     found = sampling_of(config)
@@ -64,7 +64,7 @@ def checkpoint_sampling(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def sampling_of(config: GenerationConfig | None) -> dict[str, Any]:
-    """Return what ``config`` sets, by the names of :class:`~rasd_integrations.config.SamplingParams`."""
+    """Return the options that ``config`` sets, by their names in `SamplingParams`."""
     found: dict[str, Any] = {name: getattr(config, name, None) for name in _SAME_NAME}
     found["max_tokens"] = getattr(config, "max_new_tokens", None)
     stops = getattr(config, "stop_strings", None)
@@ -80,10 +80,10 @@ def sampling_of(config: GenerationConfig | None) -> dict[str, Any]:
 def logits_processors(
     model: PreTrainedModel, sampling: Sampling, prompt_length: int, eos_ids: Collection[int]
 ) -> LogitsProcessorList:
-    """Return the processors of one answer, in the order of ``generate``; empty where nothing is asked for.
+    """Return the processors of one answer, in the order of ``generate``; empty if it needs none.
 
     Raises:
-        ConfigurationError: The checkpoint asks for something that transformers refuses.
+        ConfigurationError: transformers refuses a value of the checkpoint.
     """
     config = getattr(model, "generation_config", None) if sampling.use_generation_config else None
     asked: dict[str, Any] = {name: getattr(config, name, None) for name in _MASKS}
@@ -119,7 +119,7 @@ def logits_processors(
                 and not (name == "repetition_penalty" and value == 1)
             ):
                 found.append(make(value))
-        if found:  # some look at their arguments only when they see a row
+        if found:  # some check their arguments at the first row only
             vocab = int(model.config.get_text_config().vocab_size)
             ids = cast("torch.LongTensor", torch.zeros(1, 1, dtype=torch.int64, device=device))
             found(ids, cast("torch.FloatTensor", torch.zeros(1, vocab, device=device)))

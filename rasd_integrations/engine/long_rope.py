@@ -1,8 +1,8 @@
-"""Rotary angles in two sets (longrope: Phi-3, MiniCPM): short factors up to a border, long ones beyond it.
+"""longrope (Phi-3, MiniCPM): rotary angles with short factors up to a border, with long ones beyond it.
 
 transformers takes the long factors for a whole forward once its last position is past
-``original_max_position_embeddings``. A prompt of more tokens therefore has other keys from its first token on, also
-where it is prefilled in pieces; keys of one side are worth nothing on the other.
+``original_max_position_embeddings``. So a longer prompt has other keys from its first token on, and keys of one side
+cannot be used on the other.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rasd_integrations.engine.module_copy import shared_copy
 
-ROTARY = "RotaryEmbedding"  # how transformers names the modules that make angles of positions
+ROTARY = "RotaryEmbedding"  # suffix of the class names of rotary modules in transformers
 
 
 def long_rope_border(config: PretrainedConfig) -> int | None:
-    """Return the longest text that is read with short factors, in tokens; ``None`` for other models."""
+    """Return the longest text with short factors, in tokens; ``None`` for other models."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
@@ -35,7 +35,7 @@ def long_rope_border(config: PretrainedConfig) -> int | None:
 
 
 def always_long(model: PreTrainedModel, border: int) -> PreTrainedModel:
-    """Return a copy of ``model``, over the same weights, that takes long factors at every position."""
+    """Return a copy of ``model`` over the same weights that always takes long factors."""
     new = shared_copy(model)
     for module in new.modules():
         if type(module).__name__.endswith(ROTARY):
@@ -51,6 +51,6 @@ def _as_in_a_long_text(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
-    """Make angles of ``position_ids`` ``[1, n]`` as if one more position, past the border, were among them."""
+    """Return the angles of ``position_ids`` ``[1, n]`` in a text that passes the border."""
     more = torch.cat([position_ids, position_ids.new_full((len(position_ids), 1), border)], 1)
     return tuple(table[:, :-1] for table in forward(x, more, *args, **kwargs))

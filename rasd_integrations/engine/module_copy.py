@@ -1,7 +1,7 @@
-"""A copy of a model's modules over the same weights: what a step needs changed is changed on the copy.
+"""Copies a model's modules over the same weights.
 
 A step needs another attention function in the config, a hook on the body and dropout off. The model may be the
-user's, who calls it in other threads meanwhile, so none of this is done to it.
+user's, who calls it in other threads, so a copy is changed instead.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if isinsta
 def shared_copy(model: _M) -> _M:
     """Copy ``model``'s modules and configs, and none of its weights.
 
-    Parameters and the buffers of a checkpoint are the same tensors. Other buffers are copied: they are made of the
-    config, and some forwards rewrite them (rotary frequencies that depend on the length).
+    Parameters and persistent buffers are the same tensors. Other buffers are copied: some forwards rewrite them (rotary
+    frequencies that depend on the length).
 
     Returns:
-        A model in eval mode; attributes, hooks and configs set on it do not show on ``model``.
+        A model in eval mode; attributes, hooks and configs set on it do not change ``model``.
     """
     copies: dict[int, nn.Module] = {}
     for module in model.modules():
@@ -46,10 +46,10 @@ def shared_copy(model: _M) -> _M:
 
 
 class Switches:
-    """Adapters that are switched on the user's model are switched on its copies."""
+    """Keeps the adapters of copies switched as the user's model has them."""
 
     def __init__(self, model: nn.Module, *copies: nn.Module) -> None:
-        """Look for layers with switches; where there are none, :meth:`follow` costs nothing."""
+        """Find the layers with switches; without any, :meth:`follow` costs nothing."""
         self._pairs = [
             (vars(theirs), vars(mine))
             for new in copies
@@ -58,7 +58,7 @@ class Switches:
         ]
 
     def follow(self) -> None:
-        """Set the switches of the copies as those of the model are now."""
+        """Copy the model's current switches."""
         for theirs, mine in self._pairs:
             mine.update((name, theirs[name]) for name in _SWITCHES if name in theirs)
 
@@ -66,7 +66,7 @@ class Switches:
 def _carried(
     value: Any, copies: dict[int, nn.Module], configs: dict[int, Any], *, is_table: bool = False
 ) -> Any:
-    """Return what stands for ``value`` in the copy: itself, unless it is or holds a module or a config."""
+    """Return ``value`` with the modules and configs in it replaced by their copies."""
     if isinstance(value, nn.Module):
         return copies.get(id(value), value)
     if isinstance(value, PretrainedConfig):

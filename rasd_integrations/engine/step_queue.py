@@ -1,13 +1,12 @@
-"""Whose turn it is on a model: first come, first served, but decoding steps that wait run together.
+"""FIFO queue of a model's steps; waiting decode steps run as one batch.
 
-Threads hand in what they want to run; one of them, the leader, runs it and hands the others their results
-(flat combining). A step is taken along with an earlier one unless somebody has waited since its own
-thread's last turn. So between two turns of a thread everybody who waited had one, and a step waits for at
-most one piece of a prefill of each other answer.
+One of the waiting threads, the leader, runs the work of all and hands out the results (flat combining). A step joins
+an earlier one's batch unless another thread has waited since its own thread's last turn. So between two turns of a
+thread every waiting thread has one, and a step waits for at most one prefill piece of each other answer.
 
-A thread may be interrupted between any two lines. So shared state changes in locked methods only, a thread
-leaves the queue twice (the second time does nothing unless the first was interrupted), and a thread that
-waits looks now and then whether the leader is still there.
+A thread may be interrupted between any two lines. So shared state changes in locked methods only, a thread leaves the
+queue twice (the second call does nothing unless the first was interrupted), and waiting threads check now and then
+that the leader is alive.
 """
 
 from __future__ import annotations
@@ -22,17 +21,15 @@ from rasd_integrations.process import Bell, check_not_ending, is_alive, locked
 _W = TypeVar("_W")
 _R = TypeVar("_R")
 
-# How long a batch stays open for the threads of the last one, as a share of that one's time: the most that
-# a latecomer costs the others. Without it answers part into groups that miss each other.
+# How long a batch waits for the threads of the last one, as a share of its time. Without it answers fall into groups
+# that miss each other.
 _PATIENCE = 0.1
-_AWAY_S = (
-    1.0  # a thread that stepped within this time decodes: it drafts now, or its consumer is at work
-)
-_NOTICED_S = 0.05  # within this time a thread that waits notices that its leader is gone
+_AWAY_S = 1.0  # a thread that stepped within this time is decoding
+_NOTICED_S = 0.05  # how often waiting threads check the leader
 
 
 class _Turn(Generic[_W, _R]):
-    """One thread's wish to run: waiting, running or done."""
+    """One thread's request: waiting, running or done."""
 
     def __init__(self, work: _W, rows: int, *, alone: bool) -> None:
         self.work, self.rows, self.alone = work, rows, alone
@@ -48,15 +45,15 @@ class _Turn(Generic[_W, _R]):
 
     @property
     def is_gone(self) -> bool:
-        """Whether its thread has ended."""
+        """True if its thread has ended."""
         return not is_alive(self.thread)
 
 
 class StepQueue(Generic[_W, _R]):
-    """Turns on something that runs one call at a time, but several pieces of work in a call.
+    """Runs the works of many threads, one call at a time, several works in a call.
 
     Attributes:
-        max_rows: Most rows that run together; 1 runs each turn alone.
+        max_rows: Most rows of a batch; 1 runs each turn alone.
     """
 
     def __init__(
@@ -69,11 +66,10 @@ class StepQueue(Generic[_W, _R]):
         """Serve turns with ``run``.
 
         Args:
-            run: Takes the works of a batch and returns their results in order. It must not change what a
-                second call with the same work reads: where a batch fails, or the thread that runs it is
-                interrupted, its turns run again.
-            max_rows: Most rows that run together.
-            patience: Share of a batch's time that the next one stays open for the same threads.
+            run: Returns the results of a batch of works, in order. It must not change what a second call with the
+                same work reads: the turns of a batch that fails or is interrupted run again.
+            max_rows: Most rows of a batch.
+            patience: Share of a batch's time that the next one waits for the same threads.
         """
         self.max_rows = max_rows
         self._run = run
@@ -81,12 +77,10 @@ class StepQueue(Generic[_W, _R]):
         self._lock = threading.Lock()  # of what follows
         self._leader: _Turn[_W, _R] | None = None
         self._queue: list[_Turn[_W, _R]] = []
-        self._running: list[_Turn[_W, _R]] = []  # taken out of the queue by the leader
+        self._running: list[_Turn[_W, _R]] = []  # the leader's batch
         self._tick = 0
-        self._served: dict[
-            int, int
-        ] = {}  # tick of the end of a thread's last turn, while it matters
-        self._stepped: dict[int, float] = {}  # its time, where it was a step, for a while
+        self._served: dict[int, int] = {}  # tick of the end of a thread's last turn
+        self._stepped: dict[int, float] = {}  # time of the end of a thread's last step
         self._expected: set[int] = set()  # threads of the last batch of steps
         self._began = self._ended = 0.0  # of that batch
         self._taken = 0.0  # when the batch that runs was taken out of the queue
@@ -94,16 +88,16 @@ class StepQueue(Generic[_W, _R]):
     def submit(self, work: _W, rows: int, *, alone: bool = False) -> _R:
         """Run ``work`` in this thread's turn and return its result.
 
-        After an interrupt nobody runs ``work`` any more, so its memory may be given to others.
+        After an interrupt ``work`` is not running any more, so its memory may be reused.
 
         Args:
             work: For ``run``.
-            rows: What it adds to a batch.
-            alone: It is never part of a batch.
+            rows: Its size in a batch.
+            alone: Never batch it.
 
         Raises:
             Exception: What ``run`` raised for this work, run by itself.
-            SystemExit: The process ends, and this is not its main thread.
+            SystemExit: The process is ending, and this is not its main thread.
         """
         check_not_ending()
         turn = _Turn[_W, _R](work, rows, alone=alone)
@@ -112,25 +106,25 @@ class StepQueue(Generic[_W, _R]):
                 self._take_part(turn)
             finally:
                 self._leave(turn)
-        finally:  # once more: the first time may have been interrupted
+        finally:  # again: the first call may have been interrupted
             self._leave(turn)
         if turn.error is not None:
             try:
                 raise turn.error
-            finally:  # the error's own frame must not keep the work's memory
+            finally:  # the error's frame must not keep the work's memory
                 del turn, work
         return turn.result  # type: ignore[return-value]
 
     @locked
     def leave(self) -> None:
-        """Say that this thread steps no more, so that nobody waits for it or takes it for one that decodes."""
+        """Mark this thread as finished, so that batches do not wait for it."""
         self._stepped.pop(threading.get_ident(), None)
         self._expected.discard(threading.get_ident())
         self._ring_if_all_back()
 
     @property
     def is_contended(self) -> bool:
-        """Whether another thread decodes: it waits for a step, has one, or had one a moment ago."""
+        """True if another thread is decoding: it waits for a step, runs one, or ran one a moment ago."""
         return bool(self._decoding() - {threading.get_ident()})
 
     @locked
@@ -140,7 +134,7 @@ class StepQueue(Generic[_W, _R]):
         return steps | {thread for thread, when in self._stepped.items() if when > since}
 
     def _take_part(self, turn: _Turn[_W, _R]) -> None:
-        """Wait until ``turn`` is done, and lead while nobody else does."""
+        """Wait until ``turn`` is done, leading if no other thread does."""
         self._line_up(turn)
         rung = True
         while not turn.done:
@@ -159,20 +153,20 @@ class StepQueue(Generic[_W, _R]):
 
     @locked
     def _leads(self, turn: _Turn[_W, _R], *, look: bool) -> bool:
-        """Return whether ``turn``'s thread leads: where nobody does, it does from now on."""
+        """Return True if ``turn``'s thread leads; it takes the lead if no other thread has it."""
         leader = self._leader
         if leader is not None and leader is not turn:
-            # A thread that comes back leads no more.
+            # A thread with a new turn does not lead by its old one.
             if leader.thread != turn.thread and not (look and leader.is_gone):
                 return False
             self._pass_on()
-        if turn.done:  # by the leader who is gone
+        if turn.done:  # by a leader that ended
             return False
         self._leader = turn
         return True
 
     def _next_batch(self, mine: _Turn[_W, _R]) -> list[_Turn[_W, _R]]:
-        """Take the first turn out of the queue, and the steps that may run with it."""
+        """Take the first turn off the queue, and the steps that may run with it."""
         deadline = self._deadline()
         while not self._all_back() and (left := deadline - time.perf_counter()) > 0:
             mine.bell.wait(left)
@@ -180,7 +174,7 @@ class StepQueue(Generic[_W, _R]):
 
     @locked
     def _deadline(self) -> float:
-        """Return until when a batch stays open for the threads of the last one."""
+        """Return until when a batch waits for the threads of the last one."""
         alone = self._queue[0].alone
         return 0.0 if alone else self._ended + self._patience * (self._ended - self._began)
 
@@ -191,7 +185,7 @@ class StepQueue(Generic[_W, _R]):
         rest: list[_Turn[_W, _R]] = []
         for turn in others:
             fits = not (first.alone or turn.alone) and rows + turn.rows <= self.max_rows
-            # Nobody is passed who has waited since this thread's last turn.
+            # Do not overtake a turn that has waited since this thread's last one.
             if fits and (not rest or self._served.get(turn.thread, 0) < rest[0].arrived):
                 batch.append(turn)
                 rows += turn.rows
@@ -223,7 +217,7 @@ class StepQueue(Generic[_W, _R]):
 
     @locked
     def _note_served(self) -> None:
-        """Tell the threads of the batch, and remember when they had their turn."""
+        """Wake the threads of the batch, and record when they had their turn."""
         self._tick += 1
         now = time.perf_counter()
         threads = {t.thread for t in self._running}
@@ -239,7 +233,7 @@ class StepQueue(Generic[_W, _R]):
         self._running = []
 
     def _leave(self, turn: _Turn[_W, _R]) -> None:
-        """Pass the lead on and stand in the queue no more; where another thread runs the work, wait for its end."""
+        """Pass the lead on and leave the queue; if another thread is running the work, wait for its end."""
         while not self._has_left(turn):
             try:
                 turn.bell.wait(_NOTICED_S)
@@ -264,7 +258,7 @@ class StepQueue(Generic[_W, _R]):
         """Give the lead to the next in line, if any; the lock is held."""
         batch = self._running  # not empty after an interrupt
         line = [t for t in (*batch, *self._queue) if not t.done and t is not leaving]
-        # In one line: nobody may be lost between queue and batch.
+        # In one line: an interrupt must not lose a turn between queue and batch.
         self._leader, self._queue, self._running = (line[0] if line else None), line, []
         for turn in (*batch, *line[:1]):
             turn.bell.ring()

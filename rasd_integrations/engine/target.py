@@ -1,4 +1,4 @@
-"""The model that decides: owns the weights and hides how a step runs."""
+"""The target model: owns the weights and runs one step, whatever the executor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.device import to_device
 from rasd_integrations.engine.executors.base import Drawn, Executor, Sampler
-from rasd_integrations.engine.executors.eager import EagerExecutor, check_attention, input_device
+from rasd_integrations.engine.executors.eager import EagerExecutor, input_device
 from rasd_integrations.engine.kv.buffer import KVBuffer, KVLayout, LayerRow
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.long_rope import long_rope_border
@@ -38,25 +38,25 @@ _JOINT_ROPES = ("dynamic", "longrope")  # their angles depend on the longest seq
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What one answer wants to run: ``tokens`` ``[n]`` behind its prefix."""
+    """One answer's part of a step: ``tokens`` ``[n]`` behind its prefix."""
 
     tokens: Tensor
     segment: Segment
     num_logits: int
     rows: int = 0
-    draw: Callable[[], Drawn] | None = None  # instead of a step; such work stands alone
+    draw: Callable[[], Drawn] | None = None  # instead of a step; never part of a batch
 
 
 class TargetModel:
-    """A causal language model as the engine sees it: token ids in, logits out, keys and values kept.
+    """A causal language model: token ids in, logits out, keys and values in a buffer.
 
-    Used for the target and, with its own buffers, for a model drafter. Threads may step at the same time,
-    each with its own buffer: they take fair turns, and decoding steps that wait together run as one forward.
+    Also runs model drafters. Threads may step at the same time, each with a buffer of its own: they take turns, and
+    waiting decode steps run as one batch.
 
     Attributes:
         window: Longest sequence, in tokens.
-        long_rope_border: Longest text with short rotary factors, in tokens; ``None`` where there is but one set.
-        vocab_size: Rows of the logits.
+        long_rope_border: Longest text with short rotary factors, in tokens; ``None`` without longrope.
+        vocab_size: Width of the logits.
         eos_ids: Ids that end an answer.
         kv_bytes_per_token: Bytes of one token's keys and values.
         hidden_size: Width of a final hidden state.
@@ -79,25 +79,22 @@ class TargetModel:
         self.eos_ids = _eos_ids(model)
         self.hidden_size = int(config.hidden_size)
         self.hidden_bytes_per_token = self.hidden_size * model.dtype.itemsize
-        # Tokens of a piece, and of one that others wait for, who decode (docs/explanation/experiments.md).
+        # Tokens of a prefill piece: alone, and while others decode (docs/explanation/experiments.md).
         on_cpu = self.device.type == "cpu"
         self._pieces = (PREFILL_PIECE, 64) if on_cpu else (4 * PREFILL_PIECE, PREFILL_PIECE)
         self._turns = StepQueue[_Work, Any](
             partial(_forward, self._executor), 1 if _has_joint_rope(config) else _BATCH_ROWS
         )
-        with torch.inference_mode():
-            self.kv_bytes_per_token = check_attention(
-                self._executor, int(config.num_hidden_layers), self.device
-            )
+        self.kv_bytes_per_token = self._executor.kv_bytes_per_token
 
     @property
     def is_sharded(self) -> bool:
-        """Whether several processes run it together, step by step (transformers' ``tp_plan``)."""
+        """True if several processes run each step together (transformers' ``tp_plan``)."""
         return (getattr(self.model, "tp_size", None) or 1) > 1
 
     @property
     def max_batch_rows(self) -> int:
-        """Most tokens of several answers in one forward; 1 turns batching off."""
+        """Most tokens in one batch; 1 turns batching off."""
         return self._turns.max_rows
 
     @max_batch_rows.setter
@@ -106,11 +103,11 @@ class TargetModel:
 
     @property
     def is_contended(self) -> bool:
-        """Whether another thread decodes at present."""
+        """True if another thread is decoding."""
         return self._turns.is_contended
 
     def leave(self) -> None:
-        """Say that this thread's answer is done; other answers need not reckon with it."""
+        """Mark this thread's answer as finished, so that other steps stop waiting for it."""
         self._turns.leave()
 
     @property
@@ -129,19 +126,19 @@ class TargetModel:
         return self._executor.name
 
     def layer_rows(self) -> tuple[LayerRow, ...]:
-        """Return what one token takes in each layer, from a step of one token."""
+        """Return the size of one token's keys and values in each layer, from a step of one token."""
         buffer = KVBuffer(1)
         for _ in self.prefill([0], buffer):
             pass
         return buffer.layers
 
     def check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
-        """See that a prompt of ``ids`` can be answered with ``max_tokens``.
+        """Raise unless the prompt and ``max_tokens`` fit the context window.
 
         Raises:
             PromptError: It is empty or holds an id that the model does not know.
             PromptTooLongError: Prompt and answer exceed the window.
-            ConfigurationError: The answer would cross the border of longrope.
+            ConfigurationError: The answer would cross the longrope border.
         """
         if not ids:
             msg = "The prompt has no tokens. Give it at least one character of text."
@@ -168,7 +165,7 @@ class TargetModel:
         namespace: str,
         keeps_hidden: bool = False,
     ) -> Lease:
-        """Return :meth:`PrefixCache.lease` for ``ids``; keys of longrope's two sides never meet."""
+        """Return :meth:`PrefixCache.lease` for ``ids``; texts on either side of the longrope border share nothing."""
         long = self.long_rope_border is not None and len(ids) > self.long_rope_border
         side = namespace + _LONG_ROPE if long else namespace
         lease = cache.lease(ids, capacity, side, keeps_hidden=keeps_hidden)
@@ -181,12 +178,12 @@ class TargetModel:
         """Append the keys and values of ``ids`` to ``buffer``, piece by piece.
 
         Args:
-            ids: What follows the committed tokens.
+            ids: Tokens after the committed ones.
             buffer: The prefix.
-            num_logits: Of the last tokens of ``ids``, 0 or 1.
+            num_logits: 0 or 1, of the last token.
 
         Yields:
-            After the last piece logits ``[num_logits, vocab]``, after earlier ones ``[0, vocab]``; others have their
+            Logits ``[num_logits, vocab]`` after the last piece, ``[0, vocab]`` after earlier ones. Other threads have
             turns in between.
 
         Raises:
@@ -195,7 +192,7 @@ class TargetModel:
         done = 0
         while done < len(ids):
             size = self._pieces[self.is_contended]
-            if len(ids) - done < 2 * size:  # a short rest is not worth a forward of its own
+            if len(ids) - done < 2 * size:  # a short rest does not pay for a forward of its own
                 size = len(ids) - done
             piece = ids[done : done + size]
             done += len(piece)
@@ -215,10 +212,10 @@ class TargetModel:
         """Run ``ids`` behind the committed tokens; commit nothing.
 
         Args:
-            ids: The last token, whose row is not in the buffer yet, and the draft behind it.
-            buffer: The prefix; afterwards its spare room holds the rows for :meth:`KVBuffer.commit`.
+            ids: The last token, which is not in the buffer yet, and the draft.
+            buffer: The prefix; afterwards its spare room holds the new keys and values for :meth:`KVBuffer.commit`.
             parents: Parent of each drafted token, -1 the last token; ``None`` is a chain.
-            rows: As how many rows to run the step at least, where changes of their number cost time.
+            rows: Pad the step to at least this width (a change of width is expensive on some executors).
 
         Returns:
             Logits ``[len(ids), vocab]``.
@@ -231,14 +228,13 @@ class TargetModel:
         return logits
 
     def run_alone(self, ids: Sequence[int], buffer: KVBuffer, *, num_logits: int) -> Tensor:
-        """Run exactly ``ids`` behind the committed tokens, never with another answer's; commit nothing.
+        """Run exactly ``ids`` behind the committed tokens, never in a batch; commit nothing.
 
-        Keys lie row by row, whose strides do not depend on the buffer's capacity. Rows past the end of the
-        window stand at its last position.
+        Keys are made row-major, so that strides do not depend on the capacity; positions are cut to the window.
 
         Args:
-            ids: What follows the committed tokens; the last ones may be padding.
-            buffer: The prefix; afterwards its spare room holds the rows.
+            ids: Tokens after the committed ones; the last ones may be padding.
+            buffer: The prefix; afterwards its spare room holds the new keys and values.
             num_logits: All, or 0.
 
         Returns:
@@ -260,18 +256,18 @@ class TargetModel:
         sampler: Sampler,
         generator: torch.Generator,
     ) -> Drawn | None:
-        """Run ``ids``, then draw tokens one after another without the host; commit nothing.
+        """Run ``ids``, then draw tokens one after another on the device; commit nothing.
 
         Args:
-            ids: The last tokens, whose rows are not in the buffer yet.
-            buffer: The prefix; afterwards its spare room holds the rows of ``ids`` and of all drawn tokens but the
-                last, for :meth:`KVBuffer.commit`.
+            ids: The last tokens, which are not in the buffer yet.
+            buffer: The prefix; afterwards its spare room holds keys and values of ``ids`` and of all drawn tokens but
+                the last, for :meth:`KVBuffer.commit`.
             n: How many at most; at least 1.
-            sampler: How.
-            generator: On the CPU; each token takes one number of it.
+            sampler: How a token is drawn.
+            generator: On the CPU; one number for each token.
 
         Returns:
-            ``None``, and no number was taken, where the executor has no such way for this buffer.
+            ``None``, with the generator unchanged, if the executor cannot.
 
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
@@ -295,7 +291,7 @@ class TargetModel:
         rows: int = 0,
         spare: int = 0,
     ) -> _Work:
-        """Do all that may fail for one answer alone, in its own thread."""
+        """Prepare one answer's inputs in its own thread, so that an error hits only that answer."""
         with _memory_errors(len(ids), buffer, self.device):
             buffer.reserve(len(ids) + spare)
             positions, mask = self._layout(len(ids), parents, buffer.next_position)
@@ -319,7 +315,7 @@ class TargetModel:
 
 @torch.inference_mode()
 def _forward(executor: Executor, works: Sequence[_Work]) -> Sequence[Any]:
-    """Run one forward for all ``works`` and return the logits of each, or what one has drawn."""
+    """Run one forward for all ``works`` and return the logits of each, or what one drew."""
     segments = tuple(work.segment for work in works)
     if len(works) == 1:
         work, segment = works[0], segments[0]
@@ -338,7 +334,7 @@ def _forward(executor: Executor, works: Sequence[_Work]) -> Sequence[Any]:
 
 
 def _keep_hidden(segments: Sequence[Segment], hidden: Tensor) -> None:
-    """Lay the final hidden states into the buffers that ask for them."""
+    """Write the final hidden states to the buffers that keep them."""
     parts = torch.split(hidden, [s.rows for s in segments])
     for segment, part in zip(segments, parts, strict=True):
         if segment.buffer.keeps_hidden:
@@ -350,7 +346,7 @@ _NO_MEMORY = re.compile(r"can't alloc|cannot allocate memory|bad_alloc", re.IGNO
 
 @contextmanager
 def _memory_errors(n: int, buffer: KVBuffer, device: torch.device) -> Iterator[None]:
-    """Say of a step of ``n`` tokens that it does not fit, where memory runs out."""
+    """Raise `DeviceMemoryError` for a step of ``n`` tokens if memory runs out."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as err:
@@ -373,7 +369,7 @@ def _out_of_memory(n: int, buffer: KVBuffer, device: torch.device) -> DeviceMemo
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Return every id that ends an answer: the generation config's, then the model config's."""
+    """Return every id that ends an answer: the generation config's, else the model config's."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         eos = getattr(config, "eos_token_id", None)
         if eos is not None:
@@ -382,7 +378,7 @@ def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def _has_joint_rope(config: Any) -> bool:
-    """Whether a token's rotary angles depend on the other tokens of its forward."""
+    """Return True if a token's rotary angles depend on the other tokens of its forward."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
     return any(kind.get("rope_type") in _JOINT_ROPES for kind in kinds)

@@ -1,4 +1,4 @@
-"""Which executor runs a model's steps, by name. Its names are the values of the option ``executor``."""
+"""Makes the executor that the option ``executor`` names."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def make_executor(
 ) -> Executor:
     """Make the executor that ``name`` names.
 
-    ``"auto"`` compiles a model that is ``owned`` and stands on a CPU, where OpenVINO is installed and agrees
-    with eager torch; everything else runs eagerly.
+    ``"auto"`` compiles an ``owned`` model on a CPU if OpenVINO is installed and agrees with eager torch; all else
+    runs eagerly.
 
     Args:
         name: ``"auto"``, ``"eager"``, ``"openvino"``, ``"openvino-kv8"`` (keys and values in 8 bits) or
             ``"cuda-graphs"``.
-        model: Its weights as transformers laid them.
-        owned: Loaded by this package, which may lay its weights out anew or hold a second copy of them.
-        folder: Where compiled graphs are kept; ``None`` keeps none.
-        identity: Tells the weights from others'; ``None`` keeps no graph.
+        model: With unpacked weights.
+        owned: Loaded by this package, which may repack its weights or hold a second copy of them.
+        folder: Of compiled graphs; ``None`` keeps none.
+        identity: Digest of the weights; ``None`` keeps no graph.
 
     Raises:
         MissingDependencyError: ``"openvino"`` or ``"openvino-kv8"`` without the extra.
@@ -64,7 +64,7 @@ def make_executor(
 
 
 def has_openvino() -> bool:
-    """Whether the extra ``openvino`` is installed."""
+    """Return True if the extra ``openvino`` is installed."""
     return importlib.util.find_spec("openvino") is not None
 
 

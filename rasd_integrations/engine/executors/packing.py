@@ -1,4 +1,4 @@
-"""Linear layers with weights laid out once for oneDNN: 1.3 to 3 times faster for a few rows on a CPU."""
+"""Linear layers with weights packed once for oneDNN: 1.3 to 3 times faster for a few rows on a CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose only copy of the weight is oneDNN's own layout."""
+    """A linear layer whose weight is in oneDNN's own layout only."""
 
     def __init__(self, linear: nn.Linear) -> None:
         """Repack ``linear``'s weight."""
@@ -35,12 +35,12 @@ class PackedLinear(nn.Module):
 def pack_linears(model: PreTrainedModel) -> int:
     """Replace every plain linear layer of a CPU model by a packed one and return how many.
 
-    Only for models that this package loaded itself: the plain weights are gone afterwards (an embedding
-    tied to the output layer stays). Where torch lacks the private operators, nothing changes.
+    The plain weights are gone afterwards (a tied embedding stays), so only for models that this package loaded. Nothing
+    changes if torch lacks the private operators.
     """
     places = {parameter.device.type for parameter in model.parameters()}
     if places != {"cpu"} or not torch.backends.mkldnn.is_available():
-        return 0  # of a model over several devices, nothing: its hooks move plain weights
+        return 0  # multi-device models are not packed: accelerate's hooks move plain weights
     count = 0
     try:
         for parent in list(model.modules()):
@@ -50,7 +50,7 @@ def pack_linears(model: PreTrainedModel) -> int:
                     count += 1
     except (AttributeError, NotImplementedError, RuntimeError) as err:
         logger.info("weights stay unpacked: this torch build lacks oneDNN's operators (%s)", err)
-    if count:  # what is left may be views of the mapped file, and would keep all of it in memory
+    if count:  # the other weights may be views of the mapped file, which they would keep in memory
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return count

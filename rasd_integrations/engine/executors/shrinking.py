@@ -1,7 +1,7 @@
-"""A small model of an architecture: every kind of layer, every border of its config, at little cost.
+"""A small model of an architecture, with every kind of layer and every border of its config.
 
-What the config of a checkpoint says of windows is thousands of tokens away, and its layers cost seconds each. Whether
-steps are right does not depend on sizes, so it is seen on a model of the same classes with other numbers.
+A checkpoint's windows are thousands of tokens long and its layers cost seconds each. Whether steps are right does not
+depend on sizes, so a model of the same classes with smaller numbers is checked.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-BORDER = 24  # tokens: what windows, chunks and rope borders are shrunk to
-_LEAST_LAYERS = 4  # patterns such as "every second layer" are seen in so many
+BORDER = 24  # tokens of a shrunken window, chunk or rope border
+_LEAST_LAYERS = 4  # enough for patterns such as "every second layer"
 _HEADS, _HEAD_DIM = 4, 16
 _MOST_WEIGHTS = 4_000_000
 _BORDERS = r".*window(_size)?|.*chunk_size|.*block_size|original_max_position_embeddings"
-# The first pattern that a field's whole name matches says the most that it may be.
+# Upper limit of a field, by the first pattern that matches its whole name.
 _SIZES = {
     r"hidden_size|n_embd|d_model|dim|embed_dim|embedding_size|word_embed_proj_dim": _HEADS * _HEAD_DIM,
     r"vocab_size|vocab_size_per_layer_input|n_vocab": 64,
@@ -47,7 +47,7 @@ def small_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return a random model of ``model``'s class and :func:`shrunken` config, in float32 on the CPU.
 
     Raises:
-        Exception: Whatever the class says of numbers that do not fit together.
+        Exception: Whatever the class raises on numbers that do not fit together.
     """
     config = shrunken(model.config)
     config._attn_implementation = None  # the class's own choice: the user's may need another device
@@ -61,7 +61,7 @@ def small_model(model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         small: PreTrainedModel = build(config).float().eval().requires_grad_(requires_grad=False)
     for weight in small.parameters():
-        if weight.dim() > 1:  # at the stock scale every token looks at all others alike
+        if weight.dim() > 1:  # at the stock scale attention is uniform
             weight.normal_(0, 1.5 * weight.shape[-1] ** -0.5, generator=generator)
         else:
             weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
@@ -69,7 +69,7 @@ def small_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def shrunken(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a copy of ``config`` with small sizes and near borders, and a layer of each kind at least."""
+    """Return a copy of ``config`` with small sizes and near borders, and at least one layer of each kind."""
     new = copy.deepcopy(config)
     text = new.get_text_config()
     fields, total = vars(text), int(text.num_hidden_layers)
@@ -97,7 +97,7 @@ def shrunken(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _layers(per_layer: Mapping[str, Any], total: int) -> list[int]:
-    """Return which layers to keep: the first of each kind, and some more."""
+    """Return the indices of layers to keep: the first of each kind, and some more."""
     first: dict[str, int] = {}
     for index in range(total):
         first.setdefault(repr([values[index] for values in per_layer.values()]), index)

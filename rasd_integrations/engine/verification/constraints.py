@@ -1,8 +1,7 @@
-"""A grammar over an answer's tokens: drafts cut to what it allows, logits masked, forced tokens drafted.
+"""Grammar constraints: drafts cut to what is allowed, logits masked, forced tokens drafted.
 
-The target's distribution under a grammar is the distribution of its masked logits. Every rule of verification takes
-logits, so each stays exact for that distribution; a drafted token that the grammar forbids has probability zero
-under it, so leaving it out of a deterministic draft changes no outcome.
+Under a grammar the target's distribution is that of its masked logits, and every verification rule stays exact for
+it. A forbidden token has probability zero, so leaving it out of a deterministic draft changes no outcome.
 """
 
 from __future__ import annotations
@@ -31,18 +30,18 @@ Bits = NDArray[np.int32]
 def guide(
     state: GrammarState, draft: Draft, room: int, eos_ids: Collection[int]
 ) -> tuple[Draft, Bits]:
-    """Return the draft that the grammar leaves, with what it forces behind the first path, and the masks.
+    """Return the allowed part of the draft, extended by forced tokens after its first path, and the masks.
 
-    A sampled draft, or one with logits, keeps its tokens: its distribution must stay the one they were drawn from.
+    A sampled draft, or one with logits, keeps its tokens: they must have been drawn from ``probs``.
 
     Args:
         state: Of the committed tokens; unchanged afterwards.
         draft: Chain or tree.
         room: Most tokens that the draft may have.
-        eos_ids: Tokens that end an answer; nothing is asked of the grammar behind them.
+        eos_ids: Tokens that end an answer; the grammar is not asked after them.
 
     Returns:
-        The draft, and one row of mask for the root and for each of its nodes.
+        The draft, and a mask for the root and for each node.
     """
     if draft.probs is not None or draft.logits is not None:
         return draft, chain_masks(state, draft.token_ids, eos_ids)
@@ -51,7 +50,7 @@ def guide(
 
 
 def chain_masks(state: GrammarState, token_ids: Sequence[int], eos_ids: Collection[int]) -> Bits:
-    """Return the masks of the root and of each token of a chain; behind a forbidden one all is allowed."""
+    """Return the masks of the root and of each token of a chain; after a forbidden one all is allowed."""
     with _Walker(state) as walker:
         masks = [_mask(state)]
         for place, token in enumerate(token_ids):
@@ -61,7 +60,7 @@ def chain_masks(state: GrammarState, token_ids: Sequence[int], eos_ids: Collecti
 
 
 def forced_after(state: GrammarState, token_ids: Sequence[int]) -> tuple[int, ...]:
-    """Return what must follow ``token_ids``; nothing where these may not follow themselves."""
+    """Return what must follow ``token_ids``; nothing if these are forbidden themselves."""
     with _Walker(state) as walker:
         allowed = all(walker.push(token, node) for node, token in enumerate(token_ids))
         return tuple(state.forced()) if allowed else ()
@@ -82,9 +81,9 @@ def processed_rows(
     draft: Draft,
     bits: Bits | None,
 ) -> Tensor:
-    """Return the logits that an answer follows: each row processed with the tokens before it, then masked.
+    """Return each row's logits, processed with the tokens before it, then masked.
 
-    Where processors forbid all that the grammar allows, the grammar is followed and they are not.
+    Rows in which processors forbid all that the grammar allows follow the grammar only.
 
     Args:
         processors: In their order; may be none.
@@ -120,7 +119,7 @@ class _Walker:
 
     def __init__(self, state: GrammarState) -> None:
         self.state = state
-        self.path: list[int] = []  # nodes that the state stands behind
+        self.path: list[int] = []  # nodes from the root to the current one
         self._tokens: dict[int, int] = {}
         self._parents: dict[int, int] = {}
 
@@ -131,7 +130,7 @@ class _Walker:
         self.state.pop(len(self.path))
 
     def push(self, token: int, node: int) -> bool:
-        """Step on to ``node``; say whether its token may follow."""
+        """Step on to ``node``; ``False``, and no step, if its token may not follow."""
         parent = self.path[-1] if self.path else -1
         if not self.state.push(token):
             return False
@@ -140,7 +139,7 @@ class _Walker:
         return True
 
     def move_to(self, node: int) -> None:
-        """Stand behind ``node``, which was stepped on before; -1 is the root."""
+        """Move to ``node``, which was pushed before; -1 is the root."""
         wanted: list[int] = []
         while node >= 0:
             wanted.append(node)
@@ -172,7 +171,7 @@ def _cut(walker: _Walker, draft: Draft, room: int, eos_ids: Collection[int]) -> 
             masks.append(_everything(masks[0]))
         else:
             walker.move_to(up)
-            if not walker.push(token, new):  # the grammar has ended, where a mask allows everything
+            if not walker.push(token, new):  # the grammar is finished; its mask allows every token
                 continue
             masks.append(_mask(state))
         kept[old] = new
@@ -198,7 +197,7 @@ def _cut(walker: _Walker, draft: Draft, room: int, eos_ids: Collection[int]) -> 
 
 
 def _first_leaf(parents: Sequence[int]) -> int:
-    """Return the end of the path of first children; -1 where there is no node."""
+    """Return the end of the path of first children; -1 if there is no node."""
     leaf = -1
     for node, parent in enumerate(parents):
         if parent == leaf:
@@ -207,7 +206,7 @@ def _first_leaf(parents: Sequence[int]) -> int:
 
 
 def _mask(state: GrammarState) -> NDArray[np.int32]:
-    """Return what may follow; behind the grammar's end the row is not read, and must only not be empty."""
+    """Return what may follow; after the grammar's end everything, since an empty row would be an error."""
     mask = state.mask()
     return _everything(mask) if state.finished else mask
 

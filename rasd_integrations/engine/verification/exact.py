@@ -1,4 +1,4 @@
-"""Exact verification: which drafted tokens stand, and the target's own token after them.
+"""Exact verification: which drafted tokens are accepted, and the target's own token after them.
 
 Pure functions over tensors. Row 0 of the logits predicts the token after the last committed one,
 row ``1 + i`` the token after node ``i`` of the draft.
@@ -42,12 +42,12 @@ class Verdict:
 
 
 def walk(draft: Draft, choose: Callable[[int], int]) -> Verdict:
-    """Follow the chosen tokens down the draft until one is not drafted.
+    """Follow the chosen tokens down the draft to the first one that was not drafted.
 
     Args:
         draft: Chain or tree. Equal siblings, their children included, count as one node.
-        choose: Takes a row of the logits (0 is the root, ``1 + i`` is node ``i``) and returns the
-            token that follows it. Called once for each visited row, in order.
+        choose: Returns the token after a row of the logits (0 is the root, ``1 + i`` node ``i``); called once
+            for each visited row, in order.
     """
     children: dict[tuple[int, int], int] = {}
     same = {-1: -1}
@@ -70,10 +70,9 @@ def sample_and_walk(
     distribution: Distribution | None,
     generator: torch.Generator | None = None,
 ) -> Verdict:
-    """Verify any chain or tree that depends on the context only: one draw of p a visited node.
+    """Verify a deterministic chain or tree: one draw of p for each visited node.
 
-    Each emitted token takes one draw, so with the same generator the output is the same token by
-    token whatever was drafted. Exact for every distribution; no exact rule accepts more of a fixed draft.
+    With the same generator the output is the same whatever was drafted. No exact rule accepts more of a fixed draft.
 
     Args:
         logits: ``[1 + num_nodes, vocab]``.
@@ -97,10 +96,10 @@ def sample_and_walk(
 def drawn_ahead(
     logits: Tensor, draft: Draft, distribution: Distribution, generator: torch.Generator
 ) -> Verdict:
-    """Sample and walk with one transfer to the host: a token is drawn behind every node, visited or not.
+    """Sample and walk with one transfer to the host: a token is drawn after every node, visited or not.
 
-    Nodes of one depth share the number that the walk would draw there, and the generator is left as the walk
-    leaves it, so tokens and later draws are the same.
+    Nodes of one depth share a number, and the generator is rewound to where the walk leaves it, so tokens and later
+    draws are those of :func:`sample_and_walk` on a CPU.
     """
     depths = [0]
     for parent in draft.parent_of:
@@ -119,7 +118,7 @@ def block_verify(
     distribution: Distribution,
     generator: torch.Generator | None = None,
 ) -> Verdict:
-    """Verify a sampled chain as a block (arXiv 2403.10444): exact, and never shorter than by token.
+    """Verify a sampled chain as a block (arXiv 2403.10444): exact, accepts at least as many as token by token.
 
     Args:
         logits: ``[1 + num_nodes, vocab]``.
@@ -137,7 +136,7 @@ def block_verify(
     holds = accept_probabilities(p, q, reach)
     if logits.device.type != "cpu":
         return block_ahead(p, q, reach, holds, generator)
-    n = _last_held(bernoulli(holds.tolist(), generator))
+    n = _last_accepted(bernoulli(holds.tolist(), generator))
     last = p[n] if n == len(draft) else residual(reach[n] * p[n], q[n], otherwise=p[n])
     return Verdict(tuple(range(n)), int(draw(last, generator)))
 
@@ -147,7 +146,7 @@ def block_ahead(
 ) -> Verdict:
     """End a block verification with one transfer to the host: a last token is drawn for every length.
 
-    With the same generator tokens and later draws are those of :func:`block_verify` on a CPU.
+    With the same generator, tokens and later draws are those of :func:`block_verify` on a CPU.
     """
     n = len(holds)
     numbers = uniform_numbers((n + 1,), generator)
@@ -157,12 +156,12 @@ def block_ahead(
     )
     read = torch.cat([holds, tokens.double()]).tolist()
     pairs = zip(numbers[:n].tolist(), read[:n], strict=True)
-    accepted = _last_held([number < chance for number, chance in pairs])
+    accepted = _last_accepted([number < chance for number, chance in pairs])
     return Verdict(tuple(range(accepted)), checked(int(read[n + accepted])))
 
 
-def _last_held(held: Sequence[bool]) -> int:
-    """Return how many tokens stand: not the first failure counts, a late token can carry those before it."""
+def _last_accepted(held: Sequence[bool]) -> int:
+    """Return how many tokens are accepted: up to the last success, whatever failed before it."""
     return max((i for i, one in enumerate(held, 1) if one), default=0)
 
 
@@ -190,17 +189,17 @@ def accept_probabilities(p: Tensor, q: Tensor, reach: Tensor) -> Tensor:
 def residual(wanted: Tensor, covered: Tensor, otherwise: Tensor) -> Tensor:
     """Return the positive part of ``wanted - covered``, not normalised.
 
-    ``otherwise`` stands in where nothing is left: two distributions that agree up to rounding.
+    Rows with nothing left (the two agree up to rounding) are ``otherwise``.
     """
     left = (wanted - covered).clamp(min=0)
     return torch.where(left.sum(-1, keepdim=True) > 0, left, otherwise)
 
 
 def argmax_rows(scores: Tensor) -> list[int]:
-    """Return each row's first arg max; -1 where all is masked or a score is not a number."""
+    """Return each row's first arg max; -1 if all is masked or a score is NaN."""
     if scores.dtype == torch.bfloat16 and scores.device.type == "cpu":
-        # Of numbers above zero the bits are in their order, and numpy compares integers ten times as fast as
-        # torch bfloat16. What is not a number lies beyond the infinities.
+        # Bits of positive floats are ordered as their values, and numpy compares integers ten times as fast as torch
+        # compares bfloat16. NaN lies beyond the infinities.
         bits = scores.view(torch.int16).numpy()
         places = bits.argmax(axis=-1)
         highest = np.take_along_axis(bits, places[:, None], axis=-1)
@@ -211,7 +210,7 @@ def argmax_rows(scores: Tensor) -> list[int]:
 
 
 def first_best(scores: Tensor) -> Tensor:
-    """Return what :func:`argmax_rows` finds, on the device of the scores."""
+    """Return :func:`argmax_rows` as a tensor on the device of the scores."""
     best = scores.max(dim=-1)  # on bfloat16 this is five times faster than argmax
     return best.indices.masked_fill(~(best.values > float("-inf")), -1)
 

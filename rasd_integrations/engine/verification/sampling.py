@@ -1,4 +1,4 @@
-"""From logits to the distribution that is sampled, and from the distribution to a token: pure functions."""
+"""Logits to a sampling distribution, and a distribution to a token: pure functions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ def process_logits(
 ) -> Tensor:
     """Return the distribution after temperature, top-k, top-p and min-p, in transformers' order.
 
-    Of equal tokens top-k keeps all, as there; top-p keeps as many as there and the first ones, where
-    transformers leaves the choice to an unstable sort. A row without a finite logit becomes NaN,
-    which :func:`draw` refuses.
+    Of equal tokens top-k keeps all, as there; top-p keeps as many as there, the first ones (transformers' sort is
+    unstable). A row without a finite logit becomes NaN, which :func:`draw` refuses.
 
     Args:
-        logits: ``[..., vocab]``, any float type; ``-inf`` marks a token that may not follow.
+        logits: ``[..., vocab]``, any float type; ``-inf`` masks a token.
         temperature: 0 gives the one-hot distribution of the arg max, the first of ties.
         top_p: Nucleus in (0, 1]; 1 is off.
         top_k: Tokens kept; 0 is off.
@@ -57,7 +56,7 @@ def process_logits(
 def sampling_distribution(
     temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
 ) -> Distribution | None:
-    """Return the distribution of these parameters; ``None`` says greedy, which needs no probabilities."""
+    """Return the distribution of these parameters; ``None`` if greedy, which needs no probabilities."""
     if temperature == 0:
         return None
     return partial(process_logits, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
@@ -66,8 +65,7 @@ def sampling_distribution(
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw one index a row by inverting the cumulative distribution: one uniform number a row.
 
-    The same numbers are drawn on every device where the generator lives on the CPU. Rows need not
-    sum to 1.
+    With a generator on the CPU the numbers are the same on every device. Rows need not sum to 1.
 
     Args:
         probs: ``[..., vocab]``, non-negative.
@@ -96,19 +94,19 @@ def sample_by_inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def bernoulli(chances: Sequence[float], generator: torch.Generator | None) -> list[bool]:
-    """Return for each chance whether an event of that probability happens; 1 and over is certain."""
+    """Draw one event for each probability; 1 and over is certain."""
     uniform = uniform_numbers((len(chances),), generator).tolist()
     return [u < chance for u, chance in zip(uniform, chances, strict=True)]
 
 
 def rewind_generator(generator: torch.Generator, before: Tensor, used: int) -> None:
-    """Leave ``generator`` as if of what was drawn since the state ``before`` only ``used`` numbers had been."""
+    """Rewind ``generator`` to the state ``before`` and advance it by ``used`` draws."""
     generator.set_state(before)
     uniform_numbers((used,), generator)
 
 
 def no_token_error() -> DecodingError:
-    """Return the error of a position that no token may follow."""
+    """Return the error for a position that no token may follow."""
     return DecodingError(
         "No token has a positive probability: every logit is masked or not a number. Check the "
         "grammar or the logits processors; if there are none, the model overflows: load it in "
@@ -125,7 +123,7 @@ def uniform_numbers(shape: Sequence[int], generator: torch.Generator | None) -> 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """Return the mask of the fewest most likely tokens whose mass reaches ``top_p``."""
     vocab = probs.shape[-1]
-    # Other devices sort all of it sooner than they say whether that is needed.
+    # On a GPU a full sort is faster than asking whether it is needed.
     few = _NUCLEUS_CANDIDATES if probs.device.type == "cpu" else vocab
     values = probs.topk(min(few, vocab)).values
     if values.shape[-1] < vocab and not bool((values.sum(-1) > top_p).all()):

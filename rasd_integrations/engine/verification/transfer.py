@@ -1,8 +1,8 @@
-"""Knowledge transfer: verification against a distribution that leans towards the drafter's. Lossy on purpose.
+"""Knowledge transfer (RAPID): verify against a target distribution shifted towards the drafter's. Lossy.
 
-At every position where the drafter's logits are known, the token follows one distribution of (target logits,
-drafter logits), whatever was drafted, and what that distribution moves away from the target's is returned: its
-total variation distance, summed over the emitted positions. Elsewhere it is the target's own distribution.
+Wherever the drafter's logits are known, the token follows one distribution of (target logits, drafter logits),
+whatever was drafted; its total variation distance from the target's, summed over the emitted positions, is returned.
+Elsewhere it is the target's own distribution.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from rasd_integrations.engine.verification.sampling import (
 )
 from rasd_integrations.types import Draft
 
-_Distributions = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From p and q: the distribution that drafted tokens are held against, and the distribution that recovers."""
+_Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From p and q: the distribution that drafted tokens are verified against, and the one recovered from."""
 
 
 def guarded_shift(p: Tensor, q: Tensor, eta: float, alpha: float = 0.1) -> Tensor:
-    """Return eta * (q - p), zero where the drafter itself thinks little of a token.
+    """Return eta * (q - p), zero where q < alpha * max q.
 
-    One step of distilling the drafter into the target's logits (arXiv 2502.20330), with the guard of
-    its code: no shift where q < alpha * max q.
+    One step of distilling the drafter into the target's logits (arXiv 2502.20330, and its code's guard).
 
     Args:
         p: Target distribution ``[..., vocab]``.
@@ -83,10 +82,10 @@ def rapid_verify(
     if distribution is None:
         return _greedy(logits, draft, lambda z, p, q: z + guarded_shift(p, q, eta))
 
-    def distributions(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def rule(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         return (p.log() + guarded_shift(p, q, eta)).softmax(-1), p
 
-    return _sampled(logits, draft, distribution, distributions, generator)
+    return _sampled(logits, draft, distribution, rule, generator)
 
 
 def mixture_verify(
@@ -107,18 +106,17 @@ def mixture_verify(
     if distribution is None:
         return _greedy(logits, draft, lambda _z, p, q: weight * p + (1 - weight) * q)
 
-    def distributions(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def rule(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         mixed = weight * p + (1 - weight) * q
         return mixed, mixed
 
-    return _sampled(logits, draft, distribution, distributions, generator)
+    return _sampled(logits, draft, distribution, rule, generator)
 
 
 def one_step_distribution(q: Tensor, held: Tensor, recovery: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distribution of the emitted token, and the unnormalised distribution after a rejection.
+    """Return the distribution of the emitted token, and the unnormalised one after a rejection.
 
-    A token x drawn from ``q`` stands with min(1, held(x) / q(x)), else one is drawn from what
-    ``recovery`` has left.
+    A token x drawn from ``q`` is accepted with min(1, held(x) / q(x)), else one is drawn from the rest of ``recovery``.
     """
     covered = torch.minimum(q, held)
     left = residual(recovery, covered, otherwise=recovery)
@@ -146,10 +144,10 @@ def _sampled(
     logits: Tensor,
     draft: Draft,
     distribution: Distribution,
-    distributions: _Distributions,
+    rule: _Rule,
     generator: torch.Generator | None,
 ) -> tuple[Verdict, float]:
-    """Walk with the one-step distribution of ``distributions``; a sampled token is accepted or recovered from."""
+    """Walk with the one-step distribution of ``rule``; a sampled token is accepted or recovered from."""
     known = _rows_known(draft)
     moved: list[Tensor] = []
 
@@ -163,8 +161,8 @@ def _sampled(
             if draft.probs is not None and sampled
             else distribution(draft.logits[row])
         )
-        q = source.nan_to_num(0.0)  # a broken drafter has no say
-        held, recovery = distributions(p, _allowed(q, logits[row], p))
+        q = source.nan_to_num(0.0)  # NaN of a broken drafter counts as 0
+        held, recovery = rule(p, _allowed(q, logits[row], p))
         out, left = one_step_distribution(q, held, recovery)
         moved.append((out - p).clamp(min=0).sum())
         if not sampled:
@@ -184,7 +182,7 @@ def _rows_known(draft: Draft) -> int:
 
 
 def _allowed(q: Tensor, logits: Tensor, p: Tensor) -> Tensor:
-    """Return q over the tokens that the target's mask leaves, or p where q has nothing to say."""
+    """Return q over the tokens that the target's mask leaves, or p where q has no mass."""
     q = q.masked_fill(logits == float("-inf"), 0.0)
     total = q.sum(-1, keepdim=True)
     return torch.where(total > 0, q / total, p)

@@ -1,13 +1,11 @@
 """Decoding steps as CUDA graphs: a step's thousand small kernels are recorded once and launched as one.
 
-A graph holds the addresses and shapes of one rounded step (:mod:`.fixed`). It belongs to the memory of one
-:class:`KVBuffer` and goes when the buffer grows or is let go of. The other choice, one arena of fixed memory for
-all streams, would hold a long prefix twice (17 GB for 128K tokens of an 8B model) or move streams in and out of
-it. The price of ours: new memory records anew, at the cost of a few steps a shape. So a shape is recorded when it
-comes for the second time.
+A graph holds the addresses and shapes of one padded step (:mod:`.fixed`) over the memory of one :class:`KVBuffer`, and
+is dropped when the buffer grows or is freed. (One arena for all streams would hold a long prefix twice, 17 GB for 128K
+tokens of an 8B model.) Recording costs a few steps, so a shape is recorded when it comes for the second time.
 
-Capture and replay are one function (:data:`Recorder`). On a CPU a recorded step is the step itself, so padding,
-rounding, masks and writes are the same code there. Never run on a GPU so far: see docs/how-to/use-gpus.md.
+On a CPU a recorded step is the step itself, so padding, masks and writes are tested there. Never run on a GPU so far:
+see docs/how-to/use-gpus.md.
 """
 
 from __future__ import annotations
@@ -38,16 +36,16 @@ logger = logging.getLogger(__name__)
 
 ROW_BUCKETS = (1, 2, 4, 8, 12, 16, 32, 64)
 FIRST_KV_BUCKET = 4096  # rows; each next one is half as long again
-_MOST_GRAPHS = 128  # beyond them all are dropped: a bound, not a policy
+_MOST_GRAPHS = 128  # beyond it all are dropped
 # Largest root mean square difference from eager, in standard deviations of the logits.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 
 Run = Callable[[], StepOutput]
-"""A step over fixed memory: reads its inputs where they lie, returns its outputs."""
+"""A step over fixed memory."""
 Recorder = Callable[[Run], Run]
-"""Runs a step once or more and returns what runs the same kernels on the same memory again."""
-_Shape = int | Sampler  # so many rows, or one whose successor is drawn
-_Runs = dict[tuple[_Shape, int], Run | None]  # of shape and bucket; None where it came once
+"""Runs a step once or more and returns a function that runs its kernels on the same memory again."""
+_Shape = int | Sampler  # so many rows, or one row whose successor is drawn
+_Runs = dict[tuple[_Shape, int], Run | None]  # by shape and bucket; None after it came once
 
 
 def is_available(device: torch.device | str) -> bool:
@@ -56,7 +54,7 @@ def is_available(device: torch.device | str) -> bool:
 
 
 def kv_bucket(rows: int, capacity: int) -> int:
-    """Return how many rows of a buffer of ``capacity`` a graph reads that needs ``rows`` of them."""
+    """Return how many rows of a buffer a graph reads that needs ``rows`` of them."""
     bucket = FIRST_KV_BUCKET
     while bucket < rows:
         bucket = -(-bucket * 3 // (2 * GRANULE)) * GRANULE
@@ -64,15 +62,15 @@ def kv_bucket(rows: int, capacity: int) -> int:
 
 
 def run_again(run: Run) -> Run:
-    """Record nothing: a CPU launches no kernels, so the step is run as it stands."""
+    """Record nothing: a CPU launches no kernels, so the step itself is run again."""
     return run
 
 
 class CudaRecorder:
-    """Records CUDA graphs; all share one pool, for none runs while another does and outputs are copied out."""
+    """Records CUDA graphs, all in one pool: none runs while another does, and outputs are copied out."""
 
     def __init__(self, device: torch.device) -> None:
-        """Take a stream of its own, off which warm-ups and recordings keep other work."""
+        """Make a stream for warm-ups and recordings."""
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -82,9 +80,9 @@ class CudaRecorder:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            run()  # libraries set themselves up here, where that is allowed
+            run()  # libraries initialise here: they may not during capture
         graph = torch.cuda.CUDAGraph()
-        # Other threads prepare their steps meanwhile; their calls are no part of this one.
+        # Other threads prepare steps meanwhile; their calls are not captured.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
@@ -99,7 +97,7 @@ class CudaRecorder:
 
 
 def _flash_prefix_for(model: PreTrainedModel) -> PrefixAttention | None:
-    """Return :func:`flash_prefix` where this torch has it for the model's device and dtype."""
+    """Return :func:`flash_prefix` if this torch has it for the model's device and dtype."""
     if model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
         return None
     try:
@@ -110,13 +108,11 @@ def _flash_prefix_for(model: PreTrainedModel) -> PrefixAttention | None:
 
 
 class GraphExecutor(Executor):
-    """Runs one answer's step of up to 64 rows as a graph, and everything else eagerly.
+    """Runs one answer's step of up to 64 rows as a graph, and draws a drafter's tokens on the device.
 
-    A drafter's steps, each reading the token that the one before it has drawn, follow one another without the host.
-
-    Prefill, several answers in a step, gathered buffers, empty prefixes and models over several devices
-    are run by :class:`EagerExecutor`. So is everything where the check at construction finds that graphs
-    cannot be recorded or give other logits; one warning says so.
+    Prefills, batches, gathered buffers, empty prefixes and models over several devices are run by
+    :class:`EagerExecutor`. So is everything, with one warning, if the check at construction finds that graphs cannot be
+    recorded or give other logits.
     """
 
     def __init__(self, model: PreTrainedModel, *, recorder: Recorder | None = None) -> None:
@@ -124,12 +120,13 @@ class GraphExecutor(Executor):
 
         Args:
             model: On one device.
-            recorder: What records; ``None`` takes the device's own.
+            recorder: ``None`` is the device's own.
 
         Raises:
             ConfigurationError: The architecture cannot take an attention function.
         """
         self._eager = EagerExecutor(model)
+        self.kv_bytes_per_token = self._eager.kv_bytes_per_token
         self._recorder = recorder or _recorder_for(model.device)
         self._inputs: dict[int, FixedInputs] = {}
         self._loops: dict[int, Loop] = {}  # by the size of the vocabulary
@@ -138,7 +135,7 @@ class GraphExecutor(Executor):
         self._records_draws = True
         self.is_off = False  # for good
         if len({parameter.device for parameter in model.parameters()}) > 1:
-            self._turn_off("the model stands on several devices")
+            self._turn_off("the model is on several devices")
             return
         faults = []
         for prefix in dict.fromkeys((_flash_prefix_for(model), None)):
@@ -157,7 +154,7 @@ class GraphExecutor(Executor):
 
     @torch.inference_mode()
     def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
-        """Run the graph of this shape, or eagerly what has none."""
+        """Run the graph of this shape, or eagerly if there is none."""
         segment, n = context.segments[0], len(ids)
         run = None
         if num_logits == n and len(context.segments) == 1 and self.can_record(segment.buffer, n):
@@ -187,7 +184,7 @@ class GraphExecutor(Executor):
         plain = partial(self._drawing, loop, sampler, buffer, bucket)
 
         def record() -> Run:
-            begin()  # recording runs it too
+            begin()  # since recording runs the step
             return self._recorder(plain())
 
         run = self._known(sampler, bucket, buffer, record) or plain()
@@ -201,7 +198,7 @@ class GraphExecutor(Executor):
         return ROOM if self.can_record(buffer, n) and not buffer.keeps_hidden else 0
 
     def can_record(self, buffer: KVBuffer, rows: int) -> bool:
-        """Whether a step of one answer, of so many rows, can run over fixed memory."""
+        """Return True if one answer's step of so many rows can run over fixed memory."""
         fits = not self.is_off and rows <= ROW_BUCKETS[-1]
         return fits and buffer.memory is not None and not buffer.is_gathered and buffer.length > 0
 
@@ -209,13 +206,13 @@ class GraphExecutor(Executor):
         n = len(ids)
         self._inputs[_row_bucket(n)].fill(ids, segment)
         out = run()
-        # The next step overwrites them, and a drafter keeps its logits for longer.
+        # The next step overwrites the outputs, and a drafter keeps its logits for longer.
         return StepOutput(out.logits[:n].clone(), out.hidden[:n].clone())
 
     def _known(
         self, shape: _Shape, bucket: int, buffer: KVBuffer, record: Callable[[], Run]
     ) -> Run | None:
-        """Return the graph of a step; record it when its shape comes for the second time."""
+        """Return the graph of a step, recorded when its shape comes for the second time."""
         if isinstance(shape, Sampler) and not self._records_draws:
             return None
         memory = buffer.stores(0)[0]
@@ -245,11 +242,11 @@ class GraphExecutor(Executor):
         if rows not in self._inputs:
             self._inputs[rows] = FixedInputs(rows, segment.positions.device)
         inputs = self._inputs[rows]
-        inputs.fill(ids, segment)  # recording runs it too
+        inputs.fill(ids, segment)  # since recording runs the step
         return self._recorder(partial(self._fixed_step, inputs, segment.buffer.pinned(bucket)))
 
     def _drawing(self, loop: Loop, sampler: Sampler, buffer: KVBuffer, bucket: int) -> Run:
-        """Return a step that reads the token drawn last and draws the next, over the buffer's memory."""
+        """Return a step that reads the last drawn token and draws the next."""
         pinned = buffer.pinned(bucket)
 
         def run() -> StepOutput:
@@ -260,14 +257,14 @@ class GraphExecutor(Executor):
         return run
 
     def _fixed_step(self, inputs: FixedInputs, pinned: KVBuffer) -> StepOutput:
-        """Run what ``inputs`` hold over the rows of ``pinned``; asks nothing of the host."""
+        """Run ``inputs`` over the rows of ``pinned``, without a copy to the host."""
         fixed = FixedSegment(inputs, pinned, self._prefix)
         context = StepContext(inputs.positions, (fixed,))
         return self._eager.step(inputs.ids, context, num_logits=len(inputs.ids))
 
     @torch.inference_mode()
     def _fault(self, model: PreTrainedModel) -> str | None:
-        """Return what is wrong with graphs of two small steps over a short prefix, if anything."""
+        """Return how graphs of a chain and a tree differ from eager steps, if they do."""
         device, vocab = model.device, int(model.config.get_text_config().vocab_size)
         ids = torch.arange(7, 20, device=device) % vocab
         buffer = KVBuffer(GRANULE)

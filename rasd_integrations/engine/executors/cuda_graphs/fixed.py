@@ -1,8 +1,7 @@
-"""A step at fixed addresses, of fixed shapes: no number of the host decides what it computes.
+"""A step at fixed addresses and shapes, which can be recorded once and replayed with other contents.
 
-Rows and prefix are rounded up, and the true numbers lie in tensors: keys behind the length are masked, and the
-rows added repeat the last real one, down to the place where its keys and values are laid. Nothing else is
-written. What can be recorded once and run again with other contents (:mod:`.executor`) is made of this.
+Rows and prefix are rounded up, and the true numbers are in tensors on the device: keys behind the length are masked,
+and padding rows repeat the last real one and write its keys and values to the same place.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from rasd_integrations.engine.attention import (
 from rasd_integrations.engine.kv.buffer import KVBuffer
 
 PrefixAttention = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-"""From packed queries, keys, values, the device-side length ``[1]`` int32 and the scale: the output and its
-log-sum-exp ``[kv_heads, rows]``."""
+"""From packed queries, keys, values, length ``[1]`` int32 and scale: output and log-sum-exp ``[kv_heads, rows]``."""
 
 
 class FixedInputs:
@@ -33,15 +31,15 @@ class FixedInputs:
     Attributes:
         ids: ``[rows]``.
         positions: ``[rows]``.
-        source: ``[rows]`` the row that each row stands for: itself, or the last real one.
-        tail: ``[rows, rows]`` True where a row may not see another.
-        length: ``[1]`` rows of the prefix.
-        used: ``[1]`` int32, the same for kernels that count in 32 bits.
-        end: ``[1]`` where the step's own rows end in the buffer.
+        source: ``[rows]`` the row that each row repeats: itself, or the last real one.
+        tail: ``[rows, rows]`` True if a row may not see another.
+        length: ``[1]`` tokens of the prefix.
+        used: ``[1]`` the same in int32.
+        end: ``[1]`` end of the step's keys in the buffer.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        """Take the memory; any rows that :meth:`fill` lays in stand for a step."""
+        """Allocate the tensors."""
         self._order = torch.arange(rows, device=device)
         self._tail = torch.zeros(rows, rows, dtype=torch.bool, device=device)  # of the real rows
         self.ids, self.positions, self.source = (torch.zeros_like(self._order) for _ in range(3))
@@ -50,13 +48,13 @@ class FixedInputs:
         self.used = torch.zeros(1, dtype=torch.int32, device=device)
 
     def fill(self, ids: Tensor, segment: Segment) -> None:
-        """Lay a step of at most ``rows`` rows in; no value of it passes through the host."""
+        """Write a step of at most ``rows`` rows, without a copy to the host."""
         n, length = len(ids), segment.buffer.length
         torch.clamp(self._order, max=n - 1, out=self.source)
         torch.index_select(ids, 0, self.source, out=self.ids)
         torch.index_select(segment.positions, 0, self.source, out=self.positions)
         blocked, _ = segment.blocked(length, None, ids.device)
-        if blocked is not None:  # else one row, which sees itself
+        if blocked is not None:  # else there is one row
             self._tail[:n, :n] = blocked
         torch.index_select(self._tail, 0, self.source, out=self.tail)
         self.tail |= self.source != self._order  # a repeated row is seen once
@@ -65,14 +63,14 @@ class FixedInputs:
         self.end.fill_(length + n)
 
     def set_position(self, length: int, position: int) -> None:
-        """Place a step of one row behind ``length`` rows of the prefix; its token is laid in by :meth:`advance`."""
+        """Set a step of one row behind ``length`` tokens; :meth:`advance` writes its token."""
         self.positions.fill_(position)
         self.length.fill_(length)
         self.used.fill_(length)
         self.end.fill_(length + 1)
 
     def advance(self, ids: Tensor) -> None:
-        """Lay ``ids`` ``[1]`` in and move on by the one row that was read before it."""
+        """Write ``ids`` ``[1]`` and advance by one position."""
         self.ids.copy_(ids)
         for number in (self.positions, self.length, self.used, self.end):
             number.add_(1)
@@ -80,13 +78,13 @@ class FixedInputs:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """Which keys of the buffer the layers of one kind read.
+    """The keys that layers of one window read.
 
     Attributes:
-        start: ``[1]`` the first of them; ``None`` all from row 0.
-        columns: ``[m]`` their rows.
-        blocked: ``[n, m]`` True where a row may not see one.
-        behind: ``[m]`` True where a row holds nothing of this step or its prefix.
+        start: ``[1]`` the first of them; ``None`` is 0.
+        columns: ``[m]`` their rows in the buffer.
+        blocked: ``[n, m]`` True if a row may not see a key.
+        behind: ``[m]`` True behind the step's last key.
     """
 
     start: Tensor | None
@@ -96,19 +94,19 @@ class _View:
 
 
 class FixedSegment(Segment):
-    """The rows of a graph: its attention asks no number of the host."""
+    """A sequence with device-side lengths, for attention inside a CUDA graph."""
 
     __slots__ = ("_inputs", "_places", "_prefix", "_views")
 
     def __init__(
         self, inputs: FixedInputs, buffer: KVBuffer, prefix: PrefixAttention | None
     ) -> None:
-        """Describe the rows of ``inputs`` over all rows of ``buffer``; made anew for each run.
+        """Describe the rows of ``inputs``; made anew for each run.
 
         Args:
-            inputs: What the step reads.
-            buffer: The memory that is read and written; its own length means nothing.
-            prefix: Attention over the prefix where no window or cap stands against it; ``None``: by a mask.
+            inputs: Of the step.
+            buffer: Memory that is read and written; its length is not used.
+            prefix: Attention over the prefix in layers without window and cap; ``None``: by a mask.
         """
         super().__init__(buffer, inputs.positions, None)
         self._inputs = inputs
@@ -140,7 +138,7 @@ class FixedSegment(Segment):
         return out.view(1, heads, n, -1).transpose(1, 2).contiguous()
 
     def _view(self, bucket: int, window: int | None) -> _View:
-        """Return what layers of this window see; made once a run, by kernels that are recorded too."""
+        """Return the keys that layers of this window read; made once a run, by recorded kernels."""
         known = self._views.get(window)
         if known is None:
             known = self._views[window] = self._made_view(bucket, window)
@@ -152,7 +150,7 @@ class FixedSegment(Segment):
         columns = torch.arange(size, device=inputs.length.device)
         start, own, blocked = None, self._places, inputs.tail
         if size < bucket:
-            # The first row's window and all rows of the step fit behind it.
+            # The first row's window and the step fit behind it.
             start = (inputs.length + 1 - (window or 0)).clamp(0, bucket - size)
             columns, own = columns + start, own - start
         hidden = (columns >= inputs.length).expand(n, -1)
@@ -167,13 +165,13 @@ class FixedSegment(Segment):
 def _masked(
     packed: Tensor, keys: Tensor, values: Tensor, n: int, view: _View, scoring: Scoring
 ) -> Tensor:
-    """Attend to all rows at hand, with a mask for those that do not count."""
+    """Attend to all keys of the view with a mask."""
     kv_heads, rows, _ = packed.shape
     scores = torch.bmm(packed * scoring.scale, keys.mT)
     if scoring.softcap is not None:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     scores.view(kv_heads, rows // n, n, -1).masked_fill_(view.blocked, float("-inf"))
-    # A weight of nothing is no protection: memory that was never written may hold NaN, and 0 * NaN is NaN.
+    # Memory that was never written may hold NaN, and 0 * NaN is NaN.
     out = torch.bmm(scores.softmax(-1), values.masked_fill(view.behind[:, None], 0.0))
     return with_sinks(out, scores, scoring.sinks)
 
@@ -181,7 +179,7 @@ def _masked(
 def flash_prefix(
     packed: Tensor, keys: Tensor, values: Tensor, used: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the first ``used`` keys by torch's variable-length flash attention, which reads no more."""
+    """Attend to the first ``used`` keys by torch's variable-length flash attention."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     rows, bucket = packed.shape[1], keys.shape[1]

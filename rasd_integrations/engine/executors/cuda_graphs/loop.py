@@ -1,8 +1,7 @@
-"""Tokens drawn one after another where the model stands, each fed back as it is drawn; the host looks once.
+"""Tokens drawn one after another on the device; the host reads them once.
 
-A drafter's forward is so short that asking the device for every token and its probability costs as much again.
-Here a step ends by drawing its own successor into the memory that the next one reads (:mod:`.fixed`), so any
-number of steps follow each other without the host, and one recording of a step serves drafts of every length.
+Copying every token to the host would double the time of a drafter's short forward. Here a step ends by drawing its
+successor into the inputs of the next one (:mod:`.fixed`), and one recorded step serves drafts of every length.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ Choice = tuple[Tensor, Tensor, Tensor]
 
 
 class Loop:
-    """The memory of tokens drawn in a row: what the next step reads, and what the steps so far have left.
+    """State of a draft on the device.
 
     Attributes:
-        inputs: Of the next step, which reads one token.
+        inputs: Of the next step, one token.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        """Take memory for :data:`ROOM` tokens."""
+        """Allocate memory for :data:`ROOM` tokens."""
         self.inputs = FixedInputs(1, device)
         self._uniform = torch.zeros(ROOM, dtype=torch.float64, device=device)
         self._chosen = torch.zeros(2, ROOM, dtype=torch.float64, device=device)
@@ -35,13 +34,13 @@ class Loop:
         self._place = torch.zeros(1, dtype=torch.long, device=device)
 
     def begin(self, first: Choice, uniform: Tensor, length: int, position: int) -> None:
-        """Go on behind the ``first`` token, which was drawn behind the last one that was read.
+        """Start a draft at ``first``, the token sampled after the last one read.
 
         Args:
             first: One token.
-            uniform: ``[n]`` in [0, 1), for as many tokens as will be drawn.
-            length: Rows of keys and values, that of the last token included.
-            position: Of the last token.
+            uniform: ``[n]`` in [0, 1), a number for each token of the draft.
+            length: Tokens read.
+            position: Of the last token read.
         """
         self._place.zero_()
         self._uniform[: len(uniform)] = uniform
@@ -49,7 +48,7 @@ class Loop:
         self._put(first)
 
     def take(self, sampler: Sampler, logits: Tensor) -> None:
-        """Draw from the logits ``[1, vocab]`` of the step that was run, and make its token the next input."""
+        """Draw from a step's logits ``[1, vocab]``, and make the token the next input."""
         self._put(sampler(logits, self._uniform.index_select(0, self._place)))
 
     def _put(self, choice: Choice) -> None:
@@ -60,5 +59,5 @@ class Loop:
         self.inputs.advance(tokens.clamp(min=0))
 
     def drawn(self, n: int) -> Drawn:
-        """Return a copy of the first ``n`` tokens; the next draft overwrites this memory."""
+        """Return a copy of the first ``n`` tokens."""
         return Drawn(self._chosen[:, :n].clone(), self._logits[:n].clone())

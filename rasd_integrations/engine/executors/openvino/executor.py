@@ -1,8 +1,7 @@
-"""Steps on a CPU as one compiled graph, run by OpenVINO (extra ``openvino``).
+"""Steps on a CPU as one graph compiled by OpenVINO (extra ``openvino``).
 
-Eager torch spends a good part of a step between operations; a graph of the same module does not. It reads the
-keys and values where they lie, in ``KVBuffer``'s own memory. Only :mod:`..factory` imports this module,
-where OpenVINO is installed.
+It saves the time between eager operations, and reads keys and values in ``KVBuffer``'s own memory. Only
+:mod:`..factory` imports this module, if OpenVINO is installed.
 """
 
 from __future__ import annotations
@@ -40,21 +39,20 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 3  # of kept graphs: raise it when a step's inputs, outputs or operations change
 _FILE = "graph.xml"
-_FRAMES = 8  # kept, of the last shapes of steps
-_USUAL_ROWS = 17  # steps of so many are run once at first: kernels are made for each number of rows
-_JOINT = 8  # steps of several answers after which fewer rows are believed to be enough
-_MARK = 0x7FA5  # bits of a bfloat16 that is not a number; arithmetic's have the highest bit of the fraction set
-_OUT_OF_MEMORY = ("alloc", "out of memory")  # how OpenVINO says it, in a RuntimeError
+_FRAMES = 8  # kept, of the last step shapes
+_USUAL_ROWS = 17  # widths up to here are run once at first: kernels are made for each width
+_JOINT = 8  # a batch is as wide as the widest of its last so many steps
+_MARK = 0x7FA5  # bits of a bfloat16 NaN that arithmetic does not make (it sets the highest bit of the fraction)
+_OUT_OF_MEMORY = ("alloc", "out of memory")  # in OpenVINO's RuntimeError
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-# Most that logits may be off eager ones, relative; those of a wrong graph are about 1 off.
+# Largest relative error of logits against eager ones; a wrong graph is about 1 off.
 _FAR, _FAR_IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}, 0.3
 
 
 class CompiledExecutor(Executor):
-    """OpenVINO's graph of a stock module, for steps of one answer or of several together.
+    """Runs OpenVINO's graph of a stock module, for one answer or a batch.
 
-    The graph has weights of its own, laid out for the processor. It is traced once a model, and then loaded
-    from ``folder``.
+    The graph has weights of its own, packed for the processor. It is traced once, then loaded from ``folder``.
     """
 
     def __init__(
@@ -64,13 +62,13 @@ class CompiledExecutor(Executor):
         """Trace and compile ``model``, or load its graph, and compare it with eager torch.
 
         Args:
-            model: On a CPU, in float32 or bfloat16, its weights as transformers laid them.
-            folder: Where graphs are kept; ``None`` keeps none.
-            identity: Tells the weights from others'; ``None`` keeps no graph.
-            in_8_bits: Keep keys and values in bytes, each row of a head with a scale and a zero of its own.
+            model: On a CPU, in float32 or bfloat16, unpacked.
+            folder: Of compiled graphs; ``None`` keeps none.
+            identity: Digest of the weights; ``None`` keeps no graph.
+            in_8_bits: Keep keys and values in bytes, each row of a head with its own scale and zero point.
 
         Raises:
-            ConfigurationError: The model cannot be compiled, or its graph says something else than eager torch.
+            ConfigurationError: The model cannot be compiled, or its graph differs from eager torch.
         """
         places = {weight.device.type for weight in model.parameters()}
         if places != {"cpu"} or model.dtype not in _DTYPES:
@@ -92,11 +90,11 @@ class CompiledExecutor(Executor):
         if folder is not None and identity is not None:
             path = folder / _graph_name(model, identity)
         self._arena: Callable[[], KVArena | None] = lambda: None
-        self._joint: deque[int] = deque(maxlen=_JOINT)  # rows that steps of several answers needed
+        self._joint: deque[int] = deque(maxlen=_JOINT)  # widths of the last batches
         self._frame_of = lru_cache(_FRAMES)(partial(Frame, self._plan))
         self._framed: Frame | None = None
         self._bound: Tensor | None = None
-        self._held: list[Tensor] = []  # what the graph reads must outlive the request's tensors
+        self._held: list[Tensor] = []  # memory of the request's tensors
         kept = path is not None and path.is_dir()
         try:
             with stage(None if kept else f"Compiling {type(model).__name__} for this CPU, once"):
@@ -109,7 +107,7 @@ class CompiledExecutor(Executor):
         except ConfigurationError:
             raise
         except Exception as err:
-            # Tracing runs the model's own code, and OpenVINO knows not all of torch.
+            # Tracing runs the model's own code, and OpenVINO does not know all of torch.
             msg = (
                 f"{type(model).__name__} cannot be compiled by OpenVINO {ov.__version__}: "
                 f"{str(err).strip().splitlines()[0]} Use executor='eager'."
@@ -122,12 +120,12 @@ class CompiledExecutor(Executor):
         return f"{type(self).__name__} {ov.__version__}"
 
     def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
-        """Run ``ids`` ``[n]`` behind the prefixes; the new rows are laid behind them."""
+        """Run ``ids`` ``[n]`` behind the prefixes."""
         segments = context.segments
         if not all(map(self._can_run, segments)):
             return self._eager.step(ids, context, num_logits=num_logits)
         n = len(ids)
-        # A piece of a prefill runs as it comes, and its last row's logits are always there.
+        # A prefill piece is not padded, and always makes the logits of its last row.
         decodes = num_logits == n
         width = self._width(n, context) if decodes else n
         if self._request is None:
@@ -137,14 +135,14 @@ class CompiledExecutor(Executor):
         spans = _spans(segments, width - n)
         frame = self._frame(tuple(span.place for span in spans), pages, 0 if decodes else n - 1)
         frame.fill(ids, context.positions, spans)
-        # Copied by numpy: torch's threads would spin where the graph's next ones want to run.
+        # Copied by numpy: torch's threads would spin while the graph's next ones start.
         logits, hidden = (
             _tensor(output[:n].copy()) for output in self._run(width if decodes else 1, width)
         )
         return StepOutput(logits[:num_logits], hidden)
 
     def _run(self, *rows: int) -> list[npt.NDArray[Any]]:
-        """Run the graph and return logits and hidden states, each of so many ``rows``.
+        """Run the graph and return logits and hidden states of ``rows`` rows each.
 
         Raises:
             MemoryError: Memory ran out; the next step compiles the graph again.
@@ -152,7 +150,7 @@ class CompiledExecutor(Executor):
         try:
             return self._outputs(rows)
         except MemoryError:
-            # Some of the graph's own buffers are half resized by now, so later steps would fail, too.
+            # Some of the graph's own buffers are half resized now, so later steps would fail too.
             self._request = self._framed = self._bound = None
             self._held = []
             raise
@@ -160,11 +158,11 @@ class CompiledExecutor(Executor):
     def _outputs(self, rows: Sequence[int]) -> list[npt.NDArray[Any]]:
         """Run the graph once.
 
-        Outputs lie in memory that steps share. Where memory runs out, OpenVINO may return without an error and
-        without having written, so each row is marked beforehand.
+        If memory runs out, OpenVINO may return without an error and without having written its outputs, so each row is
+        marked beforehand.
 
         Raises:
-            MemoryError: Some row was not written, or OpenVINO says that memory ran out.
+            MemoryError: Some row was not written, or OpenVINO is out of memory.
         """
         for index in range(len(rows)):
             _mark(self._request.get_output_tensor(index).data)
@@ -178,7 +176,7 @@ class CompiledExecutor(Executor):
         return outputs
 
     def _frame(self, places: tuple[paged.Place, ...], pages: int, first_row: int) -> Frame:
-        """Return what the request reads, laid out for answers at ``places``."""
+        """Return the request's inputs for answers at ``places``."""
         frame = self._frame_of(places, pages, first_row)
         if self._framed is not frame:
             self._framed = None
@@ -188,7 +186,7 @@ class CompiledExecutor(Executor):
         return frame
 
     def _can_run(self, segment: Segment) -> bool:
-        """Whether the graph has the angles, and its windows, which count rows, see what the step's see by position."""
+        """Return True if the graph has the angles, and its windows, which count rows, see what positions see."""
         if segment.buffer.long_rope:
             return False
         end = segment.buffer.next_position + segment.rows
@@ -199,20 +197,22 @@ class CompiledExecutor(Executor):
         return inside or (segment.is_chain and not segment.buffer.is_gathered)
 
     def _width(self, n: int, context: StepContext) -> int:
-        """Return as how many rows to run a decoding step of ``n`` tokens."""
+        """Return the padded width of a decoding step of ``n`` tokens."""
         width = rows_at(n, self.layout.row_multiple)
         if len(context.segments) == 1:
             return max(width, context.rows)
-        # What several answers draft together is another number each time; one row more costs less than a change.
+        # The width of a batch changes each time, and one row more costs less than a change.
         self._joint.append(width)
         return min(max(self._joint), n + GRANULE)
 
     def _bind(self, buffers: Sequence[KVBuffer], rows: int) -> int:
-        """Hand the memory of ``buffers`` to the graph, one alone with room for ``rows`` more; return a head's pages."""
+        """Bind the buffers to the graph (a single one with ``rows`` spare rows); return pages per head."""
         if len(buffers) == 1:
             buffers[0].reserve(rows)
             buffers[0].leave_arena()
-        dtype, more = (torch.uint8, paged.MARKS) if self.layout.in_8_bits else (self._dtype, 0)
+        dtype, more = (
+            (torch.uint8, paged.SCALE_BYTES) if self.layout.in_8_bits else (self._dtype, 0)
+        )
         for buffer in buffers:
             buffer.make_row_major()
             shapes = self._plan.layers
@@ -220,7 +220,7 @@ class CompiledExecutor(Executor):
                 key = torch.empty(shape.kv_heads, 0, shape.key_dim + more, dtype=dtype)
                 buffer.write(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim + more))
         if len(buffers) > 1:
-            self._put_together(buffers)
+            self._join(buffers)
         stores = [buffers[0].stores(layer) for layer in range(len(self._plan.layers))]
         memory = stores[0][0]
         if self._bound is not memory:
@@ -232,12 +232,12 @@ class CompiledExecutor(Executor):
             self._bound, self._held = memory, tensors
         return memory.shape[1] // paged.PAGE
 
-    def _put_together(self, buffers: Sequence[KVBuffer]) -> None:
-        """Let all ``buffers`` lie in one arena; those in the last one stay while there is room for the others."""
+    def _join(self, buffers: Sequence[KVBuffer]) -> None:
+        """Move all ``buffers`` into one arena, reusing the current one if they fit."""
         arena = self._arena()
         if arena is not None and all(arena.holds(b) or arena.admit(b) for b in buffers):
             return
-        # Room for as many again, so that not every newcomer moves all.
+        # Twice the room, so that not every new stream moves all.
         arena = KVArena(buffers[0], 2 * sum(buffer.capacity for buffer in buffers))
         self._arena = weakref.ref(arena)
         for buffer in buffers:
@@ -245,10 +245,10 @@ class CompiledExecutor(Executor):
 
     @torch.inference_mode()
     def _check(self, model: PreTrainedModel) -> None:
-        """Compare a chain from nothing, and a tree behind it, with eager torch.
+        """Compare a prefill, and a tree behind it, with eager torch.
 
-        The median row decides: bfloat16 alone takes single rows of meaningless text far apart, and what is
-        wrong in a graph (angles, masks) is wrong in most of them.
+        The median row decides: bfloat16 alone moves single rows of random text far, and a fault of the graph (angles,
+        masks) shows in most rows.
         """
         ids = 97 * torch.arange(1, 20) % int(model.config.get_text_config().vocab_size)
         executors: tuple[Executor, Executor] = self, self._eager
@@ -270,6 +270,7 @@ class CompiledExecutor(Executor):
             for buffer in buffers:
                 buffer.commit(range(last - first))
             off.append(float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median()))
+        self.kv_bytes_per_token = buffers[0].row_nbytes
         for rows in range(1, _USUAL_ROWS + 1, self.layout.row_multiple):
             segment = Segment(buffers[0], len(ids) + torch.arange(rows), None)
             self.step(ids[:rows], StepContext(segment.positions, (segment,)), num_logits=rows)
@@ -283,14 +284,14 @@ class CompiledExecutor(Executor):
 
 
 def _mark(output: npt.NDArray[Any]) -> None:
-    """Write into each row of an output what no step leaves there: a NaN that arithmetic does not make."""
+    """Write a NaN that arithmetic does not make into each row of an output."""
     if output.size:
         bits = output.view(np.int16 if output.itemsize == 2 else np.int32)
         bits[..., -1] = _MARK if output.itemsize == 2 else _MARK << 16
 
 
 def _is_marked(output: npt.NDArray[Any]) -> bool:
-    """Whether some row of an output still carries the mark."""
+    """Return True if some row of an output still has the mark."""
     bits = output.view(np.int16 if output.itemsize == 2 else np.int32)
     mark = _MARK if output.itemsize == 2 else _MARK << 16
     return bool((bits[..., -1] == mark).any())
@@ -298,7 +299,7 @@ def _is_marked(output: npt.NDArray[Any]) -> bool:
 
 @contextmanager
 def _memory_ends() -> Iterator[None]:
-    """Turn what OpenVINO says of a lack of memory into a `MemoryError`."""
+    """Turn OpenVINO's out-of-memory errors into `MemoryError`."""
     try:
         yield
     except RuntimeError as err:
@@ -308,7 +309,7 @@ def _memory_ends() -> Iterator[None]:
 
 
 def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:
-    """Return where the segments' rows lie, and ``spare`` more rows that nobody sees."""
+    """Return the rows of each answer, and ``spare`` padding rows that no other row sees."""
     alone = len(segments) == 1
     spans = [
         paged.Span(
@@ -321,13 +322,13 @@ def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:
         for segment in segments
     ]
     if spare and not alone:
-        # Behind none of the answers: in an arena's first rows, which are nobody's.
+        # In an arena's first rows, which are reserved.
         spans.append(paged.Span(0, spare, 0, GRANULE // paged.PAGE))
     return spans
 
 
 def _sees(segment: Segment, width: int) -> npt.NDArray[np.bool_]:
-    """Return which of a tree's rows see which, ``[width, width]``; rows too many see all."""
+    """Return a tree's attention mask ``[width, width]``; padding rows see everything."""
     sees = np.ones((width, width), dtype=np.bool_)
     sees[: segment.rows, segment.rows :] = False
     if segment.tail_mask is not None:
@@ -338,7 +339,7 @@ def _sees(segment: Segment, width: int) -> npt.NDArray[np.bool_]:
 def _compiled(
     model: PreTrainedModel, plan: Plan, path: Path | None, *, in_8_bits: bool
 ) -> ov.CompiledModel:
-    """Return the graph of ``model``, which is kept at ``path`` without its attention."""
+    """Return the compiled graph of ``model``; its trace is kept at ``path``."""
     graph = _kept(path)
     if graph is None:
         graph = paged.traced(model, plan)
@@ -348,7 +349,7 @@ def _compiled(
     options = {
         "INFERENCE_PRECISION_HINT": kind,
         "KV_CACHE_PRECISION": "u8" if in_8_bits else kind,
-        # By channel, keys of 32 rows share a scale, so that none of them could be moved or forgotten.
+        # By channel, keys of 32 rows would share a scale, and none of them could be moved or dropped.
         "KEY_CACHE_QUANT_MODE": "BY_TOKEN",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -366,20 +367,20 @@ def _shared(tensor: Tensor) -> ov.Tensor:
 
 
 def _tensor(array: Any) -> Tensor:
-    """Return a tensor over the memory of an output, whose bfloat16 numpy takes for float16."""
+    """Return a tensor over the memory of an output (numpy sees bfloat16 as float16)."""
     if array.dtype == np.float32:
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def _graph_name(model: PreTrainedModel, identity: str) -> str:
-    """Return what tells a kept graph from others: weights and versions; it is laid out for the processor later."""
+    """Return the name of a kept graph: a digest of weights and versions."""
     said = (_FORMAT, identity, str(model.dtype), ov.__version__, torch.__version__)
     return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
 
 
 def _kept(path: Path | None) -> ov.Model | None:
-    """Return the graph that is kept at ``path``, if one is and it can be read."""
+    """Return the graph kept at ``path``, if it can be read."""
     if path is None or not path.exists():
         return None
     if is_whole(path):
@@ -390,7 +391,7 @@ def _kept(path: Path | None) -> ov.Model | None:
 
 
 def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> None:
-    """Write a graph in one move, so that no process ever sees a part of it; without room, keep none."""
+    """Write a graph atomically; keep none if the disk is full."""
     title = title_of(model.name_or_path or type(model).__name__)
     nbytes = sum(weight.nbytes for weight in model.parameters())
     try:

@@ -1,7 +1,7 @@
-"""OpenVINO's graph of a traced step, with its attention over pages put in.
+"""OpenVINO's graph of a traced step, with OpenVINO's paged attention inserted.
 
-Every key head is a sequence of its own to that attention, so that pages are stretches of ``KVBuffer``'s
-memory: rows are read where they lie, and new ones are laid behind them, without a copy.
+Every key head is a sequence of its own to that attention, so that pages are parts of ``KVBuffer``'s memory, read and
+written without a copy.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from rasd_integrations.engine.executors.openvino.tracing import (
     quiet_trace,
 )
 
-PAGE = 32  # rows, as OpenVINO's kernels for CPUs want it
-MARKS = 8  # bytes of a row in 8 bits, scale and zero
+PAGE = 32  # rows, fixed by OpenVINO's CPU kernels
+SCALE_BYTES = 8  # of a row in 8 bits: scale and zero point
 _I32, _F32, _U8 = ov.Type.i32, ov.Type.f32, ov.Type.u8
-# Where each key head begins, in the order of the operation's inputs: rows before the step, the step's rows,
-# pages and their beginnings; then which of the step's rows see which, nothing for a chain, and its beginnings.
+# Inputs of the operation: prefix lengths, starts of the step's rows, pages and their starts, tree masks and their
+# starts (both empty for chains).
 _INDICES = (_I32, _I32, _I32, _I32, _U8, _I32)
 
 
 def lacking(plan: Plan, *, in_8_bits: bool) -> str | None:
-    """Return what a model does that compiled steps cannot, if anything, and what to use instead."""
+    """Return what compiled steps cannot do of this model, if anything, and what to use instead."""
     scorings = [layer.scoring for layer in plan.layers]
     if any(scoring.softcap is not None for scoring in scorings):
         return "caps its scores, which compiled steps cannot. Use executor='eager'."
     if any(scoring.sinks is not None for scoring in scorings):
-        # The operation takes one sink a head, and each key head is a sequence of its own to it: all share one.
+        # The operation takes one sink a head, and all our key heads are sequences of one head.
         return "has attention sinks, which compiled steps cannot. Use executor='eager'."
     if in_8_bits and any(scoring.window is not None for scoring in scorings):
         return (
@@ -52,10 +52,10 @@ def lacking(plan: Plan, *, in_8_bits: bool) -> str | None:
 
 
 def traced(model: PreTrainedModel, plan: Plan) -> ov.Model:
-    """Return the graph of a step without its attention, widths left open.
+    """Return the graph of a step without its attention, for any width.
 
     Raises:
-        Exception: Whatever the model's own code raises when traced, and the converter on what it does not know.
+        Exception: Whatever the model's own code and the converter raise.
     """
     step = TracedStep(model, plan).eval()
     with quiet_trace(), in_float32(model), torch.inference_mode():
@@ -83,17 +83,16 @@ def traced(model: PreTrainedModel, plan: Plan) -> ov.Model:
 def with_attention(
     graph: ov.Model, plan: Plan, kind: ov.Type, *, in_8_bits: bool = False
 ) -> ov.Model:
-    """Return ``graph`` with attention between what reads and what makes it.
+    """Return ``graph`` with attention inserted.
 
-    Inputs: those of the trace but for ``attended``, rows of prefix and step together, :func:`indices` of each
-    number of key heads, keys and values of each layer ``[pages, 1, PAGE, head_dim]``. Outputs: logits and hidden
-    states.
+    Inputs: those of the trace but for ``attended``, the longest total length, :func:`indices` of each number of key
+    heads, keys and values of each layer ``[pages, 1, PAGE, head_dim]``. Outputs: logits and hidden states.
 
     Args:
-        graph: Of :func:`traced`; it is taken apart.
+        graph: Of :func:`traced`; it is changed.
         plan: Of the model.
         kind: Of keys, values, logits and hidden states.
-        in_8_bits: Keys and values are bytes instead, :data:`MARKS` before each row's.
+        in_8_bits: Keys and values are bytes instead, each row after its :data:`SCALE_BYTES`.
     """
     parameters, results = graph.get_parameters(), graph.get_results()
     attended = parameters[len(parameters) - len(plan.layers) :]
@@ -102,7 +101,7 @@ def with_attention(
         heads: [Parameter(type_, ov.PartialShape([-1])) for type_ in _INDICES]
         for heads in plan.head_counts
     }
-    rows, more = (_U8, MARKS) if in_8_bits else (kind, 0)
+    rows, more = (_U8, SCALE_BYTES) if in_8_bits else (kind, 0)
     keys, values = (
         [Parameter(rows, ov.PartialShape([-1, 1, PAGE, size + more])) for size in sizes]
         for sizes in zip(*((layer.key_dim, layer.value_dim) for layer in plan.layers), strict=True)
@@ -124,11 +123,11 @@ class Span(NamedTuple):
     """The rows of one answer in a step.
 
     Attributes:
-        prefix: Its rows before the step.
+        prefix: Tokens before the step.
         rows: Of the step, ``n``.
-        first_page: Where it begins in the memory of a head.
-        pages: That are its own there.
-        sees: ``[n, n]``, whether a row sees a column; ``None`` for a chain.
+        first_page: In the memory of a head.
+        pages: Number of its pages there.
+        sees: ``[n, n]``, True if a row sees a column; ``None`` for a chain.
     """
 
     prefix: int
@@ -139,17 +138,17 @@ class Span(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Rows with the step's."""
+        """Tokens with the step's."""
         return self.prefix + self.rows
 
     @property
     def place(self) -> Place:
-        """What stays the same in steps of so many rows."""
+        """The part that is the same in steps of this width."""
         return Place(self.rows, self.first_page, self.pages, self.sees is not None)
 
 
 class Place(NamedTuple):
-    """What does not change from step to step of a :class:`Span`."""
+    """The part of a :class:`Span` that does not change from step to step."""
 
     rows: int
     first_page: int
@@ -158,9 +157,7 @@ class Place(NamedTuple):
 
 
 def indices(heads: int, places: Sequence[Place], pages: int) -> list[npt.NDArray[Any]]:
-    """Return where each answer's ``heads`` key heads begin, as the graph wants it: all answers of a head together.
-
-    How far they reach and who sees whom, :func:`refresh` writes for each step.
+    """Return the graph's inputs for ``heads`` key heads, head by head; :func:`refresh` fills lengths and masks in.
 
     Args:
         heads: Key heads.
@@ -181,7 +178,7 @@ def indices(heads: int, places: Sequence[Place], pages: int) -> list[npt.NDArray
 
 
 def refresh(heads: int, spans: Sequence[Span], made: Sequence[npt.NDArray[Any]]) -> None:
-    """Write into what :func:`indices` has made how far ``spans`` reach and who sees whom."""
+    """Update the arrays of `indices` with new prefix lengths and tree masks."""
     made[0].reshape(heads, -1)[:] = [span.prefix for span in spans]
     if any(span.sees is not None for span in spans):
         masks = [np.tri(s.rows, dtype=np.bool_) if s.sees is None else s.sees for s in spans]
@@ -189,7 +186,7 @@ def refresh(heads: int, spans: Sequence[Span], made: Sequence[npt.NDArray[Any]])
 
 
 def _begins(counts: Sequence[int], heads: int) -> npt.NDArray[np.int32]:
-    """Return where each of ``counts`` begins that follow each other, once for each head, and where the last ends."""
+    """Return the cumulative sums, from 0, of ``counts`` repeated for each head."""
     return np.asarray([0, *accumulate([*counts] * heads)], np.int32)
 
 
@@ -231,7 +228,7 @@ def _nothing(kind: ov.Type, rank: int = 1) -> ov.Output:
 
 
 def _fold(graph: ov.Model) -> None:
-    """Let numbers stand in ``graph`` as their own type: rotation is known as such only with a plain -1."""
+    """Fold converts of scalar constants; OpenVINO recognises RoPE only with a literal -1."""
     for node in graph.get_ops():
         if node.get_type_name() != "Convert":
             continue
@@ -247,7 +244,7 @@ def _fold(graph: ov.Model) -> None:
 
 
 def _fuse(graph: ov.Model) -> None:
-    """Let products of one input with several weights (queries, keys, values; gate, up) be one product.
+    """Fuse products of one input with several weights (queries, keys, values; gate, up).
 
     Small products wait for threads longer than they run.
     """

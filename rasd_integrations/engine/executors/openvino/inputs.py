@@ -1,4 +1,4 @@
-"""What a compiled step reads besides weights, keys and values: laid out once for steps of one shape, then filled."""
+"""Input arrays of a compiled step, allocated once per shape and refilled."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from rasd_integrations.engine.executors.openvino.tracing import Plan
 
 
 class Frame:
-    """The inputs of steps whose answers have the same rows at the same places.
-
-    Their memory stays, so that a request which reads it need not be told of each step's.
+    """The inputs of steps of one shape, at fixed addresses, so that they are bound to a request once.
 
     Attributes:
         tensors: The graph's first inputs, in their order.
@@ -26,7 +24,7 @@ class Frame:
     def __init__(
         self, plan: Plan, places: Sequence[paged.Place], pages: int, first_row: int
     ) -> None:
-        """Lay out inputs for answers at ``places``; logits are wanted from ``first_row`` on."""
+        """Allocate inputs for answers at ``places``; logits are made from ``first_row`` on."""
         width = sum(place.rows for place in places)
         self._plan = plan
         self._ids, self._positions = np.zeros((2, 1, width), np.int64)
@@ -38,7 +36,7 @@ class Frame:
         self.tensors = [ov.Tensor(array, shared_memory=True) for array in arrays]
 
     def fill(self, ids: Tensor, positions: Tensor, spans: Sequence[paged.Span]) -> None:
-        """Write a step of ``ids`` ``[n]`` at ``positions`` ``[n]``; rows too many repeat the last one."""
+        """Write a step of ``ids`` ``[n]`` at ``positions`` ``[n]``; padding rows repeat the last one."""
         n = len(ids)
         for row, given in ((self._ids, ids), (self._positions, positions)):
             row[0, :n] = given.numpy()

@@ -1,8 +1,8 @@
 """One step of a stock transformers module as a pure function of tensors, which torch can trace.
 
-``(ids, positions, rows, angles, attended) -> (logits, hidden, queries, keys, values)``. Two things stand outside.
-Attention, because only who compiles the trace knows how to read a cache; it is put between the two ends later.
-And rotary angles, which compilers would round to bfloat16, where positions are the same.
+``(ids, positions, rows, angles, attended) -> (logits, hidden, queries, keys, values)``. Attention is left out, since
+the compiled graph reads the cache by its own; so are rotary angles, which compilers would round to bfloat16, where
+positions become equal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rasd_integrations.engine.long_rope import ROTARY
 
 @dataclass(frozen=True, slots=True)
 class Angles:
-    """One call that the model makes of a rotary module in each step."""
+    """One call of a rotary module in a step of the model."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -46,7 +46,7 @@ class Angles:
 
 
 def _at(value: Any, positions: Tensor) -> Any:
-    """Return an argument of a rotary module for other positions; of the states it reads only the type."""
+    """Return an argument of a rotary module for other positions; of hidden states it reads only the type."""
     if not isinstance(value, Tensor):
         return value
     return torch.empty(1, 1, 1) if value.is_floating_point() else positions
@@ -54,7 +54,7 @@ def _at(value: Any, positions: Tensor) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Shapes of one layer's attention and what it does to scores."""
+    """Shapes and scoring of one layer's attention."""
 
     kv_heads: int
     group: int
@@ -65,7 +65,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a step of the model consists of.
+    """The rotary calls and layers of a model's step.
 
     Attributes:
         angles: Calls of rotary modules, in their order.
@@ -77,12 +77,12 @@ class Plan:
 
     @property
     def head_counts(self) -> tuple[int, ...]:
-        """Numbers of key heads that layers have, each once."""
+        """Numbers of key heads in the layers, each once."""
         return tuple(dict.fromkeys(layer.kv_heads for layer in self.layers))
 
 
 class _Recorder(Segment):
-    """Rows of an eager step that write down how each layer attends."""
+    """Records how each layer of an eager step attends."""
 
     __slots__ = ("layers",)
 
@@ -101,7 +101,7 @@ class _Recorder(Segment):
 
 @torch.inference_mode()
 def plan_of(eager: EagerExecutor) -> Plan:
-    """Run two tokens and see what a step of a model consists of."""
+    """Run two tokens and record the rotary calls and layers."""
     positions = torch.arange(2)
     recorder = _Recorder(KVBuffer(2), positions)
     calls: list[Angles] = []
@@ -128,7 +128,7 @@ def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 class _TracedSegment:
-    """The rows of a step that is traced: what attention reads goes out, what it makes comes in."""
+    """The sequence of a traced step: attention's inputs become outputs of the trace, and its outputs inputs."""
 
     def __init__(self, plan: Plan, attended: Sequence[Tensor]) -> None:
         self._plan, self._attended = plan, attended
@@ -152,12 +152,12 @@ class _TracedSegment:
 class TracedStep(nn.Module):
     """The pure step of a model; inputs in the order of :meth:`examples`.
 
-    A layer's attention reads ``[kv_heads * n, group * key_dim]`` of queries, ``[kv_heads * n, key_dim]`` of new
-    keys and ``[kv_heads * n, value_dim]`` of new values, and makes ``[kv_heads * n, group * value_dim]``.
+    A layer's attention takes queries ``[kv_heads * n, group * key_dim]``, new keys ``[kv_heads * n, key_dim]`` and new
+    values ``[kv_heads * n, value_dim]``, and returns ``[kv_heads * n, group * value_dim]``.
     """
 
     def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
-        """Wrap ``model``, an executor's own, whose attention is routed through ours."""
+        """Wrap an executor's copy of a model."""
         super().__init__()
         self._model = model
         self._plan = plan
@@ -166,7 +166,7 @@ class TracedStep(nn.Module):
     def forward(
         self, ids: Tensor, positions: Tensor, rows: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return logits ``[rows, vocab]``, hidden states ``[n, hidden]`` and what each layer's attention reads."""
+        """Return logits ``[rows, vocab]``, hidden states ``[n, hidden]`` and each layer's queries, keys, values."""
         layers = len(self._plan.layers)
         segment = _TracedSegment(self._plan, rest[-layers:])
         context: Any = StepContext(positions[0], (segment,))  # type: ignore[arg-type]
@@ -188,7 +188,7 @@ class TracedStep(nn.Module):
 
     @torch.inference_mode()
     def examples(self, n: int) -> tuple[Tensor, ...]:
-        """Return inputs of ``n`` tokens; what differs with it is open."""
+        """Return inputs of ``n`` tokens."""
         positions = torch.arange(n)[None]
         tables = [table for call in self._plan.angles for table in call.at(positions)]
         attended = [
@@ -201,7 +201,7 @@ class TracedStep(nn.Module):
 
 @contextmanager
 def _angles_given(calls: Sequence[Angles], tables: Sequence[Tensor]) -> Iterator[None]:
-    """Let the model's rotary modules return ``tables``, in the order of ``calls``."""
+    """Make the model's rotary modules return ``tables``, in the order of ``calls``."""
     left = iter(tables)
     per_call = len(tables) // len(calls) if calls else 0
 
@@ -221,10 +221,7 @@ def _angles_given(calls: Sequence[Angles], tables: Sequence[Tensor]) -> Iterator
 
 @contextmanager
 def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Let ``model``, an executor's own, hold weights in float32: compilers know such operations best.
-
-    Where weights are narrower they are doubled for the while; the model that they are of keeps its own.
-    """
+    """Give an executor's copy of a model weights in float32, which compilers handle best, inside the block."""
     old = [(module._parameters, dict(module._parameters)) for module in model.modules()]
     wide: dict[int, nn.Parameter] = {}  # tied weights stay one
     for table, weights in old:
@@ -242,10 +239,7 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def quiet_trace() -> Iterator[None]:
-    """Silence what tracing says of shapes that it takes as constants; the check of the graph judges that.
-
-    transformers logs a warning, too: openvino reads every property of a module, and the loss of a base model has none.
-    """
+    """Silence tracing's warnings about constant shapes, and transformers' about properties that openvino reads."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
