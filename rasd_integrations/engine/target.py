@@ -18,7 +18,7 @@ from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.device import to_device
 from rasd_integrations.engine.executors.base import Drawn, Executor, Sampler
 from rasd_integrations.engine.executors.eager import EagerExecutor, input_device
-from rasd_integrations.engine.kv.buffer import KVBuffer, KVLayout, LayerRow
+from rasd_integrations.engine.kv.buffer import KVBuffer, KVLayout
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.long_rope import long_rope_border
 from rasd_integrations.engine.step_queue import StepQueue
@@ -85,7 +85,7 @@ class TargetModel:
         self._turns = StepQueue[_Work, Any](
             partial(_forward, self._executor), 1 if _has_joint_rope(config) else _BATCH_ROWS
         )
-        self.kv_bytes_per_token = self._executor.kv_bytes_per_token
+        self.kv_bytes_per_token = self.layout.row_nbytes
 
     @property
     def is_sharded(self) -> bool:
@@ -112,7 +112,7 @@ class TargetModel:
 
     @property
     def layout(self) -> KVLayout:
-        """How its executor wants keys and values in memory, and step widths."""
+        """How its executor keeps keys and values, and step widths."""
         return self._executor.layout
 
     @property
@@ -124,13 +124,6 @@ class TargetModel:
     def executor_name(self) -> str:
         """Its class and version, which decide how steps are rounded."""
         return self._executor.name
-
-    def layer_rows(self) -> tuple[LayerRow, ...]:
-        """Return the size of one token's keys and values in each layer, from a step of one token."""
-        buffer = KVBuffer(1)
-        for _ in self.prefill([0], buffer):
-            pass
-        return buffer.layers
 
     def check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
         """Raise unless the prompt and ``max_tokens`` fit the context window.

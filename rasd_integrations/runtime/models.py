@@ -183,7 +183,7 @@ class SharedModel:
         return PrefixFiles(
             folder.path,
             lambda: f"{self.identity.kv}{kind}",
-            RowLayout(self.target.layer_rows(), self.target.hidden_size),
+            RowLayout(self.target.layout.layers, self.target.hidden_size),
             folder.max_bytes,
             self.target.device,
             row_major=self.target.layout.row_major or deterministic,

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.executors.base import StepOutput
 from rasd_integrations.engine.executors.shrinking import BORDER, longest_border, small_model
-from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.kv.buffer import KVBuffer, LayerRow
 from rasd_integrations.engine.long_rope import long_rope_border
 from rasd_integrations.engine.module_copy import shared_copy
 from rasd_integrations.errors import ConfigurationError
@@ -46,7 +46,7 @@ _deciding = threading.Lock()
 
 def check_agreement(
     model: PreTrainedModel, step: Step, step_of: Callable[[PreTrainedModel], Step]
-) -> int:
+) -> tuple[LayerRow, ...]:
     """Compare ``step`` with ``model``'s own forward.
 
     Args:
@@ -55,7 +55,7 @@ def check_agreement(
         step_of: Makes the step of another model.
 
     Returns:
-        Bytes of one token's keys and values.
+        Size of one token's keys and values in each layer.
 
     Raises:
         ConfigurationError: They differ, or one of them cannot be run; says why.
@@ -80,7 +80,7 @@ def check_agreement(
         ) from err
     if reason is not None:
         raise refusal(model, _known(model) or reason)
-    return buffer.row_nbytes
+    return buffer.layers
 
 
 def comparison_text(length: int, vocab_size: int) -> Tensor:

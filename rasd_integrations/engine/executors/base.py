@@ -84,12 +84,10 @@ class Executor(ABC):
     """Runs steps of one model.
 
     Attributes:
-        kv_bytes_per_token: Bytes of one token's keys and values.
-        layout: How it wants keys and values in memory, and step widths.
+        layout: How it keeps keys and values, and step widths.
         shares_weights: It reads the model's own parameters, so a change of them shows in its steps.
     """
 
-    kv_bytes_per_token: int
     layout = KVLayout()
     shares_weights = False
 

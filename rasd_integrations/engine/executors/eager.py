@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from rasd_integrations.engine.attention import NAME, StepContext
 from rasd_integrations.engine.executors.agreement import check_agreement, refusal
 from rasd_integrations.engine.executors.base import Executor, StepOutput
+from rasd_integrations.engine.kv.buffer import KVLayout
 from rasd_integrations.engine.long_rope import always_long, long_rope_border
 from rasd_integrations.engine.module_copy import Switches, shared_copy
 
@@ -77,9 +78,10 @@ class EagerExecutor(Executor):
         self._vocab_size = int(model.config.get_text_config().vocab_size)
         if checked:
             step = partial(EagerExecutor.step, self)  # not a subclass's
-            self.kv_bytes_per_token = check_agreement(
+            layers = check_agreement(
                 model, step, lambda small: EagerExecutor(small, checked=False).step
             )
+            self.layout = KVLayout(layers)
 
     def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
         """Run one forward of the stock module."""

@@ -21,7 +21,7 @@ GRANULE = 256
 
 
 class LayerRow(NamedTuple):
-    """What a layer keeps of one token: a key and a value for each of its heads."""
+    """The key and value of one token in one layer."""
 
     kv_heads: int
     key_dim: int
@@ -31,17 +31,24 @@ class LayerRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """How an executor wants keys and values in memory, and step widths.
+    """How an executor keeps keys and values, and step widths.
 
     Attributes:
+        layers: Of one token.
         row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
         row_major: Keys of a head are read row by row, on a CPU too.
         in_8_bits: Keys and values are bytes that only this executor's own steps can read.
     """
 
+    layers: tuple[LayerRow, ...] = ()
     row_multiple: int = 1
     row_major: bool = False
     in_8_bits: bool = False
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return sum(r.kv_heads * (r.key_dim + r.value_dim) * r.dtype.itemsize for r in self.layers)
 
 
 class KVBuffer:

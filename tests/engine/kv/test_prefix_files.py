@@ -62,7 +62,7 @@ def cache_of(
 def files_of(folder: Path, target: TargetModel, max_bytes: int = PLENTY, **options) -> PrefixFiles:
     identity = model_identity(target.model).kv
     assert identity is not None
-    layout = RowLayout(target.layer_rows(), target.hidden_size)
+    layout = RowLayout(target.layout.layers, target.hidden_size)
     return PrefixFiles(folder, lambda: identity, layout, max_bytes, target.device, **options)
 
 

@@ -126,7 +126,7 @@ class GraphExecutor(Executor):
             ConfigurationError: The architecture cannot take an attention function.
         """
         self._eager = EagerExecutor(model)
-        self.kv_bytes_per_token = self._eager.kv_bytes_per_token
+        self.layout = self._eager.layout
         self._recorder = recorder or _recorder_for(model.device)
         self._inputs: dict[int, FixedInputs] = {}
         self._loops: dict[int, Loop] = {}  # by the size of the vocabulary

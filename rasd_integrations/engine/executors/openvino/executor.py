@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,7 @@ class CompiledExecutor(Executor):
             for buffer in buffers:
                 buffer.commit(range(last - first))
             off.append(float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median()))
-        self.kv_bytes_per_token = buffers[0].row_nbytes
+        self.layout = replace(self.layout, layers=buffers[0].layers)
         for rows in range(1, _USUAL_ROWS + 1, self.layout.row_multiple):
             segment = Segment(buffers[0], len(ids) + torch.arange(rows), None)
             self.step(ids[:rows], StepContext(segment.positions, (segment,)), num_logits=rows)
