@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCAB, tiny_llama
+from steps import prefilled, random_ids, shared_target
+from tiny import FAMILIES, tiny_llama
 
 from rasd_integrations.engine import attention
 from rasd_integrations.engine.attention import Segment, StepContext
@@ -13,29 +14,16 @@ from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import PREFILL_PIECE, TargetModel
 
 
-def random_ids(n: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
-
-
 def fresh_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     """Return the stock module's logits after the last of ``ids``, computed from scratch."""
     with torch.inference_mode():
         return model(torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 
-def prefilled(target: TargetModel, ids: list[int]) -> KVBuffer:
-    buffer = KVBuffer(len(ids))
-    for _ in target.prefill(ids, buffer):
-        pass
-    return buffer
-
-
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, TargetModel]:
     """A stock module and a target around another copy of it."""
-    make = FAMILIES[request.param]
-    return make(), TargetModel(make())
+    return FAMILIES[request.param](), shared_target(request.param)
 
 
 @pytest.mark.parametrize("prompt", [1, 15, 16, 40, 200])

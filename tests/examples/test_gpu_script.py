@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu
 import pytest
 import torch
+from tiny import tiny_llama, tiny_tokenizer
 
 from rasd_integrations.engine.executors.base import StepOutput
 from rasd_integrations.engine.executors.cuda_graphs.executor import GraphExecutor
@@ -57,11 +59,33 @@ def test_a_wrong_graph_stops_the_run(
     assert not capsys.readouterr().out
 
 
-@pytest.mark.slow
-@pytest.mark.real
-def test_smollm2_says_the_same_on_every_path() -> None:
-    """The real model's part: eager, graphs, trees and a drafter model on graphs, transformers."""
+PATHS = {"transformers", "eager", "graphs", "graphs, drafted", "graphs, model"}
+
+
+def test_a_model_says_the_same_on_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real model's part, with a tiny one: eager, graphs, trees and a drafter model on graphs, transformers."""
+    loaded = SimpleNamespace(model=tiny_llama(), tokenizer=tiny_tokenizer())
+    monkeypatch.setattr(gpu, "packaged_model", lambda name: name)
+    monkeypatch.setattr(gpu, "load_model", lambda *args: loaded)
     found = gpu.real("cpu", torch.float32, tokens=12)
     assert found is not None
-    paths = {"transformers", "eager", "graphs", "graphs, drafted", "graphs, model"}
-    assert set(found["identical"]) == set(found["ms_per_token"]) == paths
+    assert set(found["identical"]) == set(found["ms_per_token"]) == PATHS
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_smollm2_says_the_same_on_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same over a short text and a real model."""
+    monkeypatch.setattr(gpu, "TEXT", gpu.TEXT[:300])
+    found = gpu.real("cpu", torch.float32, tokens=6)
+    assert found is not None
+    assert set(found["identical"]) == PATHS
+
+
+def test_a_missing_model_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the package of its weights there is no real model, and a line that says so."""
+    monkeypatch.setattr(gpu, "REAL", "no_such_package")
+    assert gpu.real("cpu", torch.float32) is None
+    assert "no real model" in capsys.readouterr().err

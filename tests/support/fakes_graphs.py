@@ -11,19 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny import VOCAB
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.engine.executors.base import StepOutput
 from rasd_integrations.engine.executors.cuda_graphs import executor as graphs
 from rasd_integrations.engine.executors.cuda_graphs.executor import GraphExecutor, run_again
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 
-TREE = [-1, 0, 0, 2, 1, -1, 5]
 OUR_FAMILIES = ["gemma3", "gpt2", "llama"]
 
 
@@ -93,18 +89,6 @@ def graph_target(make: Callable[[], Any], recorder: Any = run_again) -> TargetMo
     return TargetModel(model, executor=GraphExecutor(model, recorder=recorder))
 
 
-def random_ids(n: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
-
-
-def prefilled(target: TargetModel, ids: list[int], capacity: int = 0) -> KVBuffer:
-    buffer = KVBuffer(capacity or len(ids))
-    for _ in target.prefill(ids, buffer):
-        pass
-    return buffer
-
-
 @torch.inference_mode()
 def fill_behind(buffer: KVBuffer, value: float) -> None:
     """Fill the spare room."""
@@ -116,17 +100,3 @@ def executor(target: TargetModel) -> GraphExecutor:
     found = target._executor
     assert isinstance(found, GraphExecutor)
     return found
-
-
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Assert equality within 1e-5 of the logits' spread, which is about 5 here."""
-    torch.testing.assert_close(got, wanted, atol=1e-5 * max(1.0, float(wanted.std())), rtol=1e-5)
-
-
-GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
-
-
-def decode(target: TargetModel, drafter=None, params=GREEDY, n=None) -> list[int]:
-    config = SpeculationConfig(num_draft_tokens=n, max_draft_tokens=64)
-    blocks = SpeculativeDecoder(target, drafter, config=config).generate(random_ids(24, 3), params)
-    return [token for block in blocks for token in block.token_ids]

@@ -14,17 +14,13 @@ from fakes import ScriptedDrafter
 from fakes_graphs import (
     OUR_FAMILIES,
     RECORDERS,
-    TREE,
     Counted,
-    close,
-    decode,
     executor,
     fill_behind,
     graph_target,
-    prefilled,
-    random_ids,
     taped,
 )
+from steps import TREE, close, decoded, prefilled, random_ids, shared_target
 from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams
@@ -53,7 +49,7 @@ def test_buckets_hold_what_they_are_asked_for():
 def test_logits_equal_eager_at_every_row_bucket_edge(family, recorder):
     """Chains as wide as a bucket, one narrower and one wider: eager's logits, recorded and replayed."""
     make = FAMILIES[family]
-    eager, ours = TargetModel(make()), graph_target(make, RECORDERS[recorder])
+    eager, ours = shared_target(family), graph_target(make, RECORDERS[recorder])
     ids = random_ids(40)
     expected, buffer = prefilled(eager, ids, 256), prefilled(ours, ids, 256)
     edges = sorted({n + d for n in ROW_BUCKETS for d in (-1, 0, 1)} - {0, 65})
@@ -70,7 +66,7 @@ def test_one_graph_follows_the_length_and_the_trees(family, recorder):
     """A graph that was recorded once is right for every later length, width and tree of its buckets."""
     make = FAMILIES[family]
     counted = Counted(RECORDERS[recorder])
-    eager, ours = TargetModel(make()), graph_target(make, counted)
+    eager, ours = shared_target(family), graph_target(make, counted)
     ids = random_ids(5)
     expected, buffer = prefilled(eager, ids, 256), prefilled(ours, ids, 256)
     counted.recordings = counted.replays = 0
@@ -93,7 +89,7 @@ def test_logits_equal_eager_at_every_length_bucket_edge(family, recorder, monkey
     monkeypatch.setattr(graphs, "FIRST_KV_BUCKET", GRANULE)
     make = FAMILIES[family]
     counted = Counted(RECORDERS[recorder])
-    eager, ours = TargetModel(make()), graph_target(make, counted)
+    eager, ours = shared_target(family), graph_target(make, counted)
     for bucket in (GRANULE, 2 * GRANULE, 3 * GRANULE):
         for length in (bucket - 5, bucket - 4, bucket - 3, bucket - 1, bucket, bucket + 1):
             ids = random_ids(length, seed=length)
@@ -127,7 +123,7 @@ def test_a_longer_prefix_drops_the_graphs_it_has_outgrown(monkeypatch):
 def test_a_grown_buffer_is_recorded_anew(recorder):
     """A graph of memory that the buffer has left is never run again, and keeps nothing alive."""
     counted = Counted(RECORDERS[recorder])
-    eager, ours = TargetModel(tiny_llama()), graph_target(tiny_llama, counted)
+    eager, ours = shared_target(), graph_target(tiny_llama, counted)
     ids = random_ids(240)
     expected, buffer = prefilled(eager, ids), prefilled(ours, ids)
     for _ in range(2):
@@ -163,7 +159,7 @@ def test_graphs_go_with_their_buffer(recorder):
 @pytest.mark.parametrize("recorder", sorted(RECORDERS))
 def test_streams_take_turns_on_their_own_graphs(recorder):
     """Two buffers, one executor: each graph reads and writes the memory of its own."""
-    eager, ours = TargetModel(tiny_llama()), graph_target(tiny_llama, RECORDERS[recorder])
+    eager, ours = shared_target(), graph_target(tiny_llama, RECORDERS[recorder])
     pairs = [
         (prefilled(ours, ids), prefilled(eager, ids))
         for ids in (random_ids(30, seed=5), random_ids(70, seed=6))
@@ -200,7 +196,7 @@ def test_a_step_writes_its_own_rows_and_nothing_else(family, recorder):
 def test_what_was_never_written_is_never_read(family, recorder):
     """Memory behind the step may hold anything, NaN too."""
     make = FAMILIES[family]
-    eager, ours = TargetModel(make()), graph_target(make, RECORDERS[recorder])
+    eager, ours = shared_target(family), graph_target(make, RECORDERS[recorder])
     ids = random_ids(30)
     expected, buffer = prefilled(eager, ids), prefilled(ours, ids)
     fill_behind(buffer, float("nan"))
@@ -211,7 +207,7 @@ def test_what_was_never_written_is_never_read(family, recorder):
 
 def test_the_last_row_of_a_buffer_can_be_written():
     """Padding reaches past the end of the memory; nothing is laid there."""
-    eager, ours = TargetModel(tiny_llama()), graph_target(tiny_llama, taped)
+    eager, ours = shared_target(), graph_target(tiny_llama, taped)
     ids = random_ids(GRANULE - 5)
     expected, buffer = prefilled(eager, ids), prefilled(ours, ids)
     for seed in range(3):
@@ -240,30 +236,30 @@ def test_logits_outlive_the_next_step():
 def test_decoding_on_graphs_is_lossless(family, n, shape, recorder):
     """Chains and trees on graphs give the ids of plain eager decoding."""
     make = FAMILIES[family]
-    truth = decode(TargetModel(make()))
+    truth = decoded(shared_target(family))
     propose = fakes.partly_right(truth, VOCAB)
     if shape == "tree":
         propose = fakes.as_tree(propose, VOCAB)
     counted = Counted(RECORDERS[recorder])
     ours = graph_target(make, counted)
     counted.replays = 0
-    assert decode(ours, ScriptedDrafter(propose), n=n) == truth
-    assert decode(ours) == truth
+    assert decoded(ours, ScriptedDrafter(propose), n=n) == truth
+    assert decoded(ours) == truth
     assert counted.replays > 40  # plain decoding alone replays all steps but the first two
 
 
 def test_sampled_decoding_on_graphs_draws_the_same_ids():
     """With a seed the same numbers are drawn from the same distributions."""
     params = SamplingParams(temperature=0.9, top_p=0.95, seed=11, max_tokens=30, ignore_eos=True)
-    expected = decode(TargetModel(tiny_llama()), params=params)
+    expected = decoded(shared_target(), params=params)
     ours = graph_target(tiny_llama, taped)
     drafter = ScriptedDrafter(fakes.random_tokens(VOCAB))
-    assert decode(ours, drafter, params, n=4) == decode(ours, params=params) == expected
+    assert decoded(ours, drafter, params, n=4) == decoded(ours, params=params) == expected
 
 
 def test_hidden_states_come_along():
     """Buffers that keep final hidden states get those of the real rows."""
-    eager, ours = TargetModel(tiny_llama()), graph_target(tiny_llama, taped)
+    eager, ours = shared_target(), graph_target(tiny_llama, taped)
     held = []
     for target in (eager, ours):
         buffer = KVBuffer(64, keeps_hidden=True)
@@ -336,7 +332,7 @@ def test_drafter_models_run_on_graphs_too(temperature):
     eager = [TargetModel(tiny_llama(seed)) for seed in (0, 1)]
     ours = [graph_target(partial(tiny_llama, seed), counted) for seed in (0, 1)]
     expected, found = (
-        decode(target, ModelDrafter(model, confidence=0.0), params, n=4)
+        decoded(target, ModelDrafter(model, confidence=0.0), params, n=4)
         for target, model in (eager, ours)
     )
     assert expected == found

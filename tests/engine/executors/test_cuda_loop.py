@@ -8,18 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from fakes_graphs import (
-    OUR_FAMILIES,
-    RECORDERS,
-    Counted,
-    close,
-    decode,
-    executor,
-    graph_target,
-    prefilled,
-    random_ids,
-    taped,
-)
+from fakes_graphs import OUR_FAMILIES, RECORDERS, Counted, executor, graph_target, taped
+from steps import close, decoded, prefilled, random_ids, shared_target
 from tiny import EOS, FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams
@@ -212,20 +202,20 @@ def test_answers_are_those_of_eager_drafters(family, n, temperature):
     make = FAMILIES[family]
     params = SamplingParams(temperature=temperature, seed=5, max_tokens=40, ignore_eos=True)
     models = [graph_target(partial(make, seed), taped) for seed in (0, 1)]
-    found = decode(models[0], ModelDrafter(models[1], confidence=0.0), params, n=n)
+    found = decoded(models[0], ModelDrafter(models[1], confidence=0.0), params, n=n)
     if temperature == 0:
-        assert found == decode(TargetModel(make(0)), params=params)
+        assert found == decoded(shared_target(family), params=params)
     else:
         eager = [TargetModel(make(seed)) for seed in (0, 1)]
-        assert found == decode(eager[0], ModelDrafter(eager[1], confidence=0.0), params, n=n)
+        assert found == decoded(eager[0], ModelDrafter(eager[1], confidence=0.0), params, n=n)
 
 
 def test_a_drafter_that_is_its_target_is_always_right():
     """Both on the same graphs, over memory of their own."""
     model = graph_target(tiny_llama, taped)
     params = SamplingParams(max_tokens=40, ignore_eos=True)
-    found = decode(model, ModelDrafter(model, confidence=0.0), params, n=7)
-    assert found == decode(TargetModel(tiny_llama()), params=params)
+    found = decoded(model, ModelDrafter(model, confidence=0.0), params, n=7)
+    assert found == decoded(shared_target(), params=params)
 
 
 @pytest.mark.parametrize("what", ["steps", "draws"])
@@ -278,7 +268,7 @@ def test_what_cannot_be_drawn_in_a_row_is_refused():
     generator = torch.Generator()
     for other in (GatheredKV(buffer, [0, 1, 5], 64), KVBuffer(8), hidden):
         assert model.draw([1], other, 4, sampler, generator) is None
-    eager = TargetModel(tiny_llama())
+    eager = shared_target()
     assert eager.draw([1], prefilled(eager, [1, 2]), 4, sampler, generator) is None
     assert model.draw([1], buffer, 4, sampler, generator) is not None
     assert buffer.length == 30

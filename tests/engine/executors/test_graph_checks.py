@@ -9,25 +9,14 @@ import fakes
 import pytest
 import torch
 from fakes import ScriptedDrafter
-from fakes_graphs import (
-    OUR_FAMILIES,
-    TREE,
-    Counted,
-    close,
-    decode,
-    executor,
-    graph_target,
-    prefilled,
-    random_ids,
-    taped,
-)
+from fakes_graphs import OUR_FAMILIES, Counted, executor, graph_target, taped
+from steps import TREE, close, decoded, prefilled, random_ids, shared_target
 from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.engine.executors.base import StepOutput
 from rasd_integrations.engine.executors.cuda_graphs import executor as graphs
 from rasd_integrations.engine.executors.cuda_graphs import fixed
 from rasd_integrations.engine.executors.cuda_graphs.executor import GraphExecutor
-from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.exact import argmax_rows
 
 
@@ -67,7 +56,7 @@ def test_a_wrong_or_impossible_graph_changes_no_answer(recorder, message, caplog
         ours = graph_target(tiny_llama, recorder)
     assert [message in record.message for record in caplog.records] == [True]
     assert executor(ours).is_off
-    assert decode(ours) == decode(TargetModel(tiny_llama()))
+    assert decoded(ours) == decoded(shared_target())
 
 
 def test_a_recording_that_fails_later_changes_no_answer(caplog):
@@ -79,12 +68,12 @@ def test_a_recording_that_fails_later_changes_no_answer(caplog):
             unable(run)
         return counted(run)
 
-    truth = decode(TargetModel(tiny_llama()))
+    truth = decoded(shared_target())
     ours = graph_target(tiny_llama, failing)
     drafter = ScriptedDrafter(fakes.partly_right(truth, VOCAB))
     with caplog.at_level(logging.WARNING):
-        assert decode(ours, drafter, n=5) == truth
-        assert decode(ours, n=None) == truth
+        assert decoded(ours, drafter, n=5) == truth
+        assert decoded(ours, n=None) == truth
     assert ["cannot be recorded" in record.message for record in caplog.records] == [True]
     assert executor(ours).is_off
 
@@ -147,7 +136,7 @@ def test_the_flash_form_of_the_prefix_equals_eager(family, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
     monkeypatch.setattr(graphs, "_flash_prefix_for", lambda model: fixed.flash_prefix)
     make = FAMILIES[family]
-    eager, ours = TargetModel(make()), graph_target(make)
+    eager, ours = shared_target(family), graph_target(make)
     assert executor(ours)._prefix is fixed.flash_prefix
     ids = random_ids(40)
     expected, buffer = prefilled(eager, ids), prefilled(ours, ids)
@@ -179,7 +168,7 @@ def test_cuda_graphs_equal_eager(family):
     """The real thing, in float32 and bfloat16; never run so far."""
     for dtype in (torch.float32, torch.bfloat16):
         make = partial(lambda d: FAMILIES[family]().to("cuda", d), dtype)
-        eager, ours = TargetModel(make()), graph_target(make, None)
+        eager, ours = shared_target(family), graph_target(make, None)
         assert not executor(ours).is_off
         ids = random_ids(40)
         expected, buffer = prefilled(eager, ids), prefilled(ours, ids)

@@ -10,11 +10,13 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import fakes
 import pytest
 import torch
 from fakes import ScriptedDrafter
+from steps import TREE, close, close_rows, decoded, joint, prefilled, random_ids, shared_target
 from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
@@ -28,8 +30,8 @@ from rasd_integrations.engine.executors.openvino import graph as paged
 from rasd_integrations.engine.executors.openvino.executor import CompiledExecutor
 from rasd_integrations.engine.executors.packing import PackedLinear
 from rasd_integrations.engine.kv import buffer as kv
-from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
-from rasd_integrations.engine.target import TargetModel, _forward
+from rasd_integrations.engine.kv.buffer import GRANULE
+from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import (
     ConfigurationError,
     DeviceMemoryError,
@@ -40,44 +42,18 @@ from rasd_integrations.storage.marked import marked
 
 pytest.importorskip("openvino")
 
-TREE = [-1, 0, 0, 2, 1, -1, 5]
+close = partial(close, off=1e-4)
+prefilled = partial(prefilled, keeps_hidden=True)
 
 
-def random_ids(n: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
-
-
-def prefilled(target: TargetModel, ids: list[int], capacity: int = 0) -> KVBuffer:
-    buffer = KVBuffer(capacity or len(ids), keeps_hidden=True)
-    for _ in target.prefill(ids, buffer):
-        pass
-    return buffer
-
-
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Assert equality within 1e-4 of the spread, which is about 5 here."""
-    torch.testing.assert_close(got, wanted, atol=1e-4 * max(1.0, float(wanted.std())), rtol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def targets():
-    """Return a compiled and an eager target of a family, each made once."""
-    made = {}
-
-    def of(family):
-        if family not in made:
-            model = FAMILIES[family]()
-            ours = TargetModel(model, executor=CompiledExecutor(model))
-            made[family] = ours, TargetModel(FAMILIES[family]())
-        return made[family]
-
-    return of
+def targets(family):
+    """Return the compiled and the eager target of a family."""
+    return shared_target(family, "openvino"), shared_target(family)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("prefix", [1, 15, 16, 40, GRANULE - 3])
-def test_logits_hidden_states_and_rows_equal_eager(targets, family, prefix):
+def test_logits_hidden_states_and_rows_equal_eager(family, prefix):
     """Chains and a tree, below, at and above a window, and where the buffer has to grow."""
     ours, eager = targets(family)
     ids = random_ids(prefix)
@@ -89,28 +65,17 @@ def test_logits_hidden_states_and_rows_equal_eager(targets, family, prefix):
     close(ours.step(draft, mine, TREE), eager.step(draft, theirs, TREE))
     mine.commit([0, 1, 3])
     theirs.commit([0, 1, 3])
-    for layer in range(mine.num_layers):
-        for got, wanted in zip(
-            mine.rows(layer, 0, prefix + 3), theirs.rows(layer, 0, prefix + 3), strict=True
-        ):
-            close(got, wanted)
+    close_rows(mine, theirs, prefix + 3)
     close(mine.hidden()[1], theirs.hidden()[1])
 
 
 SCRIPTS = fakes.scripts(VOCAB)
 
 
-def decoded(target, drafter=None, ids=None):
-    config = SpeculationConfig(num_draft_tokens=5, max_draft_tokens=64)
-    decoder = SpeculativeDecoder(target, drafter, config=config)
-    params = SamplingParams(max_tokens=40, ignore_eos=True)
-    return [t for block in decoder.generate(ids or random_ids(24), params) for t in block.token_ids]
-
-
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
-def test_greedy_ids_equal_eager_plain_decoding(targets, family, script, shape):
+def test_greedy_ids_equal_eager_plain_decoding(family, script, shape):
     """Whatever is drafted, the ids are those of eager torch without drafts."""
     ours, eager = targets(family)
     truth = decoded(eager)
@@ -120,7 +85,7 @@ def test_greedy_ids_equal_eager_plain_decoding(targets, family, script, shape):
     assert truth == decoded(ours, ScriptedDrafter(propose))
 
 
-def test_a_gathered_buffer_keeps_its_places(targets):
+def test_a_gathered_buffer_keeps_its_places():
     """Rows picked out of a longer text, with windows, are seen where they stood."""
     ours, eager = targets("gemma3")
     ids = random_ids(50)
@@ -129,7 +94,7 @@ def test_a_gathered_buffer_keeps_its_places(targets):
     close(ours.step([5, 6, 7], mine), eager.step([5, 6, 7], theirs))
 
 
-def test_two_buffers_take_turns(targets):
+def test_two_buffers_take_turns():
     """The graph reads the memory of the answer whose turn it is, also after it grew."""
     ours, eager = targets("llama")
     mine = [prefilled(ours, random_ids(30, seed)) for seed in (1, 2)]
@@ -142,7 +107,7 @@ def test_two_buffers_take_turns(targets):
             buffer.commit(range(80))
 
 
-def test_memory_that_is_no_number_stays_out(targets, monkeypatch):
+def test_memory_that_is_no_number_stays_out(monkeypatch):
     """Fresh memory may hold anything: at first, after growth, in a copy and in gathered rows."""
     ours, eager = targets("llama")
     allocate = kv._allocate
@@ -161,17 +126,8 @@ def test_memory_that_is_no_number_stays_out(targets, monkeypatch):
         close(got, wanted)
 
 
-def joint(target, drafts, buffers):
-    """Return the logits of one forward for ``(ids, parents)`` behind each buffer."""
-    works = [
-        target._prepared(ids, parents, buffer, len(ids))
-        for (ids, parents), buffer in zip(drafts, buffers, strict=True)
-    ]
-    return _forward(target._executor, works)
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_steps_of_several_answers_run_together(targets, family, monkeypatch):
+def test_steps_of_several_answers_run_together(family, monkeypatch):
     """Chains and trees, as more rows than there are, over memory of any content; answers come, grow and leave."""
     ours, eager = targets(family)
     allocate = kv._allocate
@@ -208,17 +164,13 @@ def test_steps_of_several_answers_run_together(targets, family, monkeypatch):
     assert mine[1].capacity > GRANULE  # it grew among the others
     for one, other in zip(mine, theirs, strict=True):
         assert one.length == other.length
-        for layer in range(one.num_layers):
-            for row, wanted in zip(
-                one.rows(layer, 0, one.length), other.rows(layer, 0, one.length), strict=True
-            ):
-                close(row, wanted)
+        close_rows(one, other, one.length)
     assert compiled_steps
     if family in ("llama", "gpt2"):  # no windows, beyond which trees run eagerly
         assert compiled_steps == [2, 3, 4, 2, 1, 3]
 
 
-def test_answers_that_ran_together_are_let_go(targets):
+def test_answers_that_ran_together_are_let_go():
     """A place that is free is given away; the last one in an arena takes memory of its own."""
     ours, eager = targets("llama")
     stays, goes, comes = (prefilled(ours, random_ids(20, seed)) for seed in (1, 2, 3))
@@ -239,7 +191,7 @@ def test_answers_that_ran_together_are_let_go(targets):
     assert arena() is None
 
 
-def test_answers_that_decode_together_stand_aside(targets):
+def test_answers_that_decode_together_stand_aside():
     """Each has the ids of plain decoding; nobody drafts while others pay for it, but who is alone and who asks."""
     ours, eager = targets("llama")
     params = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -277,7 +229,7 @@ def test_answers_that_decode_together_stand_aside(targets):
     assert _ASIDE not in reasons
 
 
-def test_who_moved_out_of_an_arena_keeps_its_place_there(targets):
+def test_who_moved_out_of_an_arena_keeps_its_place_there():
     """Somebody may be copying the rows that lie there."""
     ours, _ = targets("llama")
     first, second = (prefilled(ours, random_ids(20, seed)) for seed in (1, 2))
@@ -302,7 +254,7 @@ def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatc
         patch.setattr(paged, "traced", None)
         loaded = TargetModel(model, executor=CompiledExecutor(model, folder=tmp_path, identity="a"))
     ids = random_ids(20)
-    eager = TargetModel(tiny_llama())
+    eager = shared_target()
     close(loaded.step([1], prefilled(loaded, ids)), eager.step([1], prefilled(eager, ids)))
 
     file = kept / "graph.xml"
@@ -426,7 +378,7 @@ def test_terms_that_pages_lack_are_refused(monkeypatch, term, said):
 
 @pytest.mark.parametrize("rows", [5, 9, 33])
 @pytest.mark.parametrize("parents", [None, [-1, 0, 0]])
-def test_a_step_may_be_run_as_more_rows(targets, rows, parents):
+def test_a_step_may_be_run_as_more_rows(rows, parents):
     """The rows too many change nothing of what comes out or of what is committed, also where memory grows."""
     ours, eager = targets("llama")
     ids = random_ids(GRANULE - 4)

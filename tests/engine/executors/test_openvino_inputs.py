@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from steps import shared_target
 from tiny import FAMILIES
 
 pytest.importorskip("openvino")
@@ -24,7 +25,7 @@ def test_steps_of_ever_other_shapes_equal_eager():
     """Rows, trees and answers change at random, more of them than frames are kept."""
     model = FAMILIES["gemma3"]()
     executor = CompiledExecutor(model)
-    ours, eager = TargetModel(model, executor=executor), TargetModel(FAMILIES["gemma3"]())
+    ours, eager = TargetModel(model, executor=executor), shared_target("gemma3")
     chance = random.Random(0)
     answers = []
     for _ in range(2):

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import fakes
 import pytest
 import torch
 from fakes import ScriptedDrafter
+from steps import TREE, decoded, joint, prefilled, random_ids, shared_target
 from tiny import VOCAB, tiny_gemma3, tiny_llama, tiny_tokenizer
 
 from rasd_integrations import RASD
-from rasd_integrations.config import PrefixFolder, SamplingParams, SpeculationConfig
+from rasd_integrations.config import PrefixFolder
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter
 from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.drafters.papers.sparse_kv import SparseKVDrafter
 from rasd_integrations.engine.executors.factory import make_executor
 from rasd_integrations.engine.kv import buffer as kv
-from rasd_integrations.engine.kv.buffer import GRANULE, KVBuffer
-from rasd_integrations.engine.target import TargetModel, _forward
+from rasd_integrations.engine.kv.buffer import GRANULE
+from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.runtime.models import wrapped_model
 from rasd_integrations.stats import DecodingStats
 
 pytest.importorskip("openvino")
 
-TREE = [-1, 0, 0, 2, 1, -1, 5]
 # A scale is a 255th of a row's spread, so that a number is half of that off at most. Sums of many are less.
 FAR = 0.05
-
-
-def random_ids(n: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
-
-
-def prefilled(target: TargetModel, ids: list[int]) -> KVBuffer:
-    buffer = KVBuffer(len(ids), keeps_hidden=True)
-    for _ in target.prefill(ids, buffer):
-        pass
-    return buffer
 
 
 def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -46,20 +36,13 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def target() -> TargetModel:
-    model = tiny_llama()
-    return TargetModel(model, executor=make_executor("openvino-kv8", model))
+    return shared_target("llama", "openvino-kv8")
 
 
-def decoded(target, drafter=None, stats=None):
-    config = SpeculationConfig(num_draft_tokens=5, max_draft_tokens=64)
-    decoder = SpeculativeDecoder(target, drafter, config=config)
-    params = SamplingParams(max_tokens=40, ignore_eos=True)
-    blocks = decoder.generate(random_ids(150), params, stats=stats)
-    return [t for block in blocks for t in block.token_ids]
-
-
+PROMPT = random_ids(150)
+decoded = partial(decoded, ids=PROMPT)
 SCRIPTS = fakes.scripts(VOCAB)
 
 
@@ -79,7 +62,7 @@ def test_logits_are_near_eager_ones_and_equal_after_moves(target, parents, monke
     """Rows of a tree's path, of a grown, copied and gathered buffer are those of a fresh one; memory is of any content."""
     allocate = kv._allocate
     monkeypatch.setattr(kv, "_allocate", lambda *args, **how: allocate(*args, **how).fill_(255))
-    eager = TargetModel(tiny_llama())
+    eager = shared_target()
     ids, more = random_ids(GRANULE - 3), random_ids(1 + len(TREE), seed=7)
     buffer, theirs = prefilled(target, ids), prefilled(eager, ids)
     assert off(target.step(more, buffer, parents), eager.step(more, theirs, parents)) < FAR
@@ -97,8 +80,7 @@ def test_several_answers_in_one_step_say_what_each_says_alone(target):
     """Their rows lie in one arena."""
     buffers = [prefilled(target, random_ids(n, seed=n)) for n in (12, 90, 40)]
     wanted = [target.step([1, 2, 3], buffer.copy(buffer.length, 64)) for buffer in buffers]
-    works = [target._prepared([1, 2, 3], None, b, 3) for b in buffers]
-    for got, alone in zip(_forward(target._executor, works), wanted, strict=True):
+    for got, alone in zip(joint(target, [([1, 2, 3], None)] * 3, buffers), wanted, strict=True):
         assert off(got, alone) < 1e-3
 
 
@@ -108,7 +90,7 @@ def test_a_row_of_a_head_takes_its_size_in_bytes_and_eight(target):
     head = config.hidden_size // config.num_attention_heads
     rows = 2 * config.num_hidden_layers * config.num_key_value_heads
     assert target.kv_bytes_per_token == rows * (head + 8)
-    assert TargetModel(tiny_llama()).kv_bytes_per_token == rows * head * 4
+    assert shared_target().kv_bytes_per_token == rows * head * 4
 
 
 def test_windows_are_refused():
@@ -121,11 +103,12 @@ def test_early_exit_says_that_it_cannot_read_them(target):
     """It costs speed only; drafters that read rows by the target's own steps go on."""
     truth = decoded(target)
     stats = DecodingStats()
-    assert decoded(target, EarlyExitDrafter(1), stats) == truth
+    assert decoded(target, EarlyExitDrafter(1), stats=stats) == truth
     assert "cannot read keys and values in 8 bits" in stats.faults[0]
     stats = DecodingStats()
     assert (
-        decoded(target, SparseKVDrafter("window", sink=4, window=64, max_rows=80), stats) == truth
+        decoded(target, SparseKVDrafter("window", sink=4, window=64, max_rows=80), stats=stats)
+        == truth
     )
     assert not stats.faults
     assert stats.drafted > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from functools import cache
 
 import fakes
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fakes import ScriptedDrafter
 from fakes_grammar import TableGrammar, banded
+from steps import shared_target
 from tiny import EOS, FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
@@ -75,19 +77,23 @@ SCRIPTS = fakes.scripts(VOCAB)
 @pytest.mark.parametrize("params", sorted(PARAMS))
 def test_no_draft_changes_a_constrained_answer(params, n, script, shape):
     """The losslessness matrix under a grammar; with one seed a sampled answer is the same too."""
-    target = TargetModel(tiny_llama())
-    truth = decode(target, params=PARAMS[params])
+    truth = plain(params)
     propose = SCRIPTS[script](truth)
     if shape == "tree":
         propose = fakes.as_tree(propose, VOCAB)
-    assert decode(target, ScriptedDrafter(propose), PARAMS[params], n=n) == truth
+    assert decode(shared_target(), ScriptedDrafter(propose), PARAMS[params], n=n) == truth
+
+
+@cache
+def plain(params):
+    return decode(shared_target(), params=PARAMS[params])
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
 @pytest.mark.parametrize("kind", ["suffix", "suffix-tree", "model", "cascade"])
 def test_every_drafter_is_lossless_under_a_grammar(family, kind):
     """Real drafters, windows of attention included, greedy."""
-    target = TargetModel(FAMILIES[family]())
+    target = shared_target(family)
     model = ModelDrafter(target)
     drafter = {
         "suffix": SuffixDrafter(),
@@ -108,7 +114,7 @@ def test_a_draft_keeps_the_tokens_that_a_mask_allows(token):
 
 def test_a_model_drafter_drafts_inside_the_grammar():
     """On the target's own prompt a masked drafter is always right, so every draft stands whole."""
-    target, stats = TargetModel(tiny_llama()), DecodingStats()
+    target, stats = shared_target(), DecodingStats()
     decoder = SpeculativeDecoder(
         target, ModelDrafter(target, confidence=0.0), config=SpeculationConfig(num_draft_tokens=4)
     )
@@ -131,19 +137,11 @@ def test_a_sampled_model_draft_keeps_the_masked_distribution():
         p = distribution_of(model, PROMPT)
         q = distribution_of(model, [*PROMPT, first])
         exact |= {(first, t): p[first] * q[t] for t in (10, 20, 30)}
-    runs = 1200
-    seen = Counter(
-        tuple(
-            decode(
-                target,
-                drafter,
-                SamplingParams(max_tokens=3, temperature=1.5, seed=seed),
-                n=2,
-                follows=follows,
-            )
-        )
-        for seed in range(runs)
-    )
+    runs = 600
+    seen: Counter[tuple[int, ...]] = Counter()
+    for seed in range(runs):
+        params = SamplingParams(max_tokens=3, temperature=1.5, seed=seed)
+        seen[tuple(decode(target, drafter, params, n=2, follows=follows))] += 1
     assert set(seen) <= set(exact)
     # Five standard deviations of each frequency: less than one false alarm in 100 000 runs of the test.
     for outcome, chance in exact.items():
@@ -164,7 +162,7 @@ def test_forced_tokens_are_drafted_for_free():
     stats = DecodingStats()
     params = SamplingParams(max_tokens=100)
     got = decode(
-        TargetModel(tiny_llama()), params=params, stats=stats,
+        shared_target(), params=params, stats=stats,
         follows=lambda path: text[len(path) : len(path) + 1],
     )  # fmt: skip
     assert got == text
@@ -174,7 +172,7 @@ def test_forced_tokens_are_drafted_for_free():
 
 def test_the_end_of_the_grammar_ends_the_answer():
     """Nothing may follow: the answer stops by itself, without an end token."""
-    target = TargetModel(tiny_llama())
+    target = shared_target()
     decoder = SpeculativeDecoder(target)
     blocks = list(
         decoder.generate(
@@ -187,7 +185,7 @@ def test_the_end_of_the_grammar_ends_the_answer():
 
 def test_an_answer_cut_short_says_length():
     """The budget ends the answer inside the grammar."""
-    decoder = SpeculativeDecoder(TargetModel(tiny_llama()))
+    decoder = SpeculativeDecoder(shared_target())
     blocks = list(decoder.generate(PROMPT, SamplingParams(max_tokens=3), grammar=grammar()))
     assert blocks[-1].finish_reason == "length"
 
@@ -199,7 +197,7 @@ def test_end_tokens_follow_only_where_the_grammar_allows_them():
         return [60] if len(path) < 4 else [EOS]
 
     drafter = ScriptedDrafter(lambda answer, budget: Draft((EOS, EOS, EOS)[:budget], source="s"))
-    decoder = SpeculativeDecoder(TargetModel(tiny_llama()), drafter)
+    decoder = SpeculativeDecoder(shared_target(), drafter)
     blocks = list(decoder.generate(PROMPT, GREEDY, grammar=grammar(follows)))
     assert [t for b in blocks for t in b.token_ids] == [60, 60, 60, 60, EOS]
     assert blocks[-1].finish_reason == "stop"
@@ -224,7 +222,7 @@ def test_a_failing_drafter_leaves_the_grammar_in_place():
 
         def close(self): ...
 
-    target, stats = TargetModel(tiny_llama()), DecodingStats()
+    target, stats = shared_target(), DecodingStats()
     assert decode(target, Careless(), stats=stats, n=3) == decode(target)
     assert "gone" in stats.faults[0]
 
@@ -235,14 +233,14 @@ def test_a_grammar_without_a_way_on_is_an_error():
     class Stuck(TableGrammar):
         finished = False
 
-    decoder = SpeculativeDecoder(TargetModel(tiny_llama()))
+    decoder = SpeculativeDecoder(shared_target())
     with pytest.raises(DecodingError, match="No token has a positive probability"):
         list(decoder.generate(PROMPT, GREEDY, grammar=Stuck(lambda path: [], VOCAB)))
 
 
 def test_knowledge_transfer_stays_inside_the_grammar():
     """A lossy distribution under a grammar writes what the grammar allows, and drafts nothing without a distribution."""
-    target = TargetModel(tiny_llama())
+    target = shared_target()
     drafter = ModelDrafter(TargetModel(tiny_llama(7)), confidence=0.0)
     config = SpeculationConfig(num_draft_tokens=4, knowledge_transfer=20.0)
     ids = decode(target, drafter, config=config)
