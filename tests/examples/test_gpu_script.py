@@ -65,6 +65,7 @@ PATHS = {"transformers", "eager", "graphs", "graphs, drafted", "graphs, model"}
 def test_a_model_says_the_same_on_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real model's part, with a tiny one: eager, graphs, trees and a drafter model on graphs, transformers."""
     loaded = SimpleNamespace(model=tiny_llama(), tokenizer=tiny_tokenizer())
+    monkeypatch.setattr(gpu, "TEXT", gpu.TEXT[:600])
     monkeypatch.setattr(gpu, "packaged_model", lambda name: name)
     monkeypatch.setattr(gpu, "load_model", lambda *args: loaded)
     found = gpu.real("cpu", torch.float32, tokens=12)
