@@ -364,14 +364,14 @@ def test_what_openvino_cannot_do_is_refused(monkeypatch):
 )
 def test_terms_that_pages_lack_are_refused(monkeypatch, term, said):
     """Attention over pages has no cap, and no sink of each head."""
-    plan_of = compiled.plan_of
+    trace_layout = compiled.trace_layout
 
     def planned(*args):
-        plan = plan_of(*args)
-        layers = [replace(x, scoring=replace(x.scoring, **term)) for x in plan.layers]
-        return replace(plan, layers=tuple(layers))
+        trace = trace_layout(*args)
+        layers = [replace(x, scoring=replace(x.scoring, **term)) for x in trace.layers]
+        return replace(trace, layers=tuple(layers))
 
-    monkeypatch.setattr(compiled, "plan_of", planned)
+    monkeypatch.setattr(compiled, "trace_layout", planned)
     with pytest.raises(ConfigurationError, match=said):
         CompiledExecutor(tiny_llama())
 

@@ -61,7 +61,7 @@ def test_a_frame_filled_anew_is_as_a_new_one():
             table = torch.stack([positions[0] / 3.0, positions[0] * 7.0])  # [2, n]
             return table.T[None], (-table).T[None]
 
-    plan = SimpleNamespace(
+    trace = SimpleNamespace(
         angles=(Angles(Rotary(), (torch.zeros(1, 1, dtype=torch.long),), {}),), head_counts=(1, 3)
     )
     mask = np.tril(np.ones((4, 4), np.bool_))
@@ -69,17 +69,17 @@ def test_a_frame_filled_anew_is_as_a_new_one():
     other[3, 1] = False
 
     def frame(prefix: int, sees: np.ndarray, start: int) -> Frame:
-        spans = [paged.Span(prefix, 4, 2, 5, sees)]
-        made = Frame(plan, [span.place for span in spans], 9, first_row=0)
+        spans = [paged.PageRange(prefix, 4, 2, 5, sees)]
+        made = Frame(trace, [span.place for span in spans], 9, first_row=0)
         fill(made, spans, start)
         return made
 
-    def fill(made: Frame, spans: list[paged.Span], start: int) -> None:
+    def fill(made: Frame, spans: list[paged.PageRange], start: int) -> None:
         ids, positions = torch.arange(start, start + 3), torch.arange(50, 53) + start
         made.fill(ids, positions, spans)
 
     used = frame(64, mask, 5)
-    fill(used, [paged.Span(70, 4, 2, 5, other)], 11)
+    fill(used, [paged.PageRange(70, 4, 2, 5, other)], 11)
     for got, wanted in zip(used.tensors, frame(70, other, 11).tensors, strict=True):
         np.testing.assert_array_equal(got.data, wanted.data)
     ids, positions, rows, cosines, *_ = (tensor.data for tensor in used.tensors)

@@ -14,9 +14,6 @@ from rasd_integrations.engine.executors.cuda_graphs.fixed import FixedInputs
 
 ROOM = 16  # tokens drawn in a row; longer drafts are several such runs
 
-Choice = tuple[Tensor, Tensor, Tensor]
-"""Tokens, their probabilities, and the logits ``[n, vocab]`` that they were drawn from."""
-
 
 class Loop:
     """State of a draft on the device.
@@ -33,11 +30,13 @@ class Loop:
         self._logits = torch.zeros(ROOM, vocab_size, device=device)
         self._place = torch.zeros(1, dtype=torch.long, device=device)
 
-    def begin(self, first: Choice, uniform: Tensor, length: int, position: int) -> None:
+    def begin(
+        self, first: tuple[Tensor, Tensor, Tensor], uniform: Tensor, length: int, position: int
+    ) -> None:
         """Start a draft at ``first``, the token sampled after the last one read.
 
         Args:
-            first: One token.
+            first: What :class:`~rasd_integrations.engine.executors.base.Sampler` returned for it.
             uniform: ``[n]`` in [0, 1), a number for each token of the draft.
             length: Tokens read.
             position: Of the last token read.
@@ -51,7 +50,7 @@ class Loop:
         """Draw from a step's logits ``[1, vocab]``, and make the token the next input."""
         self._put(sampler(logits, self._uniform.index_select(0, self._place)))
 
-    def _put(self, choice: Choice) -> None:
+    def _put(self, choice: tuple[Tensor, Tensor, Tensor]) -> None:
         tokens, chances, logits = choice
         self._chosen.index_copy_(1, self._place, torch.stack([tokens.double(), chances.double()]))
         self._logits.index_copy_(0, self._place, logits.float())

@@ -29,7 +29,7 @@ from rasd_integrations.engine.executors.base import Executor, StepOutput
 from rasd_integrations.engine.executors.eager import EagerExecutor, rows_at
 from rasd_integrations.engine.executors.openvino import graph as paged
 from rasd_integrations.engine.executors.openvino.inputs import Frame
-from rasd_integrations.engine.executors.openvino.tracing import Plan, plan_of
+from rasd_integrations.engine.executors.openvino.tracing import TraceLayout, trace_layout
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer, KVLayout
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading.progress import stage
@@ -80,8 +80,8 @@ class CompiledExecutor(Executor):
             )
             raise ConfigurationError(msg)
         self._eager = EagerExecutor(model)
-        self._plan = plan_of(self._eager)
-        if why := paged.lacking(self._plan, in_8_bits=in_8_bits):
+        self._trace = trace_layout(self._eager)
+        if why := paged.lacking(self._trace, in_8_bits=in_8_bits):
             msg = f"{type(model).__name__} {why}"
             raise ConfigurationError(msg)
         # Fitting the graph to another width takes a third of a plain step (docs/explanation/experiments.md).
@@ -92,7 +92,7 @@ class CompiledExecutor(Executor):
             path = folder / _graph_name(model, identity)
         self._arena: Callable[[], KVArena | None] = lambda: None
         self._joint: deque[int] = deque(maxlen=_JOINT)  # widths of the last batches
-        self._frame_of = lru_cache(_FRAMES)(partial(Frame, self._plan))
+        self._frame_of = lru_cache(_FRAMES)(partial(Frame, self._trace))
         self._framed: Frame | None = None
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # memory of the request's tensors
@@ -100,10 +100,10 @@ class CompiledExecutor(Executor):
         try:
             with stage(None if kept else f"Compiling {type(model).__name__} for this CPU, once"):
                 self._compile = partial(
-                    _compiled, self._eager.model, self._plan, path, in_8_bits=in_8_bits
+                    _compiled, self._eager.model, self._trace, path, in_8_bits=in_8_bits
                 )
                 self._request: Any = self._compile().create_infer_request()
-                self._first_key = len(self._request.model_inputs) - 2 * len(self._plan.layers)
+                self._first_key = len(self._request.model_inputs) - 2 * len(self._trace.layers)
                 self._check(model)
         except ConfigurationError:
             raise
@@ -193,7 +193,7 @@ class CompiledExecutor(Executor):
         end = segment.buffer.next_position + segment.rows
         inside = all(
             layer.scoring.window is None or end <= layer.scoring.window
-            for layer in self._plan.layers
+            for layer in self._trace.layers
         )
         return inside or (segment.is_chain and not segment.buffer.is_gathered)
 
@@ -216,13 +216,13 @@ class CompiledExecutor(Executor):
         )
         for buffer in buffers:
             buffer.make_row_major()
-            shapes = self._plan.layers
+            shapes = self._trace.layers
             for index, shape in enumerate(shapes[buffer.num_layers :], buffer.num_layers):
                 key = torch.empty(shape.kv_heads, 0, shape.key_dim + more, dtype=dtype)
                 buffer.write(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim + more))
         if len(buffers) > 1:
             self._join(buffers)
-        stores = [buffers[0].stores(layer) for layer in range(len(self._plan.layers))]
+        stores = [buffers[0].stores(layer) for layer in range(len(self._trace.layers))]
         memory = stores[0][0]
         if self._bound is not memory:
             tensors = [keys for keys, _ in stores] + [values for _, values in stores]
@@ -309,11 +309,11 @@ def _memory_ends() -> Iterator[None]:
         raise
 
 
-def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:
+def _spans(segments: Sequence[Segment], spare: int) -> list[paged.PageRange]:
     """Return the rows of each answer, and ``spare`` padding rows that no other row sees."""
     alone = len(segments) == 1
     spans = [
-        paged.Span(
+        paged.PageRange(
             segment.buffer.length,
             segment.rows + spare * alone,
             segment.buffer.origin // paged.PAGE,
@@ -324,7 +324,7 @@ def _spans(segments: Sequence[Segment], spare: int) -> list[paged.Span]:
     ]
     if spare and not alone:
         # In an arena's first rows, which are reserved.
-        spans.append(paged.Span(0, spare, 0, GRANULE // paged.PAGE))
+        spans.append(paged.PageRange(0, spare, 0, GRANULE // paged.PAGE))
     return spans
 
 
@@ -338,12 +338,12 @@ def _sees(segment: Segment, width: int) -> npt.NDArray[np.bool_]:
 
 
 def _compiled(
-    model: PreTrainedModel, plan: Plan, path: Path | None, *, in_8_bits: bool
+    model: PreTrainedModel, trace: TraceLayout, path: Path | None, *, in_8_bits: bool
 ) -> ov.CompiledModel:
     """Return the compiled graph of ``model``; its trace is kept at ``path``."""
     graph = _kept(path)
     if graph is None:
-        graph = paged.traced(model, plan)
+        graph = paged.traced(model, trace)
         if path is not None:
             _keep(graph, path, model)
     kind = _DTYPES[model.dtype]
@@ -356,7 +356,7 @@ def _compiled(
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,
     }
-    whole = paged.with_attention(graph, plan, getattr(ov.Type, kind), in_8_bits=in_8_bits)
+    whole = paged.with_attention(graph, trace, getattr(ov.Type, kind), in_8_bits=in_8_bits)
     return ov.Core().compile_model(whole, "CPU", options)
 
 

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from rasd_integrations.engine.executors.openvino.tracing import (
     Layer,
-    Plan,
     TracedStep,
+    TraceLayout,
     in_float32,
     quiet_trace,
 )
@@ -35,9 +35,9 @@ _I32, _F32, _U8 = ov.Type.i32, ov.Type.f32, ov.Type.u8
 _INDICES = (_I32, _I32, _I32, _I32, _U8, _I32)
 
 
-def lacking(plan: Plan, *, in_8_bits: bool) -> str | None:
+def lacking(trace: TraceLayout, *, in_8_bits: bool) -> str | None:
     """Return what compiled steps cannot do of this model, if anything, and what to use instead."""
-    scorings = [layer.scoring for layer in plan.layers]
+    scorings = [layer.scoring for layer in trace.layers]
     if any(scoring.softcap is not None for scoring in scorings):
         return "caps its scores, which compiled steps cannot. Use executor='eager'."
     if any(scoring.sinks is not None for scoring in scorings):
@@ -51,13 +51,13 @@ def lacking(plan: Plan, *, in_8_bits: bool) -> str | None:
     return None
 
 
-def traced(model: PreTrainedModel, plan: Plan) -> ov.Model:
+def traced(model: PreTrainedModel, trace: TraceLayout) -> ov.Model:
     """Return the graph of a step without its attention, for any width.
 
     Raises:
         Exception: Whatever the model's own code and the converter raise.
     """
-    step = TracedStep(model, plan).eval()
+    step = TracedStep(model, trace).eval()
     with quiet_trace(), in_float32(model), torch.inference_mode():
         some, more = step.examples(3), step.examples(4)
         decoder = TorchScriptPythonDecoder(
@@ -81,7 +81,7 @@ def traced(model: PreTrainedModel, plan: Plan) -> ov.Model:
 
 
 def with_attention(
-    graph: ov.Model, plan: Plan, kind: ov.Type, *, in_8_bits: bool = False
+    graph: ov.Model, trace: TraceLayout, kind: ov.Type, *, in_8_bits: bool = False
 ) -> ov.Model:
     """Return ``graph`` with attention inserted.
 
@@ -90,23 +90,23 @@ def with_attention(
 
     Args:
         graph: Of :func:`traced`; it is changed.
-        plan: Of the model.
+        trace: Of the model.
         kind: Of keys, values, logits and hidden states.
         in_8_bits: Keys and values are bytes instead, each row after its :data:`SCALE_BYTES`.
     """
     parameters, results = graph.get_parameters(), graph.get_results()
-    attended = parameters[len(parameters) - len(plan.layers) :]
+    attended = parameters[len(parameters) - len(trace.layers) :]
     most = Parameter(_I32, ov.PartialShape([]))
     indices = {
         heads: [Parameter(type_, ov.PartialShape([-1])) for type_ in _INDICES]
-        for heads in plan.head_counts
+        for heads in trace.head_counts
     }
     rows, more = (_U8, SCALE_BYTES) if in_8_bits else (kind, 0)
     keys, values = (
         [Parameter(rows, ov.PartialShape([-1, 1, PAGE, size + more])) for size in sizes]
-        for sizes in zip(*((layer.key_dim, layer.value_dim) for layer in plan.layers), strict=True)
+        for sizes in zip(*((layer.key_dim, layer.value_dim) for layer in trace.layers), strict=True)
     )
-    for index, layer in enumerate(plan.layers):
+    for index, layer in enumerate(trace.layers):
         reads = [result.input_value(0) for result in results[2 + 3 * index : 5 + 3 * index]]
         made = _attention(layer, reads, keys[index], values[index], indices[layer.kv_heads], most)
         for target in attended[index].output(0).get_target_inputs():
@@ -119,7 +119,7 @@ def with_attention(
     return edges.build()
 
 
-class Span(NamedTuple):
+class PageRange(NamedTuple):
     """The rows of one answer in a step.
 
     Attributes:
@@ -148,7 +148,7 @@ class Span(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The part of a :class:`Span` that does not change from step to step."""
+    """The part of a :class:`PageRange` that does not change from step to step."""
 
     rows: int
     first_page: int
@@ -177,7 +177,7 @@ def indices(heads: int, places: Sequence[Place], pages: int) -> list[npt.NDArray
     ]
 
 
-def refresh(heads: int, spans: Sequence[Span], made: Sequence[npt.NDArray[Any]]) -> None:
+def refresh(heads: int, spans: Sequence[PageRange], made: Sequence[npt.NDArray[Any]]) -> None:
     """Update the arrays of `indices` with new prefix lengths and tree masks."""
     made[0].reshape(heads, -1)[:] = [span.prefix for span in spans]
     if any(span.sees is not None for span in spans):

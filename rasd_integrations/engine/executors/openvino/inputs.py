@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rasd_integrations.engine.executors.openvino import graph as paged
-from rasd_integrations.engine.executors.openvino.tracing import Plan
+from rasd_integrations.engine.executors.openvino.tracing import TraceLayout
 
 
 class Frame:
@@ -22,20 +22,20 @@ class Frame:
     """
 
     def __init__(
-        self, plan: Plan, places: Sequence[paged.Place], pages: int, first_row: int
+        self, trace: TraceLayout, places: Sequence[paged.Place], pages: int, first_row: int
     ) -> None:
         """Allocate inputs for answers at ``places``; logits are made from ``first_row`` on."""
         width = sum(place.rows for place in places)
-        self._plan = plan
+        self._trace = trace
         self._ids, self._positions = np.zeros((2, 1, width), np.int64)
         self._angles = [np.array(table, order="C") for table in self._tables()]
         self._end = np.zeros((), np.int32)
-        self._indices = [paged.indices(heads, places, pages) for heads in plan.head_counts]
+        self._indices = [paged.indices(heads, places, pages) for heads in trace.head_counts]
         arrays = [self._ids, self._positions, np.arange(first_row, width), *self._angles, self._end]
         arrays += [array for indices in self._indices for array in indices]
         self.tensors = [ov.Tensor(array, shared_memory=True) for array in arrays]
 
-    def fill(self, ids: Tensor, positions: Tensor, spans: Sequence[paged.Span]) -> None:
+    def fill(self, ids: Tensor, positions: Tensor, spans: Sequence[paged.PageRange]) -> None:
         """Write a step of ``ids`` ``[n]`` at ``positions`` ``[n]``; padding rows repeat the last one."""
         n = len(ids)
         for row, given in ((self._ids, ids), (self._positions, positions)):
@@ -44,10 +44,10 @@ class Frame:
         for array, table in zip(self._angles, self._tables(), strict=True):
             array[...] = table
         self._end[...] = max(span.end for span in spans)
-        for heads, indices in zip(self._plan.head_counts, self._indices, strict=True):
+        for heads, indices in zip(self._trace.head_counts, self._indices, strict=True):
             paged.refresh(heads, spans, indices)
 
     def _tables(self) -> list[npt.NDArray[np.float32]]:
         """Return the angles at the positions."""
         positions = torch.from_numpy(self._positions)
-        return [table.numpy() for call in self._plan.angles for table in call.at(positions)]
+        return [table.numpy() for call in self._trace.angles for table in call.at(positions)]

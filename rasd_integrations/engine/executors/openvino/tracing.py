@@ -64,7 +64,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TraceLayout:
     """The rotary calls and layers of a model's step.
 
     Attributes:
@@ -81,7 +81,7 @@ class Plan:
         return tuple(dict.fromkeys(layer.kv_heads for layer in self.layers))
 
 
-class _Recorder(Segment):
+class _LayerRecorder(Segment):
     """Records how each layer of an eager step attends."""
 
     __slots__ = ("layers",)
@@ -100,10 +100,10 @@ class _Recorder(Segment):
 
 
 @torch.inference_mode()
-def plan_of(eager: EagerExecutor) -> Plan:
+def trace_layout(eager: EagerExecutor) -> TraceLayout:
     """Run two tokens and record the rotary calls and layers."""
     positions = torch.arange(2)
-    recorder = _Recorder(KVBuffer(2), positions)
+    recorder = _LayerRecorder(KVBuffer(2), positions)
     calls: list[Angles] = []
     hooks = [
         module.register_forward_hook(
@@ -120,7 +120,7 @@ def plan_of(eager: EagerExecutor) -> Plan:
         for hook in hooks:
             hook.remove()
     layers = tuple(recorder.layers[index] for index in range(len(recorder.layers)))
-    return Plan(tuple(calls), layers)
+    return TraceLayout(tuple(calls), layers)
 
 
 def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -130,14 +130,14 @@ def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
 class _TracedSegment:
     """The sequence of a traced step: attention's inputs become outputs of the trace, and its outputs inputs."""
 
-    def __init__(self, plan: Plan, attended: Sequence[Tensor]) -> None:
-        self._plan, self._attended = plan, attended
+    def __init__(self, trace: TraceLayout, attended: Sequence[Tensor]) -> None:
+        self._trace, self._attended = trace, attended
         self.read: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
     ) -> Tensor:
-        shape = self._plan.layers[layer]
+        shape = self._trace.layers[layer]
         heads, group = shape.kv_heads, shape.group
         grouped = query.reshape(heads, group, -1, shape.key_dim).transpose(1, 2)
         self.read[layer] = (
@@ -156,22 +156,22 @@ class TracedStep(nn.Module):
     values ``[kv_heads * n, value_dim]``, and returns ``[kv_heads * n, group * value_dim]``.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan) -> None:
+    def __init__(self, model: PreTrainedModel, trace: TraceLayout) -> None:
         """Wrap an executor's copy of a model."""
         super().__init__()
         self._model = model
-        self._plan = plan
+        self._trace = trace
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
     def forward(
         self, ids: Tensor, positions: Tensor, rows: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         """Return logits ``[rows, vocab]``, hidden states ``[n, hidden]`` and each layer's queries, keys, values."""
-        layers = len(self._plan.layers)
-        segment = _TracedSegment(self._plan, rest[-layers:])
+        layers = len(self._trace.layers)
+        segment = _TracedSegment(self._trace, rest[-layers:])
         context: Any = StepContext(positions[0], (segment,))  # type: ignore[arg-type]
         with (
-            _angles_given(self._plan.angles, rest[:-layers]),
+            _angles_given(self._trace.angles, rest[:-layers]),
             outputs_of(self._model.base_model) as seen,
         ):
             out = self._model(
@@ -190,10 +190,10 @@ class TracedStep(nn.Module):
     def examples(self, n: int) -> tuple[Tensor, ...]:
         """Return inputs of ``n`` tokens."""
         positions = torch.arange(n)[None]
-        tables = [table for call in self._plan.angles for table in call.at(positions)]
+        tables = [table for call in self._trace.angles for table in call.at(positions)]
         attended = [
             torch.zeros(layer.kv_heads * n, layer.group * layer.value_dim)
-            for layer in self._plan.layers
+            for layer in self._trace.layers
         ]
         ids, rows = torch.zeros(1, n, dtype=torch.long), torch.arange(n - 1)
         return ids, positions, rows, *tables, *attended
