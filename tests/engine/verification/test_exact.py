@@ -75,7 +75,7 @@ LONG = {"long chain": Draft(tuple(i % 3 for i in range(40)))}
 
 
 @pytest.mark.parametrize("draft", (TREES | LONG).values(), ids=(TREES | LONG).keys())
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_drawing_ahead_is_the_walk(draft, seed):
     """Drawn behind all nodes at once, tokens and what the generator draws next are those of the walk."""
     logits = target_logits(Model(len(draft), vocab=3), draft)
@@ -87,7 +87,7 @@ def test_drawing_ahead_is_the_walk(draft, seed):
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 20])
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_ending_a_block_ahead_is_ending_it(n, seed):
     """Accepted length, last token and what the generator draws next are those of the verification step by step."""
     noise = torch.Generator().manual_seed(1000 * n + seed)
@@ -117,20 +117,12 @@ def test_drawing_ahead_minds_visited_rows_only():
 
 @pytest.mark.parametrize("draft", TREES.values(), ids=TREES.keys())
 def test_sample_and_walk_is_exact(oracle, draft):
-    """Whatever chain or tree is drafted, the tokens follow the target's distribution."""
+    """The tokens follow the target's distribution; a step past the root has the mass of the root's children."""
     model = Model(len(draft), vocab=3)
     logits = target_logits(model, draft)
     distribution = outcomes(oracle, lambda: emitted(draft, sample_and_walk(logits, draft, softmax)))
     length = max((len(path) for path in distribution), default=1)
     assert distance(model.extend(distribution, length), model.extend({(): 1.0}, length)) < 1e-6
-
-
-@pytest.mark.parametrize("draft", TREES.values(), ids=TREES.keys())
-def test_sample_and_walk_accepts_the_mass_of_the_children(oracle, draft):
-    """A step past the root happens with the target's probability of the root's children."""
-    model = Model(len(draft), vocab=3)
-    logits = target_logits(model, draft)
-    distribution = outcomes(oracle, lambda: emitted(draft, sample_and_walk(logits, draft, softmax)))
     moved = sum(weight for tokens, weight in distribution.items() if len(tokens) > 1)
     firsts = {path[0] for path in paths(draft) if len(path) == 1}
     assert moved == pytest.approx(sum(model.distribution(())[t] for t in firsts), abs=1e-6)
@@ -217,52 +209,32 @@ def block_distribution(oracle, target, drafter, length):
     return distribution
 
 
+def token_wise(target, drafter, length):
+    """Return the expected tokens of the token-wise rule: min(1, p / q) at each."""
+    expected = 1.0
+    for draft, weight in sampled_chains(drafter, length):
+        kept = weight
+        for i, token in enumerate(draft.token_ids):
+            p, q = (model.distribution(draft.token_ids[:i])[token] for model in (target, drafter))
+            kept *= min(1.0, p / q)
+            expected += kept
+    return expected
+
+
 @pytest.mark.parametrize(("vocab", "length"), CASES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_block_verification_is_exact(oracle, vocab, length, seed):
-    """Over every sampled draft and every branch, the tokens follow the target's distribution."""
+def test_block_verification_is_exact_and_never_shorter(oracle, vocab, length, seed):
+    """Over every sampled draft and branch: the target's distribution, and at least the token-wise rule's tokens."""
     target, drafter = Model(seed, vocab), Model(seed + 100, vocab)
     distribution = block_distribution(oracle, target, drafter, length)
     expected = target.extend({(): 1.0}, length + 1)
     assert distance(target.extend(distribution, length + 1), expected) < 1e-6
-
-
-@pytest.mark.parametrize(("vocab", "length"), CASES)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_block_verification_is_never_worse_than_token_by_token(oracle, vocab, length, seed):
-    """Expected tokens are at least those of the token-wise rule, and equal for one token."""
-    target, drafter = Model(seed, vocab), Model(seed + 100, vocab)
-    distribution = block_distribution(oracle, target, drafter, length)
-    block = sum(weight * len(tokens) for tokens, weight in distribution.items())
-    token_wise = 1.0
-    for draft, weight in sampled_chains(drafter, length):
-        stands = 1.0
-        for i, token in enumerate(draft.token_ids):
-            prefix = draft.token_ids[:i]
-            stands *= min(
-                1.0, target.distribution(prefix)[token] / drafter.distribution(prefix)[token]
-            )
-            token_wise += weight * stands
-    assert block >= token_wise - 1e-6
+    gain = sum(weight * len(tokens) for tokens, weight in distribution.items())
+    gain -= token_wise(target, drafter, length)
     if length == 1:
-        assert block == pytest.approx(token_wise, abs=1e-6)
-
-
-def test_block_verification_gains_over_token_by_token(oracle):
-    """On some distributions the gain is real, so the rule is not the token-wise one in disguise."""
-    target, drafter = Model(0, 2), Model(100, 2)
-    distribution = block_distribution(oracle, target, drafter, 3)
-    block = sum(weight * len(tokens) for tokens, weight in distribution.items())
-    token_wise = 1.0
-    for draft, weight in sampled_chains(drafter, 3):
-        stands = 1.0
-        for i, token in enumerate(draft.token_ids):
-            prefix = draft.token_ids[:i]
-            stands *= min(
-                1.0, target.distribution(prefix)[token] / drafter.distribution(prefix)[token]
-            )
-            token_wise += weight * stands
-    assert block > token_wise + 0.005
+        assert gain == pytest.approx(0, abs=1e-6)
+    else:  # on some distributions the gain is real
+        assert gain >= (0.005 if (vocab, length, seed) == (2, 3, 0) else -1e-6)
 
 
 def test_equal_distributions_accept_everything():

@@ -110,13 +110,11 @@ def test_sampled_rule_follows_its_stated_distribution(oracle, rule, vocab, lengt
 
     stated = Model(0, vocab)
     stated.distribution = step
-    assert (
-        distance(stated.extend(distribution, length + 1), stated.extend({(): 1.0}, length + 1))
-        < 1e-6
-    )
+    expected = stated.extend({(): 1.0}, length + 1)
+    assert distance(stated.extend(distribution, length + 1), expected) < 1e-6
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_reported_distance_is_the_total_variation(rule, seed):
     """The reported number is TV(out, p) of the stated distribution at the emitted position."""
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +126,7 @@ def test_reported_distance_is_the_total_variation(rule, seed):
     assert bound == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_total_variation_identities(seed):
     """TV(out, p) is sum (min(q, p_hat) - p)+ for RAPID and (1 - w) TV(p, q) for the mixture."""
     p, q = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed)).mul(2).softmax(-1)
