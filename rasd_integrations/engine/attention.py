@@ -1,8 +1,8 @@
 """Attention of a step's tokens over a read-only prefix and themselves, for any architecture.
 
-Registered in transformers' attention interface as ``"rasd"``. Grouped queries are packed as rows of their
-key head, so keys and values are never repeated; the prefix is never masked, only the small tail is
-(hybrid tree attention of LongSpec, arXiv 2502.17421). Called without a step, it is transformers' sdpa.
+Registered in transformers' attention interface as ``"rasd"``. Grouped queries are packed as rows of their key head, so
+keys and values are never repeated; only the small tail is masked, not the prefix (hybrid tree attention of LongSpec,
+arXiv 2502.17421). Without a step it is transformers' sdpa.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.errors import ConfigurationError
 
 NAME = "rasd"
-_FEW_ROWS = 64  # up to here scores fit in cache and plain matrix products win on a CPU
+_FEW_ROWS = 64  # up to here scores fit in the CPU's cache, and plain matrix products win
 _UNSUPPORTED = ("position_bias", "sinks")
 
 _Blocked = tuple[Tensor | None, Tensor | None]
@@ -32,9 +32,9 @@ class Scoring:
 
     Attributes:
         scale: Of the scores.
-        window: Keys that a row may look back on, itself included; ``None`` is all.
-        softcap: Scores are squashed to ``softcap * tanh(score / softcap)``.
-        sinks: ``[heads]``, one more score of each row, whose weight reads no value (gpt-oss).
+        window: Keys that a row sees, itself included; ``None`` is all.
+        softcap: Scores become ``softcap * tanh(score / softcap)``.
+        sinks: ``[heads]``, one more score of each row, without a value (gpt-oss).
     """
 
     scale: float
@@ -48,9 +48,9 @@ class Segment:
 
     Attributes:
         buffer: Keys and values of the prefix, with room for the rows.
-        positions: ``[n]`` position of each row (depth in the tree, not its index).
+        positions: ``[n]``, by depth in the tree.
         rows: ``n``.
-        tail_mask: ``[n, n]``, True where a row may see another one; ``None`` in a chain, where it sees all before.
+        tail_mask: ``[n, n]``, True if a row sees another one; ``None`` for a chain.
     """
 
     __slots__ = ("_blocked", "buffer", "positions", "rows", "tail_mask")
@@ -65,13 +65,13 @@ class Segment:
 
     @property
     def is_chain(self) -> bool:
-        """Whether each row sees all rows before it."""
+        """True if each row sees all rows before it."""
         return self.tail_mask is None
 
     def blocked(self, prefix: int, window: int | None, device: torch.device) -> _Blocked:
-        """Return what rows may not see: ``[n, n]`` of the tail and ``[n, m]`` of the first ``m`` keys.
+        """Return masks of what rows may not see: ``[n, n]`` of the tail and ``[n, m]`` of the first ``m`` keys.
 
-        Layers of one kind share it, so it is made once a step.
+        Made once a step for layers of one window.
         """
         known = self._blocked.get((window, device))
         if known is None:
@@ -81,7 +81,7 @@ class Segment:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
     ) -> Tensor:
-        """Lay the rows' keys and values into the buffer; attend to the prefix and themselves.
+        """Write the rows' keys and values to the buffer; attend to the prefix and themselves.
 
         Returns:
             ``[1, n, heads, value_dim]``.
@@ -91,12 +91,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What a step hands to the attention of every layer.
+    """A step, as the attention of every layer sees it.
 
     Attributes:
         positions: ``[rows]`` of all segments, one after the other.
-        segments: The answers in this step, in the order of their rows.
-        rows: As how many rows to run a decoding step at least, where an executor pays for changes of their number.
+        segments: One for each answer in the step.
+        rows: Pad a decoding step to at least this width.
     """
 
     positions: Tensor
@@ -126,14 +126,14 @@ def rasd_attention(
         query: ``[1, heads, n, head_dim]``.
         key: ``[1, kv_heads, n, head_dim]``, the step's own.
         value: ``[1, kv_heads, n, value_dim]``.
-        attention_mask: Not read during a step.
+        attention_mask: Not read during a step; nor is ``dropout``.
         scaling: Of the scores; ``None`` is ``head_dim ** -0.5``.
-        dropout: Not applied during a step.
+        dropout: Of transformers' sdpa.
         rasd_step: The step; ``None`` outside our executors.
-        sliding_window: Keys that a row may look back on, itself included.
-        softcap: See :class:`Scoring`.
-        s_aux: Attention sinks ``[heads]``, see :class:`Scoring`.
-        **kwargs: What else the architecture passes.
+        sliding_window: With ``softcap`` and ``s_aux`` (sinks), see :class:`Scoring`.
+        softcap: As above.
+        s_aux: As above.
+        **kwargs: Other terms of the architecture.
 
     Returns:
         ``[1, n, heads, value_dim]`` and no weights.
@@ -221,7 +221,7 @@ def _blocked(segment: Segment, prefix: int, window: int | None, device: torch.de
 def _matrix(
     packed: Tensor, keys: Tensor, values: Tensor, n: int, blocked: _Blocked, scoring: Scoring
 ) -> Tensor:
-    """One softmax over prefix and tail by plain matrix products; ``packed`` is ``[kv_heads, g * n, dim]``."""
+    """Attend by plain matrix products, one softmax over prefix and tail; ``packed`` is ``[kv_heads, g * n, dim]``."""
     kv_heads, rows, _ = packed.shape
     scores = torch.bmm(packed * scoring.scale, keys.mT)  # [kv_heads, g * n, prefix + n]
     if scoring.softcap is not None:
@@ -236,10 +236,10 @@ def _matrix(
 
 
 def with_sinks(out: Tensor, scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Give the sinks their part of the weights that ``out`` ``[kv_heads, g * n, dim]`` was made with.
+    """Rescale ``out`` ``[kv_heads, g * n, dim]`` for the weight that goes to the sinks.
 
     Args:
-        out: Values by the softmax of ``scores``.
+        out: Attention by the softmax of ``scores``.
         scores: ``[kv_heads, g * n, keys]``, or their log-sum-exps ``[kv_heads, g * n]``.
         sinks: ``[kv_heads * g]``.
     """
@@ -265,7 +265,7 @@ def _flash(
     blocked: Tensor | None,
     scoring: Scoring,
 ) -> Tensor:
-    """Unmasked flash attention over the prefix, and the tail's (causal where long), merged by log-sum-exp."""
+    """Merge unmasked flash attention over the prefix with the tail's (causal if long) by log-sum-exp."""
     kv_heads, rows, dim = packed.shape
     group, scale = rows // n, scoring.scale
     key_tail, value_tail = keys[:, prefix:], values[:, prefix:]
@@ -314,9 +314,7 @@ def _flash_op(
 ) -> tuple[Tensor, Tensor]:
     """Return flash attention ``[1, heads, rows, dim]`` and its log-sum-exp ``[1, heads, rows]``."""
     if query.device.type == "cpu":
-        keys = (
-            keys.contiguous()
-        )  # the kernel wants rows; one copy a prefill piece, none in decoding
+        keys = keys.contiguous()  # one copy for each prefill piece, none in decoding
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, 0.0, causal, scale=scale
         )

@@ -170,14 +170,9 @@ class TargetModel:
     ) -> Iterator[Tensor]:
         """Append the keys and values of ``ids`` to ``buffer``, piece by piece.
 
-        Args:
-            ids: Tokens after the committed ones.
-            buffer: The prefix.
-            num_logits: 0 or 1, of the last token.
-
         Yields:
-            Logits ``[num_logits, vocab]`` after the last piece, ``[0, vocab]`` after earlier ones. Other threads have
-            turns in between.
+            Logits ``[num_logits, vocab]`` (0 or 1) after the last piece, ``[0, vocab]`` after earlier ones. Other
+            threads have turns in between.
 
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer holds what was appended before.
@@ -225,13 +220,8 @@ class TargetModel:
 
         Keys are made row-major, so that strides do not depend on the capacity; positions are cut to the window.
 
-        Args:
-            ids: Tokens after the committed ones; the last ones may be padding.
-            buffer: The prefix; afterwards its spare room holds the new keys and values.
-            num_logits: All, or 0.
-
         Returns:
-            Logits ``[num_logits, vocab]``.
+            Logits ``[num_logits, vocab]``; ``num_logits`` is all or 0.
 
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
@@ -253,8 +243,7 @@ class TargetModel:
 
         Args:
             ids: The last tokens, which are not in the buffer yet.
-            buffer: The prefix; afterwards its spare room holds keys and values of ``ids`` and of all drawn tokens but
-                the last, for :meth:`KVBuffer.commit`.
+            buffer: The prefix; afterwards its spare room holds ``ids`` and all drawn tokens but the last.
             n: How many at most; at least 1.
             sampler: How a token is drawn.
             generator: On the CPU; one number for each token.

@@ -1,8 +1,7 @@
-"""Keys and values of the committed tokens of one stream: preallocated, append-only.
+"""Keys and values of one stream's committed tokens: preallocated, append-only.
 
-Where a drafter reads them, the final hidden states lie beside them. A step lays the rows of its own tokens
-in the spare room behind ``length``, where nobody reads; the decoder then commits the rows of the accepted
-path. Until it does, the buffer holds what it held.
+Final hidden states are kept beside them if a drafter reads them. A step writes its tokens to the spare room behind
+``length``; the decoder then commits the accepted path. Until then the buffer is unchanged.
 """
 
 from __future__ import annotations
@@ -56,10 +55,10 @@ class KVBuffer:
 
     Attributes:
         length: Committed tokens.
-        keeps_hidden: Whether steps leave their final hidden states here too.
+        keeps_hidden: Steps also write their final hidden states.
         is_gathered: Rows skip positions; only in subclasses (:mod:`rasd_integrations.drafters.papers.gathered_kv`).
-        long_rope: Whether keys are turned as in a text past the border of longrope (:mod:`..long_rope`).
-        origin: Where its rows begin in the memory of :meth:`stores`: above 0 in a :class:`KVArena`.
+        long_rope: Keys have the long factors of longrope (:mod:`..long_rope`).
+        origin: First row of this buffer in :meth:`stores`; 0 unless it is in a :class:`KVArena`.
     """
 
     is_gathered = False
@@ -72,16 +71,16 @@ class KVBuffer:
         self.origin = 0
         self._arena: KVArena | None = None
         self._row_major = False
-        self._is_torn = False  # a move has not come to its end, so layers lie differently
+        self._is_torn = False  # a move was interrupted: layers have different capacities
         self._capacity = _rounded(capacity)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._hidden: dict[int, Tensor] = {}  # at most one, {0: [1, capacity, hidden]}
-        self._hidden_from = 0  # rows before it were run when nobody asked
+        self._hidden_from = 0  # hidden states are kept from this row on
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the committed tokens (spare room is reserved, on a CPU not yet taken)."""
+        """Bytes of the committed tokens (on a CPU spare room takes no memory before it is written)."""
         return self.row_nbytes * self.length
 
     @property
@@ -91,7 +90,7 @@ class KVBuffer:
 
     @property
     def layers(self) -> tuple[LayerRow, ...]:
-        """What one token takes in each layer that has written."""
+        """Size of one token in each layer that has written."""
         return tuple(
             LayerRow(key.shape[0], key.shape[2], self._values[layer].shape[2], key.dtype)
             for layer, key in sorted(self._keys.items())
@@ -109,25 +108,22 @@ class KVBuffer:
 
     @property
     def capacity(self) -> int:
-        """Rows that the memory has."""
+        """Rows of the memory."""
         return self._capacity
 
     def stores(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's whole memory, ``[kv_heads, rows, head_dim]`` of keys and of values.
-
-        All rows are the buffer's own, unless it lies in an arena.
-        """
+        """Return a layer's whole memory of keys and values ``[kv_heads, rows, head_dim]``, the arena's if it is in one."""
         if self._arena is not None:
             return self._arena.stores[layer]
         return self._keys[layer], self._values[layer]
 
     @property
     def memory(self) -> Tensor | None:
-        """Where the first layer's keys lie: another tensor once the buffer moved, ``None`` before the first write."""
+        """The first layer's keys: another tensor once the buffer moved, ``None`` before the first write."""
         return self.stores(0)[0] if self._keys else None
 
     def pinned(self, rows: int) -> KVBuffer:
-        """Return a buffer over the first ``rows`` of this memory, which it keeps alive when this one lets go of it."""
+        """Return a view of the first ``rows`` rows that keeps the memory alive."""
         new = KVBuffer(0)
         new._capacity, new.long_rope = rows, self.long_rope
         for mine, theirs in ((self._keys, new._keys), (self._values, new._values)):
@@ -153,14 +149,16 @@ class KVBuffer:
 
     @torch.inference_mode()
     def leave_arena(self) -> None:
-        """Take memory of its own where it is the last one in an arena."""
+        """Leave the arena if no other buffer is in it."""
         if self._arena is not None and len(self._arena) == 1:
             self._move(self._capacity)
 
     def _move(self, capacity: int) -> None:
-        """Take other memory, layer by layer: only one is held twice at a time."""
+        """Move to new memory layer by layer, so that only one layer is held twice at a time."""
         self._is_torn = True
-        if self._arena is not None:  # whose memory stays: there is nothing to be won by halves
+        if (
+            self._arena is not None
+        ):  # arena memory is not freed, so moving layer by layer saves nothing
             stores = dict(self._keys), dict(self._values), dict(self._hidden)
         else:
             stores = self._keys, self._values, self._hidden
@@ -169,7 +167,7 @@ class KVBuffer:
                 new = self._place(old, capacity, is_key=store is stores[0])
                 new[:, : self.length] = old[:, : self.length]
                 store[layer] = new
-        # Last: where memory ran out on the way, or an interrupt came, the next step moves it once more.
+        # Last: after an interrupt or a lack of memory on the way, the next step moves it again.
         self._keys, self._values, self._hidden = stores
         self._capacity, self._arena, self.origin, self._is_torn = capacity, None, 0, False
 
@@ -185,21 +183,16 @@ class KVBuffer:
         self._arena, self.origin, self._is_torn = arena, origin, False
 
     def _place(self, like: Tensor, capacity: int, *, is_key: bool = False) -> Tensor:
-        """Return memory for rows such as those of ``like``, with keys as eager steps read them best.
+        """Return memory for ``capacity`` rows such as those of ``like``.
 
-        On a CPU they lie transposed: scores of a few queries against thousands of keys then run twice as fast
-        (docs/explanation/experiments.md). GPU kernels want them row by row.
+        On a CPU keys are transposed unless the buffer is row-major: scores of a few queries against thousands of keys then
+        run twice as fast (docs/explanation/experiments.md).
         """
         transposed = is_key and not self._row_major and like.device.type == "cpu"
         return _allocate(like, capacity, transposed=transposed)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Lay a step's rows behind the committed ones and return both together.
-
-        Args:
-            layer: Index of the layer.
-            key: ``[kv_heads, n, head_dim]``.
-            value: ``[kv_heads, n, head_dim]``.
+        """Write a layer's keys and values ``[kv_heads, n, head_dim]`` of a step behind the committed ones.
 
         Returns:
             Views ``[kv_heads, length + n, head_dim]`` of keys and values.
@@ -214,16 +207,16 @@ class KVBuffer:
         return keys[:, :end], values[:, :end]
 
     def write_hidden(self, hidden: Tensor) -> None:
-        """Lay a step's final hidden states ``[n, hidden]`` behind the committed ones."""
+        """Write a step's final hidden states ``[n, hidden]`` behind the committed ones."""
         if not self._hidden:
             self._hidden[0] = self._place(hidden[None], self._capacity)
             self._hidden_from = self.length
         self._hidden[0][0, self.length : self.length + len(hidden)] = hidden
 
     def hidden(self, start: int = 0) -> tuple[int, Tensor]:
-        """Return the first known row from ``start`` on, and a view ``[rows, hidden]`` of it and all later ones.
+        """Return the first kept row from ``start`` on, and a view ``[rows, hidden]`` of it and all later ones.
 
-        They are what the model's output layer reads: row ``i`` predicts the token after token ``i``.
+        Row ``i``, the input of the output layer, predicts token ``i + 1``.
         """
         first = min(max(start, self._hidden_from), self.length)
         if not self._hidden:
@@ -232,7 +225,7 @@ class KVBuffer:
 
     @torch.inference_mode()
     def commit(self, rows: Sequence[int]) -> None:
-        """Append the rows of the last step that ``rows`` names, ascending, and forget the others."""
+        """Append these rows of the last step, ascending, and drop the others."""
         n, start = len(rows), self.length
         if list(rows) != list(range(n)):
             places = torch.tensor(rows) + start
@@ -263,7 +256,7 @@ class KVBuffer:
 
     @torch.inference_mode()
     def copy(self, length: int, capacity: int) -> KVBuffer:
-        """Return a buffer of its own that holds the first ``length`` tokens."""
+        """Return a new buffer with the first ``length`` tokens."""
         new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
         new._row_major, new.long_rope = self._row_major, self.long_rope
         new.length = self.length
@@ -284,17 +277,17 @@ class KVBuffer:
 
 
 class KVArena:
-    """Memory in which buffers lie side by side, so that one graph reads several of them in one step.
+    """Memory shared by several buffers, so that one graph reads them in one step.
 
-    It lives as long as one of them lies in it; the place of one that is gone is given to others.
+    It lives as long as one of them is in it; the room of a buffer that is gone is reused.
 
     Attributes:
-        rows: Of each layer. The first :data:`GRANULE` are nobody's.
+        rows: Of each layer; the first :data:`GRANULE` are reserved.
         stores: Keys and values ``[kv_heads, rows, head_dim]`` of each layer.
     """
 
     def __init__(self, like: KVBuffer, rows: int) -> None:
-        """Reserve ``rows`` for layers such as those of ``like``; a CPU's memory is taken as it is written."""
+        """Reserve ``rows`` for layers such as those of ``like``."""
         self.rows = GRANULE + _rounded(rows)
         self.stores: list[tuple[Tensor, Tensor]] = []
         for layer in range(like.num_layers):
@@ -302,20 +295,20 @@ class KVArena:
                 _allocate(store, self.rows, transposed=False) for store in like.stores(layer)
             )
             self.stores.append((keys, values))
-        # Whoever moved out keeps the place while it lives: somebody may be copying what lay there.
+        # A buffer that moved out keeps its room while it lives: another thread may be copying from it.
         self._places: list[tuple[int, int, weakref.ref[KVBuffer]]] = []
 
     def __len__(self) -> int:
-        """Return how many buffers have a place here."""
+        """Return the number of buffers with room here."""
         return sum(buffer() is not None for *_, buffer in self._places)
 
     def holds(self, buffer: KVBuffer) -> bool:
-        """Whether ``buffer`` lies here."""
+        """Return True if ``buffer`` is here."""
         return buffer.memory is self.stores[0][0]
 
     @torch.inference_mode()
     def admit(self, buffer: KVBuffer) -> bool:
-        """Move ``buffer`` here; ``False`` where there is no room for its capacity."""
+        """Move ``buffer`` here; ``False`` if there is no room for its capacity."""
         self._places = sorted(
             (place for place in self._places if place[2]() is not None), key=lambda place: place[0]
         )

@@ -37,8 +37,8 @@ def guarded_shift(p: Tensor, q: Tensor, eta: float, alpha: float = 0.1) -> Tenso
     One step of distilling the drafter into the target's logits (arXiv 2502.20330, and its code's guard).
 
     Args:
-        p: Target distribution ``[..., vocab]``.
-        q: Drafter distribution, same shape.
+        p: Of the target, ``[..., vocab]``.
+        q: Of the drafter, same shape.
         eta: Strength, in nats.
         alpha: Share of the drafter's maximum.
     """

@@ -6,12 +6,10 @@ It saves the time between eager operations, and reads keys and values in ``KVBuf
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,24 +26,18 @@ from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.executors.base import Executor, StepOutput
 from rasd_integrations.engine.executors.eager import EagerExecutor, rows_at
 from rasd_integrations.engine.executors.openvino import graph as paged
+from rasd_integrations.engine.executors.openvino.compiling import DTYPES, compiled, graph_name
 from rasd_integrations.engine.executors.openvino.inputs import Frame
-from rasd_integrations.engine.executors.openvino.tracing import TraceLayout, trace_layout
+from rasd_integrations.engine.executors.openvino.tracing import trace_layout
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer, KVLayout
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading.progress import stage
-from rasd_integrations.storage.cache_folder import is_whole, title_of
-from rasd_integrations.storage.marked import made_folder
 
-logger = logging.getLogger(__name__)
-
-_FORMAT = 3  # of kept graphs: raise it when a step's inputs, outputs or operations change
-_FILE = "graph.xml"
 _FRAMES = 8  # kept, of the last step shapes
 _USUAL_ROWS = 17  # widths up to here are run once at first: kernels are made for each width
 _JOINT = 8  # a batch is as wide as the widest of its last so many steps
 _MARK = 0x7FA5  # bits of a bfloat16 NaN that arithmetic does not make (it sets the highest bit of the fraction)
 _OUT_OF_MEMORY = ("alloc", "out of memory")  # in OpenVINO's RuntimeError
-_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # Largest relative error of logits against eager ones; a wrong graph is about 1 off.
 _FAR, _FAR_IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}, 0.3
 
@@ -72,7 +64,7 @@ class CompiledExecutor(Executor):
             ConfigurationError: The model cannot be compiled, or its graph differs from eager torch.
         """
         places = {weight.device.type for weight in model.parameters()}
-        if places != {"cpu"} or model.dtype not in _DTYPES:
+        if places != {"cpu"} or model.dtype not in DTYPES:
             msg = (
                 f"executor 'openvino' runs float32 and bfloat16 models on a CPU, but {type(model).__name__} is "
                 f"{str(model.dtype).removeprefix('torch.')} on {', '.join(sorted(places))}. "
@@ -89,7 +81,7 @@ class CompiledExecutor(Executor):
         self._dtype = model.dtype
         path = None
         if folder is not None and identity is not None:
-            path = folder / _graph_name(model, identity)
+            path = folder / graph_name(model, identity)
         self._arena: Callable[[], KVArena | None] = lambda: None
         self._joint: deque[int] = deque(maxlen=_JOINT)  # widths of the last batches
         self._frame_of = lru_cache(_FRAMES)(partial(Frame, self._trace))
@@ -100,7 +92,7 @@ class CompiledExecutor(Executor):
         try:
             with stage(None if kept else f"Compiling {type(model).__name__} for this CPU, once"):
                 self._compile = partial(
-                    _compiled, self._eager.model, self._trace, path, in_8_bits=in_8_bits
+                    compiled, self._eager.model, self._trace, path, in_8_bits=in_8_bits
                 )
                 self._request: Any = self._compile().create_infer_request()
                 self._first_key = len(self._request.model_inputs) - 2 * len(self._trace.layers)
@@ -337,29 +329,6 @@ def _sees(segment: Segment, width: int) -> npt.NDArray[np.bool_]:
     return sees
 
 
-def _compiled(
-    model: PreTrainedModel, trace: TraceLayout, path: Path | None, *, in_8_bits: bool
-) -> ov.CompiledModel:
-    """Return the compiled graph of ``model``; its trace is kept at ``path``."""
-    graph = _kept(path)
-    if graph is None:
-        graph = paged.traced(model, trace)
-        if path is not None:
-            _keep(graph, path, model)
-    kind = _DTYPES[model.dtype]
-    options = {
-        "INFERENCE_PRECISION_HINT": kind,
-        "KV_CACHE_PRECISION": "u8" if in_8_bits else kind,
-        # By channel, keys of 32 rows would share a scale, and none of them could be moved or dropped.
-        "KEY_CACHE_QUANT_MODE": "BY_TOKEN",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "ENABLE_CPU_PINNING": False,
-    }
-    whole = paged.with_attention(graph, trace, getattr(ov.Type, kind), in_8_bits=in_8_bits)
-    return ov.Core().compile_model(whole, "CPU", options)
-
-
 def _shared(tensor: Tensor) -> ov.Tensor:
     """Return an OpenVINO tensor over the memory of ``tensor``, which must outlive it."""
     if tensor.dtype == torch.bfloat16:  # numpy has no such type
@@ -372,32 +341,3 @@ def _tensor(array: Any) -> Tensor:
     if array.dtype == np.float32:
         return torch.from_numpy(array)
     return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-
-
-def _graph_name(model: PreTrainedModel, identity: str) -> str:
-    """Return the name of a kept graph: a digest of weights and versions."""
-    said = (_FORMAT, identity, str(model.dtype), ov.__version__, torch.__version__)
-    return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
-
-
-def _kept(path: Path | None) -> ov.Model | None:
-    """Return the graph kept at ``path``, if it can be read."""
-    if path is None or not path.exists():
-        return None
-    if is_whole(path):
-        with suppress(RuntimeError):  # of another build of OpenVINO
-            return ov.Core().read_model(path / _FILE)
-    logger.warning("%s is damaged or of another OpenVINO and is made anew", path)
-    return None
-
-
-def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> None:
-    """Write a graph atomically; keep none if the disk is full."""
-    title = title_of(model.name_or_path or type(model).__name__)
-    nbytes = sum(weight.nbytes for weight in model.parameters())
-    try:
-        with made_folder(path, "compiled", title, nbytes) as new:
-            ov.save_model(graph, new / _FILE, compress_to_fp16=False)
-            ov.Core().read_model(new / _FILE)  # on a full disk it is cut without an error
-    except (OSError, RuntimeError) as err:
-        logger.warning("cannot keep the compiled graph (%s); it is made anew each time", err)

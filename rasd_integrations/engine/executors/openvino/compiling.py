@@ -1,0 +1,75 @@
+"""Compiles a model's graph with OpenVINO, and keeps its trace in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+import openvino as ov
+import torch
+from transformers import PreTrainedModel
+
+from rasd_integrations.engine.executors.openvino import graph as paged
+from rasd_integrations.engine.executors.openvino.tracing import TraceLayout
+from rasd_integrations.storage.cache_folder import is_whole, title_of
+from rasd_integrations.storage.marked import made_folder
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_FORMAT = 3  # of kept graphs: raise it when a step's inputs, outputs or operations change
+_FILE = "graph.xml"
+
+
+def compiled(
+    model: PreTrainedModel, trace: TraceLayout, path: Path | None, *, in_8_bits: bool
+) -> ov.CompiledModel:
+    """Return the compiled graph of ``model``; its trace is kept at ``path``."""
+    graph = _kept(path)
+    if graph is None:
+        graph = paged.traced(model, trace)
+        if path is not None:
+            _keep(graph, path, model)
+    kind = DTYPES[model.dtype]
+    options = {
+        "INFERENCE_PRECISION_HINT": kind,
+        "KV_CACHE_PRECISION": "u8" if in_8_bits else kind,
+        # By channel, keys of 32 rows would share a scale, and none of them could be moved or dropped.
+        "KEY_CACHE_QUANT_MODE": "BY_TOKEN",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "ENABLE_CPU_PINNING": False,
+    }
+    whole = paged.with_attention(graph, trace, getattr(ov.Type, kind), in_8_bits=in_8_bits)
+    return ov.Core().compile_model(whole, "CPU", options)
+
+
+def graph_name(model: PreTrainedModel, identity: str) -> str:
+    """Return the name of a kept graph: a digest of weights and versions."""
+    said = (_FORMAT, identity, str(model.dtype), ov.__version__, torch.__version__)
+    return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
+
+
+def _kept(path: Path | None) -> ov.Model | None:
+    """Return the graph kept at ``path``, if it can be read."""
+    if path is None or not path.exists():
+        return None
+    if is_whole(path):
+        with suppress(RuntimeError):  # of another build of OpenVINO
+            return ov.Core().read_model(path / _FILE)
+    logger.warning("%s is damaged or of another OpenVINO and is made anew", path)
+    return None
+
+
+def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> None:
+    """Write a graph atomically; keep none if the disk is full."""
+    title = title_of(model.name_or_path or type(model).__name__)
+    nbytes = sum(weight.nbytes for weight in model.parameters())
+    try:
+        with made_folder(path, "compiled", title, nbytes) as new:
+            ov.save_model(graph, new / _FILE, compress_to_fp16=False)
+            ov.Core().read_model(new / _FILE)  # on a full disk it is cut without an error
+    except (OSError, RuntimeError) as err:
+        logger.warning("cannot keep the compiled graph (%s); it is made anew each time", err)
