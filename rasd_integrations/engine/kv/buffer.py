@@ -112,7 +112,7 @@ class KVBuffer:
         return self._capacity
 
     def stores(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's whole memory of keys and values ``[kv_heads, rows, head_dim]``, the arena's if it is in one."""
+        """Return a layer's whole memory (or its arena's), keys and values ``[kv_heads, rows, head_dim]``."""
         if self._arena is not None:
             return self._arena.stores[layer]
         return self._keys[layer], self._values[layer]
@@ -185,8 +185,8 @@ class KVBuffer:
     def _place(self, like: Tensor, capacity: int, *, is_key: bool = False) -> Tensor:
         """Return memory for ``capacity`` rows such as those of ``like``.
 
-        On a CPU keys are transposed unless the buffer is row-major: scores of a few queries against thousands of keys then
-        run twice as fast (docs/explanation/experiments.md).
+        On a CPU keys are transposed unless the buffer is row-major: scores of a few queries against thousands of keys
+        then run twice as fast (docs/explanation/experiments.md).
         """
         transposed = is_key and not self._row_major and like.device.type == "cpu"
         return _allocate(like, capacity, transposed=transposed)
