@@ -1,1 +1,1 @@
-"""The engine: token ids in, blocks of token ids out. Knows no text, no store and no framework."""
+"""One step of one model: token ids in, logits out. Knows no text, no store and no framework."""

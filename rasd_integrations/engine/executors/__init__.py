@@ -1,1 +1,1 @@
-"""How a step runs: eager torch, OpenVINO, CUDA graphs."""
+"""Executors of a step: eager torch, OpenVINO, CUDA graphs."""

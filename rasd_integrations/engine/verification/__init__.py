@@ -1,1 +1,1 @@
-"""Which drafted tokens stand: pure functions over logits."""
+"""Verification: which drafted tokens are accepted. Pure functions over logits."""

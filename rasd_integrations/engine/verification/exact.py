@@ -177,7 +177,7 @@ def reach_probabilities(p: Tensor, q: Tensor, token_ids: Sequence[int]) -> Tenso
 
 
 def accept_probabilities(p: Tensor, q: Tensor, reach: Tensor) -> Tensor:
-    """Return h_1..h_n as ``[n]`` float64, the probability that the block up to each drafted token stands."""
+    """Return h_1..h_n as ``[n]`` float64, the probability that the block up to each drafted token is accepted."""
     n = len(reach) - 1
     inner = reach[1:n]
     surplus = (inner[:, None].to(p.dtype) * p[1:n] - q[1:n]).clamp_(min=0).sum(-1).double()
