@@ -424,8 +424,7 @@ class _Idle:
             raise self.error
 
 
-@pytest.mark.parametrize("before", [1, 4])
-@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize(("before", "rows"), [(1, 1), (1, 4), (4, 4), (4, 40)])
 @pytest.mark.parametrize(
     "error", [None, RuntimeError("Exception from src/inference: Transpose node can't alloc")]
 )
