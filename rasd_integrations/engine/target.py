@@ -77,7 +77,7 @@ class TargetModel:
         self.long_rope_border = long_rope_border(config)
         self.vocab_size = int(config.vocab_size)
         self.eos_ids = _eos_ids(model)
-        self.hidden_size = int(config.hidden_size)
+        self.hidden_size = self.layout.hidden_size
         self.hidden_bytes_per_token = self.hidden_size * model.dtype.itemsize
         # Tokens of a prefill piece: alone, and while others decode (docs/explanation/experiments.md).
         on_cpu = self.device.type == "cpu"

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from rasd_integrations.engine.executors.base import Executor
 from rasd_integrations.engine.executors.factory import make_executor
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
-from rasd_integrations.engine.kv.prefix_format import RowLayout
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.loading import load_model
@@ -177,16 +177,17 @@ class SharedModel:
                 f"Load it whole on one device, or leave the option out."
             )
             raise ConfigurationError(msg)
-        kind = "-kv8" if self.target.layout.in_8_bits else ""
+        layout = self.target.layout
+        kind = "-kv8" if layout.in_8_bits else ""
         if deterministic:
+            layout = replace(layout, row_major=True)
             kind += f"-{roundings(self.target)}"
         return PrefixFiles(
             folder.path,
             lambda: f"{self.identity.kv}{kind}",
-            RowLayout(self.target.layout.layers, self.target.hidden_size),
+            layout,
             folder.max_bytes,
             self.target.device,
-            row_major=self.target.layout.row_major or deterministic,
             model=self.name,
         )
 

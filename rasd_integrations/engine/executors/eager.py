@@ -81,7 +81,7 @@ class EagerExecutor(Executor):
             layers = check_agreement(
                 model, step, lambda small: EagerExecutor(small, checked=False).step
             )
-            self.layout = KVLayout(layers)
+            self.layout = KVLayout(layers, int(model.config.get_text_config().hidden_size))
 
     def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
         """Run one forward of the stock module."""

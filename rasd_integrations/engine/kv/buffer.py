@@ -34,12 +34,14 @@ class KVLayout:
 
     Attributes:
         layers: Of one token.
+        hidden_size: Width of a final hidden state.
         row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
         row_major: Keys of a head are read row by row, on a CPU too.
         in_8_bits: Keys and values are bytes that only this executor's own steps can read.
     """
 
     layers: tuple[LayerRow, ...] = ()
+    hidden_size: int = 0
     row_multiple: int = 1
     row_major: bool = False
     in_8_bits: bool = False

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from rasd_integrations.engine.kv import prefix_format
-from rasd_integrations.engine.kv.buffer import KVBuffer
-from rasd_integrations.engine.kv.prefix_format import Ids, RowLayout
+from rasd_integrations.engine.kv.buffer import KVBuffer, KVLayout
+from rasd_integrations.engine.kv.prefix_format import Ids
 from rasd_integrations.storage.atomic import clear_abandoned
 from rasd_integrations.storage.marked import foreign, mark, marked, marked_folders, shortened
 from rasd_integrations.storage.tensor_file import UnusableFileError
@@ -57,11 +57,10 @@ class PrefixFiles:
         self,
         folder: Path,
         identity: Callable[[], str],
-        layout: RowLayout,
+        layout: KVLayout,
         max_bytes: int,
         device: torch.device,
         *,
-        row_major: bool = False,
         model: str = "",
     ) -> None:
         """Use ``folder``, without reading it yet.
@@ -69,10 +68,9 @@ class PrefixFiles:
         Args:
             folder: May be shared with other models.
             identity: The model's current :func:`~rasd_integrations.loading.identity.model_identity`.
-            layout: Of the model's rows; files with others are not used.
+            layout: Of the model; files with other layers are not used.
             max_bytes: Limit of all our files in the folder; least recently used files are evicted first.
             device: Device of the buffers.
-            row_major: Lay keys out row by row.
             model: Its name, for people who look at the folder.
         """
         self._folder = folder
@@ -80,7 +78,6 @@ class PrefixFiles:
         self._layout = layout
         self._max_bytes = max_bytes
         self._device = device
-        self._row_major = row_major
         self._model = model
         self._indices: dict[tuple[str, str], _FolderIndex] = {}
         self._warned_of_foreign = False
@@ -111,7 +108,7 @@ class PrefixFiles:
             try:
                 buffer = prefix_format.read(
                     path, index.key, self._layout, ids[:length], capacity, self._device,
-                    keeps_hidden=keeps_hidden, row_major=self._row_major,
+                    keeps_hidden=keeps_hidden,
                 )  # fmt: skip
             except _DAMAGE as err:
                 self._forget(index, name, err)

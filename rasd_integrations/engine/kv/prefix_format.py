@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.kv.buffer import KVBuffer, LayerRow
+from rasd_integrations.engine.kv.buffer import KVBuffer, KVLayout
 from rasd_integrations.storage import tensor_file
 from rasd_integrations.storage.tensor_file import (
     Bytes,
@@ -41,20 +40,7 @@ _TYPES = {
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class RowLayout:
-    """What a model keeps of one token.
-
-    Attributes:
-        layers: Keys and values, layer by layer.
-        hidden_size: Size of the final hidden state.
-    """
-
-    layers: tuple[LayerRow, ...]
-    hidden_size: int
-
-
-def read_ids(path: Path, key: str, layout: RowLayout) -> Ids:
+def read_ids(path: Path, key: str, layout: KVLayout) -> Ids:
     """Return a file's token ids; reads and checks only these and the header.
 
     Raises:
@@ -67,8 +53,8 @@ def read_ids(path: Path, key: str, layout: RowLayout) -> Ids:
 
 @torch.inference_mode()
 def read(
-    path: Path, key: str, layout: RowLayout, ids: Ids, capacity: int, device: torch.device,
-    *, keeps_hidden: bool, row_major: bool = False,
+    path: Path, key: str, layout: KVLayout, ids: Ids, capacity: int, device: torch.device,
+    *, keeps_hidden: bool,
 ) -> KVBuffer:  # fmt: skip
     """Return a buffer with the rows of ``ids``, one or more first tokens of a file; all that is read is checked.
 
@@ -78,7 +64,7 @@ def read(
     """
     length = len(ids)
     buffer = KVBuffer(max(capacity, length))
-    if row_major:
+    if layout.row_major:
         buffer.make_row_major()
     with _checked(path, key, layout) as file:
         if not np.array_equal(_ids(file)[:length], ids):
@@ -120,7 +106,7 @@ def write(path: Path, key: str, ids: Ids, buffer: KVBuffer) -> None:
 
 
 @contextmanager
-def _checked(path: Path, key: str, layout: RowLayout) -> Iterator[TensorFile]:
+def _checked(path: Path, key: str, layout: KVLayout) -> Iterator[TensorFile]:
     """Open a file of this key and layout."""
     with opened(path, _KIND) as file:
         if file.marks.get("key") != key:

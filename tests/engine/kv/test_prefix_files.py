@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,6 @@ from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.engine.kv import prefix_format
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
-from rasd_integrations.engine.kv.prefix_format import RowLayout
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.loading.identity import model_identity
 from rasd_integrations.stats import DecodingStats
@@ -59,11 +59,13 @@ def cache_of(
     return PrefixCache(memory, files_of(folder, target, max_bytes))
 
 
-def files_of(folder: Path, target: TargetModel, max_bytes: int = PLENTY, **options) -> PrefixFiles:
+def files_of(
+    folder: Path, target: TargetModel, max_bytes: int = PLENTY, *, row_major=False
+) -> PrefixFiles:
     identity = model_identity(target.model).kv
     assert identity is not None
-    layout = RowLayout(target.layout.layers, target.hidden_size)
-    return PrefixFiles(folder, lambda: identity, layout, max_bytes, target.device, **options)
+    layout = replace(target.layout, row_major=row_major)
+    return PrefixFiles(folder, lambda: identity, layout, max_bytes, target.device)
 
 
 def warm(

@@ -29,7 +29,7 @@ from rasd_integrations.engine.executors.openvino import graph as paged
 from rasd_integrations.engine.executors.openvino.compiling import DTYPES, compiled, graph_name
 from rasd_integrations.engine.executors.openvino.inputs import Frame
 from rasd_integrations.engine.executors.openvino.tracing import trace_layout
-from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer, KVLayout
+from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading.progress import stage
 
@@ -77,7 +77,9 @@ class CompiledExecutor(Executor):
             msg = f"{type(model).__name__} {why}"
             raise ConfigurationError(msg)
         # Fitting the graph to another width takes a third of a plain step (docs/explanation/experiments.md).
-        self.layout = KVLayout(row_multiple=4, row_major=True, in_8_bits=in_8_bits)
+        self.layout = replace(
+            self._eager.layout, row_multiple=4, row_major=True, in_8_bits=in_8_bits
+        )
         self._dtype = model.dtype
         path = None
         if folder is not None and identity is not None:
