@@ -28,9 +28,8 @@ from rasd_integrations.errors import ConfigurationError
 Step = Callable[..., StepOutput]
 """The eager executor's :meth:`~rasd_integrations.engine.executors.base.Executor.step`."""
 
-_SHORT = 8  # tokens of the model itself
+_STEP = 4  # tokens of a decoding step, and all that the model itself runs
 _LONG = 3 * BORDER + 5
-_STEP = 4  # tokens of a decoding step
 _PIECE = 512
 _LONGEST = 8192  # most tokens that the model itself is run on
 # Largest error of the median row, in units of the spread of its logits. Rounding alone is below a hundredth of it in
@@ -66,7 +65,7 @@ def check_agreement(
             model, "its config names no max_position_embeddings, so its window is not known"
         )
     try:
-        reason, buffer = _difference(model, step, _SHORT)
+        reason, buffer = _difference(model, step, _STEP)
         reason = reason or _verdict(model, step, step_of)
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -128,9 +127,9 @@ def _over_borders(
         small = small_model(model)
     except Exception as err:  # noqa: BLE001 - a config class may refuse numbers in any way
         border = longest_border(model.config)
-        length = min(border + _SHORT, int(model.config.get_text_config().max_position_embeddings))
-        if border == 0 or border >= length:
-            return None  # the short text was enough
+        length = min(border + _STEP, int(model.config.get_text_config().max_position_embeddings))
+        if border == 0 or border >= length:  # no border to cross: behind a prefix is enough
+            return _difference(model, step, 2 * _STEP)[0]
         if length > _LONGEST:
             return (
                 f"steps across its border at {border} tokens cannot be compared with its own forward, since no small "
