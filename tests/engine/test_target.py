@@ -173,9 +173,9 @@ def test_masks_are_made_once_a_step(monkeypatch):
     made: list[int | None] = []
     stock = attention._blocked
 
-    def counted(positions, tail_mask, prefix, window, device):
+    def counted(segment, prefix, window, device):
         made.append(window)
-        return stock(positions, tail_mask, prefix, window, device)
+        return stock(segment, prefix, window, device)
 
     target = TargetModel(FAMILIES["gemma3"]())
     buffer = prefilled(target, random_ids(30))
