@@ -7,14 +7,15 @@ import os
 import threading
 import warnings
 from abc import ABC
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseLanguageModel
+from langchain_core.outputs import ChatGenerationChunk, GenerationChunk
 from langchain_core.runnables.config import RunnableConfig, get_config_list
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -37,6 +38,7 @@ from rasd_integrations.runtime.pipeline import Request
 from rasd_integrations.runtime.together import MOST_AT_ONCE, as_they_end, until_left
 
 if TYPE_CHECKING:
+    from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
     from langchain_core.language_models import LangSmithParams
     from langchain_core.messages import BaseMessage
     from typing_extensions import Self
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from rasd_integrations.response_format import Grammar
     from rasd_integrations.runtime.rasd import RASD
     from rasd_integrations.types import TextDelta
+
+_Chunk = TypeVar("_Chunk", GenerationChunk, ChatGenerationChunk)
 
 _MOST_ENGINES = 8  # kept for copies; others live as long as a model that uses them
 # LangChain's standard options of remote services: code that builds any chat model passes them.
@@ -228,31 +232,40 @@ class RASDModel(FrameworkModel, BaseLanguageModel[Any], ABC):
         plain = prompt if isinstance(prompt, str) else template_messages(prompt)
         return Request(plain, params, hints, tools)
 
-    @contextmanager
-    def _deltas(
+    def _chunks(
         self,
+        push: Callable[[TextDelta], Iterator[_Chunk]],
         prompt: Sequence[BaseMessage] | str,
         stop: Sequence[str] | None,
         options: dict[str, Any],
-    ) -> Iterator[Iterator[TextDelta]]:
-        """Give the answer's deltas; leaving the block stops decoding within a step."""
+        run_manager: CallbackManagerForLLMRun | None,
+    ) -> Iterator[_Chunk]:
+        """Yield what ``push`` makes of the answer's deltas; closing stops decoding within a step."""
         with langchain_errors():
             stream = self._rasd.stream(self._request(prompt, stop, options))
             with closing(until_left(stream)) as deltas:
-                yield deltas
+                for chunk in (chunk for delta in deltas for chunk in push(delta)):
+                    if run_manager:
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
-    @asynccontextmanager
-    async def _adeltas(
+    async def _achunks(
         self,
+        push: Callable[[TextDelta], Iterator[_Chunk]],
         prompt: Sequence[BaseMessage] | str,
         stop: Sequence[str] | None,
         options: dict[str, Any],
-    ) -> AsyncIterator[AsyncIterator[TextDelta]]:
+        run_manager: AsyncCallbackManagerForLLMRun | None,
+    ) -> AsyncIterator[_Chunk]:
         with langchain_errors():
             # In a thread: a long prompt is hashed and searched for what was captured.
             request = await asyncio.to_thread(self._request, prompt, stop, options)
             async with aclosing(self._rasd.astream(request)) as deltas:
-                yield deltas
+                async for delta in deltas:
+                    for chunk in push(delta):
+                        if run_manager:
+                            await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                        yield chunk
 
     def _sampling(self, changes: Mapping[str, Any]) -> SamplingParams:
         given = dict(changes)

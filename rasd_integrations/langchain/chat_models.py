@@ -112,14 +112,9 @@ class ChatRASD(RASDModel, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         answer = MessageChunks(self._rasd.model_name, self.output_version)
-        with self._deltas(messages, stop, kwargs) as deltas:
-            for delta in deltas:
-                for chunk in answer.push(delta):
-                    if run_manager:
-                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
+        return self._chunks(answer.push, messages, stop, kwargs, run_manager)
 
-    async def _astream(
+    def _astream(
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
@@ -127,12 +122,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         answer = MessageChunks(self._rasd.model_name, self.output_version)
-        async with self._adeltas(messages, stop, kwargs) as deltas:
-            async for delta in deltas:
-                for chunk in answer.push(delta):
-                    if run_manager:
-                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
+        return self._achunks(answer.push, messages, stop, kwargs, run_manager)
 
     def _generate(
         self,

@@ -15,7 +15,7 @@ from rasd_integrations.langchain.base import RASDModel
 from rasd_integrations.runtime.together import MOST_AT_ONCE, as_they_end
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
     from langchain_core.callbacks import (
         AsyncCallbackManagerForLLMRun,
@@ -73,27 +73,17 @@ class RASDLLM(RASDModel, BaseLLM):
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
-    ) -> Generator[GenerationChunk, None, None]:
-        with self._deltas(prompt, stop, kwargs) as deltas:
-            for delta in deltas:
-                if chunk := self._chunk(delta):
-                    if run_manager:
-                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
+    ) -> Iterator[GenerationChunk]:
+        return self._chunks(self._push, prompt, stop, kwargs, run_manager)
 
-    async def _astream(
+    def _astream(
         self,
         prompt: str,
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        async with self._adeltas(prompt, stop, kwargs) as deltas:
-            async for delta in deltas:
-                if chunk := self._chunk(delta):
-                    if run_manager:
-                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
+        return self._achunks(self._push, prompt, stop, kwargs, run_manager)
 
     def _generate(
         self,
@@ -130,10 +120,12 @@ class RASDLLM(RASDModel, BaseLLM):
             await asyncio.gather(*tasks, return_exceptions=True)
         return self._result(answers)
 
-    def _chunk(self, delta: TextDelta) -> GenerationChunk | None:
-        """Return ``delta`` as LangChain's chunk; ``None`` while text is held back."""
+    def _push(self, delta: TextDelta) -> Iterator[GenerationChunk]:
+        """Yield ``delta`` as LangChain's chunk; nothing while text is held back."""
         if delta.finish_reason is None or delta.stats is None:
-            return GenerationChunk(text=delta.text) if delta.text else None
+            if delta.text:
+                yield GenerationChunk(text=delta.text)
+            return
         stats = delta.stats
         info = {
             "model_name": self._rasd.model_name,
@@ -145,7 +137,7 @@ class RASDLLM(RASDModel, BaseLLM):
             },
             "rasd": stats.as_dict(),
         }
-        return GenerationChunk(text=delta.text, generation_info=info)
+        yield GenerationChunk(text=delta.text, generation_info=info)
 
     def _result(self, answers: Sequence[GenerationChunk]) -> LLMResult:
         usages = [(answer.generation_info or {})["token_usage"] for answer in answers]
