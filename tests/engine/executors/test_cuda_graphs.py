@@ -82,6 +82,7 @@ def test_one_graph_follows_the_length_and_the_trees(family, recorder):
     close(ours.step([7], buffer), eager.step([7], expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorder", sorted(RECORDERS))
 @pytest.mark.parametrize("family", OUR_FAMILIES)
 def test_logits_equal_eager_at_every_length_bucket_edge(family, recorder, monkeypatch):
@@ -229,6 +230,7 @@ def test_logits_outlive_the_next_step():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorder", sorted(RECORDERS))
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("n", [None, 5])

@@ -47,6 +47,7 @@ def drafts(model, context, blocks, budget, confidence=0.0, helper=None):
     return out, session, buffer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorder", sorted(RECORDERS))
 @pytest.mark.parametrize("sampling", sorted(SAMPLINGS))
 @pytest.mark.parametrize("budget", [1, ROOM + 5])
@@ -193,6 +194,7 @@ def test_other_sizes_and_forbidden_tokens_are_fitted_in_the_loop(size):
     assert all(bool(allowed[token]) for draft in got[1] for token in draft)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "n"), [(0.0, None), (0.0, 5), (0.0, 20), (0.9, 5), (0.9, 20)]
 )

@@ -72,6 +72,7 @@ def test_logits_hidden_states_and_rows_equal_eager(family, prefix):
 SCRIPTS = fakes.scripts(VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
@@ -422,6 +423,7 @@ class _Idle:
             raise self.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "rows"), [(1, 1), (1, 4), (4, 4), (4, 40)])
 @pytest.mark.parametrize(
     "error", [None, RuntimeError("Exception from src/inference: Transpose node can't alloc")]

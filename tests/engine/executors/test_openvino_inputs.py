@@ -21,6 +21,7 @@ from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 
 
+@pytest.mark.slow
 def test_steps_of_ever_other_shapes_equal_eager():
     """Rows, trees and answers change at random, more of them than frames are kept."""
     model = FAMILIES["gemma3"]()

@@ -114,6 +114,7 @@ def test_early_exit_says_that_it_cannot_read_them(target):
     assert stats.drafted > 0
 
 
+@pytest.mark.slow
 def test_kept_prefixes_come_back_and_are_no_others_of_16_bits(tmp_path):
     """From disk they are the same bytes; files and answers tell both executors apart."""
     model, document = tiny_llama(), random_ids(200)
