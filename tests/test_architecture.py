@@ -7,8 +7,10 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import import_graph
 import pytest
 
 import rasd_integrations
@@ -17,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "rasd_integrations").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 MAX_LINES = 400
+MAX_FILES = 12
+MAX_ARROWS = 90
 
 
 def imported_by(module: str) -> set[str]:
@@ -73,6 +77,32 @@ def test_no_file_grows_past_its_idea() -> None:
         if length > MAX_LINES
     ]
     assert [] == too_long
+
+
+def test_no_folder_holds_more_than_a_reader_can_survey() -> None:
+    """A folder of the package has few files."""
+    counts = Counter(path.parent for path in PACKAGE)
+    crowded = [f"{f.relative_to(ROOT)}: {n}" for f, n in counts.items() if n > MAX_FILES]
+    assert [] == crowded
+
+
+def test_imports_between_rooms_point_down_and_are_few() -> None:
+    """There is no circle among files or folders, no arrow up, and fewer than 90 arrows between rooms."""
+    assert [] == import_graph.circles()
+    arrows = import_graph.between_rooms(import_graph.folder_imports())
+    assert len(arrows) < MAX_ARROWS, sorted(arrows)
+    tomllib = pytest.importorskip("tomllib")
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    layers = tools["importlinter"]["contracts"][0]["layers"]
+    level = {name: i for i, names in enumerate(layers) for name in names.split(" | ")}
+    pairs = {(a.split(".")[1], b.split(".")[1]) for a, b in import_graph.module_imports()}
+    up = [(a, b) for a, b in pairs if a in level and a != b and level[a] >= level[b]]
+    assert [] == up
+
+
+def test_the_drawn_imports_are_those_of_the_code() -> None:
+    """``python tests/support/import_graph.py --write`` draws them anew."""
+    assert import_graph.page() == import_graph.PAGE.read_text(encoding="utf-8")
 
 
 def test_every_test_says_what_it_shows() -> None:

@@ -15,8 +15,7 @@ from itertools import accumulate
 from math import log2
 from statistics import median_low
 
-from rasd_integrations.drafters.allowance import Allowance
-from rasd_integrations.drafters.calibration import Calibration
+from rasd_integrations.drafters.calibration import Allowance, Calibration
 from rasd_integrations.engine.executors.eager import rows_at
 from rasd_integrations.types import Draft
 

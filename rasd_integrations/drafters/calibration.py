@@ -1,4 +1,4 @@
-"""Calibrates a drafter's probabilities against the tokens that were committed.
+"""Calibrates a drafter's probabilities against the tokens that were committed, and limits what trials may lose.
 
 A node's probability is that it is reached and accepted. Counted is the step to it from its parent: if the parent was
 committed, and a token after it, the node was right or wrong, whether it was verified or not. Counting whole paths
@@ -17,6 +17,12 @@ _BOUNDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)  # of bins that are 
 _PRIOR_WEIGHT = 4.0  # of a drafted probability, in counted nodes
 _REMEMBERED = 512  # counted nodes of a bin after which one has little weight
 _UNRATED = 0.5  # taken for each token of a draft without probabilities
+
+_CREDIT = 0.7  # plain steps that may be lost at the start of an answer
+# The share of the time that may be lost later: 0.3 of what was saved recently, within these limits.
+_LEAST, _REINVESTED, _MOST = 0.008, 0.3, 0.05
+_MEMORY = 0.995  # of the recent savings, a step
+_KEPT, _CARRIED = 16.0, 4.0  # plain steps that are kept of a gain; and for the next answer
 
 
 class Calibration:
@@ -64,3 +70,28 @@ def _steps(draft: Draft) -> list[tuple[int, float]]:
         (parent, min(p / said[parent], 1.0) if parent >= 0 and said[parent] > 0 else p)
         for parent, p in zip(draft.parent_of, said, strict=True)
     ]
+
+
+class Allowance:
+    """A balance in plain steps: trials of drafting, or of one drafter, are allowed while it is not negative.
+
+    Attributes:
+        balance: Plain steps that may still be lost.
+        saved: Plain steps saved a step, running average.
+    """
+
+    def __init__(self, last: Allowance | None = None) -> None:
+        """Start an answer with what the ``last`` one left, but with some credit."""
+        self.balance: float = min(max(last.balance if last else 0.0, _CREDIT), _CARRIED)
+        self.saved: float = last.saved if last else 0.0
+
+    @property
+    def allows(self) -> bool:
+        """True while trials are allowed."""
+        return self.balance >= 0
+
+    def step(self, gain: float = 0.0) -> None:
+        """Add a step's share of the time, and the plain steps that it saved or lost."""
+        self.saved = _MEMORY * self.saved + (1 - _MEMORY) * gain
+        share = min(max(_REINVESTED * self.saved, _LEAST), _MOST)
+        self.balance = min(self.balance + gain + share, _KEPT)

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from rasd_integrations.drafters.allowance import Allowance
 from rasd_integrations.drafters.base import Drafter, DraftSession, Needs, as_drafter
-from rasd_integrations.drafters.calibration import Calibration
+from rasd_integrations.drafters.calibration import Allowance, Calibration
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError

@@ -7,8 +7,7 @@ from copy import deepcopy
 
 import pytest
 
-from rasd_integrations.drafters.allowance import Allowance
-from rasd_integrations.drafters.calibration import Calibration
+from rasd_integrations.drafters.calibration import Allowance, Calibration
 from rasd_integrations.types import Draft
 
 CHAIN = Draft((5, 6, 7), node_probs=(0.5, 0.25, 0.125))

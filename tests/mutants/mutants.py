@@ -188,7 +188,7 @@ ROWS: tuple[Mutant, ...] = (
     Mutant("one slow step counts in full", "decoding/schedule.py",
            "return median_low(seen) if", "return max(seen) if",
            ("decoding/test_schedule.py",)),
-    Mutant("trials of drafting earn no time", "drafters/allowance.py",
+    Mutant("trials of drafting earn no time", "drafters/calibration.py",
            "gain + share, _KEPT", "gain, _KEPT", ("drafters/test_calibration.py",)),
     Mutant("a draft's node may be its own parent", "decoding/drafts.py",
            "if not -1 <= parent < i)", "if not -1 <= parent <= i)", ("decoding/test_drafts.py",)),
