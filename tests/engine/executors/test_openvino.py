@@ -20,7 +20,7 @@ from steps import TREE, close, close_rows, decoded, joint, prefilled, random_ids
 from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
-from rasd_integrations.decoding.decoder import _ASIDE, SpeculativeDecoder
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.engine.executors import factory as executors
 from rasd_integrations.engine.executors.eager import EagerExecutor
@@ -70,6 +70,7 @@ def test_logits_hidden_states_and_rows_equal_eager(family, prefix):
 
 
 SCRIPTS = fakes.scripts(VOCAB)
+TOGETHER = "several answers decode together"
 
 
 @pytest.mark.slow
@@ -220,12 +221,12 @@ def test_answers_that_decode_together_stand_aside():
         with ThreadPoolExecutor(len(prompts)) as pool:
             together = [*pool.map(answer, range(len(prompts)), [config] * len(prompts))]
         assert [ids for ids, *_ in together] == truths
-        assert all((_ASIDE in reasons) == asides for *_, reasons in together)
+        assert all((TOGETHER in reasons) == asides for *_, reasons in together)
     gate = threading.Barrier(1)
     ids, stats, reasons = answer(0, SpeculationConfig())
     assert ids == truths[0]
     assert stats.drafted > 0
-    assert _ASIDE not in reasons
+    assert TOGETHER not in reasons
 
 
 def test_who_moved_out_of_an_arena_keeps_its_place_there():
