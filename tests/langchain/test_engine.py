@@ -198,7 +198,7 @@ def smol():
 @pytest.mark.real
 def test_a_real_model_answers_from_the_retrieved_fact(smol, store):
     """SmolLM2 reads the context that the chain put in the prompt, and its text is drafted from it."""
-    with ChatRASD(model=smol, store=store, executor="eager", max_tokens=24) as llm:
+    with ChatRASD(model=smol, store=store, max_tokens=24) as llm:
         answer = rag(llm, store).invoke("Repeat word for word: who wrote the first program?")
         assert "Ada Lovelace" in answer.content
         told = answer.response_metadata["rasd"]

