@@ -221,7 +221,7 @@ def test_planning_is_safe_under_threads() -> None:
         assert [draft()] * 80 == list(pool.map(draft, range(80)))
 
 
-@pytest.mark.parametrize("size", [16, 100, 1000])
+@pytest.mark.parametrize("size", [16, 50, 100, 350, 1000])
 def test_pieces_cover_the_text(size: int) -> None:
     """Pieces follow one another without a gap, none longer than asked."""
     text = "\n\n".join([*FACTS, "x" * 500, "漢字。" * 100, "a b " * 100])
