@@ -18,6 +18,7 @@ from rasd_integrations.decoding.steps import Steps
 from rasd_integrations.decoding.verifier import Verifier
 from rasd_integrations.drafters.base import Drafter, as_drafter
 from rasd_integrations.engine.generation_config import checkpoint_sampling
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.constraints import SOURCE
@@ -150,6 +151,8 @@ class _Run:
         self.ids, self.num_prompt, self.params = ids, len(ids), params
         self.config, self.stats, self.namespace = config, stats, namespace
         self.drafter = decoder.drafter if params.drafting else None
+        self.lease: Lease | None = None
+        self.buffer = KVBuffer(0)
         seed = params.seed if params.seed is not None else self.steps.fresh_seed()
         generator = torch.Generator().manual_seed(seed)
         self.drafting = Drafting(self.target, stats, lossless=config.lossless)
@@ -177,39 +180,60 @@ class _Run:
 
     def blocks(self) -> Generator[TokenBlock, None, None]:
         """Prefill, then step until the answer ends."""
-        started = time.perf_counter()
-        kept = self.steps.kept(self.num_prompt - 1)
         self.stats.prompt_tokens = self.num_prompt
-        capacity = self.num_prompt + self.params.max_tokens + _SPARE
-        lease = self.decoder.lease(self.ids, capacity, self.namespace)
         try:
-            self.stats.cached_prompt_tokens = lease.reused
             # The prefill's last logits give the first token, unless the drafter has a say in it.
             asks = self.config.num_draft_tokens is not None or self.steps.is_fixed
-            samples_first = self.config.lossless and not asks
-            first: Tensor | None = None
-            for logits in self.steps.prefill(self.ids, lease.buffer, first=samples_first):
-                first = logits if samples_first else None
-                self._tick("prefill_s", started)
-                started = time.perf_counter()
-                yield TokenBlock(())
-            lease.record(self.ids[:kept])
+            first = yield from self._prefill(samples_first=self.config.lossless and not asks)
             block = TokenBlock(())
             if first is not None:  # it does not wait for the drafter, which starts afterwards
-                block = self._step(lease, first)
+                block = self._step(first)
                 yield block
-            self._start_drafter(lease, block)
+            self._start_drafter(block)
             while block.finish_reason is None:
-                block = self._step(lease)
+                if self.target.is_long(self.ids) and not self.buffer.long_rope:
+                    yield from self._read_again()
+                block = self._step()
                 yield block
         finally:
             self.decoder.schedule_state = self.schedule.state
             self.target.leave()
-            self.drafting.close()
-            lease.release(self.ids[:kept])
+            self._close()
+
+    def _prefill(self, *, samples_first: bool) -> Generator[TokenBlock, None, Tensor | None]:
+        """Lease a buffer and prefill it; return the first token's logits if asked for."""
+        started = time.perf_counter()
+        capacity = self.num_prompt + self.params.max_tokens + _SPARE
+        lease = self.decoder.lease(self.ids, capacity, self.namespace)
+        self.lease, self.buffer, self.kept = lease, lease.buffer, self.steps.kept(len(self.ids) - 1)
+        if len(self.ids) == self.num_prompt:
+            self.stats.cached_prompt_tokens = lease.reused
+        first: Tensor | None = None
+        for logits in self.steps.prefill(self.ids, lease.buffer, first=samples_first):
+            first = logits if samples_first else None
+            self._tick("prefill_s", started)
+            started = time.perf_counter()
+            yield TokenBlock(())
+        lease.record(self.ids[: self.kept])
+        return first
+
+    def _read_again(self) -> Generator[TokenBlock, None, None]:
+        """Replace all keys: past the longrope border the model's angles differ from the first token on."""
+        drafts = self.drafting.is_on
+        self._close()
+        yield from self._prefill(samples_first=False)
+        if drafts:
+            self._start_drafter(TokenBlock(tuple(self.ids[self.num_prompt :])))
+
+    def _close(self) -> None:
+        """End the drafter's session and return the buffer to the cache."""
+        self.drafting.close()
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.release(self.ids[: self.kept])
 
     @torch.inference_mode()
-    def _step(self, lease: Lease, first: Tensor | None = None) -> TokenBlock:
+    def _step(self, first: Tensor | None = None) -> TokenBlock:
         """Draft, step, verify, commit, observe; ``first``: the step's logits, from the prefill."""
         # Draft.
         started = time.perf_counter()
@@ -228,7 +252,7 @@ class _Run:
         forced = longest if self.config.lossless and first is None else 0
         draft = self.constraints.restrict(draft, forced)
         rows = self.schedule.rows if self.drafting.is_on and not skip else 0
-        logits = self.steps.step(self.ids, draft, lease.buffer, rows) if first is None else first
+        logits = self.steps.step(self.ids, draft, self.buffer, rows) if first is None else first
 
         # Verify.
         logits = self.constraints.apply(logits, self.ids, draft)
@@ -240,7 +264,7 @@ class _Run:
         tokens, reason = self.constraints.cut(path, room)
         accepted = verdict.accepted[: len(tokens)]
         if first is None:  # keys and values of the last token come with the next step
-            lease.buffer.commit([0, *(1 + node for node in accepted[: len(tokens) - 1])])
+            self.buffer.commit([0, *(1 + node for node in accepted[: len(tokens) - 1])])
         self.ids.extend(tokens)
         self._count(draft, accepted)
         block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
@@ -271,14 +295,16 @@ class _Run:
         else:
             self.stats.off_reason = "drafting does not pay on this text"
 
-    def _start_drafter(self, lease: Lease, block: TokenBlock) -> None:
+    def _start_drafter(self, block: TokenBlock) -> None:
         """Start the drafter after the first ``block``, unless that was the last."""
         if self.drafter is None:
             plain = "no drafter" if self.params.drafting else "drafting is off for this call"
             self.stats.off_reason = self.stats.off_reason or plain
         elif block.finish_reason is None:
             started = time.perf_counter()
-            self.drafting.start(self.drafter, self.context, lease.buffer)
+            grammar = self.context.grammar
+            own = replace(self.context, grammar=None if grammar is None else grammar.fork())
+            self.drafting.start(self.drafter, own, self.buffer)
             if block.token_ids:
                 self.drafting.observe(block, Draft(), None)
             self._tick("draft_s", started)

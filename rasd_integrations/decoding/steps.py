@@ -58,8 +58,10 @@ class Steps:
         return self._target.window
 
     def room(self, length: int) -> int:
-        """Return the longest draft of a step after ``length`` tokens."""
-        return self._target.window - length
+        """Return the longest draft of a step after ``length`` tokens: none passes the longrope border."""
+        border = self._target.long_rope_border
+        end = border if border is not None and length <= border else self._target.window
+        return end - length
 
     def fitted(self, draft: Draft) -> Draft:
         """Return the part of a draft that can be verified."""
@@ -162,6 +164,13 @@ class FixedSteps(Steps):
             msg = (
                 f"deterministic=True, but {name} sends tokens to experts in groups whose sizes depend on the other "
                 f"tokens of a step, and so do its roundings. Use deterministic=False, or a dense model."
+            )
+            raise ConfigurationError(msg)
+        border = self._target.long_rope_border or 0
+        if border % PIECE:
+            msg = (
+                f"deterministic=True, but {name} reads texts of more than {border} tokens with other rotary angles, "
+                f"and {border} is no multiple of the {PIECE} tokens of a step. Use deterministic=False."
             )
             raise ConfigurationError(msg)
         ids = (97 * torch.arange(1, PIECE + 1) % self._target.vocab_size).tolist()

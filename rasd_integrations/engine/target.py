@@ -24,7 +24,6 @@ from rasd_integrations.engine.long_rope import long_rope_border
 from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.engine.verification.sampling import uniform_numbers
 from rasd_integrations.errors import (
-    ConfigurationError,
     DeviceMemoryError,
     PromptError,
     PromptTooLongError,
@@ -131,7 +130,6 @@ class TargetModel:
         Raises:
             PromptError: It is empty or holds an id that the model does not know.
             PromptTooLongError: Prompt and answer exceed the window.
-            ConfigurationError: The answer would cross the longrope border.
         """
         if not ids:
             msg = "The prompt has no tokens. Give it at least one character of text."
@@ -141,14 +139,10 @@ class TargetModel:
             raise PromptError(msg)
         if len(ids) + max_tokens > self.window:
             raise PromptTooLongError(len(ids), max_tokens, self.window)
-        border = self.long_rope_border
-        if border is not None and len(ids) <= border < len(ids) + max_tokens - 1:
-            msg = (
-                f"The prompt has {len(ids)} tokens and max_tokens is {max_tokens}, but the model reads more than "
-                f"{border} tokens with other rotary angles (longrope), which an answer cannot change on its way. "
-                f"Set max_tokens to {border - len(ids) + 1} or less, or give the prompt more than {border} tokens."
-            )
-            raise ConfigurationError(msg)
+
+    def is_long(self, ids: Sequence[int]) -> bool:
+        """Return True if the model reads a text of ``ids`` with long rotary factors."""
+        return self.long_rope_border is not None and len(ids) > self.long_rope_border
 
     def lease(
         self,
@@ -159,7 +153,7 @@ class TargetModel:
         keeps_hidden: bool = False,
     ) -> Lease:
         """Return :meth:`PrefixCache.lease` for ``ids``; texts on either side of the longrope border share nothing."""
-        long = self.long_rope_border is not None and len(ids) > self.long_rope_border
+        long = self.is_long(ids)
         side = namespace + _LONG_ROPE if long else namespace
         lease = cache.lease(ids, capacity, side, keeps_hidden=keeps_hidden)
         lease.buffer.long_rope = long

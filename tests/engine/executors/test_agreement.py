@@ -9,12 +9,19 @@ import torch
 from families import WINDOW, answered, generated, tiny, variants
 from tiny import FAMILIES, tiny_llama
 
+from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.decoding.steps import FixedSteps
+from rasd_integrations.drafters.base import Drafter, DraftSession
+from rasd_integrations.drafters.model import ModelDrafter
+from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.executors import agreement
 from rasd_integrations.engine.executors.eager import EagerExecutor
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.types import Draft
 
 
 def family(model_type, variant="default"):
@@ -161,12 +168,82 @@ def test_longrope_on_both_sides_of_its_border(model_type):
             assert answered(decoder, ids[:length], n) == generated(model, ids[:length], n), length
 
 
-def test_an_answer_that_would_cross_the_border_is_refused_before_any_work():
-    """Fault 20: keys of one side are worth nothing on the other."""
-    target = TargetModel(family("phi3", "longrope"))
-    target.check_prompt(text(20), 5)
-    target.check_prompt(text(25), 50)
-    with pytest.raises(
-        ConfigurationError, match=r"20 tokens and max_tokens is 6.*Set max_tokens to 5 or less"
+def long_answer(model, ids, n):
+    """The greedy answer of the whole text's own forward for each token."""
+    ids = list(ids)
+    for _ in range(n):
+        ids.append(
+            int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        )
+    return ids[-n:]
+
+
+class Continuation(DraftSession):
+    """Knows the answer; its tokens are right but for one in five."""
+
+    def __init__(self, answer, wrong):
+        self.answer, self.wrong, self.done = answer, wrong, 0
+
+    def propose(self, budget):
+        tokens = self.answer[self.done : self.done + budget]
+        return Draft(
+            tuple((t + self.wrong * (i % 5 == 3)) % 60 for i, t in enumerate(tokens)),
+            source="known",
+        )
+
+    def observe(self, block):
+        self.done += len(block.token_ids)
+
+
+class Known(Drafter):
+    """Starts sessions that know the answer."""
+
+    name = "known"
+
+    def __init__(self, answer, wrong):
+        self.answer, self.wrong, self.starts = answer, wrong, 0
+
+    def start(self, context):
+        self.starts += 1
+        return Continuation(self.answer, self.wrong)
+
+
+@pytest.mark.parametrize("prompt", [3, WINDOW])
+@pytest.mark.parametrize("model_type", ["phi3", "llama"])
+@torch.inference_mode()
+def test_an_answer_across_the_border_is_that_of_the_whole_text(model_type, prompt):
+    """Fault 20: beyond it all keys are made anew, whatever is drafted; ``generate`` of Phi-3 does the same."""
+    model, ids, n = family(model_type, "longrope"), text(prompt), 40
+    wanted = long_answer(model, ids, n)
+    if model_type == "phi3":
+        assert wanted == generated(model, ids, n)
+    target, cache = TargetModel(model), PrefixCache(1 << 24)
+    params = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True)
+    suffix = SuffixDrafter()
+    for drafter in (
+        None,
+        Known(wanted, 0),
+        Known(wanted, 1),
+        suffix,
+        ModelDrafter(target),
     ):
-        target.check_prompt(text(20), 6)
+        for length in (None, 1, 7):
+            config = SpeculationConfig(num_draft_tokens=length)
+            decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
+            stats = DecodingStats()
+            blocks = list(decoder.generate(ids, params, stats=stats))
+            assert [t for block in blocks for t in block.token_ids] == wanted, (drafter, length)
+            assert not stats.faults
+    # A prompt that goes on from there is read with long factors, and finds the new keys.
+    stats = DecodingStats()
+    whole = [*ids, *wanted]
+    more = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    blocks = list(SpeculativeDecoder(target, prefix_cache=cache).generate(whole, more, stats=stats))
+    assert [t for block in blocks for t in block.token_ids] == long_answer(model, whole, 8)
+    assert stats.cached_prompt_tokens >= len(whole) - 2
+
+
+def test_fixed_steps_that_would_run_over_the_border_are_refused():
+    """Fault 20: padding past the border would change the angles of the tokens before it."""
+    with pytest.raises(ConfigurationError, match=r"24 is no multiple of the 128 tokens"):
+        FixedSteps(TargetModel(family("phi3", "longrope")))
