@@ -199,3 +199,13 @@ def test_options_out_of_range_are_refused(option):
     """The error names the option."""
     with pytest.raises(ConfigurationError, match=option):
         RecyclingDrafter(**{option: 0})
+
+
+def test_hidden_states_are_known_from_the_first_that_was_kept():
+    """Rows that were run before anyone asked for hidden states have none."""
+    buffer = KVBuffer(16, keeps_hidden=True)
+    buffer.length = 5
+    buffer.write_hidden(torch.ones(2, 4))
+    buffer.length = 7
+    first, hidden = buffer.hidden()
+    assert (first, hidden.tolist()) == (5, torch.ones(2, 4).tolist())
