@@ -259,7 +259,7 @@ ROWS: tuple[Mutant, ...] = (
            ("datastores/test_dense_store.py",)),
     # --- files ---
     Mutant("a link in a folder of ours is taken for a file of ours", "storage/marked.py",
-           "if path.is_file() and not path.is_symlink():", "if path.is_file():", ("engine/kv/test_prefix_files.py",)),
+           "if path.is_file() and not path.is_symlink():", "if path.is_file():", ("storage/test_listing.py",)),
     Mutant("a marker may name files of other folders", "storage/marked.py",
            'isinstance(n, str) and n == Path(n).name != ""', "isinstance(n, str)", ("storage/test_listing.py",)),
     Mutant("files of writers that are still at work are removed", "storage/atomic.py",

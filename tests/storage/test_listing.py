@@ -83,6 +83,15 @@ def test_a_users_file_in_a_folder_of_ours_keeps_the_folder(root, capsys):
     assert sorted(p.name for p in mine.parent.iterdir()) == ["mine", MARKER]
 
 
+def test_a_link_by_the_name_of_a_file_of_ours_stays(root):
+    """No writer of ours makes links."""
+    link = root / "kept" / f"{'0b' * 16}.rasd-prefix"
+    link.symlink_to(root / "notes.txt")
+    assert main(["cache", "clear", "--all", "--yes"]) == 0
+    assert link.is_symlink()
+    assert left(root) == ["kept"]
+
+
 def test_a_marker_that_names_files_elsewhere_is_not_ours(root):
     """A folder from elsewhere cannot have a user's files removed."""
     mark(
