@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -20,21 +20,25 @@ def in_own_thread(work: Callable[[], _T]) -> _T:
     """
     done: Future[_T] = Future()
     stopped = threading.Event()
+    # A bare lock: an interrupt inside a Future's or an Event's own wait can leave their inner lock taken for ever.
+    working = threading.Lock()
+    working.acquire()
 
     def run() -> None:
-        if stopped.is_set():  # interrupted while the thread was starting
-            return
         try:
-            done.set_result(work())
+            if not stopped.is_set():  # interrupted while the thread was starting
+                done.set_result(work())
         except BaseException as err:  # noqa: BLE001 -- raised again in the waiting thread
             done.set_exception(err)
+        finally:
+            working.release()
 
     thread = threading.Thread(target=run, name="rasd-load")
     try:
         thread.start()
         # Not for ever: a signal that comes just before a lock is waited for does not end the waiting. And not by
         # join(), which takes a thread for ended when it is interrupted.
-        while not wait([done], _HEARD_S).done:
+        while not working.acquire(timeout=_HEARD_S):
             pass
         thread.join()
         return done.result()
