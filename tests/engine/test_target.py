@@ -168,6 +168,17 @@ def test_a_step_context_knows_answers_and_nothing_of_drafts():
     assert slots == {"buffer", "positions", "rows", "tail_mask"}
 
 
+def test_a_buffer_that_grows_keeps_its_rows():
+    """Every row of keys and values is there after the move, and in every layer."""
+    buffer = prefilled(TargetModel(tiny_llama()), random_ids(200))
+    memory = buffer.memory
+    held = [[part.clone() for part in buffer.rows(layer, 0, 200)] for layer in range(2)]
+    buffer.reserve(5000)
+    assert buffer.memory is not memory
+    for layer, parts in enumerate(held):
+        assert all(map(torch.equal, buffer.rows(layer, 0, 200), parts))
+
+
 def test_masks_are_made_once_a_step(monkeypatch):
     """Layers of one kind share their masks: one for the full ones, one for the sliding ones."""
     made: list[int | None] = []

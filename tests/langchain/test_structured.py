@@ -13,6 +13,7 @@ from assistant import standard_model
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import StrOutputParser
+from langchain_core.outputs import ChatGeneration
 from langchain_core.runnables import RunnableLambda
 from pydantic import BaseModel, Field, field_validator
 from pydantic.v1 import BaseModel as BaseModelV1
@@ -226,6 +227,16 @@ def test_an_object_closed_too_early_names_max_tokens():
     closed = AIMessage("{}", response_metadata={"finish_reason": "length"}, usage_metadata=usage)
     with pytest.raises(OutputParserException, match=r"(?s)no Joke.*max_tokens, 12 tokens"):
         StructuredParser(answer_class=Joke).invoke(closed)
+
+
+def test_a_stream_that_ends_inside_an_object_is_an_error():
+    """What could still grow is an object so far; once the answer has ended it is none."""
+    cut = AIMessage('{"setup": "why', response_metadata={"finish_reason": "stop"})
+    parser: Any = StructuredParser()
+    growing = [ChatGeneration(message=AIMessage(cut.content))]
+    assert parser.parse_result(growing, partial=True) == {"setup": "why"}
+    with pytest.raises(OutputParserException, match="stop string"):
+        parser.parse_result([ChatGeneration(message=cut)], partial=True)
 
 
 def test_a_stop_string_that_cuts_is_named():

@@ -25,6 +25,7 @@ from rasd_integrations.errors import (
     RASDError,
 )
 from rasd_integrations.llama_index import RASDLLM
+from rasd_integrations.llama_index.packing import model_prompt_helper
 
 QUESTION = "Welcher Abschnitt nennt den Schlüssel?"
 NOTE = "Abschnitt {0}: Die Überprüfung der Fördermittelbescheide für Gemeindestraßen ergab {0}00 Rückfragen. "
@@ -98,6 +99,13 @@ async def test_a_chat_engine_packs_its_context_and_counts_its_history(llm, seen,
     assert "Antwort" in answer
     assert [] == [i for i in range(14) if not any(f"Abschnitt {i}:" in p for p in seen)]
     assert "Antwort" in str(await engine.achat(QUESTION, chat_history=history))
+
+
+def test_contexts_leave_room_for_the_chat_template(llm):
+    """What the template writes around a prompt is no room for context; a smaller window of the user's is kept."""
+    assert llm.template_tokens() > 0
+    assert model_prompt_helper(llm).context_window == WINDOW - llm.template_tokens()
+    assert model_prompt_helper(llm, PromptHelper(context_window=300)).context_window == 300
 
 
 def test_a_prompt_helper_with_its_own_tokenizer_is_left_alone(llm):

@@ -7,6 +7,7 @@ from fakes_stores import TEXTS, WordEmbeddings, documents, embed_texts
 
 from rasd_integrations.errors import RetrievalError
 from rasd_integrations.retrieval import JoinedSource, as_chunk_source, join_chunks
+from rasd_integrations.retrieval.items import metadata_predicate
 from rasd_integrations.types import Chunk
 
 SENTENCES = [s + "." for text in TEXTS.values() for s in text.rstrip(".").split(". ")]
@@ -100,6 +101,16 @@ def test_a_list_obeys_a_filter(filter):
     found = source.search("the slate honey tide", 20, filter=filter)
     assert {c.metadata["source"] for c in found} == {"bees.txt"}
     assert source.document(source.search("slate", 1)[0], filter=filter) == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "passes"),
+    [({"tenant": 1, "year": 3}, True), ({"tenant": 1, "year": 4}, False), ({"tenant": 1}, False)],
+)
+def test_a_filter_of_two_keys_needs_both(metadata, passes):
+    """A tenant's chunk of another year does not pass."""
+    allows = metadata_predicate({"tenant": 1, "year": [2, 3]})
+    assert allows(Chunk("x", metadata=metadata)) == passes
 
 
 @pytest.mark.parametrize("filter", [{"$and": []}, {"source": {"$in": ["a"]}}, "source == 'a'", 7])

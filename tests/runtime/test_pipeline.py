@@ -17,7 +17,9 @@ from rasd_integrations import (
     SpeculationConfig,
     ToolUse,
 )
-from rasd_integrations.runtime.pipeline import Request
+from rasd_integrations.prompting import PromptPlan
+from rasd_integrations.runtime.pipeline import Request, draft_context
+from rasd_integrations.text.prompt.template import ChatTemplate
 
 ADD = {
     "type": "function",
@@ -228,6 +230,14 @@ def test_knowledge_transfer_without_a_drafters_distribution_is_refused(options, 
     rasd = RASD.from_model(tiny_llama(), tiny_tokenizer(), **options)
     with pytest.raises(ConfigurationError, match="no drafter with a distribution of its own"):
         rasd.stream(GREETING, SamplingParams(**call))
+
+
+def test_a_drafters_prompt_that_is_too_long_is_not_read():
+    """What the planner estimated is counted once it is encoded."""
+    template, plan = ChatTemplate(tiny_tokenizer()), PromptPlan(target="a long one", drafter="abc")
+    ids = tuple(template.encode_text("abc"))
+    found = [draft_context(template, plan, len(ids) - n).drafter_prompt_ids for n in (0, 1)]
+    assert found == [ids, None]
 
 
 def test_tools_need_messages():

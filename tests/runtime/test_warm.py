@@ -18,6 +18,8 @@ from rasd_integrations import RASD, ConfigurationError, ContextOverflowError, Sa
 from rasd_integrations.config import PrefixFolder
 from rasd_integrations.drafters.papers.dense import DenseDrafter
 from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.runtime.pipeline import warm_prefix_ids
+from rasd_integrations.text.prompt.template import ChatTemplate
 
 PARAMS = SamplingParams(max_tokens=16, ignore_eos=True)
 DOCUMENTS = [
@@ -145,6 +147,15 @@ def test_another_process_finds_what_was_warmed(tmp_path):
 
 
 # --- the folder ---
+
+
+@pytest.mark.parametrize("tail", ["Who sleeps?", "7", " and"])
+def test_a_head_is_that_of_every_question(tail):
+    """What is warmed holds no token of the question."""
+    template = ChatTemplate(tiny_tokenizer())
+    head = warm_prefix_ids(template, DOCUMENTS[0])
+    assert template.encode_messages(question(DOCUMENTS[0], tail))[: len(head)] == head
+    assert len(head) > len(DOCUMENTS[0])
 
 
 def test_the_folder_is_made(tmp_path):
