@@ -77,6 +77,24 @@ def test_other_models_calls_are_not_looked_at(watched):
     assert [content_key([HumanMessage("Hi")])] == list(watched._calls)
 
 
+def test_a_prompt_is_found_with_the_variables_that_made_it(watched):
+    """Inside a chain too, where they are kept with its root run."""
+    owner, root, made = Owner(), uuid.uuid4(), uuid.uuid4()
+    watched.watch_for(owner)
+    value = PROMPT.format_prompt(**VALUES)
+    watched.on_chain_start({}, {"x": 1}, run_id=root)
+    watched.on_chain_start({}, VALUES, run_id=made, parent_run_id=root, run_type="prompt")
+    watched.on_chain_end(value, run_id=made)
+    call = {
+        "run_id": uuid.uuid4(),
+        "parent_run_id": root,
+        "invocation_params": {"_type": "rasd-chat"},
+    }
+    watched.on_chat_model_start({}, [value.to_messages()], **call)
+    assert watched.lookup(value.to_messages()).templates == (VALUES,)
+    watched.on_chain_end("", run_id=root)
+
+
 def test_abandoned_runs_and_loose_prompts_are_bounded():
     """Runs that never end, and prompts outside chains, push the oldest out."""
     capture, owner = PromptCapture(), Owner()

@@ -391,7 +391,7 @@ ROWS: tuple[Mutant, ...] = (
            "cache_read=stats.cached_prompt_tokens", "cache_read=0", ("langchain/test_chat.py", "langchain/test_chunks.py")),
     Mutant("a template's variables are not found again by the prompt", "langchain/capture.py",
            "made = root.prompts.get(key) or self._loose.get(key)", "made = self._loose.get(key)",
-           ("langchain/test_pipelines.py",)),
+           ("langchain/test_capture.py",)),
     Mutant("a retriever inside a retriever is captured as well", "langchain/capture.py",
            'if run is None or any(a.kind == "retriever" for a in self._ancestors(parent_run_id)):', "if run is None:",
            ("langchain/test_capture.py", "langchain/test_pipelines.py")),
