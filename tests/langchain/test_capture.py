@@ -77,21 +77,25 @@ def test_other_models_calls_are_not_looked_at(watched):
     assert [content_key([HumanMessage("Hi")])] == list(watched._calls)
 
 
-def test_a_prompt_is_found_with_the_variables_that_made_it(watched):
-    """Inside a chain too, where they are kept with its root run."""
-    owner, root, made = Owner(), uuid.uuid4(), uuid.uuid4()
+def test_the_variables_that_made_a_prompt_come_first(watched):
+    """Of several templates of one chain, also before newer ones."""
+    owner, root = Owner(), uuid.uuid4()
     watched.watch_for(owner)
-    value = PROMPT.format_prompt(**VALUES)
     watched.on_chain_start({}, {"x": 1}, run_id=root)
-    watched.on_chain_start({}, VALUES, run_id=made, parent_run_id=root, run_type="prompt")
-    watched.on_chain_end(value, run_id=made)
+    prompts = []
+    for values in (VALUES, {"context": "c", "question": "another"}):
+        made = uuid.uuid4()
+        watched.on_chain_start({}, values, run_id=made, parent_run_id=root, run_type="prompt")
+        prompts.append(PROMPT.format_prompt(**values))
+        watched.on_chain_end(prompts[-1], run_id=made)
+    messages = prompts[0].to_messages()
     call = {
         "run_id": uuid.uuid4(),
         "parent_run_id": root,
         "invocation_params": {"_type": "rasd-chat"},
     }
-    watched.on_chat_model_start({}, [value.to_messages()], **call)
-    assert watched.lookup(value.to_messages()).templates == (VALUES,)
+    watched.on_chat_model_start({}, [messages], **call)
+    assert watched.lookup(messages).templates[0] == VALUES
     watched.on_chain_end("", run_id=root)
 
 
