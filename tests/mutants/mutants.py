@@ -155,8 +155,9 @@ ROWS: tuple[Mutant, ...] = (
     # --- the loop ---
     Mutant("the end token is left out of the answer's ids", "decoding/constraints.py",
            'return tokens[: i + 1], "stop"', 'return tokens[:i], "stop"', ("decoding/test_decoder.py",)),
-    Mutant("an answer may be longer than max_tokens", "decoding/constraints.py",
-           "tokens = tokens[:room]", "tokens = tokens[: room + 1]", ("decoding/test_decoder.py",)),
+    Mutant("an answer may be longer than max_tokens", "decoding/decoder.py",
+           "room = self.num_prompt + self.params.max_tokens - len(self.ids)",
+           "room = self.num_prompt + self.params.max_tokens - len(self.ids) + 1", ("decoding/test_decoder.py",)),
     Mutant("rows of the accepted path off by one", "decoding/decoder.py",
            "[0, *(1 + node for node in accepted[: len(tokens) - 1])]", "[0, *(node for node in accepted[: len(tokens) - 1])]",
            ("decoding/test_decoder.py",)),
