@@ -3,7 +3,7 @@
 Of a few step widths the one with the most expected tokens a second runs: one token, and the drafted ones by their
 calibrated probabilities, over the width's measured time. A width takes the median of its last steps, and before it has
 been run it counts as quick as the next narrower one, so that it is tried. Drafting that loses time is off, except for
-trials within an :class:`~rasd_integrations.drafters.allowance.Allowance`.
+trials within an :class:`~rasd_integrations.drafters.calibration.Allowance`.
 """
 
 from __future__ import annotations
