@@ -271,6 +271,18 @@ def test_bad_prompts_are_refused_at_the_call(target, ids, error, message):
         SpeculativeDecoder(target).generate(ids, GREEDY)
 
 
+def test_a_prompt_and_its_answer_may_fill_the_window(target):
+    """To its last token."""
+    SpeculativeDecoder(target).generate([1] * (WINDOW - NUM_TOKENS), GREEDY)
+
+
+def test_the_drafters_draws_are_not_the_verifiers(target):
+    """A session has another seed than the answer: with the same numbers accepted drafts would be biased."""
+    drafter = ScriptedDrafter(fakes.empty())
+    decode(target, drafter, SamplingParams(temperature=0.9, seed=11, max_tokens=2))
+    assert drafter.sessions[0].context.seed != 11
+
+
 def test_knowledge_transfer_needs_logits(target):
     """A drafter without logits cannot transfer knowledge."""
     config = SpeculationConfig(knowledge_transfer=5.0, num_draft_tokens=2)
