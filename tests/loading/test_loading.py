@@ -31,6 +31,7 @@ from rasd_integrations.loading.model import (
     load_window,
 )
 from rasd_integrations.loading.packaged import packaged_model
+from rasd_integrations.storage import marked
 from rasd_integrations.storage.cache_folder import file_digest
 from rasd_integrations.storage.marked import MARKER, foreign
 
@@ -248,10 +249,16 @@ def test_a_copy_of_a_gguf_is_not_converted_twice(gguf_file, cache, monkeypatch):
 
 def test_a_gguf_is_read_for_its_digest_once(gguf_file, monkeypatch):
     """Later processes ask for its size and times alone."""
-    load_tokenizer(gguf_file)
-    monkeypatch.setattr("rasd_integrations.storage.cache_folder.sha256", None)
-    load_tokenizer(gguf_file)
+    read, sha256 = [], marked.sha256
+    monkeypatch.setattr(
+        "rasd_integrations.storage.cache_folder.sha256",
+        lambda path: read.append(path) or sha256(path),
+    )
+    for _ in range(3):
+        load_tokenizer(gguf_file)
     assert len({file_digest(gguf_file) for _ in range(2)}) == 1
+    assert read.count(gguf_file) == 1
+    assert len(read) == len(set(read))
 
 
 def _cut(file: Path) -> None:

@@ -80,6 +80,7 @@ def places(engine: RASD, *modules: ModuleType) -> list[Place]:
     return list({place[:3]: place for place in tracer.reached}.values())
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_leaves_the_next_answer_right(model):
     """Fault 18: one answer, interrupted once at every line of what answers share."""
     expected = ask(engine(model))
@@ -99,6 +100,7 @@ def test_an_interrupt_at_any_line_leaves_the_next_answer_right(model):
     assert len(lines) > 250
 
 
+@pytest.mark.slow
 def test_an_interrupt_beside_another_answer_leaves_both_right(model):
     """Fault 18: the same with a second answer at work, which leads or waits."""
     expected, longer = (ask(engine(model), params) for params in (PARAMS, LONGER))
