@@ -66,7 +66,9 @@ def check_kept(engine: RASD) -> None:
 def check_sane(engine: RASD) -> None:
     """See that nothing is under way, and that counters are no nonsense."""
     own, gate = engine._engine.decoder(), admission.shared_admission(torch.device("cpu"))
-    if gate.live:  # a place that an interrupt left goes with its frames, which Python 3.13 ties in a circle
+    if (
+        gate.live
+    ):  # a place that an interrupt left goes with its frames, which Python 3.13 ties in a circle
         gc.collect()
     assert (gate.live, gate.waiting) == (0, 0)
     assert own.target._turns._leader is None
