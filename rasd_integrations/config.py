@@ -23,7 +23,8 @@ DEFAULT_PREFIX_CACHE_BYTES = 2 << 30
 DEFAULT_PREFIX_CACHE_DIR_BYTES = 32 << 30
 
 
-def _check(ok: bool, name: str, value: object, limit: str) -> None:
+def check_value(ok: bool, name: str, value: object, limit: str) -> None:
+    """Raise :class:`ConfigurationError` unless ``ok``."""
     if not ok:
         msg = f"{name} is {value!r}, but must be {limit}."
         raise ConfigurationError(msg)
@@ -42,12 +43,12 @@ def check_engine(
     Raises:
         ConfigurationError: A value is out of range, or two options contradict each other.
     """
-    _check(context in ("prompt", "documents"), "context", context, "'prompt' or 'documents'")
+    check_value(context in ("prompt", "documents"), "context", context, "'prompt' or 'documents'")
     names = get_args(ExecutorName)
-    _check(executor in names, "executor", executor, "one of " + ", ".join(map(repr, names)))
+    check_value(executor in names, "executor", executor, "one of " + ", ".join(map(repr, names)))
     limit = "at least 0 (0 keeps nothing)"
-    _check(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, limit)
-    _check(isinstance(deterministic, bool), "deterministic", deterministic, "True or False")
+    check_value(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, limit)
+    check_value(isinstance(deterministic, bool), "deterministic", deterministic, "True or False")
     if deterministic and not lossless:
         msg = (
             "deterministic=True contradicts knowledge_transfer: what it says depends on what was drafted. "
@@ -98,11 +99,13 @@ class PrefixFolder:
         Raises:
             ConfigurationError: It cannot be written to, or a value is out of range.
         """
-        _check(max_bytes > 0, "prefix_cache_dir_bytes", max_bytes, "above 0")
+        check_value(max_bytes > 0, "prefix_cache_dir_bytes", max_bytes, "above 0")
         if path is None:
             return None
         given: object = path
-        _check(isinstance(given, str | Path) and path != "", "prefix_cache_dir", path, "a path")
+        check_value(
+            isinstance(given, str | Path) and path != "", "prefix_cache_dir", path, "a path"
+        )
         folder = Path(path).expanduser().absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -218,18 +221,22 @@ class SamplingParams:
         if given is not None:
             stop = (given,) if isinstance(given, str) else tuple(given)
             object.__setattr__(self, "stop", stop)
-            _check(all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings")
+            check_value(
+                all(isinstance(s, str) and s for s in stop), "stop", stop, "non-empty strings"
+            )
         for name, ok, limit in _SAMPLING_RANGES:
             value = getattr(self, name)
             if value is None:
                 continue
             kinds, what = (int, "a whole number") if name in _WHOLE else (int | float, "a number")
             is_number = isinstance(value, kinds) and not isinstance(value, bool)
-            _check(is_number, name, value, f"{what} or None")
-            _check(ok(value), name, value, limit)
+            check_value(is_number, name, value, f"{what} or None")
+            check_value(ok(value), name, value, limit)
         grammar = self.grammar
-        _check(grammar is None or isinstance(grammar, Grammar), "grammar", grammar, "a Grammar")
-        _check(self.on_cut in get_args(OnCut), "on_cut", self.on_cut, "'close' or 'raise'")
+        check_value(
+            grammar is None or isinstance(grammar, Grammar), "grammar", grammar, "a Grammar"
+        )
+        check_value(self.on_cut in get_args(OnCut), "on_cut", self.on_cut, "'close' or 'raise'")
 
     def settled(self, checkpoint: Mapping[str, Any]) -> Sampling:
         """Return the options with every ``None`` resolved.
@@ -281,10 +288,14 @@ class SpeculationConfig:
     def __post_init__(self) -> None:
         """Check the ranges and that at most one lossy distribution is asked for."""
         n = self.num_draft_tokens
-        _check(n is None or n >= 0, "num_draft_tokens", n, "at least 0, or None")
-        _check(self.max_draft_tokens >= 1, "max_draft_tokens", self.max_draft_tokens, "at least 1")
-        _check(self.knowledge_transfer >= 0, "knowledge_transfer", self.knowledge_transfer, ">= 0")
-        _check(0 < self.mixture <= 1, "mixture", self.mixture, "in (0, 1]")
+        check_value(n is None or n >= 0, "num_draft_tokens", n, "at least 0, or None")
+        check_value(
+            self.max_draft_tokens >= 1, "max_draft_tokens", self.max_draft_tokens, "at least 1"
+        )
+        check_value(
+            self.knowledge_transfer >= 0, "knowledge_transfer", self.knowledge_transfer, ">= 0"
+        )
+        check_value(0 < self.mixture <= 1, "mixture", self.mixture, "in (0, 1]")
         if self.knowledge_transfer and self.mixture < 1:
             msg = "knowledge_transfer and mixture are two distributions; set one of them."
             raise ConfigurationError(msg)
@@ -340,18 +351,18 @@ class RetrievalConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _check(self.k >= 1, "k", self.k, "at least 1")
-        _check(self.timeout_s > 0, "timeout_s", self.timeout_s, "positive")
-        _check(
+        check_value(self.k >= 1, "k", self.k, "at least 1")
+        check_value(self.timeout_s > 0, "timeout_s", self.timeout_s, "positive")
+        check_value(
             self.store_policy in ("prompt", "any"),
             "store_policy",
             self.store_policy,
             "'prompt' or 'any'",
         )
-        _check(self.chunk_tokens >= 16, "chunk_tokens", self.chunk_tokens, "at least 16")
-        _check(self.compression >= 1, "compression", self.compression, "at least 1")
-        _check(0 < self.max_share <= 1, "max_share", self.max_share, "in (0, 1]")
-        _check(0 < self.gate_share <= 1, "gate_share", self.gate_share, "in (0, 1]")
+        check_value(self.chunk_tokens >= 16, "chunk_tokens", self.chunk_tokens, "at least 16")
+        check_value(self.compression >= 1, "compression", self.compression, "at least 1")
+        check_value(0 < self.max_share <= 1, "max_share", self.max_share, "in (0, 1]")
+        check_value(0 < self.gate_share <= 1, "gate_share", self.gate_share, "in (0, 1]")
 
     def drafter_budget(self, prompt_tokens: int) -> int:
         """Return how many tokens of context the drafter may read.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import comb
 
+from rasd_integrations.config import check_value
 from rasd_integrations.datastores.tokens.encoding import SEPARATOR
 from rasd_integrations.datastores.tokens.shard import MAX_MATCH, continuations
 from rasd_integrations.datastores.tokens.store import TokenStore
@@ -60,9 +61,7 @@ class DatastoreDrafter(Drafter):
             ("min_probability", min_probability, 0, 1),
             ("max_rows", max_rows, 1, 1 << 16),
         ):
-            if not least <= value <= most:
-                msg = f"{option} is {value!r}, but must be in {least}..{most}."
-                raise ConfigurationError(msg)
+            check_value(least <= value <= most, option, value, f"in {least}..{most}")
         if learned is not None and learned.max_tokens is None:
             msg = (
                 "The learned store has no max_tokens, so answers would fill it without end. Make it with a "

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from rasd_integrations.config import check_value
 from rasd_integrations.drafters.base import Drafter, DraftSession, Needs, as_drafter
 from rasd_integrations.drafters.calibration import Allowance, Calibration
 from rasd_integrations.engine.kv.buffer import KVBuffer
@@ -162,9 +163,7 @@ class FusedDrafter(Drafter):
             msg = "A fused drafter needs at least one part. Give it drafters, or use drafter=None."
             raise ConfigurationError(msg)
         for option, value in (("top_k", top_k), ("siblings", siblings)):
-            if value < 0:
-                msg = f"{option} is {value}, but must be at least 0."
-                raise ConfigurationError(msg)
+            check_value(value >= 0, option, value, "at least 0")
         self.name = name
         self.parts = tuple(map(as_drafter, parts))
         self.model = None if model is None else as_drafter(model)

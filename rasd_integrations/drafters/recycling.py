@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rasd_integrations.config import check_value
 from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
 from rasd_integrations.drafters.candidates import Candidates, Shortlist
 from rasd_integrations.drafters.tree import grow
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 # Weight of a match on 1, 2, 3 or 4 tokens; the rest goes to shorter matches.
@@ -189,10 +189,8 @@ class RecyclingDrafter(Drafter):
             ("max_draft", max_draft, 1, None),
             ("max_rows", max_rows, 1, None),
         ):
-            if value < least or (most is not None and value > most):
-                limits = f"at least {least}" if most is None else f"{least} to {most}"
-                msg = f"{option} is {value}, but must be {limits}."
-                raise ConfigurationError(msg)
+            limits = f"at least {least}" if most is None else f"{least} to {most}"
+            check_value(least <= value and (most is None or value <= most), option, value, limits)
         self.name = name
         self.prompt = prompt
         self.needs = Needs(hidden=prompt)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from rasd_integrations.config import check_value
 from rasd_integrations.datastores.tokens import file
 from rasd_integrations.datastores.tokens.encoding import (
     Encoder,
@@ -23,7 +24,6 @@ from rasd_integrations.datastores.tokens.encoding import (
     texts_of,
 )
 from rasd_integrations.datastores.tokens.shard import Shard
-from rasd_integrations.errors import ConfigurationError
 
 _BATCH = 256  # texts encoded at once
 _MOST_SORTED = 1 << 24  # tokens of a shard: 64 MB of English, sorted in about 600 MB of memory
@@ -57,9 +57,8 @@ class TokenStore:
         Raises:
             ConfigurationError: ``encode`` is neither, or ``max_tokens`` is not positive.
         """
-        if max_tokens is not None and max_tokens < 1:
-            msg = f"max_tokens is {max_tokens!r}, but must be at least 1, or None for no limit."
-            raise ConfigurationError(msg)
+        limit = "at least 1, or None for no limit"
+        check_value(max_tokens is None or max_tokens >= 1, "max_tokens", max_tokens, limit)
         self._encode = Encoder(encode)
         self._lock = threading.Lock()
         self._shards: tuple[Shard, ...] = ()

@@ -18,6 +18,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from rasd_integrations.config import check_value
 from rasd_integrations.datastores.hidden import DenseStore, Neighbour, nearest
 from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
 from rasd_integrations.drafters.tree import grow_trie
@@ -62,12 +63,8 @@ class DenseDrafter(Drafter):
             ConfigurationError: A value out of its range, or nothing to draft from.
         """
         for option, value in (("neighbours", neighbours), ("max_draft", max_draft)):
-            if not 1 <= value <= 1024:
-                msg = f"{option} is {value!r}, but must be in 1..1024."
-                raise ConfigurationError(msg)
-        if not 0 <= min_probability <= 1:
-            msg = f"min_probability is {min_probability!r}, but must be in 0..1."
-            raise ConfigurationError(msg)
+            check_value(1 <= value <= 1024, option, value, "in 1..1024")
+        check_value(0 <= min_probability <= 1, "min_probability", min_probability, "in 0..1")
         if store is None and not prompt:
             msg = "There is no store and prompt is False, so there is nothing to draft from. Give one."
             raise ConfigurationError(msg)

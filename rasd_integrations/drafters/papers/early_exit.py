@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rasd_integrations.config import check_value
 from rasd_integrations.drafters.base import Drafter, Helper
 from rasd_integrations.drafters.chain import ChainSession
 from rasd_integrations.engine.kv.buffer import KVBuffer
@@ -44,12 +45,8 @@ class EarlyExitDrafter(Drafter):
         Raises:
             ConfigurationError: A value out of its range.
         """
-        if layers < 1:
-            msg = f"layers is {layers!r}, but must be at least 1."
-            raise ConfigurationError(msg)
-        if not 0 <= confidence <= 1:
-            msg = f"confidence is {confidence!r}, but must be in 0..1."
-            raise ConfigurationError(msg)
+        check_value(layers >= 1, "layers", layers, "at least 1")
+        check_value(0 <= confidence <= 1, "confidence", confidence, "in 0..1")
         self.layers = layers
         self.confidence = confidence
         self._models: WeakKeyDictionary[TargetModel, TargetModel] = WeakKeyDictionary()

@@ -14,12 +14,12 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from rasd_integrations.config import check_value
 from rasd_integrations.drafters.base import Drafter, Helper, Needs
 from rasd_integrations.drafters.chain import ChainSession
 from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 Pattern = Literal["chunks", "window", "power"]
@@ -76,9 +76,7 @@ class SparseKVDrafter(Drafter):
             ("max_rows", max_rows, max_rows >= sink + window, f"at least sink + window, {sink + window}"),
             ("confidence", confidence, 0 <= confidence <= 1, "in 0..1"),
         ):  # fmt: skip
-            if not ok:
-                msg = f"{option} is {value!r}, but must be {limit}."
-                raise ConfigurationError(msg)
+            check_value(ok, option, value, limit)
         self.pattern = pattern
         self.needs = Needs(prompt=pattern == "chunks")
         self.max_rows = max_rows
