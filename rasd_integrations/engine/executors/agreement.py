@@ -28,7 +28,7 @@ from rasd_integrations.errors import ConfigurationError
 Step = Callable[..., StepOutput]
 """The eager executor's :meth:`~rasd_integrations.engine.executors.base.Executor.step`."""
 
-_STEP = 4  # tokens of a decoding step, and all that the model itself runs
+_STEP = 4  # tokens of a decoding step; the model itself runs one behind a prefix of as many
 _LONG = 3 * BORDER + 5
 _PIECE = 512
 _LONGEST = 8192  # most tokens that the model itself is run on
@@ -65,7 +65,7 @@ def check_agreement(
             model, "its config names no max_position_embeddings, so its window is not known"
         )
     try:
-        reason, buffer = _difference(model, step, _STEP)
+        reason, buffer = _difference(model, step, 2 * _STEP)
         reason = reason or _verdict(model, step, step_of)
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -128,8 +128,8 @@ def _over_borders(
     except Exception as err:  # noqa: BLE001 - a config class may refuse numbers in any way
         border = longest_border(model.config)
         length = min(border + _STEP, int(model.config.get_text_config().max_position_embeddings))
-        if border == 0 or border >= length:  # no border to cross: behind a prefix is enough
-            return _difference(model, step, 2 * _STEP)[0]
+        if border == 0 or border >= length:
+            return None  # the model's own short text has shown all that there is
         if length > _LONGEST:
             return (
                 f"steps across its border at {border} tokens cannot be compared with its own forward, since no small "

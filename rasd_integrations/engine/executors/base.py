@@ -111,5 +111,8 @@ class Executor(ABC):
         return 0
 
     def draw(self, ids: Tensor, segment: Segment, sampler: Sampler, uniform: Tensor) -> Drawn:
-        """Run ``ids``, then draw a token for each number of ``uniform`` and run all of them but the last."""
+        """Run ``ids``, then draw a token for each number of ``uniform`` and run all of them but the last.
+
+        Called only if :meth:`max_drawn` allows it.
+        """
         raise NotImplementedError
