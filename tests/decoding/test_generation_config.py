@@ -9,7 +9,7 @@ import fakes
 import pytest
 import torch
 from fakes import ScriptedDrafter
-from fakes_distributions import Model, Oracle, distance, outcomes
+from fakes_distributions import Model, distance, outcomes
 from tiny import EOS, VOCAB, tiny_gemma3, tiny_llama, tiny_tokenizer
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation import NoRepeatNGramLogitsProcessor
@@ -19,7 +19,6 @@ from rasd_integrations.config import SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification import exact
 from rasd_integrations.engine.verification.constraints import processed_rows
 from rasd_integrations.engine.verification.exact import block_verify, sample_and_walk
 from rasd_integrations.engine.verification.sampling import sampling_distribution
@@ -157,7 +156,7 @@ def test_a_checkpoint_that_samples_without_top_k_takes_that_of_generate():
 
 @pytest.mark.parametrize("kind", ["chain", "tree", "sampled chain"])
 @pytest.mark.parametrize("seed", range(3))
-def test_processed_rows_are_followed_exactly(monkeypatch, kind, seed):
+def test_processed_rows_are_followed_exactly(oracle, kind, seed):
     """Fault 27: by enumeration, a node's distribution is processed with the node's own path before it."""
     vocab, prompt = 4, [0, 1, 2]
     model, drafts = Model(seed, vocab), Model(seed + 50, vocab)
@@ -177,9 +176,6 @@ def test_processed_rows_are_followed_exactly(monkeypatch, kind, seed):
     paths = [()]
     for node, parent in enumerate(draft.parent_of):
         paths.append((*paths[parent + 1], draft.token_ids[node]))
-    oracle = Oracle()
-    for name in ("draw", "bernoulli"):
-        monkeypatch.setattr(exact, name, getattr(oracle, name))
 
     def one_answer():
         drafted = draft

@@ -15,7 +15,7 @@ from drafting import GREEDY, filled
 from drafting import decode as decoded
 from fakes import ScriptedDrafter
 from fakes_datastore import ids_store, random_ids
-from fakes_distributions import Oracle, distance, outcomes
+from fakes_distributions import distance, outcomes
 from fakes_grammar import TableGrammar, banded
 from fakes_vocabulary import translated_drafter
 from tiny import FAMILIES, VOCAB, tiny_llama
@@ -38,7 +38,6 @@ from rasd_integrations.drafters import (
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification import exact as verification
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import DraftContext, TokenBlock
 
@@ -245,11 +244,9 @@ def two_tokens() -> tuple[TargetModel, dict[tuple[int, ...], float]]:
 
 
 @every(lambda case: not case.bytes_only)
-def test_sampled_answers_follow_the_targets_distribution(name, monkeypatch):
+def test_sampled_answers_follow_the_targets_distribution(name, oracle):
     """By enumeration of every draw, the drafter's own included: three tokens, exactly."""
-    oracle, (target, expected) = Oracle(), two_tokens()
-    monkeypatch.setattr(verification, "draw", oracle.draw)
-    monkeypatch.setattr(verification, "bernoulli", oracle.bernoulli)
+    target, expected = two_tokens()
     params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=TEMPERATURE, seed=1)
     stats, cached = DecodingStats(), PrefixCache(1 << 24)
     truth = [*SMALL_PROMPT[-9:], 1, 0, 1]

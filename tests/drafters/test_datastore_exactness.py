@@ -11,7 +11,7 @@ import pytest
 import torch
 from drafting import decode as decoded
 from fakes_datastore import encode, ids_store, random_ids
-from fakes_distributions import Model, Oracle, distance, outcomes, softmax
+from fakes_distributions import Model, distance, outcomes, softmax
 from tiny import tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
@@ -45,14 +45,6 @@ def decode(target, drafter=None, params=GREEDY, n=8, stats=None) -> list[int]:
 @pytest.fixture(scope="module")
 def target() -> TargetModel:
     return TargetModel(tiny_llama())
-
-
-@pytest.fixture
-def oracle(monkeypatch):
-    """Draws that take every branch."""
-    oracle = Oracle()
-    monkeypatch.setattr(verification, "draw", oracle.draw)
-    return oracle
 
 
 # --- exactness -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from drafting import decode as decoded
-from fakes_distributions import Model, Oracle, distance, outcomes, softmax
+from fakes_distributions import Model, distance, outcomes, softmax
 from fakes_vocabulary import (
     KINDS,
     ids_of,
@@ -32,7 +32,6 @@ from rasd_integrations.drafters.papers.vocabulary import Vocabulary, unfinished
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification import exact as verification
 from rasd_integrations.engine.verification.exact import block_verify
 from rasd_integrations.errors import VocabularyMismatchError
 from rasd_integrations.stats import DecodingStats
@@ -191,15 +190,6 @@ class Letters(SimpleNamespace):
         self.ids = {t: i for i, t in enumerate(self.texts)}
 
 
-@pytest.fixture
-def oracle(monkeypatch):
-    """Draws and flips that take every branch."""
-    oracle = Oracle()
-    monkeypatch.setattr(verification, "draw", oracle.draw)
-    monkeypatch.setattr(verification, "bernoulli", oracle.bernoulli)
-    return oracle
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2])
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -275,7 +265,7 @@ def test_the_drafters_cache_is_true_after_every_block(kind, temperature):
 
 
 def test_the_drafter_runs_only_what_it_has_not_read():
-    """Rows of the prompt and of accepted guesses stay, though the last words are encoded anew."""
+    """Rows of the prompt and of accepted guesses stay, though the last words are encoded again."""
     drafter = translated_drafter("shuffled", renumbered(plain_speaker()))
     session = drafter.start(DraftContext(prompt_ids=PROMPT))
     accepted = session.propose(5).token_ids[:3]

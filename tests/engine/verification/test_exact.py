@@ -9,9 +9,8 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
-from fakes_distributions import Model, Oracle, distance, outcomes, softmax
+from fakes_distributions import Model, distance, outcomes, softmax
 
-from rasd_integrations.engine.verification import exact as verification
 from rasd_integrations.engine.verification.exact import (
     Verdict,
     accept_probabilities,
@@ -26,15 +25,6 @@ from rasd_integrations.engine.verification.exact import (
 from rasd_integrations.engine.verification.sampling import sampling_distribution
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.types import Draft
-
-
-@pytest.fixture
-def oracle(monkeypatch):
-    """Draws and flips that take every branch."""
-    oracle = Oracle()
-    monkeypatch.setattr(verification, "draw", oracle.draw)
-    monkeypatch.setattr(verification, "bernoulli", oracle.bernoulli)
-    return oracle
 
 
 def paths(draft):

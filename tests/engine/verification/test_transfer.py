@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
-from fakes_distributions import Model, Oracle, distance, outcomes, softmax
+from fakes_distributions import Model, distance, outcomes, softmax
 
 from rasd_integrations.engine.verification import transfer
 from rasd_integrations.engine.verification.exact import Verdict
@@ -35,15 +35,6 @@ RULES = {
 def rule(request):
     """A rule and its strength."""
     return request.param
-
-
-@pytest.fixture
-def oracle(monkeypatch):
-    """Draws and flips that take every branch."""
-    oracle = Oracle()
-    monkeypatch.setattr(transfer, "draw", oracle.draw)
-    monkeypatch.setattr(transfer, "bernoulli", oracle.bernoulli)
-    return oracle
 
 
 def stated_distribution(rule, p, drawn):
