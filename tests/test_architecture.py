@@ -101,7 +101,7 @@ def test_imports_between_rooms_point_down_and_are_few() -> None:
 
 
 def test_the_drawn_imports_are_those_of_the_code() -> None:
-    """``python tests/support/import_graph.py --write`` draws them anew."""
+    """``python tests/support/import_graph.py --write`` draws them again."""
     assert import_graph.page() == import_graph.PAGE.read_text(encoding="utf-8")
 
 

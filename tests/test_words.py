@@ -22,6 +22,7 @@ WORDS = {
     "foretell": (r"foretells?|foretold|foretelling", "predict"),
     "likest": (r"likest|likelier|likeliest", "most likely, nearest"),
     "of late": (r"of late", "recently"),
+    "anew": (r"anew", "again"),
     "had best": (r"had best", "should"),
     "nobody's": (r"nobody's", "reserved, unused"),
     "stand": (r"stands?|stood", "is"),

@@ -111,7 +111,7 @@ class Either:
 
 
 def drafters(store: TokenStore, tokenizer: Any) -> dict[str, Callable[[], Drafter]]:
-    """Return what is compared; each is made anew for each budget."""
+    """Return what is compared; each is made again for each budget."""
 
     def learning() -> Drafter:
         return DatastoreDrafter(store, learned=TokenStore(tokenizer, max_tokens=1 << 17))

@@ -282,7 +282,7 @@ TABLES: dict[str, Callable[[dict[str, Any], int], list[Row]]] = {
 
 
 def filled(text: str, root: Path = ROOT) -> str:
-    """Return a page with every marked table made anew from its file."""
+    """Return a page with every marked table made again from its file."""
 
     def fresh(match: re.Match[str]) -> str:
         document = json.loads((root / match["file"]).read_text(encoding="utf-8"))

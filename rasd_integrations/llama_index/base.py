@@ -76,7 +76,7 @@ class RASDLLM(RASDCalling):
 
     Calls take ``temperature``, ``top_p``, ``top_k``, ``max_tokens`` (or ``max_new_tokens``), ``stop``, ``seed``,
     ``on_cut``, ``knowledge_transfer`` and ``response_format`` (OpenAI's mapping, or a pydantic class); ``None`` means
-    the field, but ``drafter=None`` decodes plainly and ``seed=None`` draws anew. Chat calls take ``tools``,
+    the field, but ``drafter=None`` decodes plainly and ``seed=None`` takes a fresh seed. Chat calls take ``tools``,
     ``tool_choice``, ``parallel_tool_calls`` and ``strict``, if the model has a chat template. ``rasd={"question": ...,
     "search_query": ..., "chunks": [...], "context": ..., "filter": ...}`` gives what the LLM cannot see of a
     retrieval. Any other option is refused.

@@ -67,7 +67,7 @@ def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
             folder = cache_folder() / "gguf" / f"{file_digest(path)[:32]}-{_CONVERTER}-{kind}"
             if not is_whole(folder):
                 if folder.exists():
-                    logger.warning("%s is damaged and is made anew", folder)
+                    logger.warning("%s is damaged and is made again", folder)
                 what = None if kind == "tokenizer" else f"Converting {path.name}, once"
                 with transformers_stage(what):
                     folder = _made(path, folder, make, stack)
@@ -84,7 +84,7 @@ def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.E
             made.save_pretrained(new)
     except Exception as err:  # noqa: BLE001 -- tokenizers raises a plain Exception if the disk is full
         warnings.warn(
-            f"Cannot write to {folder.parent} ({err}), so {path.name} is converted anew each time. "
+            f"Cannot write to {folder.parent} ({err}), so {path.name} is converted again each time. "
             f"Set RASD_CACHE to a folder with space that is writable.",
             RuntimeWarning,
             stacklevel=2,

@@ -262,7 +262,7 @@ def test_a_killed_build_goes_on_and_gives_the_same_bits(tmp_path, small_parts, k
 
 
 def test_a_finished_build_is_not_repeated_and_new_texts_are(tmp_path):
-    """The same texts and model: the file is opened; other texts: the store is built anew."""
+    """The same texts and model: the file is opened; other texts: the store is built again."""
     counts: list[int] = []
     shared = counted(model(), counts)
     DenseStore.build(TEXTS[:5], shared, tmp_path)
@@ -305,7 +305,7 @@ def test_a_damaged_part_is_made_again(tmp_path, small_parts):
 
 
 def test_parts_of_another_model_are_not_taken(tmp_path, small_parts):
-    """A build killed with one model and taken up with another starts anew."""
+    """A build killed with one model and taken up with another starts over."""
 
     def kill(done, total):
         if done > total / 2:

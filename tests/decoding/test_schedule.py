@@ -96,7 +96,7 @@ HOPELESS = {
 @pytest.mark.parametrize("said", [None, FAIR, POOR], ids=["unrated", "hopeful", "modest"])
 @pytest.mark.parametrize("kind", HOPELESS)
 def test_drafts_that_never_fit_lose_less_than_three_percent(kind, said):
-    """Over some answers, each of which tries anew."""
+    """Over some answers, each of which tries again."""
     machine, state = replace(HOPELESS[kind]), ScheduleState()
     for _ in range(5):
         schedule = Schedule(16, row_multiple=machine.row_multiple, prompt_tokens=900, state=state)

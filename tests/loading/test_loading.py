@@ -286,7 +286,7 @@ def test_damaged_cache_is_made_anew(gguf_file, cache, caplog, name, spoil):
     for times in (1, 1):
         again = load_model(gguf_file).model.state_dict()
         assert all(torch.equal(expected[k], again[k]) for k in expected)
-        assert caplog.text.count("is damaged and is made anew") == times
+        assert caplog.text.count("is damaged and is made again") == times
     assert (folder / "mine.safetensors").read_bytes() == b"weights"
 
 

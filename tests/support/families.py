@@ -201,7 +201,7 @@ def documented() -> tuple[dict[str, dict[str, str]], str]:
 
 
 def write_page() -> None:
-    """Write the table anew, below what the page says of it."""
+    """Write the table again, below what the page says of it."""
     import transformers
 
     head = PAGE.read_text(encoding="utf-8").split(_BEGIN)[0]

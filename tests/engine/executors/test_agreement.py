@@ -212,7 +212,7 @@ class Known(Drafter):
 @pytest.mark.parametrize("model_type", ["phi3", "llama"])
 @torch.inference_mode()
 def test_an_answer_across_the_border_is_that_of_the_whole_text(model_type, prompt):
-    """Fault 20: beyond it all keys are made anew, whatever is drafted; ``generate`` of Phi-3 does the same."""
+    """Fault 20: beyond it all keys are made again, whatever is drafted; ``generate`` of Phi-3 does the same."""
     model, ids, n = family(model_type, "longrope"), text(prompt), 40
     wanted = long_answer(model, ids, n)
     if model_type == "phi3":

@@ -86,7 +86,7 @@ def test_one_graph_follows_the_length_and_the_trees(family, recorder):
 @pytest.mark.parametrize("recorder", sorted(RECORDERS))
 @pytest.mark.parametrize("family", OUR_FAMILIES)
 def test_logits_equal_eager_at_every_length_bucket_edge(family, recorder, monkeypatch):
-    """Lengths that just fill a bucket of keys, and those that spill over into the next, which is recorded anew."""
+    """Lengths that just fill a bucket of keys, and those that spill over into the next, which is recorded again."""
     monkeypatch.setattr(graphs, "FIRST_KV_BUCKET", GRANULE)
     make = FAMILIES[family]
     counted = Counted(RECORDERS[recorder])

@@ -75,7 +75,7 @@ def test_drafts_are_those_of_drawing_one_by_one(family, budget, sampling, record
 
 @pytest.mark.parametrize("recorder", sorted(RECORDERS))
 def test_one_recording_serves_every_length(recorder):
-    """After the first draft and the second, no length is recorded anew, and nobody steps or asks in between."""
+    """After the first draft and the second, no length is recorded again, and nobody steps or asks in between."""
     counted = Counted(RECORDERS[recorder])
     model = graph_target(partial(tiny_llama, 1), counted)
     session = ModelDrafter(model, confidence=0.0).start(DraftContext(prompt_ids=random_ids(30)))

@@ -264,7 +264,7 @@ def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatc
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             CompiledExecutor(model, folder=tmp_path, identity="a")
-    assert caplog.text.count("made anew") == 1
+    assert caplog.text.count("made again") == 1
     assert file.stat().st_size > 1000
     assert (kept / "mine.bin").read_bytes() == b"mine"
     CompiledExecutor(tiny_llama(1), folder=tmp_path, identity="b")
@@ -307,7 +307,7 @@ def test_a_graph_that_says_something_else_is_refused(monkeypatch, caplog):
     ],
 )
 def test_names_make_executors(name, owned, kind, packed):
-    """Weights of others are neither laid out anew nor doubled unless asked."""
+    """Weights of others are neither laid out again nor doubled unless asked."""
     model = tiny_llama()
     executor = make_executor(name, model, owned=owned)
     assert type(executor) is kind

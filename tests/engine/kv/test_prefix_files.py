@@ -125,7 +125,7 @@ def test_rows_come_back_bit_for_bit(target, tmp_path):
 
 @pytest.mark.parametrize("row_major", [False, True])
 def test_keys_are_laid_as_they_will_be_read(row_major, target, tmp_path):
-    """Rows from disk need not be laid anew by who reads them row by row."""
+    """Rows from disk need not be laid again by who reads them row by row."""
     warm(target, cache_of(tmp_path, target), DOCUMENT)
     buffer = files_of(tmp_path, target, row_major=row_major).load(np.asarray(DOCUMENT), "", 200)
     memory = buffer.memory

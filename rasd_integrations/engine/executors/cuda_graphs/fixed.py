@@ -101,7 +101,7 @@ class FixedSegment(Segment):
     def __init__(
         self, inputs: FixedInputs, buffer: KVBuffer, prefix: PrefixAttention | None
     ) -> None:
-        """Describe the rows of ``inputs``; made anew for each run.
+        """Describe the rows of ``inputs``; made again for each run.
 
         Args:
             inputs: Of the step.

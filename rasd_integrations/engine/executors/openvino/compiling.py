@@ -59,7 +59,7 @@ def _kept(path: Path | None) -> ov.Model | None:
     if is_whole(path):
         with suppress(RuntimeError):  # of another build of OpenVINO
             return ov.Core().read_model(path / _FILE)
-    logger.warning("%s is damaged or of another OpenVINO and is made anew", path)
+    logger.warning("%s is damaged or of another OpenVINO and is made again", path)
     return None
 
 
@@ -72,4 +72,4 @@ def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> None:
             ov.save_model(graph, new / _FILE, compress_to_fp16=False)
             ov.Core().read_model(new / _FILE)  # on a full disk it is cut without an error
     except (OSError, RuntimeError) as err:
-        logger.warning("cannot keep the compiled graph (%s); it is made anew each time", err)
+        logger.warning("cannot keep the compiled graph (%s); it is made again each time", err)
