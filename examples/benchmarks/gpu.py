@@ -256,14 +256,18 @@ def _decoded(
 
 
 def _generated(model: PreTrainedModel, ids: Sequence[int], tokens: int) -> tuple[list[int], float]:
-    """Return transformers' own answer and milliseconds a token behind the first."""
+    """Return transformers' own answer and milliseconds a token behind the first.
+
+    The end token is cleared from the model, not held back by `min_new_tokens`: ours continues past it too.
+    """
+    model.generation_config.eos_token_id = None
     batch = torch.tensor([list(ids)], device=model.device)
     options = {"attention_mask": torch.ones_like(batch), "do_sample": False, "pad_token_id": 0}
     seconds: list[float] = []
     said: list[int] = []
     for count in (tokens, 1, tokens):  # the first of them warms up
         start = time.perf_counter()
-        out = model.generate(batch, max_new_tokens=count, min_new_tokens=count, **options)
+        out = model.generate(batch, max_new_tokens=count, **options)
         said = out[0, len(ids) :].tolist()
         seconds.append(time.perf_counter() - start)
     return said, 1000 * (seconds[2] - seconds[1]) / (tokens - 1)
