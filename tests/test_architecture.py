@@ -31,6 +31,7 @@ def imported_by(module: str) -> set[str]:
     return set(out.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [

@@ -60,6 +60,7 @@ def brute_force(rows, query, token, depth):
     return sorted(found, reverse=True)
 
 
+@pytest.mark.slow
 def test_found_are_the_nearest_places_with_the_same_next_token(tmp_path):
     """As DReSD's steps by brute force: z-score, components, unit length, dot product, filter."""
     rows = [random_ids(n, seed=n) for n in (120, 3, 90, 60)]

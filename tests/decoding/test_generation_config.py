@@ -72,6 +72,7 @@ def decoded(decoder, prompt, **options):
     return [token for block in decoder.generate(prompt, params) for token in block.token_ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "make"), [*((name, tiny_llama) for name in sorted(ASKED)), ("all", tiny_gemma3)]
 )
@@ -154,6 +155,7 @@ def test_a_checkpoint_that_samples_without_top_k_takes_that_of_generate():
     assert 20 < len(drawn) <= 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["chain", "tree", "sampled chain"])
 @pytest.mark.parametrize("seed", range(3))
 def test_processed_rows_are_followed_exactly(oracle, kind, seed):

@@ -70,6 +70,7 @@ def prefilled(steps: FixedSteps, ids: list[int], capacity: int) -> KVBuffer:
     return buffer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dtype", "executor"),
     [
@@ -132,6 +133,7 @@ def said(decoder: SpeculativeDecoder, ids: list[int], **params) -> list[int]:
     return [t for block in decoder.generate(ids, asked) for t in block.token_ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 7}])
 def test_five_ways_of_calling(fixed, executor, sampling):

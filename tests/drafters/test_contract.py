@@ -243,6 +243,7 @@ def two_tokens() -> tuple[TargetModel, dict[tuple[int, ...], float]]:
     return TargetModel(model), expected
 
 
+@pytest.mark.slow
 @every(lambda case: not case.bytes_only)
 def test_sampled_answers_follow_the_targets_distribution(name, oracle):
     """By enumeration of every draw, the drafter's own included: three tokens, exactly."""
@@ -374,6 +375,7 @@ def check_cache(target: TargetModel, cached: PrefixCache, ids: list[int]) -> Non
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @every(samples, "fused with a model")
 def test_greedy_transfer_is_independent_of_the_draft_length(name):
     """Knowledge transfer reads the drafter's logits at every position."""
@@ -412,6 +414,7 @@ def test_sampled_drafts_carry_their_distribution(name):
     assert list(node_probs) == sorted(node_probs, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False], ids=["accepted", "rejected"])
 @pytest.mark.parametrize("name", ["model", "sparse window", "early exit"])
 def test_a_helper_saves_forwards_and_changes_no_draft(name, right):

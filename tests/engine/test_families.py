@@ -9,6 +9,7 @@ from families import MODEL_TYPES, documented, outcome, variants
 LENGTHS = {"quick": ((7, 60), 12), "long": ((150, 220), 32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_family_is_right_or_refused(model_type):
     """Faults 20 and 21: every kind of layer; plain, with drafted trees, and again from the prefix cache."""

@@ -82,6 +82,7 @@ def test_a_model_is_the_users_again_after_a_step(make):
     assert wanted == generated(model)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_the_users_again():
     """Fault 22: tracing in float32 does not touch the weights of a bfloat16 model that somebody else uses."""
     if not has_openvino():

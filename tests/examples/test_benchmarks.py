@@ -213,6 +213,7 @@ def test_the_figures_of_a_page_are_those_of_the_committed_files(page: str) -> No
     assert text.count("<!-- table ") == len(report.MARKED.findall(text))
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     """Three pictures of a result, also where a step is not broken down."""
     pytest.importorskip("matplotlib")

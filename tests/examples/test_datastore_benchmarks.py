@@ -6,6 +6,7 @@ import json
 
 import datastore
 import datastore_steps
+import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
 from rasd_integrations.datastores.tokens import TokenStore
@@ -40,6 +41,7 @@ def test_a_replay_counts_the_steps_of_a_decoding():
     assert datastore_steps.replay(either, [9], ANSWER, 16) == 3
 
 
+@pytest.mark.slow
 def test_the_tables_have_every_figure(tmp_path):
     """A small store goes through all that is measured."""
     tiny_tokenizer().save_pretrained(tmp_path / "model")

@@ -42,6 +42,7 @@ def test_no_schema_is_followed_wrongly():
     assert {name for name, v in verdicts.items() if v != "ok"} <= REFUSED
 
 
+@pytest.mark.slow
 def test_the_command_prints_figures_and_skips_what_is_missing(monkeypatch, capsys, tmp_path):
     """Without xgrammar the table has one column, says why, and the last line is the JSON document."""
     monkeypatch.setattr(masks, "load_tokenizer", lambda name: scripted_tokenizer())

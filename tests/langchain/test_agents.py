@@ -95,6 +95,7 @@ def historian():
     return scripted_model(lambda prompt: steps[min(prompt.count("<tool_response>"), 2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("store", ["chroma", "faiss"])
 async def test_a_full_loop_with_two_tools_and_a_retriever(store, how):
@@ -191,6 +192,7 @@ async def test_an_agent_with_a_structured_answer(llm, strategy):
 # --- what the engine is told of an agent's prompts ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("response_format", ["content", "content_and_artifact"])
 async def test_agent_with_a_retriever_tool(llm, retriever, how, response_format):

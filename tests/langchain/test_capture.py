@@ -42,6 +42,7 @@ def test_nothing_is_kept_while_no_model_is_alive(watched):
     assert [{}, {}, {}] == [watched._runs, watched._calls, watched._loose]
 
 
+@pytest.mark.slow
 def test_the_last_model_to_go_stops_the_capture(watched):
     """The handler holds models weakly: deleting the model is enough, a copy keeps it going."""
     watched._owners.clear()

@@ -54,6 +54,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ChatRASD, RASDLLM])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_for_a_call_loads_nothing(kind, way, saved, loads):
@@ -70,6 +71,7 @@ def test_a_copy_for_a_call_loads_nothing(kind, way, saved, loads):
     assert loads == [saved]
 
 
+@pytest.mark.slow
 def test_a_model_chosen_per_call_is_loaded_once(saved, tmp_path, loads):
     """Fault 9: two models that calls go to in turns stay both, as long as the model they were asked of."""
     other = str(tmp_path)
@@ -91,6 +93,7 @@ def test_a_model_chosen_per_call_is_loaded_once(saved, tmp_path, loads):
         chosen.invoke(QUESTION, config={"configurable": {"model": other}})
 
 
+@pytest.mark.slow
 def test_the_last_copy_takes_the_weights_with_it(saved, loads):
     """Dropping every copy frees the weights, without close()."""
     llm = ChatRASD(model=saved, **OPTIONS)

@@ -41,6 +41,7 @@ def runs():
     ]
 
 
+@pytest.mark.slow
 def test_torch_waits_until_a_model_is_loaded(runs):
     """Neither the import nor building models, tools and chains brings in what only decoding needs."""
     assert [[]] * 4 == [run["heavy"] for run in runs]

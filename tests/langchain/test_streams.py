@@ -49,6 +49,7 @@ async def answers(llm, prompt):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["auto", None])
 @pytest.mark.parametrize(
     ("stop", "expected"),
@@ -73,6 +74,7 @@ async def test_text_is_the_same_by_every_way(drafter, stop, expected):
     assert "\ufffd" not in "".join(pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [None, "v1"])
 async def test_calls_are_the_same_by_every_way(version):
     """Text before the calls, two calls, characters of many bytes and quotes inside their arguments."""
@@ -93,6 +95,7 @@ async def test_calls_are_the_same_by_every_way(version):
         assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 11}])
 @pytest.mark.parametrize("kind", [ChatRASD, RASDLLM])
 async def test_a_batch_says_what_its_prompts_say_alone(kind, sampling):

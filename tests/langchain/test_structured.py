@@ -75,6 +75,7 @@ def fields(value):
 # --- every kind by every method ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_every_kind_of_schema_by_every_method(llm, kind, method):
@@ -95,6 +96,7 @@ async def test_every_kind_of_schema_by_every_method(llm, kind, method):
         assert both["raw"].usage_metadata["output_tokens"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 async def test_streams_grow_to_the_whole_object(kind, method):

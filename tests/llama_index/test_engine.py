@@ -104,6 +104,7 @@ def test_a_seed_fixes_the_draws(llm):
     assert one != other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 async def test_query_engines_answer_as_the_model_alone(llm, plain, index, mode):
     """Drafts from the pipeline's retrieval change no answer, sync or async."""
@@ -189,6 +190,7 @@ def test_a_closed_llm_says_so(parts):
         llm.complete(QUESTION)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clean_settings")
 @pytest.mark.parametrize("mode", ["compact", "tree_summarize", "simple_summarize"])
 def test_prompts_packed_to_the_brim_fit(llm, mode):

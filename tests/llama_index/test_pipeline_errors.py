@@ -71,6 +71,7 @@ def overpacking(llm, **options):
 # --- packing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "mode"),
     [(18, "compact"), (21, "compact"), (21, "tree_summarize"), (18, "compact_accumulate")],
@@ -85,6 +86,7 @@ def test_contexts_are_packed_by_the_models_own_tokens(llm, seen, number, mode):
     assert [] == missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["context", "condense_plus_context"])
 async def test_a_chat_engine_packs_its_context_and_counts_its_history(llm, seen, mode):
     """Fault 1: in chat engines the history is counted by the model's tokens as well."""

@@ -127,6 +127,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["prompt", "documents"])
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
 def test_odd_text_neither_raises_nor_takes_long(odd: str, context: ContextMode) -> None:

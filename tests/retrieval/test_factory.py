@@ -94,6 +94,7 @@ def test_a_wrapper_round_itself_ends():
         as_chunk_source(loop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "code", "printed"),
     [

@@ -31,6 +31,7 @@ def said(text: str, stop: tuple[str, ...], prompt: object = QUESTION, **options:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["auto", None])
 @pytest.mark.parametrize("prompt", [QUESTION, "The capital of France?"])
 @pytest.mark.parametrize(

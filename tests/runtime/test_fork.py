@@ -15,6 +15,7 @@ LOADED_BEFORE = "DecodingError: This model was loaded in process"
 LOST_TEAM = "ConfigurationError: This process was forked by a thread that had run a model"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_answers_or_says_at_once_why_it_cannot():
     """Fault 30: before, after and during an answer; the parent's own answers are not touched."""

@@ -119,6 +119,7 @@ def run(seed: int) -> str:
 ENDS = {"answered", "PromptError", "ContextOverflowError", "PromptTooLongError"}
 
 
+@pytest.mark.slow
 def test_two_hundred_odd_prompts():
     """Prompts with control tokens, odd Unicode, template syntax, blocks and roles of any kind: our errors or an answer."""
     ends = Counter(run(seed) for seed in range(200))

@@ -27,6 +27,7 @@ def check_exits(executor: str, runs: int, *cases: str) -> None:
         assert "terminate called" not in report["stderr"], report
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_in_mid_answer_ends_well():
     """Fault 5: the cases that were seen to abort or to wait for whole answers, once each."""
     check_exits("eager", 1, *QUICK)

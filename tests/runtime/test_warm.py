@@ -127,6 +127,7 @@ def test_messages_are_warmed_as_the_head_of_a_conversation(tmp_path):
     assert stats.cached_prompt_tokens > len(DOCUMENTS[0])
 
 
+@pytest.mark.slow
 def test_another_process_finds_what_was_warmed(tmp_path):
     """Once warm returns, a process that starts then reads it."""
     make(tmp_path).warm(DOCUMENTS)

@@ -162,6 +162,7 @@ def test_weights_put_in_others_place_are_refused():
     assert cold(model, tokenizer) != before
 
 
+@pytest.mark.slow
 def test_compiled_steps_of_changed_weights_are_refused(tmp_path):
     """Fault 24: a graph has a copy of the weights: an error of ours, not an answer of the old ones."""
     pytest.importorskip("openvino", reason="the extra openvino is not installed")

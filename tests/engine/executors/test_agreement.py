@@ -56,6 +56,7 @@ def test_what_steps_would_get_wrong_is_refused_by_name(model_type, variant, said
     assert f"model_type '{model_type}'" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt_oss", "granite_swa", "granitemoe_swa", "flint"])
 def test_attention_sinks(model_type):
     """Fault 21: their weight is in the softmax's denominator, in a prefill, beyond windows, and in steps."""
@@ -155,6 +156,7 @@ def test_the_comparison_draws_no_random_numbers_of_the_users():
     assert torch.equal(torch.rand(3), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["phi3", "llama"])
 def test_longrope_on_both_sides_of_its_border(model_type):
     """Fault 20: below and above it an answer is that of ``generate``, in pieces, and again from the prefix cache."""
@@ -208,6 +210,7 @@ class Known(Drafter):
         return Continuation(self.answer, self.wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [3, WINDOW])
 @pytest.mark.parametrize("model_type", ["phi3", "llama"])
 @torch.inference_mode()

@@ -44,6 +44,7 @@ def test_buckets_hold_what_they_are_asked_for():
     assert kv_bucket(300, 512) == 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorder", sorted(RECORDERS))
 @pytest.mark.parametrize("family", OUR_FAMILIES)
 def test_logits_equal_eager_at_every_row_bucket_edge(family, recorder):

@@ -51,6 +51,7 @@ def targets(family):
     return shared_target(family, "openvino"), shared_target(family)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("prefix", [1, 15, 16, 40, GRANULE - 3])
 def test_logits_hidden_states_and_rows_equal_eager(family, prefix):
@@ -245,6 +246,7 @@ def test_who_moved_out_of_an_arena_keeps_its_place_there():
         assert torch.equal(rows, old)
 
 
+@pytest.mark.slow
 def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatch, caplog):
     """Fault 17: the second time nothing is traced; a damaged file is replaced, and said once; a user's file stays."""
     model = tiny_llama()
@@ -271,6 +273,7 @@ def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatc
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_to_costs_time_only(tmp_path, caplog):
     """A file where the folder should be."""
     (tmp_path / "file").write_text("")
@@ -279,6 +282,7 @@ def test_a_folder_that_cannot_be_written_to_costs_time_only(tmp_path, caplog):
     assert "cannot keep" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_graph_that_says_something_else_is_refused(monkeypatch, caplog):
     """By name it is an error; "auto" runs eagerly and says why."""
     refresh = paged.refresh
@@ -297,6 +301,7 @@ def test_a_graph_that_says_something_else_is_refused(monkeypatch, caplog):
     assert "off eager ones" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "owned", "kind", "packed"),
     [
@@ -322,6 +327,7 @@ def test_without_the_extra(monkeypatch):
     assert isinstance(make_executor("auto", tiny_llama(), owned=True), EagerExecutor)
 
 
+@pytest.mark.slow
 def test_without_the_extra_everything_else_works(tmp_path):
     """Nothing but a compiled model imports OpenVINO: who has not installed it runs eagerly."""
     tiny_llama().save_pretrained(tmp_path)
@@ -345,6 +351,7 @@ def test_graphs_of_a_gpu_need_one():
         make_executor("cuda-graphs", tiny_llama())
 
 
+@pytest.mark.slow
 def test_what_openvino_cannot_do_is_refused(monkeypatch):
     """Another OpenVINO, whose attention takes other inputs, is an error of the configuration, by its name."""
 
@@ -398,6 +405,7 @@ def test_other_dtypes_are_refused():
         CompiledExecutor(tiny_llama().half())
 
 
+@pytest.mark.slow
 def test_a_model_is_let_go_with_its_executor():
     """No hook, patch or graph keeps the weights alive."""
     model = tiny_llama()
@@ -451,6 +459,7 @@ def test_a_step_that_did_not_run_is_no_step(monkeypatch, before, rows, error):
     close(target.step(random_ids(rows, 2), other), expected)
 
 
+@pytest.mark.slow
 def test_a_joint_step_that_did_not_run_is_taken_again_one_by_one(monkeypatch):
     """Fault 19: of answers in one step each goes on, or fails, by itself."""
     model = tiny_llama()

@@ -46,6 +46,7 @@ decoded = partial(decoded, ids=PROMPT)
 SCRIPTS = fakes.scripts(VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_greedy_ids_equal_plain_decoding(target, script, shape):

@@ -420,6 +420,7 @@ def _ids_of(path: Path) -> bytes:
     return load_file(path)["ids"].numpy().tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "listed"), [(damage, False) for damage in SPOIL] + [(damage, True) for damage in FEW]
 )
@@ -649,6 +650,7 @@ for ids in (t.DOCUMENT, t.OTHER):
 """
 
 
+@pytest.mark.slow
 def test_processes_share_a_folder(target, tmp_path, caplog):
     """Two processes warm the same documents at once, and read what a third wrote."""
     warm(target, cache_of(tmp_path, target), THIRD)

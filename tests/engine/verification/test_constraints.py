@@ -123,6 +123,7 @@ def test_a_model_drafter_drafts_inside_the_grammar():
     assert stats.acceptance_rate == 1.0
 
 
+@pytest.mark.slow
 def test_a_sampled_model_draft_keeps_the_masked_distribution():
     """Block verification of drafts from a masked q follows the masked p: first two tokens, by frequency."""
 

@@ -84,6 +84,7 @@ def emitted(draft, verdict):
     return (*(draft.token_ids[i] for i in verdict.accepted), verdict.token_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab", "length"), [(2, 0), (2, 2), (2, 3), (3, 2), (4, 1), (8, 1)])
 def test_sampled_rule_follows_its_stated_distribution(oracle, rule, vocab, length):
     """Over every draft and branch, tokens up to and with the bonus follow the one-step distribution."""
@@ -290,6 +291,7 @@ def test_a_target_without_a_token_is_an_error(rule, sampling):
         rule[0](z, Draft((), logits=torch.zeros(1, 3)), *sampling, rule[1])
 
 
+@pytest.mark.slow
 def test_real_draws_follow_the_stated_distribution(rule):
     """4 000 seeded runs: the first token lies within five standard errors of the stated distribution."""
     z, z_q = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(9)) * 1.5

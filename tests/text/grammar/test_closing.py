@@ -47,6 +47,7 @@ def fill(answer, room, **options):
     return rasd.generate(ASKED, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [100, 151, 152, 300])
 @pytest.mark.parametrize("kind", sorted(ENDLESS))
 def test_an_endless_answer_is_closed_in_time(kind, room):
@@ -96,6 +97,7 @@ def test_a_forced_call_is_closed_in_time(room):
     assert got.finish_reason == "length"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("room", "temperature"), [(90, 0.0), (90, 1.0), (120, 0.0)])
 def test_drafts_change_nothing_in_the_closing(room, temperature):
     """With random weights, drafted ids equal plain ones."""
@@ -122,6 +124,7 @@ def test_the_search_leaves_the_state_where_it_was():
     assert state.mask().tobytes() == before
 
 
+@pytest.mark.slow
 def test_a_schema_without_an_end_is_refused():
     """Fault 31: if every object needs another, no answer is complete."""
     endless = {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"]}}}  # fmt: skip
@@ -192,6 +195,7 @@ DEEP = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(DEEP))
 def test_whatever_is_written_is_closed_in_time(kind):
     """Fault 7: random allowed tokens end in complete JSON, from the least max_tokens on."""

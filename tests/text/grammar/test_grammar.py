@@ -236,6 +236,7 @@ def test_a_set_among_the_arguments_is_a_list(compiler, tokenizer):
     )
 
 
+@pytest.mark.slow
 def test_a_grammar_is_compiled_once_and_the_tokenizer_is_let_go():
     """Compilers are shared by tokenizer, and die with it."""
     tokenizer = tiny_tokenizer()

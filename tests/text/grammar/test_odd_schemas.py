@@ -54,6 +54,7 @@ def odd_schema(rnd, depth=0):
     return {name: keywords[name]() for name in wanted}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_odd_schemas_are_refused_or_followed(compiler, part):
     """Fault 31: 400 of them end in our error or in JSON that is whole."""
@@ -77,6 +78,7 @@ BIG = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(BIG))
 def test_large_schemas_are_followed(compiler, kind):
     """Fault 31: limits that an answer would meet in its middle are far off."""
