@@ -48,7 +48,7 @@ class Draft:
             for a deterministic draft. Sampled drafts are chains.
         logits: ``[num_nodes + 1, vocab]`` or ``[num_nodes, vocab]``, the drafter's raw logits at each
             node and after the last one; knowledge transfer needs them. Chains only.
-        source: Name of the drafter, for the statistics.
+        source: Name in the statistics; empty is the drafter's.
         sources: Name of each node's drafter, if several made the draft.
         node_probs: Estimated probability that each node is reached and accepted, if the drafter has one;
             fused drafts rank their nodes by it.
@@ -174,7 +174,7 @@ class Generation:
 
     Attributes:
         text: The answer without the prompt, cut at the first stop string.
-        token_ids: Its ids.
+        token_ids: Ids of all committed tokens; with a stop string they may go past the cut of ``text``.
         finish_reason: ``"stop"``, ``"length"`` or ``"tool_calls"``.
         stats: This answer's statistics.
         reasoning: The model's reasoning, if it writes any.

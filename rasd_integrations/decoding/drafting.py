@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -44,23 +45,25 @@ class Drafting:
         Raises:
             DecodingError: The drafter failed, and the answer needs it; so for all methods.
         """
-        self._name = drafter.name
+        self._name = type(drafter).__name__  # until its own is known: to read it may fail
 
         def start() -> None:
+            self._name = str(drafter.name)
             self._session = drafter.start(context)
             self._session.attach(self._target, buffer)
 
         self._guarded(start, None)
 
     def propose(self, budget: int) -> Draft:
-        """Return a draft of at most ``budget`` tokens; an empty one may carry logits."""
+        """Return a draft of at most ``budget`` tokens with a source; an empty one may carry logits."""
         session = self._session
         if session is None or (budget <= 0 and self._lossless):
             return Draft()
         vocab_size = self._target.vocab_size
-        return self._guarded(
+        draft = self._guarded(
             lambda: checked(session.propose(max(budget, 0)), budget, vocab_size), Draft()
         )
+        return draft if draft.source or not len(draft) else replace(draft, source=self._name)
 
     def observe(self, block: TokenBlock, draft: Draft, logits: Tensor | None) -> None:
         """Hand over what was committed, and the step's logits unless drafting is off."""

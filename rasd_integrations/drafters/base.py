@@ -67,14 +67,20 @@ class Drafter(ABC):
     """A source of drafts, shared by all answers of an engine.
 
     Attributes:
-        name: Name in the statistics.
+        name: Name in the statistics; of a class that sets none, the class's.
         needs: What it needs from pipeline and decoder.
         gives_logits: Its drafts carry logits, which knowledge transfer needs.
     """
 
-    name: str
+    name: str = ""
     needs: Needs = Needs()
     gives_logits: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Give a class without a name its own."""
+        super().__init_subclass__(**options)
+        if not cls.name:
+            cls.name = cls.__name__
 
     @abstractmethod
     def start(self, context: DraftContext) -> DraftSession:
@@ -98,8 +104,21 @@ class Helper(Protocol):
 
 
 def as_drafter(drafter: Any) -> Drafter:
-    """Return ``drafter``; an object with the right methods that subclasses nothing gets the defaults."""
-    return drafter if isinstance(drafter, Drafter) else _DuckDrafter(drafter)
+    """Return ``drafter``; an object with the right methods that subclasses nothing gets the defaults.
+
+    Raises:
+        ConfigurationError: It is no such object.
+    """
+    if isinstance(drafter, Drafter):
+        return drafter
+    if not _is_drafter(drafter):
+        msg = f"A drafter is {drafter!r}, but must be an object (not a class) with start(context)."
+        raise ConfigurationError(msg)
+    return _DuckDrafter(drafter)
+
+
+def _is_drafter(drafter: object) -> bool:
+    return callable(getattr(drafter, "start", None)) and not isinstance(drafter, type)
 
 
 class _DuckDrafter(Drafter):
@@ -159,10 +178,10 @@ def check_drafter_spec(
     if drafter is None and not lossless:
         msg = "knowledge_transfer needs a drafter that reads the chunks. Use drafter='self' or a model."
         raise ConfigurationError(msg)
-    if drafter is None or is_name or callable(getattr(drafter, "start", None)):
+    if drafter is None or is_name or _is_drafter(drafter):
         return
     msg = (
         f"drafter is {drafter!r}, but must be 'auto', None, 'self', a model's hub id or path, or an object "
-        f"with the Drafter protocol (name, start(context))."
+        f"(not a class) with start(context), such as a Drafter."
     )
     raise ConfigurationError(msg)

@@ -238,11 +238,17 @@ class RASDModel(FrameworkModel, BaseLanguageModel[Any], ABC):
         prompt: Sequence[BaseMessage] | str,
         stop: Sequence[str] | None,
         options: dict[str, Any],
-        run_manager: CallbackManagerForLLMRun | None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        *,
+        to_end: bool = False,
     ) -> Iterator[_Chunk]:
-        """Yield what ``push`` makes of the answer's deltas; closing stops decoding within a step."""
+        """Yield what ``push`` makes of the answer's deltas; closing stops decoding within a step.
+
+        ``to_end``: the answer is read to its end at once, and waits until there is memory for it.
+        """
         with langchain_errors():
-            stream = self._rasd.stream(self._request(prompt, stop, options))
+            answer = self._rasd.stream_to_end if to_end else self._rasd.stream
+            stream = answer(self._request(prompt, stop, options))
             with closing(until_left(stream)) as deltas:
                 for chunk in (chunk for delta in deltas for chunk in push(delta)):
                     if run_manager:

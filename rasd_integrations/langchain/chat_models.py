@@ -131,7 +131,8 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return whole_answer(list(self._stream(messages, stop, **kwargs)))
+        answer = MessageChunks(self._rasd.model_name, self.output_version)
+        return whole_answer([*self._chunks(answer.push, messages, stop, kwargs, to_end=True)])
 
     async def _agenerate(
         self,

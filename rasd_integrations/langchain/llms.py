@@ -93,7 +93,7 @@ class RASDLLM(RASDModel, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         def answer(prompt: str) -> GenerationChunk:
-            return reduce(add, self._stream(prompt, stop, **kwargs))
+            return reduce(add, self._chunks(self._push, prompt, stop, {**kwargs}, to_end=True))
 
         with closing(as_they_end([partial(answer, p) for p in prompts], MOST_AT_ONCE)) as ended:
             return self._result([chunk for _, chunk in sorted(ended, key=itemgetter(0))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
@@ -61,12 +61,12 @@ class Admission:
         return len(self._line)
 
     @contextmanager
-    def admit(self, nbytes: int, cancelled: threading.Event | None = None) -> Iterator[None]:
+    def admit(self, nbytes: int, cancelled: Callable[[], bool] | None = None) -> Iterator[None]:
         """Wait until an answer of ``nbytes`` fits, and count it until the block ends.
 
         Args:
             nbytes: Size of its keys and values at its end.
-            cancelled: Once set, it leaves the queue.
+            cancelled: Once it returns true, the answer leaves the queue.
 
         Raises:
             DecodingError: It was cancelled while it waited.
@@ -77,7 +77,7 @@ class Admission:
         try:
             self._line_up(place)
             while not self._enters(place, nested=nested):
-                if cancelled is not None and cancelled.is_set():
+                if cancelled is not None and cancelled():
                     msg = "The request was cancelled while it waited for memory."
                     raise DecodingError(msg)
                 place.bell.wait(_POLL_S)

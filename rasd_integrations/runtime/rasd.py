@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -45,6 +45,7 @@ from rasd_integrations.runtime.pipeline import (
     Request,
     joined,
 )
+from rasd_integrations.runtime.together import has_left
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.prompt.counting import count_messages, count_text
 from rasd_integrations.text.prompt.template import check_template_options
@@ -298,6 +299,13 @@ class RASD:
         """
         return self._answer(Request.of(prompt, params, **known))
 
+    def stream_to_end(self, request: Request) -> Generator[TextDelta, None, None]:
+        """Stream an answer that is read to its end at once; it waits until there is memory for it.
+
+        Not for a stream whose consumer may pause: it would hold its memory, and others wait for that.
+        """
+        return self._gated(request)
+
     def generate(
         self, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]
     ) -> Generation:
@@ -313,7 +321,7 @@ class RASD:
         """
         request = Request.of(prompt, params, **known)
         left = threading.Event()
-        return iterate_in_thread(lambda: self._gated(request, left), left)
+        return iterate_in_thread(lambda: self._gated(request, left.is_set), left)
 
     async def agenerate(
         self, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]
@@ -350,7 +358,7 @@ class RASD:
         )  # fmt: skip
 
     def _gated(
-        self, request: Request, cancelled: threading.Event | None = None
+        self, request: Request, cancelled: Callable[[], bool] = has_left
     ) -> Generator[TextDelta, None, None]:
         """Stream an answer that runs to its end by itself, once there is memory for it."""
         from rasd_integrations.runtime.admission import shared_admission

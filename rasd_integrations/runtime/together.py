@@ -62,16 +62,20 @@ def as_they_end(
                 continue
 
 
+def has_left() -> bool:
+    """Return if a caller of :func:`as_they_end` around this context has left."""
+    return any(event.is_set() for event in _left.get())
+
+
 def until_left(pieces: Generator[_T, None, None]) -> Generator[_T, None, None]:
     """Yield ``pieces`` while all callers of :func:`as_they_end` around this context wait.
 
     Raises:
         DecodingError: A caller has left.
     """
-    left = _left.get()
     with closing(pieces):
         for piece in pieces:
-            if any(event.is_set() for event in left):
+            if has_left():
                 msg = "The call that this answer was a part of has ended."
                 raise DecodingError(msg)
             yield piece

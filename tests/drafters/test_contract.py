@@ -39,7 +39,7 @@ from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import DraftContext, TokenBlock
+from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
 NUM_TOKENS = 32
 SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.95, top_k=40, seed=11)
@@ -341,6 +341,34 @@ def check_broken(name: str, method: str) -> None:
     told = f"drafter {drafter.name!r} failed: RuntimeError: broken on purpose"
     assert stats.faults == (() if method == "close" else (told,))
     check_cache(target, cached, [*PROMPT, *plain("llama")])
+
+
+class Nameless(Drafter):
+    """A drafter as short as one can be: neither it nor its drafts have a name."""
+
+    def start(self, context):
+        return ScriptedDrafter(lambda answer, budget: Draft((1, 2, 3)[:budget])).start(context)
+
+
+def test_a_drafter_without_a_name_is_counted_by_its_class():
+    """Drafts without a source are its own."""
+    stats = DecodingStats()
+    assert tuple(decode(target_of("llama"), Nameless(), stats=stats)) == plain("llama")
+    assert (stats.faults, [*stats.drafters]) == ((), ["Nameless"])
+
+
+def test_a_name_that_cannot_be_read_costs_speed_only():
+    """Nothing of a drafter is read where its fault would end the answer."""
+
+    class Anonymous(Nameless):
+        @property
+        def name(self):
+            msg = "broken on purpose"
+            raise RuntimeError(msg)
+
+    stats = DecodingStats()
+    assert tuple(decode(target_of("llama"), Anonymous(), stats=stats)) == plain("llama")
+    assert stats.faults == ("drafter 'Anonymous' failed: RuntimeError: broken on purpose",)
 
 
 @every()

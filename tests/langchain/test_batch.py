@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from fakes_langchain import Answer
 from langchain_core.caches import InMemoryCache
+from tiny import tiny_llama, tiny_tokenizer
 
 from rasd_integrations.langchain import RASDLLM, ChatRASD
+from rasd_integrations.runtime import admission
+from rasd_integrations.runtime.admission import Admission
 from rasd_integrations.runtime.together import as_they_end
 from rasd_integrations.types import TextDelta
 
@@ -207,3 +211,71 @@ def test_an_interrupted_caller_stops_all():
     count = len(ran)
     time.sleep(0.1)
     assert count == len(ran) < 10
+
+
+# --- memory ---
+
+
+@pytest.fixture(params=[ChatRASD, RASDLLM])
+def scarce(request, monkeypatch):
+    """Return a real model of each kind, and a gate that admits one answer at a time and records how many ran."""
+
+    class Watched(Admission):
+        seen: tuple[int, ...] = ()
+
+        @contextmanager
+        def admit(self, nbytes, cancelled=None):
+            with super().admit(nbytes, cancelled):
+                self.seen = (*self.seen, self.live)
+                yield
+
+    gate = Watched(1)
+    monkeypatch.setattr(admission, "shared_admission", lambda device: gate)
+    return request.param.from_model(tiny_llama(), tiny_tokenizer(), max_tokens=8), gate
+
+
+def soon(call):
+    """Return what ``call`` does in another thread, which must not hang."""
+    ended: list[object] = []
+    thread = threading.Thread(target=lambda: ended.append(call()), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert ended, "it hangs"
+    return ended[0]
+
+
+def test_answers_over_the_limit_of_memory_wait_for_one_another(scarce):
+    """One by one, each whole and in its place."""
+    llm, gate = scarce
+    alone = [text for prompt in PROMPTS for text in texts([llm.invoke(prompt)])]
+    assert alone == soon(lambda: texts(llm.batch(PROMPTS)))
+    assert gate.seen == (1,) * 2 * len(PROMPTS)
+
+
+def test_a_stream_that_is_held_open_holds_up_no_other_answer(scarce):
+    """A consumer that asks for another answer before it ends its stream does not wait for itself."""
+    llm, gate = scarce
+
+    def nested():
+        stream = llm.stream("p1")
+        next(stream)
+        inner = texts([llm.invoke("p2"), *llm.batch(["p2", "p3"])])
+        return inner, len([*stream])
+
+    (first, again, _), rest = soon(nested)
+    assert (first, rest > 0) == (again, True)
+    assert gate.seen == (1, 1, 1)
+
+
+def test_answers_that_wait_for_memory_leave_with_their_caller(scarce):
+    """An error in one ends the call while another answer holds all memory."""
+    llm, gate = scarce
+
+    def failing():
+        with pytest.raises(ValueError, match="empty"):
+            llm.batch(["p1", ""])
+        return gate.waiting
+
+    with gate.admit(1):
+        assert soon(failing) == 0
+    assert gate.seen == (1,)

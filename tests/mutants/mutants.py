@@ -347,6 +347,11 @@ ROWS: tuple[Mutant, ...] = (
     # --- runtime ---
     Mutant("admission does not count the live answers' bytes", "runtime/admission.py",
            "place.nbytes <= room)", "place.nbytes <= self.limit)", ("runtime/test_admission.py",)),
+    Mutant("LangChain's whole answers do not wait for memory", "langchain/base.py",
+           "self._rasd.stream_to_end if to_end else self._rasd.stream", "self._rasd.stream", ("langchain/test_batch.py",)),
+    Mutant("a batch's answers wait for memory after their caller has left", "runtime/rasd.py",
+           "cancelled: Callable[[], bool] = has_left", "cancelled: Callable[[], bool] = bool",
+           ("langchain/test_batch.py",)),
     Mutant("admission lets small answers pass the first in line", "runtime/admission.py",
            "next(iter(self._line)) is place and (not", "place in self._line and (not", ("runtime/test_admission.py",)),
     Mutant("a stream that its consumer left decodes on", "runtime/aio.py",

@@ -34,7 +34,7 @@ class Answers:
         self.ends: dict[str, threading.Event] = {}
         self.threads: list[threading.Thread] = []
 
-    def ask(self, name: str, nbytes: int, cancelled: threading.Event | None = None) -> None:
+    def ask(self, name: str, nbytes: int, cancelled: Callable[[], bool] | None = None) -> None:
         """Ask for room and return once the answer is inside or stands in the line."""
         self.ends[name] = threading.Event()
 
@@ -101,7 +101,7 @@ def test_a_cancelled_request_leaves_the_line():
     answers = Answers(Admission(10))
     cancelled = threading.Event()
     answers.ask("a", 6)
-    answers.ask("b", 9, cancelled)
+    answers.ask("b", 9, cancelled.is_set)
     answers.ask("c", 4)
     cancelled.set()
     until(lambda: "c" in answers.inside)

@@ -69,6 +69,7 @@ def test_construction_loads_nothing():
     [
         ({"stor": []}, "Did you mean 'store'"),
         ({"drafter": 7}, "drafter is 7"),
+        ({"drafter": ScriptedDrafter}, r"ScriptedDrafter'>, but must be .* object \(not a class\)"),
         ({"context": "paper"}, "'prompt' or 'documents'"),
         ({"drafter": None, "knowledge_transfer": 5.0}, "needs a drafter"),
         ({"knowledge_transfer": -1.0}, "knowledge_transfer is -1.0"),

@@ -90,6 +90,9 @@ class FakeRASD(FakeEngine):
     def stream(self, request):
         return self._pieces(request)
 
+    def stream_to_end(self, request):
+        return self.stream(request)
+
     async def astream(self, request):
         pieces = self._pieces(request)
         try:
