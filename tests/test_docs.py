@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What the pages name, and what is loaded here in its place: the small model of the tests.
 HUB_IDS = re.compile(r"HuggingFaceTB/SmolLM2-135M-Instruct|Qwen/Qwen2\.5-Coder-0\.5B-Instruct")
@@ -29,6 +30,7 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 
 WITH_CODE = [page for page in PAGES if blocks(page)]
+# Pages that take longer than about two seconds, by name; add yours.
 SLOW = {
     "cache-answers.md", "draft-from-a-datastore.md", "draft-from-hidden-states.md",
     "draft-with-another-family.md", "first-speedup.md", "from-huggingface-llm.md",
@@ -87,6 +89,27 @@ def test_the_readme_shows_both_frameworks() -> None:
     """The pages that a newcomer reads first hold code that the test above runs."""
     assert ROOT / "README.md" in WITH_CODE
     assert 2 == len(blocks(ROOT / "README.md"))
+
+
+def links(page: Path) -> list[Path]:
+    """Return the files that a page links to."""
+    return [(page.parent / link).resolve() for link in LINK.findall(page.read_text("utf-8"))]
+
+
+def test_links_lead_to_files() -> None:
+    """Each relative link of a page names a file of the repository."""
+    wrong = [(page.name, link) for page in PAGES for link in links(page) if not link.exists()]
+    assert [] == wrong
+
+
+def test_each_page_is_reached_from_the_index() -> None:
+    """A reader who follows links within docs/ finds every page."""
+    left = {*PAGES} - {ROOT / "README.md"}
+    new = {ROOT / "docs/index.md"}
+    while new:
+        left -= new
+        new = {link for page in new for link in links(page)} & left
+    assert [] == sorted(left)
 
 
 def test_a_page_starts_with_its_only_title() -> None:

@@ -15,6 +15,7 @@ FILES = [
     *(p for p in (ROOT / "docs").rglob("*.md") if p.name != "glossary.md"),
 ]
 ALLOWED_PHRASES = re.compile(r"Zipf's law|stands? for\b|stand-ins?\b|stand in for|standalone")
+ALLOWED_ON_PAGES = re.compile(rf"^#+ |{ALLOWED_PHRASES.pattern}", re.MULTILINE)  # no comments
 # Word: pattern, what to write instead.
 WORDS = {
     "law": (r"laws?", "distribution"),
@@ -40,11 +41,11 @@ WORDS = {
 
 @cache
 def texts() -> dict[str, str]:
-    """Return the files' texts by path, without the phrases that are allowed."""
+    """Return the files' texts by path, without the phrases that are allowed and the marks of headings."""
     return {
-        path.relative_to(ROOT).as_posix(): ALLOWED_PHRASES.sub(
-            lambda match: "." * len(match[0]), path.read_text(encoding="utf-8")
-        )
+        path.relative_to(ROOT).as_posix(): (
+            ALLOWED_PHRASES if path.suffix == ".py" else ALLOWED_ON_PAGES
+        ).sub(lambda match: "." * len(match[0]), path.read_text(encoding="utf-8"))
         for path in FILES
     }
 

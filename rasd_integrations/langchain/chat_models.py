@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 class ChatRASD(RASDModel, BaseChatModel):
     """A local chat model with speculative decoding.
 
-    By default drafts come from the prompt's own text. `drafter="self"`, a small model or a `TokenStore` also
+    By default drafts come from the prompt's own text. `drafter="self"`, a small model or a `DatastoreDrafter` also
     drafts from what the chain has retrieved, or from a collection. Drafts change the time only, not the answer.
 
     Setup:
         ```bash
-        pip install "rasd-integrations[langchain]"
+        pip install -e '.[langchain]'  # in a clone
         ```
 
     Instantiate:

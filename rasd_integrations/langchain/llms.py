@@ -32,7 +32,7 @@ class RASDLLM(RASDModel, BaseLLM):
 
     Setup:
         ```bash
-        pip install "rasd-integrations[langchain]"
+        pip install -e '.[langchain]'  # in a clone
         ```
 
     Instantiate:

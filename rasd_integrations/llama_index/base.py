@@ -70,7 +70,7 @@ _TOOL_OPTIONS = {
 class RASDLLM(RASDCalling):
     """A local long-context model with speculative decoding.
 
-    By default drafts come from the prompt's own text. ``drafter="self"``, a small model or a ``TokenStore`` also
+    By default drafts come from the prompt's own text. ``drafter="self"``, a small model or a ``DatastoreDrafter`` also
     drafts from what the pipeline has retrieved, or from a collection; the index of the pipeline's retriever is found
     by itself. The answers are the model's own, unless ``knowledge_transfer`` or ``context="documents"`` is set.
 
@@ -84,7 +84,7 @@ class RASDLLM(RASDCalling):
     LlamaIndex counts tokens with another model's tokenizer; :func:`configure_settings` gives it this one's.
 
     Examples:
-        Setup: ``pip install "rasd-integrations[llama-index]"``::
+        Setup: ``pip install -e '.[llama-index]'`` in a clone::
 
             from rasd_integrations.llama_index import RASDLLM
 
