@@ -1,9 +1,42 @@
-"""Decoding counters; rates are derived."""
+"""What an answer carries: decoding counters, rates that are derived from them, and its quotes."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A span of an answer that is word for word in a chunk.
+
+    Attributes:
+        start: Of its first character in the answer's text.
+        end: Behind its last.
+        text: What is quoted.
+        chunk_id: The store's id of the chunk, if it has one.
+        chunk_start: Start in the chunk's text, as stored.
+        metadata: The chunk's.
+    """
+
+    start: int
+    end: int
+    text: str
+    chunk_id: str | None = None
+    chunk_start: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; entries of the metadata that have none are left out."""
+        out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        out["metadata"] = {}
+        for key, value in self.metadata.items():
+            with suppress(TypeError, ValueError, RecursionError):
+                out["metadata"][str(key)] = json.loads(json.dumps(value, allow_nan=False))
+        return out
 
 
 @dataclass(slots=True)
@@ -33,6 +66,7 @@ class DecodingStats:
     faults: tuple[str, ...] = ()
     closed_fields: tuple[str, ...] = ()
     omitted_tokens: int = 0
+    quotes: tuple[Quote, ...] = ()
     tv_bound: float | None = None
     retrieve_s: float = 0.0
     prefill_s: float = 0.0
@@ -89,6 +123,7 @@ class DecodingStats:
         }
         out["faults"] = list(self.faults)
         out["closed_fields"] = list(self.closed_fields)
+        out["quotes"] = [quote.as_dict() for quote in self.quotes]
         out["acceptance_rate"] = self.acceptance_rate
         out["mean_acceptance_length"] = self.mean_acceptance_length
         for optional in ("off_reason", "tv_bound", "question_source", "chunk_source"):

@@ -24,16 +24,23 @@ class Chunk:
     """A piece of retrieved text.
 
     Attributes:
-        text: The text as stored.
+        text: The text, as the prompt shows it.
         id: The store's id, if it has one.
         rank: Position in the search result, 0 is best; scores are not comparable between stores.
         metadata: The store's metadata (``source``, ``ref_doc_id``, ``start_index``, ...).
+        stored: The text as stored, if the prompt shows another.
     """
 
     text: str
     id: str | None = None
     rank: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    stored: str | None = None
+
+    @property
+    def original(self) -> str:
+        """The text as stored; positions in a chunk are positions in it."""
+        return self.text if self.stored is None else self.stored
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        answer = MessageChunks(self._rasd.model_name, self.output_version)
+        answer = MessageChunks(self._rasd.model_name)
         return whole_answer([*self._chunks(answer.push, messages, stop, kwargs, to_end=True)])
 
     async def _agenerate(
@@ -141,7 +141,9 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return whole_answer([chunk async for chunk in self._astream(messages, stop, **kwargs)])
+        answer = MessageChunks(self._rasd.model_name)
+        chunks = self._achunks(answer.push, messages, stop, kwargs, None)
+        return whole_answer([chunk async for chunk in chunks])
 
     # Where a callback listens to tokens, LangChain joins `_stream` itself, and mends broken calls.
 

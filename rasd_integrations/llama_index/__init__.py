@@ -17,6 +17,7 @@ except ModuleNotFoundError as err:
     raise MissingDependencyError(missing, "llama-index") from err
 
 from rasd_integrations.llama_index.base import RASDLLM
-from rasd_integrations.llama_index.settings import configure_settings
+from rasd_integrations.llama_index.packing import configure_settings
+from rasd_integrations.llama_index.quotes import quoted_nodes, response_quotes
 
-__all__ = ["RASDLLM", "configure_settings"]
+__all__ = ["RASDLLM", "configure_settings", "quoted_nodes", "response_quotes"]

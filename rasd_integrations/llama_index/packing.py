@@ -7,6 +7,7 @@ unless ``Settings.tokenizer`` was set. German, code and numbers may have 1.6 tim
 from __future__ import annotations
 
 import llama_index.core
+from llama_index.core import Settings
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.llms.structured_llm import StructuredLLM
@@ -54,3 +55,15 @@ def pack_by_model(synthesizer: BaseSynthesizer) -> None:
     counts_globally = helper._token_counter.tokenizer is llama_index.core.global_tokenizer  # noqa: SLF001
     if isinstance(llm, RASDOptions) and counts_globally:
         synthesizer._prompt_helper = model_prompt_helper(llm, helper)  # noqa: SLF001
+
+
+def configure_settings(llm: RASDOptions) -> None:
+    """Make ``llm`` LlamaIndex's default, and its tokenizer and window the global ones. Loads no weights.
+
+    Text splitters and memories then count by them; response synthesizers do so without it. The mode
+    ``simple_summarize`` may still exceed the window: it shows its context as an escaped list, which has more
+    tokens than LlamaIndex counts.
+    """
+    Settings.llm = llm
+    Settings.tokenizer = llm.encode
+    Settings.prompt_helper = model_prompt_helper(llm)

@@ -78,7 +78,8 @@ class StructuredCall:
 
 def node_chunk(node: BaseNode, rank: int) -> Chunk:
     """Return a node as a chunk, with the text that LlamaIndex shows to LLMs."""
-    return replace(node_to_chunk(node, rank), text=node.get_content(MetadataMode.LLM))
+    chunk = node_to_chunk(node, rank)
+    return replace(chunk, text=node.get_content(MetadataMode.LLM), stored=chunk.text)
 
 
 def _longest_line(text: str) -> str:

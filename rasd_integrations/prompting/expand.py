@@ -37,6 +37,7 @@ class _Document:
 
     text: str
     order: tuple[str, ...]
+    parts: tuple[Chunk, ...]
     ids: frozenset[str]
     spans: list[Span] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
@@ -59,6 +60,7 @@ def expand(
     documents = _documents(found.located, store)
     if not documents:
         return plan
+    parts = tuple(part for document in documents for part in document.parts)
     regions, placed = _regions(index, documents)
     others = [_other_text(index.view, r, ds) for r, ds in zip(regions, placed, strict=True)]
 
@@ -77,14 +79,16 @@ def expand(
     left = room - count(frame) - _JOINT_TOKENS * len(documents)
     if total <= left:
         target, faults = fill({d: d.text for d in documents})
-        return replace(plan, target=target, faults=faults)
+        return replace(plan, target=target, documents=parts, faults=faults)
     for _ in range(_ROUNDS):
         texts = _fitted(sizes, left, index.chunk_chars)
         target, faults = fill(texts)
         excess = count(target) - room
         if excess <= 0:
             omitted = max(total - sum(map(tokens.exact, texts.values())), 0)
-            return replace(plan, target=target, faults=faults, omitted_tokens=omitted)
+            return replace(
+                plan, target=target, documents=parts, faults=faults, omitted_tokens=omitted
+            )
         left -= excess + _JOINT_TOKENS
     fault = (
         f"No room for documents beside the prompt: {room} tokens in all, the prompt stays as sent."
@@ -103,7 +107,9 @@ def _documents(located: Sequence[Located], store: StoreSession) -> list[_Documen
             if not text:
                 continue
             ids = frozenset(part.id for part in parts if part.id is not None)
-            document = documents.get(digest(text)) or _Document(text, _order(parts, text), ids)
+            document = documents.get(digest(text)) or _Document(
+                text, _order(parts, text), tuple(parts), ids
+            )
         place = Haystack(document.text).find(Needle(at.chunk.text))
         if place is None:
             continue  # another version of the document: the chunk stays as it is

@@ -45,6 +45,7 @@ class PromptPlan:
         target: What the target reads.
         drafter: What a model drafter reads, if it has a prompt of its own.
         chunks: The chunks behind the answer, best first.
+        documents: Other chunks of the documents that the target reads (``context="documents"``).
         question: The question that the plan was made for.
         question_source: Where the question was found.
         chunk_source: Where the chunks were found; ``"prompt"``: pieces of the prompt itself.
@@ -57,6 +58,7 @@ class PromptPlan:
     target: Prompt
     drafter: Prompt | None = None
     chunks: tuple[Chunk, ...] = ()
+    documents: tuple[Chunk, ...] = ()
     question: str | None = None
     question_source: str | None = None
     chunk_source: str | None = None
@@ -64,3 +66,8 @@ class PromptPlan:
     faults: tuple[str, ...] = ()
     omitted_tokens: int = 0
     retrieve_s: float = 0.0
+
+    @property
+    def quotable(self) -> tuple[Chunk, ...]:
+        """What the answer may quote: chunks with a source of their own, the best first."""
+        return (*(() if self.chunk_source == "prompt" else self.chunks), *self.documents)

@@ -205,7 +205,8 @@ class PromptIndex:
                 missing.append(chunk)
             else:
                 span, text = found
-                located.append(Located(chunk if text is None else replace(chunk, text=text), span))
+                shown = chunk if text is None else replace(chunk, text=text, stored=chunk.original)
+                located.append(Located(shown, span))
         return located, missing
 
     def refill(

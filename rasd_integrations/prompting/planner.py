@@ -52,7 +52,13 @@ class PromptPlanner:
         self._logged = False
 
     def plan(
-        self, prompt: Prompt, *, hints: PromptHints | None, room: int, wants_drafter_prompt: bool
+        self,
+        prompt: Prompt,
+        *,
+        hints: PromptHints | None,
+        room: int,
+        wants_drafter_prompt: bool,
+        drafts: bool = True,
     ) -> PromptPlan:
         """Return what target and drafter read. Never raises over a store, a hint or odd text.
 
@@ -61,9 +67,11 @@ class PromptPlanner:
             hints: What the edge knows about it.
             room: Most tokens of the target's prompt.
             wants_drafter_prompt: The drafter reads a prompt of its own.
+            drafts: There is a drafter. Without one the store is searched for documents only.
         """
         wants = wants_drafter_prompt
-        searches = self._context == "documents" or self._retrieval.store_policy == "any"
+        any_chunk = drafts and self._retrieval.store_policy == "any"
+        searches = self._context == "documents" or any_chunk
         if hints is None and not wants and not searches:
             return PromptPlan(target=prompt)  # nothing reads a plan
         hints = hints or PromptHints()

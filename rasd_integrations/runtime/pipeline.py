@@ -24,6 +24,7 @@ from rasd_integrations.response_format import ToolUse
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.closed import closed_fields
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
+from rasd_integrations.text.answer.quotes import quoted
 from rasd_integrations.text.answer.stop import ended_at
 from rasd_integrations.text.answer.stream import stream_text
 from rasd_integrations.text.prompt.template import ChatTemplate
@@ -38,6 +39,7 @@ from rasd_integrations.types import (
 
 if TYPE_CHECKING:
     from rasd_integrations.decoding.decoder import SpeculativeDecoder
+    from rasd_integrations.drafters.base import Drafter
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +159,9 @@ class Pipeline:
         if request.bound:
             grammar = self._grammar(request, params.max_tokens, thinking=thinking)
         most = int(self.retrieval.gate_share * len(prompt_ids))
-        context = draft_context(template, plan, most, tools)
+        context = DraftContext(prompt_ids=())
+        if self._drafter(request) is not None:
+            context = draft_context(template, plan, most, tools)
         note(plan, context, stats)
         stats.total_s += time.perf_counter() - started
         blocks = self.decoder.generate(
@@ -177,6 +181,7 @@ class Pipeline:
             max_calls=1 if single else None, hidden="".join(stops.marks.values()),
             count_tokens=self._count_tokens,
         )  # fmt: skip
+        chunks = quoted(chunks, plan.quotable)
         return chunks if grammar is None else self._report_cut(chunks, grammar, params)
 
     def warm(self, documents: Sequence[Prompt], progress: Progress | None) -> None:
@@ -214,7 +219,7 @@ class Pipeline:
                 f"depends on what was drafted. Leave it out, or build another model."
             )
             raise ConfigurationError(msg)
-        drafter = self.decoder.drafter if request.params.drafting else None
+        drafter = self._drafter(request)
         if asked.lossless or (drafter is not None and drafter.gives_logits):
             return asked
         msg = (
@@ -224,17 +229,21 @@ class Pipeline:
         )
         raise ConfigurationError(msg)
 
+    def _drafter(self, request: Request) -> Drafter | None:
+        return self.decoder.drafter if request.params.drafting else None
+
     def _plan(self, request: Request, max_tokens: int) -> PromptPlan:
-        drafter = self.decoder.drafter if request.params.drafting else None
-        if self.context == "prompt" and drafter is None:
+        drafter, hints = self._drafter(request), request.hints
+        if self.context == "prompt" and drafter is None and not (hints and hints.chunks):
             return PromptPlan(target=request.prompt)
         return self.planner.plan(
             request.prompt,
-            hints=request.hints,
+            hints=hints,
             room=self.decoder.target.window
             - max_tokens
             - template_tokens(self.template, request.prompt, request.tools),
             wants_drafter_prompt=drafter is not None and drafter.needs.prompt,
+            drafts=drafter is not None,
         )
 
     def _grammar(self, request: Request, max_tokens: int, *, thinking: bool) -> GrammarState | None:
