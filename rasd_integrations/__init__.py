@@ -27,7 +27,7 @@ from rasd_integrations.errors import (
     VocabularyMismatchError,
 )
 from rasd_integrations.response_format import Grammar, ToolUse
-from rasd_integrations.stats import DecodingStats
+from rasd_integrations.stats import DecodingStats, Quote
 from rasd_integrations.types import (
     Chunk,
     Draft,
@@ -76,6 +76,7 @@ __all__ = [
     "PromptError",
     "PromptHints",
     "PromptTooLongError",
+    "Quote",
     "RASDError",
     "RetrievalConfig",
     "RetrievalError",
