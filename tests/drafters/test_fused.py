@@ -205,3 +205,5 @@ def test_nothing_to_fuse_is_refused():
         FusedDrafter([])
     with pytest.raises(ConfigurationError, match="top_k is -1"):
         FusedDrafter([SuffixDrafter()], top_k=-1)
+    with pytest.raises(ConfigurationError, match=r"object \(not a class\)"):
+        FusedDrafter([SuffixDrafter])
