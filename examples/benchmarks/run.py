@@ -30,7 +30,7 @@ from report import table
 from tasks import FILES, Example, build_examples, data_or_exit, load_rows, shortened
 
 from rasd_integrations.loading import load_tokenizer, packaged_model
-from rasd_integrations.storage.cache_folder import cache_folder
+from rasd_integrations.storage.cache_folder import cache_root
 
 WIDTHS = (1, 2, 4, 8, 9, 12, 16, 32)
 WORKER = Path(__file__).with_name("worker.py")
@@ -76,7 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"interpreter of a peer's own environment: {', '.join(libraries)}",
     )
     parser.add_argument(
-        "--cache", type=Path, default=cache_folder() / "benchmarks", help="folder for exports"
+        "--cache", type=Path, default=cache_root() / "benchmarks", help="folder for exports"
     )
     parser.add_argument("--threads", type=int, help="threads of every engine (default: torch's)")
     parser.add_argument(

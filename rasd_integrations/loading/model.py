@@ -50,7 +50,10 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | Path, model_kwargs: Mapping[str, Any] | None = None, device: str | None = None
+    name: str | Path,
+    model_kwargs: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -58,6 +61,7 @@ def load_model(
         name: Hub id, local folder, or path of a ``.gguf`` file (dequantised once, then cached).
         model_kwargs: Passed to ``from_pretrained``; ``dtype`` defaults to bfloat16.
         device: Overrides ``device_map`` and ``tp_plan``; default the CUDA device, if there is one.
+        cache_dir: Where conversions are kept, here and below; default the user's cache folder.
 
     Raises:
         ConfigurationError: There is no such device, or ``model_kwargs`` cannot be honoured.
@@ -69,8 +73,8 @@ def load_model(
     options = load_options(model_kwargs or {})
     if device is not None:
         options = {key: value for key, value in options.items() if key not in _PLACEMENT}
-    tokenizer = load_tokenizer(name, options)
-    with LOADING, _explained(name), _weights(name, options) as (source, where):
+    tokenizer = load_tokenizer(name, options, cache_dir)
+    with LOADING, _explained(name), _weights(name, options, cache_dir) as (source, where):
         _check_causal(name, AutoConfig.from_pretrained(source, **where))
         # The progress of a GGUF file was shown while it was converted.
         with transformers_stage(None if _is_gguf(_source(name)) else f"Reading {name}"):
@@ -114,7 +118,9 @@ def check_device(device: str | None) -> None:
 
 
 def load_tokenizer(
-    name: str | Path, model_kwargs: Mapping[str, Any] | None = None
+    name: str | Path,
+    model_kwargs: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer without its weights.
 
@@ -126,14 +132,18 @@ def load_tokenizer(
         source = _source(name)
         where = _hub_kwargs(source, model_kwargs or {})
         is_gguf = _is_gguf(source)
-        opened = tokenizer_folder(Path(source)) if is_gguf else contextlib.nullcontext(source)
+        opened = (
+            tokenizer_folder(Path(source), cache_dir) if is_gguf else contextlib.nullcontext(source)
+        )
         with opened as folder:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **where)
     return tokenizer
 
 
 def load_config(
-    name: str | Path, model_kwargs: Mapping[str, Any] | None = None
+    name: str | Path,
+    model_kwargs: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> PretrainedConfig:
     """Load a model's config without its weights; a GGUF file is dequantised if it was not yet.
 
@@ -141,19 +151,23 @@ def load_config(
         ModelLoadError: It is missing or broken.
         MissingDependencyError: A GGUF file needs the extra ``gguf``.
     """
-    with _explained(name), _weights(name, model_kwargs or {}) as (source, where):
+    with _explained(name), _weights(name, model_kwargs or {}, cache_dir) as (source, where):
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **where)
     return config
 
 
-def load_window(name: str | Path, model_kwargs: Mapping[str, Any] | None = None) -> int:
+def load_window(
+    name: str | Path,
+    model_kwargs: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+) -> int:
     """Return the longest sequence that a model reads, in tokens, from its config.
 
     Raises:
         ModelLoadError: The config is missing or broken, or names no window.
         MissingDependencyError: A GGUF file needs the extra ``gguf``.
     """
-    config = load_config(name, model_kwargs).get_text_config()
+    config = load_config(name, model_kwargs, cache_dir).get_text_config()
     window = getattr(config, "max_position_embeddings", None)
     if not isinstance(window, int):
         msg = (
@@ -165,7 +179,9 @@ def load_window(name: str | Path, model_kwargs: Mapping[str, Any] | None = None)
 
 
 def load_generation_config(
-    name: str | Path, model_kwargs: Mapping[str, Any] | None = None
+    name: str | Path,
+    model_kwargs: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> GenerationConfig | None:
     """Return the checkpoint's generation config without its weights; ``None`` if it has none.
 
@@ -173,7 +189,7 @@ def load_generation_config(
         ModelLoadError: The model is missing, or the file is broken.
         MissingDependencyError: A GGUF file needs the extra ``gguf``.
     """
-    with _explained(name), _weights(name, model_kwargs or {}) as (source, where):
+    with _explained(name), _weights(name, model_kwargs or {}, cache_dir) as (source, where):
         try:
             return GenerationConfig.from_pretrained(source, **where)
         except OSError:  # no such file: the model itself was found
@@ -181,12 +197,15 @@ def load_generation_config(
 
 
 @contextlib.contextmanager
-def _weights(name: str | Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _weights(
+    name: str | Path, options: Mapping[str, Any], cache_dir: str | Path | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the source of config and weights, and the options that locate it."""
     source = _source(name)
     where = _hub_kwargs(source, options)
     if _is_gguf(source):
-        with model_folder(Path(source), load_options(options)["dtype"]) as folder:
+        dtype = load_options(options)["dtype"]
+        with model_folder(Path(source), dtype, cache_dir) as folder:
             yield str(folder), where
     else:
         yield source, where

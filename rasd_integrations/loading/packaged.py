@@ -12,11 +12,11 @@ from rasd_integrations.storage.cache_folder import cache_folder, file_digest, is
 from rasd_integrations.storage.marked import made_folder
 
 
-def packaged_model(package: str) -> Path:
+def packaged_model(package: str, cache_dir: str | Path | None = None) -> Path:
     """Return the ``.gguf`` file or model folder in an installed Python package.
 
     The package is not imported. A file split over ``package_part1``, ``package_part2``, ... is joined
-    in the cache folder.
+    in ``cache_dir``, or the user's cache folder.
 
     Raises:
         ModelLoadError: It is not installed, or contains no model.
@@ -34,7 +34,7 @@ def packaged_model(package: str) -> Path:
         if any(config.parent.glob("*.safetensors")):
             return config.parent
     if parts := _parts(package, root):
-        return _joined(parts, root)
+        return _joined(parts, root, cache_dir)
     msg = f"The package {package!r} carries no .gguf file and no model folder. Reinstall it, and its parts."
     raise ModelLoadError(msg)
 
@@ -54,21 +54,21 @@ def _parts(package: str, root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
-def _joined(parts: list[Path], root: Path) -> Path:
+def _joined(parts: list[Path], root: Path, cache_dir: str | Path | None) -> Path:
     """Return the joined and checked file, cached by the digests of its parts."""
     name = parts[0].name.rpartition(".part")[0]
-    where = cache_folder() / "packaged"
+    where = cache_folder("models", cache_dir)
     try:
-        digests = "".join(file_digest(part) for part in parts)
+        digests = "".join(file_digest(part, cache_dir) for part in parts)
         folder = where / hashlib.sha256(digests.encode()).hexdigest()[:32]
         if not is_whole(folder):
             size = sum(part.stat().st_size for part in parts)
-            with made_folder(folder, "joined", title_of(name), size) as new:
+            with made_folder(folder, "models", title_of(name), size) as new:
                 with (new / name).open("wb") as out:
                     for part in parts:
                         with part.open("rb") as file:
                             shutil.copyfileobj(file, out)
-                _check_sum(new / name, root)
+                _check_sum(new / name, root, cache_dir)
     except ModelLoadError:
         raise
     except OSError as err:
@@ -77,10 +77,10 @@ def _joined(parts: list[Path], root: Path) -> Path:
     return folder / name
 
 
-def _check_sum(file: Path, root: Path) -> None:
+def _check_sum(file: Path, root: Path, cache_dir: str | Path | None) -> None:
     lines = [line for sums in root.rglob("SHA256SUMS") for line in sums.read_text().splitlines()]
     known = dict(line.split()[::-1] for line in lines if line.strip())
-    digest = file_digest(file)
+    digest = file_digest(file, cache_dir)
     expected = known.get(file.name, digest)  # a package need not have checksums
     if digest != expected:
         msg = f"{file.name} is damaged: its SHA-256 is {digest}, not {expected}. Reinstall its packages."

@@ -167,11 +167,13 @@ class FrameworkModel(BaseModel, ABC):
     prefix_cache_bytes: int | None = _engine(
         None, "Memory for the KV of earlier prompts; None: the engine's default."
     )
-    prefix_cache_dir: str | Path | None = _engine(
-        None, "Folder for the KV of what warm() read, found again by later processes."
+    cache_dir: str | Path | None = _engine(
+        None,
+        "Folder for all that later processes find again, KV of what warm() read included; None: the user's cache "
+        "folder, for converted and compiled models only.",
     )
-    prefix_cache_dir_bytes: int | None = _engine(
-        None, "Most that the folder may hold; None: the engine's default."
+    prefix_disk_bytes: int | None = _engine(
+        None, "Most that the KV of what warm() read may take in cache_dir; None: 32 GiB."
     )
     namespace: str = _engine("", "KV is reused only within a namespace.")
 
@@ -243,7 +245,7 @@ class FrameworkModel(BaseModel, ABC):
         return self
 
     def warm(self, documents: Sequence[Any], progress: Progress | None = None) -> Self:
-        """Prefill documents ahead of the questions on them and keep their KV, also in ``prefix_cache_dir``.
+        """Prefill documents ahead of the questions on them and keep their KV, also in a ``cache_dir``.
 
         Args:
             documents: Texts, or the framework's own documents.
@@ -348,9 +350,8 @@ def new_engine(fields: Mapping[str, Any]) -> RASD:
     model, model_kwargs = options.pop("model"), options.pop("model_kwargs")
     draft_tokens = options.pop("num_draft_tokens")
     options["speculation"] = options["speculation"].with_draft_tokens(draft_tokens)
-    for name in ("prefix_cache_bytes", "prefix_cache_dir_bytes"):
-        if options[name] is None:
-            del options[name]
+    if options["prefix_cache_bytes"] is None:
+        del options["prefix_cache_bytes"]
     if not isinstance(model, LoadedName):
         return RASD(model, model_kwargs=model_kwargs, **options)
     if model_kwargs:

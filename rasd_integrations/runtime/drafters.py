@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rasd_integrations.config import ExecutorName, PrefixFolder
+from rasd_integrations.config import CacheDir, ExecutorName
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.fused import FusedDrafter
@@ -25,6 +25,7 @@ def named_drafter_model(
     model_kwargs: Mapping[str, Any],
     device: str | None = None,
     executor: ExecutorName = "auto",
+    cache_dir: Path | None = None,
 ) -> SharedModel | None:
     """Load the drafter model that ``spec`` names, or return ``None``. Shared while any caller holds it.
 
@@ -35,7 +36,8 @@ def named_drafter_model(
     if not isinstance(spec, str | Path) or spec in ("auto", "self"):
         return None
     # Eager like its target, if that was asked for; else whatever is best for it.
-    return shared_model(spec, model_kwargs, device, "eager" if executor == "eager" else "auto")
+    own: ExecutorName = "eager" if executor == "eager" else "auto"
+    return shared_model(spec, model_kwargs, device, own, cache_dir)
 
 
 def make_drafter(
@@ -45,7 +47,7 @@ def make_drafter(
     *,
     lossless: bool,
     cache_bytes: int,
-    folder: PrefixFolder | None = None,
+    kept: CacheDir,
     namespace: str = "",
 ) -> Drafter | None:
     """Make the drafter that ``spec`` names.
@@ -56,7 +58,7 @@ def make_drafter(
         drafter_model: The one that ``spec`` names, or that was given besides.
         lossless: The output follows the target alone; otherwise the drafter must give probabilities.
         cache_bytes: Most memory for the drafter model's prefix cache.
-        folder: Prefixes on disk.
+        kept: Where its prefixes are kept on disk, if a folder is named.
         namespace: Of these.
 
     Raises:
@@ -71,7 +73,7 @@ def make_drafter(
     ):
         if not lossless:
             raise _needs_one_vocabulary(target, drafter_model, difference)
-        cache = drafter_model.new_cache(cache_bytes, folder)
+        cache = drafter_model.new_cache(cache_bytes, kept)
         return _translated(target, drafter_model, cache, namespace)
     if drafter_model is None and spec == "auto" and lossless:
         return FusedDrafter(_free_parts(target.target))
@@ -80,7 +82,7 @@ def make_drafter(
         own.target,
         vocab_size=target.target.vocab_size,
         needs_own_prompt=own is target,
-        prefix_cache=own.new_cache(cache_bytes, folder),
+        prefix_cache=own.new_cache(cache_bytes, kept),
         namespace=namespace,
     )
     cascade = CascadeDrafter(model, SuffixDrafter())

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rasd_integrations.config import (
+    CacheDir,
     ExecutorName,
-    PrefixFolder,
     SamplingParams,
     SpeculationConfig,
 )
@@ -39,7 +39,7 @@ class EngineOptions:
     speculation: SpeculationConfig
     deterministic: bool
     prefix_cache_bytes: int
-    folder: PrefixFolder | None
+    kept: CacheDir
     namespace: str
 
 
@@ -149,10 +149,12 @@ class LazyEngine:
                 own = self.options
                 check_device(own.drafter_device)
                 if self._shared is None:
-                    self._shared = shared_model(own.model, own.model_kwargs, executor=own.executor)
+                    self._shared = shared_model(
+                        own.model, own.model_kwargs, None, own.executor, own.kept.path
+                    )
                 self._window = self._shared.target.window
                 self._drafter_model = self._drafter_model or named_drafter_model(
-                    own.drafter, own.model_kwargs, own.drafter_device, own.executor
+                    own.drafter, own.model_kwargs, own.drafter_device, own.executor, own.kept.path
                 )
                 self._decoder = SpeculativeDecoder(
                     self._shared.target,
@@ -162,16 +164,22 @@ class LazyEngine:
                         self._drafter_model,
                         lossless=own.speculation.lossless,
                         cache_bytes=own.prefix_cache_bytes // 4,
-                        folder=own.folder,
+                        kept=own.kept,
                         namespace=own.namespace,
                     ),
                     config=own.speculation,
                     prefix_cache=self._shared.prefix_cache(
-                        own.prefix_cache_bytes, own.folder, deterministic=own.deterministic
+                        own.prefix_cache_bytes, own.kept, deterministic=own.deterministic
                     ),
                     steps=FixedSteps(self._shared.target) if own.deterministic else None,
                 )
             return self._decoder
+
+    def check_can_warm(self) -> None:
+        """Raise ``ConfigurationError`` if what is warmed must be kept on disk and cannot be."""
+        self.decoder()
+        if (shared := self._shared) is not None:
+            shared.check_can_keep(self.options.kept)
 
     def template(self) -> ChatTemplate:
         """Return the chat template; loads the tokenizer only.
@@ -185,12 +193,13 @@ class LazyEngine:
             if self._template is None:
                 from rasd_integrations.loading import load_tokenizer
 
+                own = self.options
                 tokenizer = (
                     self._shared.tokenizer
                     if self._shared is not None
-                    else load_tokenizer(self.options.model, self.options.model_kwargs)
+                    else load_tokenizer(own.model, own.model_kwargs, own.kept.path)
                 )
-                self._template = ChatTemplate(tokenizer, self.options.template_kwargs)
+                self._template = ChatTemplate(tokenizer, own.template_kwargs)
             return self._template
 
     @property
@@ -200,7 +209,8 @@ class LazyEngine:
         if self._window is None:
             from rasd_integrations.loading import load_window
 
-            self._window = load_window(self.options.model, self.options.model_kwargs)
+            own = self.options
+            self._window = load_window(own.model, own.model_kwargs, own.kept.path)
         return self._window
 
     @property
@@ -215,7 +225,7 @@ class LazyEngine:
             asked = (
                 checkpoint_sampling(self._shared.target.model)
                 if self._shared is not None
-                else sampling_of(load_generation_config(own.model, own.model_kwargs))
+                else sampling_of(load_generation_config(own.model, own.model_kwargs, own.kept.path))
             )
             self._max_tokens = SamplingParams().settled(asked).max_tokens
         return self._max_tokens

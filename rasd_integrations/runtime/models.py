@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rasd_integrations.config import ExecutorName, PrefixFolder
+from rasd_integrations.config import CacheDir, ExecutorName
 from rasd_integrations.decoding.steps import roundings
 from rasd_integrations.drafters.papers.vocabulary import Vocabulary
 from rasd_integrations.engine.executors.base import Executor
@@ -30,7 +30,9 @@ from rasd_integrations.loading.options import load_options
 from rasd_integrations.process import has_lost_team
 from rasd_integrations.runtime.admission import shared_admission
 from rasd_integrations.runtime.own_thread import in_own_thread
-from rasd_integrations.storage.cache_folder import cache_folder
+from rasd_integrations.storage.cache_folder import cache_folder, title_of
+
+_NOWHERE = CacheDir()
 
 
 class SharedModel:
@@ -70,7 +72,7 @@ class SharedModel:
         self._identity: tuple[Hashable, ModelIdentity] | None = (
             None if identity is None else (None, identity)
         )
-        self._shared_caches: dict[tuple[int, PrefixFolder | None, bool], PrefixCache] = {}
+        self._shared_caches: dict[tuple[int, CacheDir, bool], PrefixCache] = {}
         self._caches: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
         self._lock = threading.RLock()
 
@@ -124,30 +126,22 @@ class SharedModel:
         return tuple(map(id, model.parameters())) if self._follows else weights_state(model)
 
     def prefix_cache(
-        self, max_bytes: int, folder: PrefixFolder | None = None, *, deterministic: bool = False
+        self, max_bytes: int, kept: CacheDir = _NOWHERE, *, deterministic: bool = False
     ) -> PrefixCache:
-        """Return the shared cache of this size, folder and kind of steps.
-
-        Raises:
-            ConfigurationError: A folder is given, but this model has no digest.
-        """
-        key = max_bytes, folder, deterministic
+        """Return the shared cache of this size, folder and kind of steps."""
+        key = max_bytes, kept, deterministic
         with self._lock:
             known = self._shared_caches.get(key)
             if known is None:
-                known = self.new_cache(max_bytes, folder, deterministic=deterministic)
+                known = self.new_cache(max_bytes, kept, deterministic=deterministic)
                 self._shared_caches[key] = known
             return known
 
     def new_cache(
-        self, max_bytes: int, folder: PrefixFolder | None = None, *, deterministic: bool = False
+        self, max_bytes: int, kept: CacheDir = _NOWHERE, *, deterministic: bool = False
     ) -> PrefixCache:
-        """Return a new cache, for a drafter.
-
-        Raises:
-            ConfigurationError: As :meth:`prefix_cache` does.
-        """
-        files = self._prefix_files(folder, deterministic=deterministic)
+        """Return a new cache, for a drafter."""
+        files = self._prefix_files(kept, deterministic=deterministic)
         cache = PrefixCache(max_bytes, files, self._weights_state)
         self._caches.add(cache)
         return cache
@@ -160,35 +154,32 @@ class SharedModel:
             if not self._owned:
                 self._identity = None
 
-    def _prefix_files(
-        self, folder: PrefixFolder | None, *, deterministic: bool
-    ) -> PrefixFiles | None:
-        """Return this model's files in ``folder``; ``deterministic`` steps have separate files.
-
-        Raises:
-            ConfigurationError: This model has no digest.
-        """
-        if folder is None:
-            return None
-        if self.identity.kv is None:
+    def check_can_keep(self, kept: CacheDir) -> None:
+        """Raise ``ConfigurationError`` if prefixes are kept on disk, but this model has no digest."""
+        if kept.path is not None and self.identity.kv is None:
             msg = (
-                f"prefix_cache_dir is {str(folder.path)!r}, but the weights of {self.name!r} are offloaded, "
-                f"sharded or of a type that cannot be read, so files could not be told from another model's. "
-                f"Load it whole on one device, or leave the option out."
+                f"cache_dir is {str(kept.path)!r}, but the weights of {self.name!r} are offloaded, sharded or of a "
+                f"type that cannot be read, so warmed documents could not be told from another model's there. Load "
+                f"it whole on one device, or leave cache_dir out."
             )
             raise ConfigurationError(msg)
+
+    def _prefix_files(self, kept: CacheDir, *, deterministic: bool) -> PrefixFiles | None:
+        """Return this model's files in a named folder; ``deterministic`` steps have separate files."""
+        if kept.path is None:
+            return None
         layout = self.target.layout
         kind = "-kv8" if layout.in_8_bits else ""
         if deterministic:
             layout = replace(layout, row_major=True)
             kind += f"-{roundings(self.target)}"
         return PrefixFiles(
-            folder.path,
-            lambda: f"{self.identity.kv}{kind}",
+            cache_folder("prefixes", kept.path),
+            lambda: self.identity.kv and f"{self.identity.kv}{kind}",
             layout,
-            folder.max_bytes,
+            kept.prefix_bytes,
             self.target.device,
-            model=self.name,
+            model=title_of(self.name),
         )
 
 
@@ -229,8 +220,9 @@ def shared_model(
     model_kwargs: Mapping[str, Any],
     device: str | None = None,
     executor: ExecutorName = "auto",
+    cache_dir: Path | None = None,
 ) -> SharedModel:
-    """Load a model, onto ``device`` if given, or return the loaded one.
+    """Load a model, onto ``device`` if given, or return the loaded one, wherever its files are kept.
 
     Raises:
         ModelLoadError: The model is missing or broken.
@@ -246,22 +238,26 @@ def shared_model(
         if known is None:
             # In a thread that ends: OpenMP keeps a team for each that lives, and once the teams outnumber the
             # cores, every step of the others takes twice as long (docs/explanation/experiments.md).
-            load = partial(_load, name, model_kwargs, device, executor)
+            load = partial(_load, name, model_kwargs, device, executor, cache_dir)
             known = _loaded[key] = in_own_thread(load)
         return known
 
 
 def _load(
-    name: str | Path, model_kwargs: Mapping[str, Any], device: str | None, executor: ExecutorName
+    name: str | Path,
+    model_kwargs: Mapping[str, Any],
+    device: str | None,
+    executor: ExecutorName,
+    cache_dir: Path | None,
 ) -> SharedModel:
-    loaded = load_model(name, model_kwargs, device)
+    loaded = load_model(name, model_kwargs, device, cache_dir)
     # On a CPU now: packed and compiled weights cannot be read any more.
     identity = model_identity(loaded.model) if loaded.model.device.type == "cpu" else None
     run = make_executor(
         executor,
         loaded.model,
         owned=True,
-        folder=cache_folder() / "compiled",
+        cache_dir=cache_dir,
         identity=None if identity is None else identity.kv,
     )
     return SharedModel(

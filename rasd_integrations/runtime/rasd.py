@@ -17,10 +17,9 @@ from typing_extensions import Self, Unpack
 
 from rasd_integrations.config import (
     DEFAULT_PREFIX_CACHE_BYTES,
-    DEFAULT_PREFIX_CACHE_DIR_BYTES,
+    CacheDir,
     ContextMode,
     ExecutorName,
-    PrefixFolder,
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
@@ -74,8 +73,8 @@ class RASD:
         retrieval: RetrievalConfig | None = None,
         speculation: SpeculationConfig | None = None,
         prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
-        prefix_cache_dir: str | Path | None = None,
-        prefix_cache_dir_bytes: int = DEFAULT_PREFIX_CACHE_DIR_BYTES,
+        cache_dir: str | Path | None = None,
+        prefix_disk_bytes: int | None = None,
         namespace: str = "",
         **unknown: Any,
     ) -> None:
@@ -96,8 +95,9 @@ class RASD:
             retrieval: How chunks are found and how long the drafter's prompt may be.
             speculation: Draft lengths and how drafts are judged.
             prefix_cache_bytes: Most memory for keys and values kept between answers.
-            prefix_cache_dir: Folder for those of warmed documents, found again by later processes.
-            prefix_cache_dir_bytes: Most that the folder may hold, of all models together.
+            cache_dir: Folder for all that later processes find again; ``None``: the user's cache folder, for
+                converted and compiled models only.
+            prefix_disk_bytes: Most that warmed documents may take there, of all models together; 32 GiB by default.
             namespace: Keys and values are shared only within a namespace.
             **unknown: Refused, with the nearest valid name.
 
@@ -133,7 +133,7 @@ class RASD:
                 speculation=own,
                 deterministic=deterministic,
                 prefix_cache_bytes=prefix_cache_bytes,
-                folder=PrefixFolder.of(prefix_cache_dir, prefix_cache_dir_bytes),
+                kept=CacheDir.of(cache_dir, prefix_disk_bytes),
                 namespace=namespace,
             )
         )
@@ -330,23 +330,25 @@ class RASD:
         return joined([delta async for delta in self.astream(prompt, params, **known)])
 
     def warm(self, documents: Sequence[Prompt], progress: Progress | None = None) -> None:
-        """Prefill documents ahead of questions and keep their keys and values, also in the folder if there is one.
+        """Prefill documents ahead of questions and keep their keys and values, also in a ``cache_dir``.
 
         A text becomes the prefix of the first user message, messages that of a conversation. Later prompts reuse
         the longest common prefix. ``progress`` is called with tokens done and tokens in all.
 
         Raises:
             ContextOverflowError: A document leaves no room in the window; none was prefilled.
+            ConfigurationError: A ``cache_dir`` is named, but this model cannot be told from others there.
         """
         self._engine.check_open()
         with at_work():
+            self._engine.check_can_warm()
             self._pipeline().warm(documents, progress)
 
     def clear_cache(self) -> None:
         """Drop the keys and values of earlier prompts from memory, for all who share these weights.
 
-        Changed weights (a training step, an adapter) are noticed without it. Files in ``prefix_cache_dir``
-        stay: ``rasd cache clear`` removes them.
+        Changed weights (a training step, an adapter) are noticed without it. Files stay: ``rasd cache clear``
+        removes them.
         """
         self._engine.clear_caches()
 

@@ -20,15 +20,20 @@ from rasd_integrations.storage.atomic import (
 )
 from rasd_integrations.storage.tensor_file import UnusableFileError, parsed
 
-Kind = Literal["converted", "compiled", "joined", "kept prompts", "digests"]
+Kind = Literal["models", "graphs", "prefixes", "memory", "digests"]  # also the folders' names
+# What markers of earlier versions say; their folders are not read any more, but listed and removed.
+_EARLIER = ("converted", "joined", "compiled", "kept prompts")
 MARKER = "rasd.json"
 _FORMAT = "rasd-folder"
 _BLOCK = 1 << 20
 _SHOWN = 5  # names in a message
 # Files of folders whose content changes; other folders list theirs in the marker.
+_PREFIX = re.compile(r"[0-9a-f]{32}\.rasd-prefix")
 _NAMES = {
-    "kept prompts": re.compile(r"[0-9a-f]{32}\.rasd-prefix"),
+    "prefixes": _PREFIX,
+    "memory": re.compile(r"[0-9a-z-]{1,64}\.rasd-memory"),
     "digests": re.compile(r"[0-9a-f]{32}\.digest"),
+    "earlier": _PREFIX,
 }
 
 
@@ -38,14 +43,14 @@ class MarkedFolder:
 
     Attributes:
         path: The folder.
-        kind: What its files are.
+        kind: What its files are; ``"earlier"``: made by a version before, and not read any more.
         model: The model that they belong to, for people.
         names: Its files, if the marker lists them.
         digests: SHA-256 by name of files that do not change.
     """
 
     path: Path
-    kind: Kind
+    kind: Kind | Literal["earlier"]
     model: str
     names: tuple[str, ...]
     digests: Mapping[str, str]
@@ -57,7 +62,7 @@ class MarkedFolder:
             pattern = _NAMES.get(self.kind)
             listed = [self.path / name for name in self.names]
             if pattern is not None:
-                listed = sorted(p for p in self.path.iterdir() if pattern.fullmatch(p.name))
+                listed += sorted(p for p in self.path.iterdir() if pattern.fullmatch(p.name))
             for path in listed:
                 with contextlib.suppress(OSError):  # another process may remove it at the same time
                     stat = path.lstat()
@@ -132,6 +137,20 @@ def mark(
         file.write(content)
 
 
+@contextlib.contextmanager
+def adding_to(folder: Path, kind: Kind, model: str) -> Iterator[None]:
+    """Have a folder whose content changes marked around the writing of a file; another process may clear it meanwhile.
+
+    Raises:
+        StorageError: It cannot be written to.
+    """
+    if marked(folder) is None:
+        mark(folder, kind, model)
+    yield
+    if marked(folder) is None:
+        mark(folder, kind, model)
+
+
 def marked(folder: Path) -> MarkedFolder | None:
     """Read a folder's marker; ``None`` if the folder is not ours."""
     try:
@@ -149,8 +168,8 @@ def marked(folder: Path) -> MarkedFolder | None:
             "sha256": dict(digests),
         }:
             plain = all(isinstance(n, str) and n == Path(n).name != "" for n in (*names, *digests))
-            for known in get_args(Kind):
-                if kind == known and plain:
+            for known in (*get_args(Kind), "earlier"):
+                if plain and known == ("earlier" if kind in _EARLIER else kind):
                     return MarkedFolder(folder, known, model, tuple(names), digests)
     return None
 
@@ -166,15 +185,16 @@ def marked_folders(root: Path) -> Iterator[MarkedFolder]:
 
 
 def foreign(root: Path) -> list[str]:
-    """Return names in ``root``, or beside our folders one level below, that are not ours."""
+    """Return names in ``root``, or beside our folders one level below, that are not ours; no empty folders."""
     found = []
     with contextlib.suppress(OSError):
         for path in sorted(p for p in root.iterdir() if marked(p) is None):
-            inner = [] if path.is_symlink() or not path.is_dir() else sorted(path.iterdir())
+            is_folder = path.is_dir() and not path.is_symlink()
+            inner = sorted(path.iterdir()) if is_folder else []
             others = [p for p in inner if marked(p) is None and not is_temporary(p)]
-            if inner and len(others) < len(inner):
+            if len(others) < len(inner):
                 found += [f"{path.name}/{p.name}" for p in others]
-            elif not is_temporary(path):
+            elif not is_temporary(path) and (inner or not is_folder):
                 found.append(path.name)
     return found
 

@@ -13,7 +13,7 @@ from tiny import FAMILIES, VOCAB, WINDOW, tiny_llama, tiny_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from rasd_integrations import RASD, SamplingParams, SpeculationConfig, llama_index
-from rasd_integrations.config import PrefixFolder
+from rasd_integrations.config import CacheDir
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.decoding.steps import PIECE, WIDTH, FixedSteps
 from rasd_integrations.drafters.model import ModelDrafter
@@ -302,7 +302,7 @@ def test_rows_of_both_kinds_are_kept_apart(tmp_path):
     """Rows of a normal answer have other bits: neither memory nor files share them; identities differ."""
     model, tokenizer = tiny_llama().bfloat16(), tiny_tokenizer()
     document = "".join(map(chr, torch.randint(97, 122, (3 * PIECE,)).tolist()))
-    options = {"drafter": None, "prefix_cache_dir": tmp_path}
+    options = {"drafter": None, "cache_dir": tmp_path}
     normal = RASD.from_model(model, tokenizer, **options)
     same = RASD.from_model(model, tokenizer, deterministic=True, **options)
     assert normal.identity != same.identity
@@ -311,7 +311,7 @@ def test_rows_of_both_kinds_are_kept_apart(tmp_path):
     cold = same.generate(prompt, params)
     assert cold.stats.cached_prompt_tokens == 0
     same.warm([document])
-    folder = PrefixFolder.of(tmp_path, LONG)
+    folder = CacheDir.of(tmp_path, LONG)
     shared = wrapped_model(model, tokenizer, "a", "auto")
     for deterministic, reused in ((True, 3 * PIECE), (False, 3 * PIECE)):
         files = shared._prefix_files(folder, deterministic=deterministic)

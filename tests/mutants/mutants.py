@@ -268,8 +268,12 @@ ROWS: tuple[Mutant, ...] = (
            ("storage/test_atomic.py",)),
     Mutant("cache clear --older-than removes the newer ones", "storage/listing.py",
            "own.last_used <= latest", "own.last_used >= latest", ("storage/test_listing.py", "test_cli.py")),
+    Mutant("cache clear of a kind removes the others", "storage/listing.py",
+           "(not kinds or own.kind in kinds)", "(not kinds or own.kind)", ("storage/test_listing.py",)),
+    Mutant("warmed documents are written where no folder was named", "runtime/models.py",
+           "if kept.path is None:", "if kept.prefix_bytes is None:", ("runtime/test_cache_dir.py",)),
     Mutant("a converted model that was changed on disk is used", "storage/cache_folder.py",
-           "file_digest(folder / name) != digest", "not file_digest(folder / name)",
+           "file_digest(folder / name, root) != digest", "not file_digest(folder / name, root)",
            ("loading/test_loading.py",)),
     # --- text ---
     Mutant("text that may begin a stop string is shown", "text/answer/stop.py",

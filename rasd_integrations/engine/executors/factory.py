@@ -23,7 +23,7 @@ def make_executor(
     model: PreTrainedModel,
     *,
     owned: bool = False,
-    folder: Path | None = None,
+    cache_dir: Path | None = None,
     identity: str | None = None,
 ) -> Executor:
     """Make the executor that ``name`` names.
@@ -36,7 +36,7 @@ def make_executor(
             ``"cuda-graphs"``.
         model: With unpacked weights.
         owned: Loaded by this package, which may repack its weights or hold a second copy of them.
-        folder: Of compiled graphs; ``None`` keeps none.
+        cache_dir: Where compiled graphs are kept; default the user's cache folder.
         identity: Digest of the weights; ``None`` keeps no graph.
 
     Raises:
@@ -52,10 +52,10 @@ def make_executor(
             raise ConfigurationError(msg)
         return GraphExecutor(model)
     if name in ("openvino", "openvino-kv8"):
-        return _compiled(model, folder, identity, in_8_bits=name == "openvino-kv8")
+        return _compiled(model, cache_dir, identity, in_8_bits=name == "openvino-kv8")
     if name == "auto" and owned and model.device.type == "cpu" and has_openvino():
         try:
-            return _compiled(model, folder, identity)
+            return _compiled(model, cache_dir, identity)
         except ConfigurationError as err:
             logger.warning("%s It runs so now.", err)
     if owned:
@@ -69,11 +69,11 @@ def has_openvino() -> bool:
 
 
 def _compiled(
-    model: PreTrainedModel, folder: Path | None, identity: str | None, *, in_8_bits: bool = False
+    model: PreTrainedModel, cache_dir: Path | None, identity: str | None, *, in_8_bits: bool = False
 ) -> Executor:
     if not has_openvino():
         package = "openvino"
         raise MissingDependencyError(package, package)
     from rasd_integrations.engine.executors.openvino.executor import CompiledExecutor  # an extra
 
-    return CompiledExecutor(model, folder=folder, identity=identity, in_8_bits=in_8_bits)
+    return CompiledExecutor(model, cache_dir=cache_dir, identity=identity, in_8_bits=in_8_bits)

@@ -1,7 +1,7 @@
 """On-disk prefix cache: one file per prefix, found by longest common prefix.
 
 A folder may serve many models, namespaces and processes: each pair of model and namespace has a subfolder of its
-own and reads no other. All other files are the user's: they are neither counted nor deleted.
+own and reads no other. Any other files are the user's: they are neither counted nor deleted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rasd_integrations.engine.kv import prefix_format
 from rasd_integrations.engine.kv.buffer import KVBuffer, KVLayout
 from rasd_integrations.engine.kv.prefix_format import Ids
 from rasd_integrations.storage.atomic import clear_abandoned
-from rasd_integrations.storage.marked import foreign, mark, marked, marked_folders, shortened
+from rasd_integrations.storage.marked import adding_to, marked_folders
 from rasd_integrations.storage.tensor_file import UnusableFileError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class PrefixFiles:
     def __init__(
         self,
         folder: Path,
-        identity: Callable[[], str],
+        identity: Callable[[], str | None],
         layout: KVLayout,
         max_bytes: int,
         device: torch.device,
@@ -67,7 +67,7 @@ class PrefixFiles:
 
         Args:
             folder: May be shared with other models.
-            identity: The model's current :func:`~rasd_integrations.loading.identity.model_identity`.
+            identity: The model's current :func:`~rasd_integrations.loading.identity.model_identity`, if it has one.
             layout: Of the model; files with other layers are not used.
             max_bytes: Limit of all our files in the folder; least recently used files are evicted first.
             device: Device of the buffers.
@@ -80,7 +80,6 @@ class PrefixFiles:
         self._device = device
         self._model = model
         self._indices: dict[tuple[str, str], _FolderIndex] = {}
-        self._warned_of_foreign = False
         self._lock = threading.Lock()
 
     def load(
@@ -101,7 +100,8 @@ class PrefixFiles:
             beyond: Tokens available without a file.
             keeps_hidden: Read hidden states, too, if the file has them.
         """
-        index = self._index(namespace)
+        if not self._folder.is_dir() or (index := self._index(namespace)) is None:
+            return None  # nothing was ever warmed, which is known before the weights are read
         while (found := self._longest(index, ids, beyond)) is not None:
             name, length = found
             path = index.folder / name
@@ -123,7 +123,8 @@ class PrefixFiles:
 
     def save(self, ids: Ids, namespace: str, buffer: KVBuffer) -> None:
         """Write the first ``len(ids)`` rows of ``buffer`` to a new file, unless one has them all."""
-        index = self._index(namespace)
+        if (index := self._index(namespace)) is None:
+            return
         with self._lock:
             held = self._listed(index).values()
             known = any(common_prefix(other, ids) == len(ids) for other in held)
@@ -135,17 +136,18 @@ class PrefixFiles:
             if size > self._max_bytes:
                 msg = f"{size} bytes are more than the {self._max_bytes} that the folder may hold"
                 raise ValueError(msg)  # noqa: TRY301 -- one warning says that it stays in memory
-            if marked(index.folder) is None:
-                mark(index.folder, "kept prompts", self._model)
-            self._make_room(size)
-            prefix_format.write(index.folder / f"{name}{_SUFFIX}", index.key, ids, buffer)
+            with adding_to(index.folder, "prefixes", self._model):
+                self._make_room(size)
+                prefix_format.write(index.folder / f"{name}{_SUFFIX}", index.key, ids, buffer)
         except (OSError, ValueError) as err:
             logger.warning(
                 "a prefix of %d tokens is not kept in %s: %s", len(ids), self._folder, err
             )
 
-    def _index(self, namespace: str) -> _FolderIndex:
-        known = self._identity(), namespace
+    def _index(self, namespace: str) -> _FolderIndex | None:
+        if (identity := self._identity()) is None:
+            return None
+        known = identity, namespace
         with self._lock:
             if known not in self._indices:
                 key = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
@@ -200,7 +202,7 @@ class PrefixFiles:
         """Evict least recently used files until ``nbytes`` fit; remove what killed writers left."""
         files = []
         for own in marked_folders(self._folder):
-            if own.kind == "kept prompts":
+            if own.kind == "prefixes":
                 clear_abandoned(own.path)
                 files += [(stat.st_mtime, stat.st_size, path) for path, stat in own.files()]
         total = sum(size for _, size, _ in files) + nbytes
@@ -210,13 +212,6 @@ class PrefixFiles:
             with contextlib.suppress(OSError):  # another process may remove it at the same time
                 path.unlink()
                 total -= size
-        if not self._warned_of_foreign and (others := foreign(self._folder)):
-            self._warned_of_foreign = True
-            logger.warning(
-                "%s holds files that are not kept prompts (%s): they are left alone and do not count "
-                "against prefix_cache_dir_bytes. A folder of its own is clearer.",
-                self._folder, shortened(others),
-            )  # fmt: skip
 
 
 def common_prefix(a: Ids, b: Ids) -> int:

@@ -250,27 +250,29 @@ def test_who_moved_out_of_an_arena_keeps_its_place_there():
 def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatch, caplog):
     """Fault 17: the second time nothing is traced; a damaged file is replaced, and said once; a user's file stays."""
     model = tiny_llama()
-    CompiledExecutor(model, folder=tmp_path, identity="a")
-    (kept,) = tmp_path.iterdir()
+    CompiledExecutor(model, cache_dir=tmp_path, identity="a")
+    (kept,) = (tmp_path / "graphs").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(paged, "traced", None)
-        loaded = TargetModel(model, executor=CompiledExecutor(model, folder=tmp_path, identity="a"))
+        loaded = TargetModel(
+            model, executor=CompiledExecutor(model, cache_dir=tmp_path, identity="a")
+        )
     ids = random_ids(20)
     eager = shared_target()
     close(loaded.step([1], prefilled(loaded, ids)), eager.step([1], prefilled(eager, ids)))
 
     file = kept / "graph.xml"
     (kept / "mine.bin").write_bytes(b"mine")
-    assert marked(kept).kind == "compiled"
+    assert marked(kept).kind == "graphs"
     file.write_bytes(file.read_bytes()[:1000])
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            CompiledExecutor(model, folder=tmp_path, identity="a")
+            CompiledExecutor(model, cache_dir=tmp_path, identity="a")
     assert caplog.text.count("made again") == 1
     assert file.stat().st_size > 1000
     assert (kept / "mine.bin").read_bytes() == b"mine"
-    CompiledExecutor(tiny_llama(1), folder=tmp_path, identity="b")
-    assert len(list(tmp_path.iterdir())) == 2
+    CompiledExecutor(tiny_llama(1), cache_dir=tmp_path, identity="b")
+    assert len(list((tmp_path / "graphs").iterdir())) == 2
 
 
 @pytest.mark.slow
@@ -278,7 +280,7 @@ def test_a_folder_that_cannot_be_written_to_costs_time_only(tmp_path, caplog):
     """A file where the folder should be."""
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
-        CompiledExecutor(tiny_llama(), folder=tmp_path / "file" / "x", identity="a")
+        CompiledExecutor(tiny_llama(), cache_dir=tmp_path / "file" / "x", identity="a")
     assert "cannot keep" in caplog.text
 
 

@@ -12,7 +12,7 @@ from steps import TREE, decoded, joint, prefilled, random_ids, shared_target
 from tiny import VOCAB, tiny_gemma3, tiny_llama, tiny_tokenizer
 
 from rasd_integrations import RASD
-from rasd_integrations.config import PrefixFolder
+from rasd_integrations.config import CacheDir
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter
 from rasd_integrations.drafters.papers.gathered_kv import GatheredKV
@@ -119,7 +119,7 @@ def test_early_exit_says_that_it_cannot_read_them(target):
 def test_kept_prefixes_come_back_and_are_no_others_of_16_bits(tmp_path):
     """From disk they are the same bytes; files and answers tell both executors apart."""
     model, document = tiny_llama(), random_ids(200)
-    folder = PrefixFolder.of(tmp_path, 1 << 30)
+    folder = CacheDir.of(tmp_path, 1 << 30)
     narrow, wide = (
         wrapped_model(model, tiny_tokenizer(), "tiny", name)
         for name in ("openvino-kv8", "openvino")

@@ -567,8 +567,8 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_files_of_others_are_never_deleted_nor_counted(target, tmp_path, caplog):
-    """Fault 17: weights, notes and look-alikes in the folder outlive any limit, and are spoken of once."""
+def test_files_of_others_are_never_deleted_nor_counted(target, tmp_path):
+    """Fault 17: weights, notes and look-alikes in the folder outlive any limit."""
     warm(target, cache_of(tmp_path, target), DOCUMENT)
     (first,) = files(tmp_path)
     size = first.stat().st_size
@@ -591,10 +591,6 @@ def test_files_of_others_are_never_deleted_nor_counted(target, tmp_path, caplog)
         warm(target, small, ids)
     assert before == {path: path.read_bytes() for path in others}
     assert len(set(files(tmp_path)) - set(others)) == 1
-    said = [message for message in warnings_of(caplog) if "left alone" in message]
-    assert len(said) == 1
-    assert "my-llama" in said[0]
-    assert "notes.txt" in said[0]
 
 
 def test_a_link_is_not_followed_out_of_the_folder(target, tmp_path):

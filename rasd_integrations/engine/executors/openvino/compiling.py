@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rasd_integrations.engine.executors.openvino import graph as paged
 from rasd_integrations.engine.executors.openvino.tracing import TraceLayout
-from rasd_integrations.storage.cache_folder import is_whole, title_of
+from rasd_integrations.storage.cache_folder import cache_folder, is_whole, title_of
 from rasd_integrations.storage.marked import made_folder
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,13 @@ def compiled(
     return ov.Core().compile_model(whole, "CPU", options)
 
 
-def graph_name(model: PreTrainedModel, identity: str) -> str:
-    """Return the name of a kept graph: a digest of weights and versions."""
+def graph_path(model: PreTrainedModel, identity: str | None, cache_dir: Path | None) -> Path | None:
+    """Return where a graph is kept, by a digest of weights and versions; ``None`` without an ``identity``."""
+    if identity is None:
+        return None
     said = (_FORMAT, identity, str(model.dtype), ov.__version__, torch.__version__)
-    return hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
+    name = hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
+    return cache_folder("graphs", cache_dir) / name
 
 
 def _kept(path: Path | None) -> ov.Model | None:
@@ -68,7 +71,7 @@ def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> None:
     title = title_of(model.name_or_path or type(model).__name__)
     nbytes = sum(weight.nbytes for weight in model.parameters())
     try:
-        with made_folder(path, "compiled", title, nbytes) as new:
+        with made_folder(path, "graphs", title, nbytes) as new:
             ov.save_model(graph, new / _FILE, compress_to_fp16=False)
             ov.Core().read_model(new / _FILE)  # on a full disk it is cut without an error
     except (OSError, RuntimeError) as err:

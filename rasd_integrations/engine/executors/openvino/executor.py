@@ -26,7 +26,7 @@ from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.executors.base import Executor, StepOutput
 from rasd_integrations.engine.executors.eager import EagerExecutor, rows_at
 from rasd_integrations.engine.executors.openvino import graph as paged
-from rasd_integrations.engine.executors.openvino.compiling import DTYPES, compiled, graph_name
+from rasd_integrations.engine.executors.openvino.compiling import DTYPES, compiled, graph_path
 from rasd_integrations.engine.executors.openvino.inputs import Frame
 from rasd_integrations.engine.executors.openvino.tracing import trace_layout
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
@@ -45,18 +45,18 @@ _FAR, _FAR_IN_8_BITS = {torch.float32: 1e-3, torch.bfloat16: 0.2}, 0.3
 class CompiledExecutor(Executor):
     """Runs OpenVINO's graph of a stock module, for one answer or a batch.
 
-    The graph has weights of its own, packed for the processor. It is traced once, then loaded from ``folder``.
+    The graph has weights of its own, packed for the processor. It is traced once, then loaded from ``cache_dir``.
     """
 
     def __init__(
         self, model: PreTrainedModel, *,
-        folder: Path | None = None, identity: str | None = None, in_8_bits: bool = False,
+        cache_dir: Path | None = None, identity: str | None = None, in_8_bits: bool = False,
     ) -> None:  # fmt: skip
         """Trace and compile ``model``, or load its graph, and compare it with eager torch.
 
         Args:
             model: On a CPU, in float32 or bfloat16, unpacked.
-            folder: Of compiled graphs; ``None`` keeps none.
+            cache_dir: Where graphs are kept; default the user's cache folder.
             identity: Digest of the weights; ``None`` keeps no graph.
             in_8_bits: Keep keys and values in bytes, each row of a head with its own scale and zero point.
 
@@ -81,9 +81,7 @@ class CompiledExecutor(Executor):
             self._eager.layout, row_multiple=4, row_major=True, in_8_bits=in_8_bits
         )
         self._dtype = model.dtype
-        path = None
-        if folder is not None and identity is not None:
-            path = folder / graph_name(model, identity)
+        path = graph_path(model, identity, cache_dir)
         self._arena: Callable[[], KVArena | None] = lambda: None
         self._joint: deque[int] = deque(maxlen=_JOINT)  # widths of the last batches
         self._frame_of = lru_cache(_FRAMES)(partial(Frame, self._trace))
