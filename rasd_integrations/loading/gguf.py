@@ -71,8 +71,6 @@ def _folder(
             name = f"{file_digest(path, cache_dir)[:32]}-{_CONVERTER}-{kind}"
             folder = cache_folder("models", cache_dir) / name
             if not is_whole(folder):
-                if folder.exists():
-                    logger.warning("%s is damaged and is made again", folder)
                 what = None if kind == "tokenizer" else f"Converting {path.name}, once"
                 with transformers_stage(what):
                     folder = _made(path, folder, make, stack)

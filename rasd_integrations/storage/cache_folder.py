@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from rasd_integrations.errors import StorageError
 from rasd_integrations.storage.atomic import replaced_file
 from rasd_integrations.storage.marked import Kind, adding_to, marked, sha256, touch
+
+logger = logging.getLogger(__name__)
 
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
@@ -69,12 +72,13 @@ def file_digest(path: Path, cache_dir: str | Path | None = None) -> str:
 def is_whole(folder: Path) -> bool:
     """Return True, and note the use, if ``folder`` is ours and all its files are there and unchanged."""
     own, root = marked(folder), folder.parents[1]
-    try:
-        if own is None or not own.digests:
-            return False
-        if any(file_digest(folder / name, root) != digest for name, digest in own.digests.items()):
-            return False
-    except OSError:
-        return False
-    touch(folder)
-    return True
+    with contextlib.suppress(OSError):
+        if own is not None and own.digests:
+            kept = own.digests.items()
+            if all(file_digest(folder / name, root) == digest for name, digest in kept):
+                touch(folder)
+                return True
+    with contextlib.suppress(OSError):  # another user's
+        if folder.exists():
+            logger.warning("%s is damaged and is made again", folder)
+    return False

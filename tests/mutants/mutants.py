@@ -101,7 +101,7 @@ ROWS: tuple[Mutant, ...] = (
            "if entry.in_use or 2 * common < len(entry.ids):", "if 2 * common < len(entry.ids):",
            ("engine/kv/test_prefix_cache.py", "decoding/test_concurrency.py")),
     Mutant("kept prompts on disk are shared between namespaces", "engine/kv/prefix_files.py",
-           "known = self._identity(), namespace", 'known = self._identity(), ""', ("engine/kv/test_prefix_files.py",)),
+           "known = identity, namespace", 'known = identity, ""', ("engine/kv/test_prefix_files.py",)),
     Mutant("the folder of kept prompts may hold twice its limit", "engine/kv/prefix_files.py",
            "if total <= self._max_bytes:", "if total <= 2 * self._max_bytes:", ("engine/kv/test_prefix_files.py",)),
     Mutant("a damaged tensor of a kept prompt is read", "storage/tensor_file.py",
@@ -273,7 +273,7 @@ ROWS: tuple[Mutant, ...] = (
     Mutant("warmed documents are written where no folder was named", "runtime/models.py",
            "if kept.path is None:", "if kept.prefix_bytes is None:", ("runtime/test_cache_dir.py",)),
     Mutant("a converted model that was changed on disk is used", "storage/cache_folder.py",
-           "file_digest(folder / name, root) != digest", "not file_digest(folder / name, root)",
+           "file_digest(folder / name, root) == digest", "file_digest(folder / name, root)",
            ("loading/test_loading.py",)),
     # --- text ---
     Mutant("text that may begin a stop string is shown", "text/answer/stop.py",
@@ -378,7 +378,7 @@ ROWS: tuple[Mutant, ...] = (
            "        if speculation.lossless:\n", "        if not speculation.lossless:\n",
            ("runtime/test_rasd.py", "langchain/test_engine.py")),
     Mutant("a model wrapped twice shares the prefix cache of another kind of steps", "runtime/models.py",
-           "key = max_bytes, folder, deterministic\n", "key = max_bytes, folder, False\n", ("decoding/test_steps.py",)),
+           "key = max_bytes, kept, deterministic\n", "key = max_bytes, kept, False\n", ("decoding/test_steps.py",)),
     # --- options ---
     Mutant("default of max_tokens", "config.py",
            '"max_tokens": 512,', '"max_tokens": 256,', ("test_option_names.py",)),

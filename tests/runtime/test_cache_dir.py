@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,6 +103,49 @@ def test_the_folder_changes_no_key(kind, tmp_path):
         assert (dumped["cache_dir"], dumped["prefix_disk_bytes"]) == (str(tmp_path), 5)
     if isinstance(named, langchain.ChatRASD | langchain.RASDLLM):
         assert plain._identifying_params == named._identifying_params  # a key of LangChain's cache
+
+
+@contextlib.contextmanager
+def as_another_user() -> Iterator[None]:
+    """Give up root's rights for a while; a user who is not root has none over folders without permissions."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("executor", ["eager", "openvino"])
+def test_a_folder_whose_files_belong_to_another_user_costs_time_only(executor, users, caplog):
+    """What cannot be read is made again for this process, with warnings; answers are right, nothing is lost."""
+    if executor == "openvino":
+        pytest.importorskip("openvino")
+    root = Path(tempfile.mkdtemp())  # where another user can look
+    root.chmod(0o777)
+    options = {"model_kwargs": {"dtype": "float32"}, "executor": executor, "cache_dir": root}
+    first = RASD(write_gguf(root / "first.gguf"), **options)
+    first.warm([DOCUMENT])
+    expected = first.generate(ASK, PARAMS).text
+    ours = {path for path in root.rglob("*") if path.is_file()}
+    (root / "second.gguf").write_bytes((root / "first.gguf").read_bytes())
+    folders = [path for path in root.iterdir() if path.is_dir()]
+    for folder in folders:
+        folder.chmod(0)
+    with as_another_user(), pytest.warns(RuntimeWarning, match="is converted again"):
+        second = RASD.load(root / "second.gguf", **options)
+    with as_another_user():
+        second.warm([DOCUMENT])
+        second.clear_cache()
+        answer = second.generate(ASK, PARAMS)
+    assert (answer.text, answer.stats.cached_prompt_tokens) == (expected, 0)
+    assert "is not kept in" in caplog.text
+    for folder in folders:
+        folder.chmod(0o700)
+    assert ours < {path for path in root.rglob("*") if path.is_file()}
+    shutil.rmtree(root)
 
 
 PROCESS = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from contextlib import suppress
 from pathlib import Path
 
 import openvino as ov
@@ -57,13 +56,13 @@ def graph_path(model: PreTrainedModel, identity: str | None, cache_dir: Path | N
 
 def _kept(path: Path | None) -> ov.Model | None:
     """Return the graph kept at ``path``, if it can be read."""
-    if path is None or not path.exists():
+    if path is None or not is_whole(path):
         return None
-    if is_whole(path):
-        with suppress(RuntimeError):  # of another build of OpenVINO
-            return ov.Core().read_model(path / _FILE)
-    logger.warning("%s is damaged or of another OpenVINO and is made again", path)
-    return None
+    try:
+        return ov.Core().read_model(path / _FILE)
+    except RuntimeError:
+        logger.warning("%s is of another OpenVINO and is made again", path)
+        return None
 
 
 def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> None:

@@ -32,6 +32,7 @@ from rasd_integrations.engine.executors.openvino.tracing import trace_layout
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading.progress import stage
+from rasd_integrations.storage.marked import marked
 
 _FRAMES = 8  # kept, of the last step shapes
 _USUAL_ROWS = 17  # widths up to here are run once at first: kernels are made for each width
@@ -88,7 +89,7 @@ class CompiledExecutor(Executor):
         self._framed: Frame | None = None
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # memory of the request's tensors
-        kept = path is not None and path.is_dir()
+        kept = path is not None and marked(path) is not None
         try:
             with stage(None if kept else f"Compiling {type(model).__name__} for this CPU, once"):
                 self._compile = partial(
