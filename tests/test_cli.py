@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rasd_integrations.cli import main
-from rasd_integrations.stats import DecodingStats
+from rasd_integrations.stats import DecodingStats, Quote
 
 PAGE = (
     "The station at {0} was opened in {1}. It measures wind, rain and the depth of snow. "
@@ -135,12 +135,15 @@ def test_the_report_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -
     from rasd_integrations.demo.measure import Measured
     from rasd_integrations.demo.report import print_report
 
-    def answer(text: str, cached: int, steps: int) -> Measured:
-        return Measured("Why?", text, 4096, cached, 60, steps, 1.25, 3.5)
+    def answer(
+        text: str, cached: int, steps: int, quotes: tuple[Quote, ...] | None = None
+    ) -> Measured:
+        return Measured("Why?", text, 4096, cached, 60, steps, 1.25, 3.5, quotes)
 
+    quote = Quote(0, 6, "Or so.", "id", 0, {"source": "a/b.md"})
     results = {
-        "LangChain": [answer("Because.", 0, 20), answer("So.", 4000, 20)],
-        "LlamaIndex": [answer("Because.", 0, 20), answer("Or so.", 4000, 20)],
+        "LangChain": [answer("Because.", 0, 20, ()), answer("So.", 4000, 20)],
+        "LlamaIndex": [answer("Because.", 0, 20), answer("Or so.", 4000, 20, (quote, quote))],
         "transformers": [answer("Because.", 0, 60), answer("So.", 0, 60)],
     }
     print_report(Console(width=60), results, "transformers", "A note.")
@@ -150,6 +153,8 @@ def test_the_report_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -
         assert figure in out
     assert out.count("Because.") == 1
     assert out.count("Or so.") == 1
+    assert out.count("Quotes nothing word for word.") == 1
+    assert out.count("Quotes a/b.md: 200% of it word for word.") == 1
 
 
 @pytest.mark.real

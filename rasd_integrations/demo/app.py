@@ -178,6 +178,6 @@ def ask(options: Options, question: str) -> None:
     print()
     Console(stderr=True).print(
         f"{answer.tokens} tokens in {answer.steps} steps, first after {answer.first_s:.2f} s, "
-        f"then {answer.decode_ms:.1f} ms each; the prompt has {answer.prompt_tokens} tokens.",
+        f"then {answer.decode_ms:.1f} ms each; the prompt has {answer.prompt_tokens} tokens. {answer.quoted or ''}",
         style="dim",
     )

@@ -12,7 +12,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from rasd_integrations.loading import LoadedModel
-from rasd_integrations.stats import DecodingStats
+from rasd_integrations.stats import DecodingStats, Quote
 
 WARM_SHARE = 0.8
 """An answer counts as cached if at least this share of its prompt was found in the cache."""
@@ -20,7 +20,10 @@ WARM_SHARE = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """An answer and its figures; seconds are wall-clock and include retrieval."""
+    """An answer and its figures; seconds are wall-clock and include retrieval.
+
+    ``quotes`` is ``None`` of an engine that does not look for them.
+    """
 
     question: str
     text: str
@@ -30,6 +33,16 @@ class Measured:
     steps: int
     first_s: float
     total_s: float
+    quotes: tuple[Quote, ...] | None = None
+
+    @property
+    def quoted(self) -> str | None:
+        """What the answer quotes, in a line."""
+        if not self.quotes:
+            return None if self.quotes is None else "Quotes nothing word for word."
+        names = dict.fromkeys(str(q.metadata.get("source", q.chunk_id)) for q in self.quotes)
+        share = sum(q.end - q.start for q in self.quotes) / len(self.text)
+        return f"Quotes {', '.join(names)}: {share:.0%} of it word for word."
 
     @property
     def warm(self) -> bool:
@@ -62,6 +75,7 @@ def timed_stream(question: str, pieces: Iterable[str], stats: DecodingStats) -> 
         stats.target_steps - before.target_steps,
         (first or end) - start,
         end - start,
+        stats.quotes,
     )
 
 

@@ -29,6 +29,9 @@ def print_report(
         for text, names in names_of.items():
             console.print(Text(", ".join(names), style="cyan"))
             console.print(Text(text or "(empty)"))
+            lines = (results[name][i].quoted for name in names)
+            if line := next(filter(None, lines), None):
+                console.print(Text(line, style="dim"))
 
 
 def _table(results: Mapping[str, Answers], baseline: str) -> Table:

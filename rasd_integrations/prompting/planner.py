@@ -52,13 +52,7 @@ class PromptPlanner:
         self._logged = False
 
     def plan(
-        self,
-        prompt: Prompt,
-        *,
-        hints: PromptHints | None,
-        room: int,
-        wants_drafter_prompt: bool,
-        drafts: bool = True,
+        self, prompt: Prompt, *, hints: PromptHints | None, room: int, wants_drafter_prompt: bool
     ) -> PromptPlan:
         """Return what target and drafter read. Never raises over a store, a hint or odd text.
 
@@ -67,11 +61,9 @@ class PromptPlanner:
             hints: What the edge knows about it.
             room: Most tokens of the target's prompt.
             wants_drafter_prompt: The drafter reads a prompt of its own.
-            drafts: There is a drafter. Without one the store is searched for documents only.
         """
         wants = wants_drafter_prompt
-        any_chunk = drafts and self._retrieval.store_policy == "any"
-        searches = self._context == "documents" or any_chunk
+        searches = self._context == "documents" or self._retrieval.store_policy == "any"
         if hints is None and not wants and not searches:
             return PromptPlan(target=prompt)  # nothing reads a plan
         hints = hints or PromptHints()
@@ -82,6 +74,16 @@ class PromptPlanner:
         if not wants:
             plan = replace(plan, drafter=None, off_reason=None)
         return replace(plan, faults=(*store.faults(), *plan.faults), retrieve_s=store.seconds)
+
+    def plan_without_drafter(self, prompt: Prompt, hints: PromptHints | None) -> PromptPlan:
+        """Return ``prompt`` with the captured chunks that are in it; search and tokenise nothing."""
+        if hints is None or not hints.chunks:
+            return PromptPlan(target=prompt)
+        located, _ = PromptIndex(PromptView.of(prompt), hints).locate(hints.chunks)
+        chunks = tuple(at.chunk for at in located)
+        return PromptPlan(
+            target=prompt, chunks=chunks, chunk_source=hints.chunk_source if chunks else None
+        )
 
     def _plan(
         self,

@@ -233,17 +233,16 @@ class Pipeline:
         return self.decoder.drafter if request.params.drafting else None
 
     def _plan(self, request: Request, max_tokens: int) -> PromptPlan:
-        drafter, hints = self._drafter(request), request.hints
-        if self.context == "prompt" and drafter is None and not (hints and hints.chunks):
-            return PromptPlan(target=request.prompt)
+        drafter = self._drafter(request)
+        if self.context == "prompt" and drafter is None:
+            return self.planner.plan_without_drafter(request.prompt, request.hints)
         return self.planner.plan(
             request.prompt,
-            hints=hints,
+            hints=request.hints,
             room=self.decoder.target.window
             - max_tokens
             - template_tokens(self.template, request.prompt, request.tools),
             wants_drafter_prompt=drafter is not None and drafter.needs.prompt,
-            drafts=drafter is not None,
         )
 
     def _grammar(self, request: Request, max_tokens: int, *, thinking: bool) -> GrammarState | None:
