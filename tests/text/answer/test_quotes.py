@@ -103,6 +103,8 @@ CASES = {
     "Hindi": ("यह हिन्दी में एक छोटा वाक्य है", ["देखो यह हिन्दी में एक छोटा वाक्य हैं"], ["यह हिन्दी में एक छोटा वाक्य"]),
     "the longest first": ("a b c d e f g h i j k l", ["a b c d e f", "f g h i j k l m"], ["a b c d e", "f g h i j k l"]),
     "what remains may be too short": ("a b c d e f g h i j k l", ["a b c d e f g h i", "e f g h i j k l"], ["a b c d e f g h i"]),
+    "not over a gap in the chunk": ("a b c d e f", ["a b c d e x b c d e f"], ["a b c d e"]),
+    "not over two chunks": ("a b c d e f", ["a b c d e", "b c d e f"], ["a b c d e"]),
     "of equals the first": ("a b c d e f", ["b c d e f", "a b c d e"], ["a b c d e"]),
     "a pair of surrogates cut": ("a b c d e \ud800", ["a b c d e \ud800"], ["a b c d e"]),
     "nothing": ("", ["a b c d e"], []),
@@ -173,9 +175,10 @@ def test_the_last_piece_of_an_answer_carries_its_quotes():
 
 PIECES = ["a", "b", "ab", "1", "1.5", "1,", "don't", "d'", "\u2019s", "cafe\u0301", "\u0301", "机", "器", "ก็", "x_y", "हि", "A", "", "\u200d", "😀", "e"]  # fmt: skip
 GAPS = [" ", " ", " ", "", "\n", ", ", ".", "-", "  ", "'"]
-TEXT = st.lists(st.tuples(st.sampled_from(PIECES), st.sampled_from(GAPS)), max_size=40).map(
+ODD_TEXT = st.lists(st.tuples(st.sampled_from(PIECES), st.sampled_from(GAPS)), max_size=40).map(
     lambda pairs: "".join(word + gap for word, gap in pairs)
 )
+TEXT = st.one_of(ODD_TEXT, st.lists(st.sampled_from("ab"), max_size=40).map(" ".join))
 
 
 @st.composite
