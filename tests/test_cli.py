@@ -170,7 +170,7 @@ def test_the_demo_answers_with_both_frameworks_and_transformers(
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
     assert rows["same output"].count("yes") == 2
     assert " - " not in rows["first token, cached"].rpartition("│")[0].rpartition("│")[0]
-    assert out.count("LangChain, LlamaIndex, transformers") == 4
+    assert out.count("LangChain, LlamaIndex, transformers") == out.count("Quotes ") == 4
 
 
 @pytest.mark.real
@@ -184,6 +184,7 @@ def test_ask_streams_one_answer(
     captured = capsys.readouterr()
     assert captured.out.strip()
     assert "tokens in" in captured.err
+    assert "Quotes " in captured.err
 
 
 @pytest.fixture
