@@ -9,6 +9,7 @@ import pytest
 from cases_langchain import (
     ABOUT_ADA,
     ADA,
+    BREAD,
     HOWS,
     PROMPT,
     documents,
@@ -18,7 +19,13 @@ from cases_langchain import (
 from fakes_langchain import Answer
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.load import dumpd, load
-from langchain_core.messages import AIMessage, message_to_dict, messages_from_dict
+from langchain_core.messages import (
+    AIMessage,
+    HumanMessage,
+    ToolMessage,
+    message_to_dict,
+    messages_from_dict,
+)
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import RunnablePassthrough
@@ -92,6 +99,28 @@ async def test_a_text_parser_behind_the_model_sees_the_text(how):
     chain, _ = chain_of(ChatRASD)
     for text in await answers(chain | StrOutputParser(), how, ABOUT_ADA):
         assert text == SAID
+
+
+def test_documents_that_python_wrote_into_the_prompt_are_quoted():
+    """Without a format step the prompt has their repr; positions are those of the stored text."""
+    store, said = memory_store(), f"So: {BREAD}"
+    llm = ChatRASD.from_model(*scripted_model(lambda prompt: said), max_tokens=300)
+    retriever = store.as_retriever(search_kwargs={"k": 2})
+    chain = {"context": retriever, "question": RunnablePassthrough()} | PROMPT | llm
+    message = chain.invoke("How long does bread bake?")
+    (quote,) = message.response_metadata["rasd"]["quotes"]
+    assert (quote["text"], quote["chunk_start"]) == (BREAD[:-1], 0)
+    assert "\n" in quote["text"]
+
+
+def test_what_an_agents_tool_found_is_quoted():
+    """A tool's artifact are the documents; its message is what the model reads."""
+    llm = ChatRASD.from_model(*scripted_model(lambda prompt: SAID), max_tokens=300)
+    call = {"name": "search", "args": {"query": "Ada"}, "id": "c1", "type": "tool_call"}
+    found = ToolMessage(ADA, tool_call_id="c1", artifact=documents()[:1])
+    message = llm.invoke([HumanMessage(ABOUT_ADA), AIMessage("", tool_calls=[call]), found])
+    (quote,) = message.response_metadata["rasd"]["quotes"]
+    assert (quote["text"], quote["metadata"]) == (ADA[:-1], {"source": "0.txt"})
 
 
 def test_a_completion_carries_its_quotes():

@@ -34,9 +34,10 @@ _JOINERS = "\u200c\u200d\u00ad"  # inside words: zero-width (non-)joiner, soft h
 def find_quotes(answer: str, chunks: Sequence[Chunk]) -> tuple[Quote, ...]:
     """Return the quotes in ``answer``, in its order: the longest first chosen, without overlaps.
 
-    A quote has at least five words, begins and ends at the ends of words in both texts, and is equal in every
-    character between. A word is a run of letters, digits, underscores and combining marks, with apostrophes
-    and the points of numbers in it ("don't", "3.14"); a character of a script without spaces is half a word.
+    A quote is equal in every character, begins and ends at the ends of words in both texts, and has at least five
+    words. A word is a run of letters, digits, underscores and combining marks, with apostrophes and the points of
+    numbers in it ("don't", "3.14"). Words without white space between them ("state-of-the-art") count as one, and
+    a character of a script without spaces as half a word.
 
     Args:
         answer: The text.
@@ -178,17 +179,27 @@ class _Shared:
         return clone
 
 
+def _half_words(answer: str, words: Iterable[tuple[int, int]]) -> Iterable[int]:
+    """Yield what each word counts behind the one before: 2, 1 if written without spaces, 0 if joined to it."""
+    spaced, before = False, 0
+    for start, end in words:
+        joined = spaced and not any(map(str.isspace, answer[before:start]))
+        spaced, before = not _UNSPACED_START.match(answer, start), end
+        yield (0 if joined else 2) if spaced else 1
+
+
 def _chosen(
     answer: str, words: Sequence[tuple[int, int]], matches: Iterable[tuple[int, int]]
 ) -> Iterable[tuple[int, int]]:
     """Yield spans of words, the longest in characters first and then the first, cut where others were chosen."""
-    halves = (1 if _UNSPACED_START.match(answer, start) else 2 for start, _ in words)
+    halves = list(_half_words(answer, words))
     size = [0, *accumulate(halves)]
     heap: list[tuple[int, int, int]] = []
     taken: dict[int, tuple[int, int]] = {}  # words of chosen spans
 
     def push(first: int, stop: int) -> None:
-        if stop - first >= MIN_WORDS and size[stop] - size[first] >= 2 * MIN_WORDS:
+        before = size[first] if halves[first] else size[first] - 2
+        if stop - first >= MIN_WORDS and size[stop] - before >= 2 * MIN_WORDS:
             heapq.heappush(heap, (words[first][0] - words[stop - 1][1], first, stop))
 
     for first, stop in matches:
