@@ -317,6 +317,8 @@ ROWS: tuple[Mutant, ...] = (
            "whole.link, whole.first,", "whole.link, len(self._places) - 1,", ("text/answer/test_quotes.py",)),
     Mutant("a number is quoted in half", "text/answer/quotes.py", r"(?<=\d)[.,](?=\d)", r"(?<=\d)[,](?=\d)",
            ("text/answer/test_quotes.py",)),
+    Mutant("a path is counted as many words", "text/answer/quotes.py", "(0 if joined else 2)", "(1 if joined else 2)",
+           ("text/answer/test_quotes.py",)),
     Mutant("pieces of the prompt are named as sources", "prompting/hints.py",
            'if self.chunk_source == "prompt"', 'if self.chunk_source == ""', ("runtime/test_quotes.py",)),
     Mutant("a position in a chunk counts what the prompt shows before it", "llama_index/trace.py",
