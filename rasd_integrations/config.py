@@ -13,7 +13,7 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.option_names import advice
 from rasd_integrations.response_format import Grammar
 
-StorePolicy = Literal["prompt", "any"]
+StorePolicy = Literal["prompt", "store", "any"]
 ContextMode = Literal["prompt", "documents"]
 ExecutorName = Literal["auto", "eager", "openvino", "openvino-kv8", "cuda-graphs"]
 OnCut = Literal["close", "raise"]
@@ -335,8 +335,9 @@ class RetrievalConfig:
     Attributes:
         k: Number of chunks to ask the store for.
         timeout_s: Seconds after which decoding continues without the store.
-        store_policy: ``"prompt"``: only chunks in the target's prompt reach the drafter. ``"any"``:
-            whatever the store returns (bypasses filters and tenants).
+        store_policy: What of the store is drafted from. ``"prompt"``: chunks in the target's prompt. ``"store"``: also
+            all that the pipeline's own search may return, under its filter. ``"any"``: also whatever a search
+            of ours returns, in the drafter's prompt (bypasses filters and tenants).
         chunk_tokens: Size of the pieces that a prompt without a store is cut into, in tokens.
         compression: RAPID's lambda, context / retrieval.
         min_tokens: RAPID's least retrieved tokens.
@@ -347,7 +348,7 @@ class RetrievalConfig:
 
     k: int = 16
     timeout_s: float = 2.0
-    store_policy: StorePolicy = "prompt"
+    store_policy: StorePolicy = "store"
     chunk_tokens: int = 128
     compression: float = 24.0
     min_tokens: int = 4096
@@ -360,10 +361,10 @@ class RetrievalConfig:
         check_value(self.k >= 1, "k", self.k, "at least 1")
         check_value(self.timeout_s > 0, "timeout_s", self.timeout_s, "positive")
         check_value(
-            self.store_policy in ("prompt", "any"),
+            self.store_policy in get_args(StorePolicy),
             "store_policy",
             self.store_policy,
-            "'prompt' or 'any'",
+            "'prompt', 'store' or 'any'",
         )
         check_value(self.chunk_tokens >= 16, "chunk_tokens", self.chunk_tokens, "at least 16")
         check_value(self.compression >= 1, "compression", self.compression, "at least 1")

@@ -252,6 +252,8 @@ class DraftContext:
         top_k: 0 is off.
         seed: Seed of the drafter's own sampling.
         wants_logits: Knowledge transfer is on: drafts must have ``Draft.logits``.
+        source: The pipeline's store, if all that it returns may be drafted from.
+        filter: Of the pipeline's own searches in it.
         grammar: The grammar's initial state, owned by the session, which advances it over what it
             observes. Optional to use: tokens that the grammar forbids are cut from drafts.
     """
@@ -264,4 +266,6 @@ class DraftContext:
     top_k: int = 0
     seed: int = 0
     wants_logits: bool = False
+    source: object = None
+    filter: Any = None
     grammar: GrammarState | None = None

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rasd_integrations.drafters.cascade import CascadeDrafter
     from rasd_integrations.drafters.datastore import DatastoreDrafter
     from rasd_integrations.drafters.fused import FusedDrafter
+    from rasd_integrations.drafters.memory import AnswersDrafter, CollectionDrafter
     from rasd_integrations.drafters.model import ModelDrafter
     from rasd_integrations.drafters.papers.dense import DenseDrafter
     from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from rasd_integrations.drafters.suffix import SuffixDrafter
 
 _LAZY = {
+    "AnswersDrafter": "memory",
     "CascadeDrafter": "cascade",
+    "CollectionDrafter": "memory",
     "DatastoreDrafter": "datastore",
     "DenseDrafter": "papers.dense",
     "DraftSession": "base",
@@ -35,7 +38,9 @@ _LAZY = {
 }
 
 __all__ = [
+    "AnswersDrafter",
     "CascadeDrafter",
+    "CollectionDrafter",
     "DatastoreDrafter",
     "DenseDrafter",
     "DraftSession",

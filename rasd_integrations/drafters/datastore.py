@@ -7,14 +7,13 @@ is its most probable tree. No model, no training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import comb
 
 from rasd_integrations.config import check_value
-from rasd_integrations.datastores.tokens.encoding import SEPARATOR
-from rasd_integrations.datastores.tokens.shard import MAX_MATCH, continuations
+from rasd_integrations.datastores.tokens.shard import MAX_MATCH
 from rasd_integrations.datastores.tokens.store import TokenStore
 from rasd_integrations.drafters.base import Drafter, DraftSession
-from rasd_integrations.drafters.tree import Tree, grow_trie
+from rasd_integrations.drafters.lookup import look_up
+from rasd_integrations.drafters.tree import Tree
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
@@ -127,21 +126,12 @@ class DatastoreSession(DraftSession):
         if budget < 1:
             return (), (), ()
         context = [*self._prompt, *self._answer[-MAX_MATCH:], *extra]
-        length, rows = continuations(
+        return look_up(
             [shard for store in drafter.stores for shard in store.shards],
             context,
+            budget,
             min_match=drafter.min_match,
             most_rows=drafter.max_rows,
-            depth=budget,
-        )
-        # A step is right n times of n + 3 after n matching tokens, drafted ones included: over SmolLM2's greedy answers
-        # to L-Eval (2700 tokens) this predicts acceptance to 0.15; n / (n + 1) is up to five times too sure.
-        return grow_trie(
-            rows,
-            [1.0] * len(rows),
-            lambda depth: comb(length + 2, 3) / comb(length + depth + 2, 3),
-            budget,
-            drafter.min_probability,
-            width=None if tree else 1,
-            end=SEPARATOR,
+            min_probability=drafter.min_probability,
+            tree=tree,
         )

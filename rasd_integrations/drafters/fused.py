@@ -2,7 +2,8 @@
 
 Every part proposes and the drafts are merged by common prefix, so that a token that two agree on is verified once.
 The budget goes to the nodes with the highest calibrated probabilities. The committed tokens calibrate every proposed
-node, verified or not; a part whose drafts cost more time than they save is paused.
+node, verified or not; a part whose drafts cost more time than they save is paused. Parts are asked in turn, until the
+draft is sure to go on for some tokens: where an answer copies its prompt, only the first part is asked.
 
 A model among the parts drafts greedily, whatever the sampling distribution: the tree is then a function of the
 context, and the token sampled from the target at each node decides, which is exact at any temperature.
@@ -26,6 +27,8 @@ from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
+_SURE, _SURE_DEPTH = 0.6, 4  # a path of so many tokens of this probability needs no further part
+
 
 @dataclass(frozen=True, slots=True)
 class _Record:
@@ -43,6 +46,7 @@ class _Part:
         self.calibration = deepcopy(record.calibration)
         self.allowance = Allowance(record.allowance)
         self.draft = Draft()
+        self.node_probs: Sequence[float] = ()
         self.was_asked = False  # for the current draft
         self.has_drafted = False
         self.seconds = 0.0  # spent on the current draft
@@ -57,7 +61,14 @@ class _Part:
         if self.was_asked:
             started = time.perf_counter()
             self.draft = self.session.propose(budget)
+            self.node_probs = self.calibration.node_probs(self.draft)
             self.seconds = time.perf_counter() - started
+
+    @property
+    def is_sure(self) -> bool:
+        """True if the draft has a likely path: no two children of a node have more than half of its probability."""
+        likely = sum(p >= _SURE for p in self.node_probs)
+        return likely >= _SURE_DEPTH
 
     def learn(self, draft: Draft, logits: Tensor) -> None:
         """Forward the target's logits, unless the part is paused."""
@@ -68,7 +79,7 @@ class _Part:
 
     def observe(self, block: TokenBlock) -> None:
         """Forward what was committed."""
-        self.draft, self.was_asked, self.seconds = Draft(), False, 0.0
+        self.draft, self.node_probs, self.was_asked, self.seconds = Draft(), (), False, 0.0
         self.session.observe(block)
 
     def account(self, gained: float, step_s: float) -> None:
@@ -100,6 +111,8 @@ class FusedSession(DraftSession):
         """Return the most likely nodes of all parts' drafts together, best first."""
         for part in self._parts:
             part.ask(budget)
+            if part.is_sure:
+                break
         first = None if self._model is None else _first_tokens_of(self._model, self._drafter.top_k)
         tree = _Tree(self._drafter.name)
         for part in self._parts:
@@ -202,7 +215,7 @@ class _Tree:
         """
         draft = part.draft
         sources = draft.sources or (draft.source or self._name,) * len(draft)
-        probs = part.calibration.node_probs(draft)
+        probs = part.node_probs
         merged: list[int | None] = []
         for node, (parent, token) in enumerate(zip(draft.parent_of, draft.token_ids, strict=True)):
             up = -1 if parent < 0 else merged[parent]

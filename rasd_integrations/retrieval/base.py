@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +33,22 @@ class ChunkSource(Protocol):
 
     def fingerprint(self) -> str:
         """Return a cheap, best-effort identity of the store's content, for cache keys."""
+        ...
+
+
+@runtime_checkable
+class ReadableSource(Protocol):
+    """A chunk source whose chunks can be listed, so that drafts may come from all of them."""
+
+    def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
+        """Return a key of each chunk that a search under ``filter`` may find, the newest last.
+
+        Of more than ``most`` the newest. A key stands for one text if the store can tell that a text was replaced.
+        """
+        ...
+
+    def read(self, keys: Sequence[Hashable], *, filter: Any = None) -> Mapping[Hashable, str]:
+        """Return the texts of ``keys``, but of those that a search under ``filter`` finds no longer."""
         ...
 
 
@@ -98,6 +114,30 @@ class JoinedSource:
         """Return the document from the first source that knows it."""
         found = (source.document(chunk, filter=filter) for source in self._sources)
         return next((chunks for chunks in found if chunks), [])
+
+    def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
+        """Return the keys of those sources that can be listed, each with its source's number."""
+        found = [
+            (number, key)
+            for number, source in enumerate(self._sources)
+            if isinstance(source, ReadableSource)
+            for key in source.keys(most, filter=filter)
+        ]
+        return found[-most:]
+
+    def read(self, keys: Sequence[Hashable], *, filter: Any = None) -> Mapping[Hashable, str]:
+        """Return the texts of these sources' chunks."""
+        own: dict[int, list[Hashable]] = {}
+        for pair in keys:
+            if isinstance(pair, tuple):  # as made above
+                own.setdefault(pair[0], []).append(pair[1])
+        found: dict[Hashable, str] = {}
+        for number, part in own.items():
+            source = self._sources[number]
+            if isinstance(source, ReadableSource):
+                texts = source.read(part, filter=filter)
+                found |= {(number, key): text for key, text in texts.items()}
+        return found
 
     def fingerprint(self) -> str:
         """Return the sources' fingerprints, joined."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from rasd_integrations.errors import RetrievalError
@@ -17,7 +17,10 @@ _INCLUDE = ["documents", "metadatas"]
 
 
 class ChromaDocuments:
-    """Whole documents of a collection, read by its own ``where`` filter; it is never scanned."""
+    """The chunks of a collection, read by its own ``where`` filter.
+
+    A text that is replaced under its id keeps its key.
+    """
 
     def __init__(self, collection: Callable[[], Any]) -> None:
         """Read from what ``collection()`` returns: a framework may exchange it (a reset)."""
@@ -40,6 +43,20 @@ class ChromaDocuments:
             )
 
         return document_of(chunk, fetch, find)
+
+    def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
+        """Return the ids of the newest chunks; of those that pass a filter the oldest, if there are more."""
+        collection = self._collection()
+        start = 0 if filter else max(collection.count() - most, 0)
+        found = collection.get(where=filter or None, limit=most, offset=start, include=[])
+        ids: list[str] = found["ids"]
+        return ids
+
+    def read(self, keys: Sequence[Hashable], *, filter: Any = None) -> Mapping[Hashable, str]:
+        """Return the texts of these ids."""
+        found = self._collection().get(ids=list(keys), where=filter or None, include=["documents"])
+        pairs = zip(found["ids"], found["documents"], strict=True)
+        return {name: text for name, text in pairs if isinstance(text, str)}
 
     def fingerprint(self) -> str:
         """Return the collection's id and size, and a hash of the ids if there are not too many."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,18 @@ class LangChainSource:
         if self._documents is None:
             return []
         return self._documents.document(chunk, filter=filter or self._filter)
+
+    def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
+        """Return the keys of a store that is known; none if an option narrows its searches by more than a filter."""
+        if self._documents is None or self._options:
+            return ()
+        return self._documents.keys(most, filter=filter or self._filter)
+
+    def read(self, keys: Sequence[Hashable], *, filter: Any = None) -> Mapping[Hashable, str]:
+        """Return the texts of these chunks."""
+        if self._documents is None:
+            return {}
+        return self._documents.read(keys, filter=filter or self._filter)
 
     def fingerprint(self) -> str:
         """Return the store's class with its size and a hash of its ids, if it tells them."""

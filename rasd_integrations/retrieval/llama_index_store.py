@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rasd_integrations.errors import RetrievalError
@@ -84,6 +84,31 @@ class LlamaIndexSource:
         filters = filter or self._filters
         read = self._stored_document if self._holds_text else self._held_document
         return [c for c in read(chunk, filters) if self._allows(c)]
+
+    def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
+        """Return ids of a Chroma collection, the texts themselves of any other store and of searches with filters."""
+        filters = filter or self._filters
+        if (chroma := self._whole_collection(filters)) is not None:
+            return chroma.keys(most)
+        if not self._holds_text:
+            chunks = self._memory.chunks(filter=filters)
+        else:
+            chunks = ranked(self._store.get_nodes(None, filters=filters))
+        return [chunk.text for chunk in chunks if self._allows(chunk)][-most:]
+
+    def read(self, keys: Sequence[Hashable], *, filter: Any = None) -> Mapping[Hashable, str]:
+        """Return the texts of these chunks."""
+        if (chroma := self._whole_collection(filter or self._filters)) is not None:
+            return chroma.read(keys)
+        return self._memory.read(keys)
+
+    def _whole_collection(self, filters: Any) -> ChromaDocuments | None:
+        """Return the Chroma collection that is searched, unless only a part of it is."""
+        if filters or self._node_ids or self._doc_ids or not self._holds_text:
+            return None
+        client = self._store.client
+        is_chroma = hasattr(client, "count") and hasattr(client, "id")
+        return ChromaDocuments(lambda: client) if is_chroma else None
 
     def fingerprint(self) -> str:
         """Return the store's class with a hash of its nodes' ids, or with the collection's size."""

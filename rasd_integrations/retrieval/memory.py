@@ -6,7 +6,7 @@ import math
 import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -64,7 +64,8 @@ class MemoryDocuments:
             version: Of the chunks.
             predicate: Turns the store's filter into a function of a chunk.
         """
-        self._index = Cached(lambda: _grouped(load()), version)
+        self._chunks = Cached(lambda: list(load()), version)
+        self._index = Cached(lambda: _grouped(self._chunks.get()), version)
         self._predicate = predicate
 
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
@@ -79,6 +80,21 @@ class MemoryDocuments:
             return [c for c in groups.get((key, value), ()) if allowed(c)]
 
         return document_of(chunk, fetch, find)
+
+    def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
+        """Return the texts of the chunks that pass ``filter``: they are in memory, and so their own keys."""
+        return [chunk.text for chunk in self.chunks(filter=filter)][-most:]
+
+    def chunks(self, *, filter: Any = None) -> list[Chunk]:
+        """Return the chunks that pass ``filter``, in store order."""
+        allowed = self._predicate(filter)
+        return [chunk for chunk in self._chunks.get() if allowed(chunk)]
+
+    @staticmethod
+    def read(keys: Sequence[Hashable], *, filter: Any = None) -> Mapping[Hashable, str]:
+        """Return the keys, which are the texts."""
+        del filter
+        return {key: key for key in keys if isinstance(key, str)}
 
 
 class ListSource:
@@ -103,6 +119,14 @@ class ListSource:
     def document(self, chunk: Chunk, *, filter: Any = None) -> list[Chunk]:
         """Return the chunks with the same source; empty for bare texts, which name none."""
         return self._documents.document(chunk, filter=filter)
+
+    def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
+        """Return the texts of the chunks that pass ``filter``."""
+        return self._documents.keys(most, filter=filter)
+
+    def read(self, keys: Sequence[Hashable], *, filter: Any = None) -> Mapping[Hashable, str]:
+        """Return the keys, which are the texts."""
+        return self._documents.read(keys, filter=filter)
 
     def fingerprint(self) -> str:
         """Return a hash of the texts."""

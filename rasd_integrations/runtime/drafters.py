@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rasd_integrations.config import CacheDir, ExecutorName
+from rasd_integrations.datastores.memory import Memory
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.fused import FusedDrafter
+from rasd_integrations.drafters.memory import AnswersDrafter, CollectionDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.papers.translated import TranslatedDrafter, Translation
 from rasd_integrations.drafters.recycling import RecyclingDrafter
@@ -49,6 +51,7 @@ def make_drafter(
     cache_bytes: int,
     kept: CacheDir,
     namespace: str = "",
+    memory: Memory | None = None,
 ) -> Drafter | None:
     """Make the drafter that ``spec`` names.
 
@@ -60,6 +63,7 @@ def make_drafter(
         cache_bytes: Most memory for the drafter model's prefix cache.
         kept: Where its prefixes are kept on disk, if a folder is named.
         namespace: Of these.
+        memory: What "auto" also drafts from.
 
     Raises:
         VocabularyMismatchError: The drafter model has another vocabulary, which cannot be translated, or
@@ -76,7 +80,7 @@ def make_drafter(
         cache = drafter_model.new_cache(cache_bytes, kept)
         return _translated(target, drafter_model, cache, namespace)
     if drafter_model is None and spec == "auto" and lossless:
-        return FusedDrafter(_free_parts(target.target))
+        return FusedDrafter(_free_parts(target.target, memory))
     own = drafter_model or target
     model = ModelDrafter(
         own.target,
@@ -87,16 +91,18 @@ def make_drafter(
     )
     cascade = CascadeDrafter(model, SuffixDrafter())
     return (
-        FusedDrafter(_free_parts(target.target), cascade)
+        FusedDrafter(_free_parts(target.target, memory), cascade)
         if spec == "auto" and lossless
         else cascade
     )
 
 
-def _free_parts(target: TargetModel) -> list[Drafter]:
-    """Return the parts of "auto", which use the prompt only (ADR 9)."""
+def _free_parts(target: TargetModel, memory: Memory | None) -> list[Drafter]:
+    """Return the parts of "auto" that run no model (ADR 9)."""
+    known = [] if memory is None else [AnswersDrafter(memory), CollectionDrafter(memory)]
     # On a CPU the prompt's own candidates cost more than they save beside the tree.
-    return [SuffixDrafter(tree=True), RecyclingDrafter(prompt=target.device.type != "cpu")]
+    recycling = RecyclingDrafter(prompt=target.device.type != "cpu")
+    return [SuffixDrafter(tree=True), *known, recycling]
 
 
 def vocabulary_difference(target: SharedModel, drafter: SharedModel) -> str | None:

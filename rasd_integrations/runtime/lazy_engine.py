@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from rasd_integrations.text.prompt.template import ChatTemplate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rasd_integrations.datastores.memory import Memory
     from rasd_integrations.decoding.decoder import SpeculativeDecoder
     from rasd_integrations.runtime.models import SharedModel
 
@@ -41,6 +43,7 @@ class EngineOptions:
     prefix_cache_bytes: int
     kept: CacheDir
     namespace: str
+    memory: bool
 
 
 def name_of(model: PreTrainedModel) -> str:
@@ -53,11 +56,13 @@ class LazyEngine:
 
     Attributes:
         options: What to load, and how.
+        memory: What is drafted from besides the prompt, if that is wanted and the model is loaded.
     """
 
     def __init__(self, options: EngineOptions) -> None:
         """Load nothing."""
         self.options = options
+        self.memory: Memory | None = None
         self._weights: dict[str, str] = {}
         self._taken = False
         self._lock = threading.RLock()
@@ -108,6 +113,7 @@ class LazyEngine:
         with self._lock:
             self._closed = True
             self._decoder = self._template = self._shared = self._drafter_model = None
+            self.memory = None
 
     def check_open(self) -> None:
         """Raise if it was closed or loaded before a fork; takes no lock, as a fork may leave it held.
@@ -140,10 +146,8 @@ class LazyEngine:
             self.check_open()
             if self._decoder is None:
                 # Here, not above: torch and transformers are imported when a model is.
-                from rasd_integrations.decoding.decoder import SpeculativeDecoder
-                from rasd_integrations.decoding.steps import FixedSteps
                 from rasd_integrations.loading import check_device
-                from rasd_integrations.runtime.drafters import make_drafter, named_drafter_model
+                from rasd_integrations.runtime.drafters import named_drafter_model
                 from rasd_integrations.runtime.models import shared_model
 
                 own = self.options
@@ -156,24 +160,40 @@ class LazyEngine:
                 self._drafter_model = self._drafter_model or named_drafter_model(
                     own.drafter, own.model_kwargs, own.drafter_device, own.executor, own.kept.path
                 )
-                self._decoder = SpeculativeDecoder(
-                    self._shared.target,
-                    make_drafter(
-                        own.drafter,
-                        self._shared,
-                        self._drafter_model,
-                        lossless=own.speculation.lossless,
-                        cache_bytes=own.prefix_cache_bytes // 4,
-                        kept=own.kept,
-                        namespace=own.namespace,
-                    ),
-                    config=own.speculation,
-                    prefix_cache=self._shared.prefix_cache(
-                        own.prefix_cache_bytes, own.kept, deterministic=own.deterministic
-                    ),
-                    steps=FixedSteps(self._shared.target) if own.deterministic else None,
-                )
+                self.memory = self._shared.memories.of(own.namespace) if own.memory else None
+                make = partial(self._new_decoder, self._shared)
+                # What "auto" learns outlives this object; other drafters hold models of their own.
+                learns = own.drafter == "auto" and self._drafter_model is None
+                key = (
+                    own.speculation, own.prefix_cache_bytes, own.kept, own.deterministic, own.namespace, self.memory,
+                )  # fmt: skip
+                self._decoder = self._shared.decoder(key, make) if learns else make()
             return self._decoder
+
+    def _new_decoder(self, shared: SharedModel) -> SpeculativeDecoder:
+        from rasd_integrations.decoding.decoder import SpeculativeDecoder
+        from rasd_integrations.decoding.steps import FixedSteps
+        from rasd_integrations.runtime.drafters import make_drafter
+
+        own = self.options
+        return SpeculativeDecoder(
+            shared.target,
+            make_drafter(
+                own.drafter,
+                shared,
+                self._drafter_model,
+                lossless=own.speculation.lossless,
+                cache_bytes=own.prefix_cache_bytes // 4,
+                kept=own.kept,
+                namespace=own.namespace,
+                memory=self.memory,
+            ),
+            config=own.speculation,
+            prefix_cache=shared.prefix_cache(
+                own.prefix_cache_bytes, own.kept, deterministic=own.deterministic
+            ),
+            steps=FixedSteps(shared.target) if own.deterministic else None,
+        )
 
     def check_can_warm(self) -> None:
         """Raise ``ConfigurationError`` if what is warmed must be kept on disk and cannot be."""

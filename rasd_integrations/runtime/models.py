@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Hashable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rasd_integrations.config import CacheDir, ExecutorName
+from rasd_integrations.datastores.memory import Memories
+from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.decoding.steps import roundings
 from rasd_integrations.drafters.papers.vocabulary import Vocabulary
 from rasd_integrations.engine.executors.base import Executor
@@ -34,6 +37,8 @@ from rasd_integrations.storage.cache_folder import cache_folder, title_of
 
 _NOWHERE = CacheDir()
 
+_MOST_DECODERS = 64  # of a model, the last used
+
 
 class SharedModel:
     """One model's weights, its tokenizer and its prefix caches.
@@ -42,6 +47,7 @@ class SharedModel:
         target: The weights, ready for steps.
         tokenizer: The model's own.
         name: What the model was loaded from.
+        memories: What its answers are drafted from.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class SharedModel:
         """
         self.target = TargetModel(model, executor=executor)
         self.tokenizer = tokenizer
+        self.memories = Memories(tokenizer)
         self.name = name
         self._owned = owned
         # Eager steps use the model's own parameters; compiled and recorded steps have copies.
@@ -75,6 +82,7 @@ class SharedModel:
         self._shared_caches: dict[tuple[int, CacheDir, bool], PrefixCache] = {}
         self._caches: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
         self._lock = threading.RLock()
+        self._decoders: OrderedDict[Hashable, SpeculativeDecoder] = OrderedDict()
 
     @property
     def identity(self) -> ModelIdentity:
@@ -124,6 +132,16 @@ class SharedModel:
         """Return a value that must not change; the ids of parameters that the steps hold are never reused."""
         model = self.target.model
         return tuple(map(id, model.parameters())) if self._follows else weights_state(model)
+
+    def decoder(self, key: Hashable, make: Callable[[], SpeculativeDecoder]) -> SpeculativeDecoder:
+        """Return the decoder of the options ``key``, made once: it keeps what its drafter and schedule have learned."""
+        with self._lock:
+            if key not in self._decoders:
+                self._decoders[key] = make()
+            self._decoders.move_to_end(key)
+            while len(self._decoders) > _MOST_DECODERS:
+                self._decoders.popitem(last=False)
+            return self._decoders[key]
 
     def prefix_cache(
         self, max_bytes: int, kept: CacheDir = _NOWHERE, *, deterministic: bool = False

@@ -120,6 +120,7 @@ class Pipeline:
         retrieval: Limits of the drafter's prompt.
         context: What the target reads.
         namespace: Of the prefix cache.
+        store: All that it returns may be drafted from.
     """
 
     planner: PromptPlanner
@@ -129,6 +130,7 @@ class Pipeline:
     retrieval: RetrievalConfig
     context: ContextMode
     namespace: str
+    store: object
 
     def answer(
         self, request: Request, stats: DecodingStats, gate: Gate | None = None
@@ -161,7 +163,9 @@ class Pipeline:
         most = int(self.retrieval.gate_share * len(prompt_ids))
         context = DraftContext(prompt_ids=())
         if self._drafter(request) is not None:
+            own_filter = None if request.hints is None else request.hints.filter
             context = draft_context(template, plan, most, tools)
+            context = replace(context, source=self.store, filter=own_filter)
         note(plan, context, stats)
         stats.total_s += time.perf_counter() - started
         blocks = self.decoder.generate(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -76,6 +77,7 @@ class RASD:
         cache_dir: str | Path | None = None,
         prefix_disk_bytes: int | None = None,
         namespace: str = "",
+        memory: bool = True,
         **unknown: Any,
     ) -> None:
         """Check the options; load nothing. The first call loads, or :meth:`ensure_loaded`.
@@ -98,7 +100,8 @@ class RASD:
             cache_dir: Folder for all that later processes find again; ``None``: the user's cache folder, for
                 converted and compiled models only.
             prefix_disk_bytes: Most that warmed documents may take there, of all models together; 32 GiB by default.
-            namespace: Keys and values are shared only within a namespace.
+            namespace: Keys and values, and what is drafted from, are shared only within a namespace.
+            memory: Draft from the store's texts and from earlier answers.
             **unknown: Refused, with the nearest valid name.
 
         Raises:
@@ -135,6 +138,7 @@ class RASD:
                 prefix_cache_bytes=prefix_cache_bytes,
                 kept=CacheDir.of(cache_dir, prefix_disk_bytes),
                 namespace=namespace,
+                memory=memory,
             )
         )
         self._source: GuardedSource | None = None
@@ -344,6 +348,14 @@ class RASD:
             self._engine.check_can_warm()
             self._pipeline().warm(documents, progress)
 
+    def forget(self, text: str | None = None) -> int:
+        """Forget the earlier answers of this namespace, or those that hold ``text``; return how many.
+
+        A text of the store is not drafted from again either, until it is in another store.
+        """
+        memory = self._engine.memory
+        return 0 if memory is None else memory.forget(text)
+
     def clear_cache(self) -> None:
         """Drop the keys and values of earlier prompts from memory, for all who share these weights.
 
@@ -357,7 +369,14 @@ class RASD:
             planner=self._prompts(), template=self._engine.template(), decoder=self._engine.decoder(),
             speculation=self._engine.options.speculation, retrieval=self._retrieval,
             context=self._context, namespace=self._engine.options.namespace,
+            store=self._listed_store(),
         )  # fmt: skip
+
+    def _listed_store(self) -> object:
+        """Return the store, if all that it returns may be drafted from."""
+        source = self._source
+        may = self._retrieval.store_policy != "prompt" and self._engine.options.memory
+        return source.source if source is not None and may else None
 
     def _gated(
         self, request: Request, cancelled: Callable[[], bool] = has_left
@@ -381,8 +400,10 @@ class RASD:
     def _counted(
         self, chunks: Generator[TextDelta, None, None], stats: DecodingStats
     ) -> Generator[TextDelta, None, None]:
+        memory = self._engine.memory
         try:
-            yield from each_at_work(chunks)
+            with nullcontext() if memory is None else memory.quiet.answer():
+                yield from each_at_work(chunks)
         finally:
             self._count(stats)
 

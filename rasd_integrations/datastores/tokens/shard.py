@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -110,6 +110,13 @@ class Shard:
         """Tokens of the chunks that were not removed."""
         return int(self.lengths[self.alive].sum())
 
+    def rows(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield key and ids of each chunk that was not removed."""
+        for key, start, size in zip(
+            self.keys[self.alive], self.starts[self.alive], self.lengths[self.alive], strict=True
+        ):
+            yield int(key), self.text[start : start + size][::-1].tolist()
+
     def without(self, dead: NDArray[np.bool_]) -> Shard:
         """Return the shard with ``dead`` chunks marked as removed; the arrays are shared."""
         return replace(self, alive=self.alive & ~dead)
@@ -202,6 +209,18 @@ def continuations(
             return length, rows
         length -= 1  # all of these chunks are removed
     return 0, []
+
+
+def found_in(shards: Iterable[Shard], context: Sequence[int], length: int) -> int | None:
+    """Return the key of a chunk that holds the last ``length`` tokens of ``context``; ``None`` if none does."""
+    query = reversed_context(context[-length:])
+    for shard in shards:
+        first, end = shard.matches(query)
+        for position in shard.order[first:end].tolist():
+            chunk = int(np.searchsorted(shard.starts, position, side="right")) - 1
+            if shard.alive[chunk]:
+                return int(shard.keys[chunk])
+    return None
 
 
 def _sorted_positions(text: Ids) -> Ids:

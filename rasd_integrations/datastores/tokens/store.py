@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,11 @@ class TokenStore:
     def __contains__(self, text: object) -> bool:
         """Return True if a text, chunk or key is present."""
         return bool(_held(self.shards, keys_of(text)))
+
+    def rows(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield key and ids of each text, the oldest first."""
+        for shard in self.shards:
+            yield from shard.rows()
 
     def add(self, texts: Any, *, progress: Callable[[int], object] | None = None) -> int:
         """Add texts that are not present yet; return the number of new ones.

@@ -1,0 +1,104 @@
+"""What the answers of one model are drafted from, by namespace."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from rasd_integrations.datastores.memory.answers import Answers
+from rasd_integrations.datastores.memory.collection import Collection
+from rasd_integrations.datastores.memory.quiet import Quiet
+from rasd_integrations.datastores.tokens.shard import Shard
+from rasd_integrations.process import locked
+from rasd_integrations.retrieval.base import ReadableSource
+
+_MOST_ANSWER_TOKENS = 1_000_000
+# Of a model, the last used.
+_MOST_NAMESPACES = 64
+_MOST_COLLECTIONS = 8
+
+
+class Memory:
+    """The collection of each store and filter, and the answers given before, of one namespace.
+
+    Thread-safe.
+
+    Attributes:
+        answers: The answers given before.
+        quiet: Counts the running answers of all namespaces.
+    """
+
+    def __init__(self, tokenizer: Any, quiet: Quiet) -> None:
+        """Hold nothing yet; ``tokenizer`` is the target's."""
+        self.quiet = quiet
+        self.answers = Answers(tokenizer, _MOST_ANSWER_TOKENS)
+        self._tokenizer = tokenizer
+        self._lock = threading.RLock()
+        self._collections: OrderedDict[tuple[int, str], Collection] = OrderedDict()
+
+    def collection(self, source: object, filter: Any) -> Callable[[], tuple[Shard, ...]]:
+        """Return a function that returns the texts that one answer may be drafted from now.
+
+        They are none until the source has been asked what it still holds; then, what was read of it until now.
+
+        Args:
+            source: The pipeline's store, if its chunks may be drafted from; one that cannot be listed has no texts.
+            filter: Of the pipeline's own search.
+        """
+        if not isinstance(source, ReadableSource):
+            return tuple
+        known = self._collection(source, filter)
+        return partial(known.shards, known.check())
+
+    @locked
+    def forget(self, text: str | None = None) -> int:
+        """Forget all, or a text of the collection and every answer that holds it; return how many answers."""
+        if text is None:
+            self._collections.clear()
+            keys = [key for key, _ in self.answers.store.rows()]
+        else:
+            for collection in self._collections.values():
+                collection.forget(text)
+            keys = [
+                key
+                for key, ids in self.answers.store.rows()
+                if text in self._tokenizer.decode(ids, skip_special_tokens=False)
+            ]
+        self.answers.remove(keys)
+        return len(keys)
+
+    @locked
+    def _collection(self, source: ReadableSource, filter: Any) -> Collection:
+        key = id(source), repr(filter)
+        known = self._collections.get(key)
+        if known is None or known.source is not source:
+            known = Collection(source, filter, self._tokenizer, self.quiet)
+            self._collections[key] = known
+        self._collections.move_to_end(key)
+        while len(self._collections) > _MOST_COLLECTIONS:
+            self._collections.popitem(last=False)
+        return known
+
+
+class Memories:
+    """The memory of each namespace, the last used ones."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Hold none yet; ``tokenizer`` is the target's."""
+        self._tokenizer = tokenizer
+        self._quiet = Quiet()
+        self._lock = threading.RLock()
+        self._held: OrderedDict[str, Memory] = OrderedDict()
+
+    @locked
+    def of(self, namespace: str) -> Memory:
+        """Return a namespace's memory."""
+        if namespace not in self._held:
+            self._held[namespace] = Memory(self._tokenizer, self._quiet)
+        self._held.move_to_end(namespace)
+        while len(self._held) > _MOST_NAMESPACES:
+            self._held.popitem(last=False)
+        return self._held[namespace]
