@@ -63,6 +63,12 @@ def check_engine(
         raise ConfigurationError(msg)
 
 
+def check_memory(memory: object) -> None:
+    """Raise ``ConfigurationError`` unless ``memory`` is True, False or a folder's path."""
+    fits = isinstance(memory, bool | Path) or (isinstance(memory, str) and memory.strip())
+    check_value(bool(fits), "memory", memory, "True, False, or the path of a folder")
+
+
 def check_model_name(model: object, where: str) -> None:
     """Raise ``ConfigurationError`` unless ``model`` is a non-empty text or a path.
 

@@ -175,7 +175,14 @@ class FrameworkModel(BaseModel, ABC):
     prefix_disk_bytes: int | None = _engine(
         None, "Most that the KV of what warm() read may take in cache_dir; None: 32 GiB."
     )
-    namespace: str = _engine("", "KV is reused only within a namespace.")
+    namespace: str = _engine(
+        "", "KV is reused, and answers are drafted from, only within a namespace."
+    )
+    memory: bool | str | Path = _engine(
+        True,
+        "Draft from the store's texts and from earlier answers: True (in this process), False, or a folder that keeps "
+        "them for later ones.",
+    )
 
     _rasd: RASD = PrivateAttr()
 
@@ -261,6 +268,10 @@ class FrameworkModel(BaseModel, ABC):
     def clear_cache(self) -> None:
         """Drop the KV of earlier prompts from memory, for all who share these weights."""
         self._rasd.clear_cache()
+
+    def forget(self, text: str | None = None) -> int:
+        """Forget the earlier answers of this namespace, or those that hold ``text``; return how many."""
+        return self._rasd.forget(text)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

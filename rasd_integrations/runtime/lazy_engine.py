@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rasd_integrations.config import (
     CacheDir,
+    ContextMode,
     ExecutorName,
     SamplingParams,
     SpeculationConfig,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from rasd_integrations.datastores.memory import Memory
     from rasd_integrations.decoding.decoder import SpeculativeDecoder
+    from rasd_integrations.retrieval import GuardedSource
     from rasd_integrations.runtime.models import SharedModel
 
 
@@ -43,7 +45,7 @@ class EngineOptions:
     prefix_cache_bytes: int
     kept: CacheDir
     namespace: str
-    memory: bool
+    memory: bool | str | Path
 
 
 def name_of(model: PreTrainedModel) -> str:
@@ -100,6 +102,29 @@ class LazyEngine:
             if drafter is not None:
                 self._weights["drafter_weights"] = drafter.fingerprint
         return self._weights
+
+    def identity(self, context: ContextMode, source: GuardedSource | None) -> dict[str, Any]:
+        """Return all that affects the output besides prompt and sampling; see :attr:`RASD.identity`."""
+        own, speculation, weights = self.options, self.options.speculation, self.weights
+        out: dict[str, Any] = {
+            "model": own.model,
+            "context": context,
+            "kv8": own.executor == "openvino-kv8",
+            "deterministic": own.deterministic,
+            "knowledge_transfer": speculation.knowledge_transfer,
+            "mixture": speculation.mixture,
+            "chat_template_kwargs": {k: repr(v) for k, v in sorted(own.template_kwargs.items())},
+        }
+        # Drafter and store are part of it only if they may change what is said.
+        if speculation.lossless:
+            out |= {name: digest for name, digest in weights.items() if name == "weights"}
+        else:
+            drafter = own.drafter
+            named = isinstance(drafter, str | Path)
+            out |= {**weights, "drafter": str(drafter) if named else type(drafter).__name__}
+        if source is not None and not (speculation.lossless and context == "prompt"):
+            out["store"] = source.fingerprint()
+        return out
 
     def clear_caches(self) -> None:
         """Drop the prefix caches in memory."""
@@ -160,7 +185,9 @@ class LazyEngine:
                 self._drafter_model = self._drafter_model or named_drafter_model(
                     own.drafter, own.model_kwargs, own.drafter_device, own.executor, own.kept.path
                 )
-                self.memory = self._shared.memories.of(own.namespace) if own.memory else None
+                kept_in = None if isinstance(own.memory, bool) else own.memory
+                memories = self._shared.memories
+                self.memory = memories.of(own.namespace, kept_in) if own.memory else None
                 make = partial(self._new_decoder, self._shared)
                 # What "auto" learns outlives this object; other drafters hold models of their own.
                 learns = own.drafter == "auto" and self._drafter_model is None

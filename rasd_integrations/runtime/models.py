@@ -70,7 +70,7 @@ class SharedModel:
         """
         self.target = TargetModel(model, executor=executor)
         self.tokenizer = tokenizer
-        self.memories = Memories(tokenizer)
+        self.memories = Memories(tokenizer, name)
         self.name = name
         self._owned = owned
         # Eager steps use the model's own parameters; compiled and recorded steps have copies.

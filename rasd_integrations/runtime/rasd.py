@@ -25,6 +25,7 @@ from rasd_integrations.config import (
     SamplingParams,
     SpeculationConfig,
     check_engine,
+    check_memory,
     check_model_name,
     check_passed_on,
     reject_unknown,
@@ -77,7 +78,7 @@ class RASD:
         cache_dir: str | Path | None = None,
         prefix_disk_bytes: int | None = None,
         namespace: str = "",
-        memory: bool = True,
+        memory: bool | str | Path = True,
         **unknown: Any,
     ) -> None:
         """Check the options; load nothing. The first call loads, or :meth:`ensure_loaded`.
@@ -101,7 +102,8 @@ class RASD:
                 converted and compiled models only.
             prefix_disk_bytes: Most that warmed documents may take there, of all models together; 32 GiB by default.
             namespace: Keys and values, and what is drafted from, are shared only within a namespace.
-            memory: Draft from the store's texts and from earlier answers.
+            memory: Draft from the store's texts and from earlier answers, in this process; a folder keeps them for
+                later ones.
             **unknown: Refused, with the nearest valid name.
 
         Raises:
@@ -111,6 +113,7 @@ class RASD:
         known = set(signature(RASD.__init__).parameters) - {"self", "unknown"}
         reject_unknown(unknown, known, "RASD")
         check_model_name(model, "RASD")
+        check_memory(memory)
         check_passed_on("chat_template_kwargs", chat_template_kwargs or ())
         check_passed_on("model_kwargs", model_kwargs or ())
         check_template_options(chat_template_kwargs or {})
@@ -230,28 +233,7 @@ class RASD:
     @property
     def identity(self) -> dict[str, Any]:
         """All that affects the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
-        own, speculation, weights = (
-            self._engine.options, self._engine.options.speculation, self._engine.weights
-        )  # fmt: skip
-        out: dict[str, Any] = {
-            "model": self.model_name,
-            "context": self._context,
-            "kv8": own.executor == "openvino-kv8",
-            "deterministic": own.deterministic,
-            "knowledge_transfer": speculation.knowledge_transfer,
-            "mixture": speculation.mixture,
-            "chat_template_kwargs": {k: repr(v) for k, v in sorted(own.template_kwargs.items())},
-        }
-        # Drafter and store are part of it only if they may change what is said.
-        if speculation.lossless:
-            out |= {name: digest for name, digest in weights.items() if name == "weights"}
-        else:
-            drafter = own.drafter
-            named = isinstance(drafter, str | Path)
-            out |= {**weights, "drafter": str(drafter) if named else type(drafter).__name__}
-        if self._source is not None and not (speculation.lossless and self._context == "prompt"):
-            out["store"] = self._source.fingerprint()
-        return out
+        return self._engine.identity(self._context, self._source)
 
     @locked
     def _prompts(self) -> PromptPlanner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,6 +17,7 @@ from fakes import ScriptedDrafter
 from fakes_datastore import ids_store, random_ids
 from fakes_distributions import distance, outcomes
 from fakes_grammar import TableGrammar, banded
+from fakes_memory import FromSource, answers_drafter
 from fakes_vocabulary import translated_drafter
 from tiny import FAMILIES, VOCAB, tiny_llama
 
@@ -85,6 +86,11 @@ def store(truth: Sequence[int], vocab: int) -> TokenStore:
     return ids_store(spoiled, forked, random_ids(400, 8, vocab), list(truth[:17]))
 
 
+def texts(truth: Sequence[int], vocab: int) -> Iterable[list[int]]:
+    """Return the ids of :func:`store`'s texts."""
+    return (ids for _, ids in store(truth, vocab).rows())
+
+
 def fused(target: TargetModel, truth: Sequence[int]) -> FusedDrafter:
     vocab = target.vocab_size
     scripts = (
@@ -111,6 +117,8 @@ CASES = {
     "datastore chain": Case(
         lambda target, truth: DatastoreDrafter(store(truth, target.vocab_size), tree=False)
     ),
+    "answers": Case(lambda target, truth: answers_drafter(*texts(truth, target.vocab_size))),
+    "collection": Case(lambda target, truth: FromSource(*texts(truth, target.vocab_size))),
     "model": Case(lambda target, truth: model_drafter(target), samples=True),
     "self": Case(
         lambda target, truth: ModelDrafter(target, confidence=0.0), samples=True, slow=True

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from rasd_integrations.datastores.memory.answer_log import AnswerLog
 from rasd_integrations.datastores.tokens.encoding import as_ids, ids_key
 from rasd_integrations.datastores.tokens.shard import MAX_MATCH, found_in
 from rasd_integrations.datastores.tokens.store import TokenStore
@@ -23,22 +24,29 @@ class Answers:
     tokens of its prompt, from which its own first tokens are drafted.
     """
 
-    def __init__(self, encode: Any, max_tokens: int) -> None:
-        """Keep none yet; ``encode`` as for :class:`TokenStore`."""
+    def __init__(self, encode: Any, max_tokens: int, log: AnswerLog | None = None) -> None:
+        """Read the log's; ``encode`` as for :class:`TokenStore`."""
         self.store = TokenStore(encode)
         self.max_tokens = max_tokens
+        self._log = log
         self._lock = threading.RLock()
-        self._sizes: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # tokens by key, the most recently useful last
+        # Tokens by key, the most recently useful last.
+        self._sizes: OrderedDict[int, int] = OrderedDict()
+        rows = [] if log is None else log.read()
+        self.store.add_ids(rows)
+        self._sizes.update((ids_key(row), len(row)) for row in rows)
+        self._evict()
 
     @locked
     def add(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> None:
         """Add a finished answer."""
         self._note_use(answer_ids)
-        row = [*prompt_ids[-MAX_MATCH:], *answer_ids]
-        key = ids_key(as_ids(row))
-        self.store.add_ids([row])
+        row = as_ids([*prompt_ids[-MAX_MATCH:], *answer_ids])
+        key = ids_key(row)
+        if key not in self._sizes:
+            self.store.add_ids([row])
+            if self._log is not None:
+                self._log.append(row)
         self._sizes[key] = len(row)
         self._sizes.move_to_end(key)
         self._evict()
@@ -49,6 +57,8 @@ class Answers:
         for key in keys:
             self._sizes.pop(key, None)
         self.store.remove(keys)
+        if self._log is not None and keys:
+            self._log.remove({*keys})
 
     def _note_use(self, answer_ids: Sequence[int]) -> None:
         shards = self.store.shards
@@ -61,9 +71,9 @@ class Answers:
         total = sum(self._sizes.values())
         if total <= self.max_tokens:
             return
-        gone = []
+        gone: list[int] = []
         while total > _KEPT * self.max_tokens and len(self._sizes) > 1:
             key, size = self._sizes.popitem(last=False)
             gone.append(key)
             total -= size
-        self.store.remove(gone)
+        self.remove(gone)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import Counter
 from collections.abc import Hashable, Iterable
 from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any
 
 from rasd_integrations.datastores.memory.quiet import Quiet
-from rasd_integrations.datastores.tokens.encoding import chunk_key
+from rasd_integrations.datastores.tokens.encoding import Ids, as_ids, chunk_key
 from rasd_integrations.datastores.tokens.shard import Shard
 from rasd_integrations.datastores.tokens.store import TokenStore
+from rasd_integrations.errors import RetrievalError, StorageError
 from rasd_integrations.process import at_work, check_not_ending, locked
 from rasd_integrations.retrieval.base import ReadableSource
+from rasd_integrations.storage.marked import adding_to
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +37,29 @@ class Collection:
     check that began after it is done. A store that fails or hangs costs drafts only.
     """
 
-    def __init__(self, source: ReadableSource, filter: Any, encode: Any, quiet: Quiet) -> None:
-        """Read nothing before the first check; ``encode`` as for :class:`TokenStore`."""
+    def __init__(
+        self,
+        source: ReadableSource,
+        filter: Any,
+        encode: Any,
+        quiet: Quiet,
+        keep: tuple[Path, str] | None = None,
+    ) -> None:
+        """Read nothing before the first check.
+
+        Args:
+            source: The store.
+            filter: Of its searches.
+            encode: As for :class:`TokenStore`.
+            quiet: Counts the running answers.
+            keep: A file for the token ids, so that a later process need not encode the texts again, and the name of
+                the tokenizer's model.
+        """
         self.source = source
         self.store = TokenStore(encode)
+        self._encode = encode
+        self._keep = keep
+        self._known: dict[int, Ids] = {}  # ids that an earlier process kept, by key of the text
         self._filter = filter
         self._quiet = quiet
         self._lock = threading.Lock()
@@ -45,6 +68,7 @@ class Collection:
         self._forgotten: set[int] = set()  # keys of texts that may not be read again
         self._asked = self._checked = 0
         self._is_working = self._is_full = self._said = False
+        self._opened = self._unsaved = False
 
     @locked
     def check(self) -> int:
@@ -70,6 +94,7 @@ class Collection:
 
     def _work(self) -> None:
         try:
+            self._open()
             while self._goes_on():
                 with at_work(_HELD_S):
                     asked = self._asked
@@ -126,16 +151,40 @@ class Collection:
             self._quiet.wait()
             part = [*islice(left, _PIECE if self._quiet.is_quiet else _SMALL_PIECE)]
             if not part:
+                self._save()
                 return
             check_not_ending()
             with at_work(_HELD_S):
                 found = self.source.read(part, filter=self._filter)
                 known = {key: chunk_key(text) for key, text in found.items()}
-                self.store.add([t for k, t in found.items() if known[k] not in self._forgotten])
+                wanted = {known[k]: t for k, t in found.items() if known[k] not in self._forgotten}
+                self.store.add_encoded({k: self._known.pop(k) for k in wanted if k in self._known})
+                self.store.add([t for k, t in wanted.items() if k not in self.store])
+                self._unsaved = True
                 for key in part:  # also of what was gone meanwhile or holds no text, so that it is not asked for again
                     text = known.get(key, 0)
                     self._texts[key] = text
                     self._held[text] += 1
+
+    def _open(self) -> None:
+        if self._keep is None or self._opened:
+            return
+        self._opened = True
+        path, _ = self._keep
+        with contextlib.suppress(RetrievalError):  # none yet, damaged, or of another tokenizer
+            self._known = {
+                key: as_ids(ids) for key, ids in TokenStore.open(path, self._encode).rows()
+            }
+
+    def _save(self) -> None:
+        if self._keep is not None and self._unsaved:
+            self._unsaved = False
+            path, model = self._keep
+            try:
+                with adding_to(path.parent, "memory", model):
+                    self.store.save(path)
+            except StorageError as error:
+                self._report(f"not kept for later processes: {error}")
 
     def _report(self, what: str) -> None:
         if not self._said:

@@ -6,14 +6,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from rasd_integrations.datastores.memory.answer_log import AnswerLog
 from rasd_integrations.datastores.memory.answers import Answers
 from rasd_integrations.datastores.memory.collection import Collection
 from rasd_integrations.datastores.memory.quiet import Quiet
+from rasd_integrations.datastores.tokens.encoding import chunk_key, tokenizer_fingerprint
 from rasd_integrations.datastores.tokens.shard import Shard
 from rasd_integrations.process import locked
 from rasd_integrations.retrieval.base import ReadableSource
+from rasd_integrations.storage.cache_folder import cache_folder, title_of
 
 _MOST_ANSWER_TOKENS = 1_000_000
 # Of a model, the last used.
@@ -31,10 +35,21 @@ class Memory:
         quiet: Counts the running answers of all namespaces.
     """
 
-    def __init__(self, tokenizer: Any, quiet: Quiet) -> None:
-        """Hold nothing yet; ``tokenizer`` is the target's."""
+    def __init__(
+        self, tokenizer: Any, quiet: Quiet, folder: Path | None = None, model: str = ""
+    ) -> None:
+        """Hold what ``folder`` keeps.
+
+        Args:
+            tokenizer: The target's.
+            quiet: See :attr:`quiet`.
+            folder: Keeps the answers and the collections' token ids for later processes, if given.
+            model: The target's name, for people who list the folder.
+        """
         self.quiet = quiet
-        self.answers = Answers(tokenizer, _MOST_ANSWER_TOKENS)
+        self._folder, self._model = folder, title_of(model)
+        log = None if folder is None else AnswerLog(folder / "answers.rasd-memory", self._model)
+        self.answers = Answers(tokenizer, _MOST_ANSWER_TOKENS, log)
         self._tokenizer = tokenizer
         self._lock = threading.RLock()
         self._collections: OrderedDict[tuple[int, str], Collection] = OrderedDict()
@@ -75,7 +90,9 @@ class Memory:
         key = id(source), repr(filter)
         known = self._collections.get(key)
         if known is None or known.source is not source:
-            known = Collection(source, filter, self._tokenizer, self.quiet)
+            name = f"{chunk_key(f'{type(source).__name__} {filter!r}'):016x}.rasd-memory"
+            keep = None if self._folder is None else (self._folder / name, self._model)
+            known = Collection(source, filter, self._tokenizer, self.quiet, keep)
             self._collections[key] = known
         self._collections.move_to_end(key)
         while len(self._collections) > _MOST_COLLECTIONS:
@@ -86,19 +103,24 @@ class Memory:
 class Memories:
     """The memory of each namespace, the last used ones."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Hold none yet; ``tokenizer`` is the target's."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, model: str) -> None:
+        """Hold none yet; the tokenizer is the target's, whose name is ``model``."""
+        self._tokenizer, self._model = tokenizer, model
         self._quiet = Quiet()
         self._lock = threading.RLock()
-        self._held: OrderedDict[str, Memory] = OrderedDict()
+        self._held: OrderedDict[tuple[str, Path | None], Memory] = OrderedDict()
 
     @locked
-    def of(self, namespace: str) -> Memory:
-        """Return a namespace's memory."""
-        if namespace not in self._held:
-            self._held[namespace] = Memory(self._tokenizer, self._quiet)
-        self._held.move_to_end(namespace)
+    def of(self, namespace: str, cache_dir: str | Path | None = None) -> Memory:
+        """Return a namespace's memory, which is kept in ``cache_dir`` if given."""
+        folder = None
+        if cache_dir is not None:
+            name = f"{tokenizer_fingerprint(self._tokenizer)} {namespace}"
+            folder = cache_folder("memory", cache_dir) / f"{chunk_key(name):016x}"
+        key = namespace, folder
+        if key not in self._held:
+            self._held[key] = Memory(self._tokenizer, self._quiet, folder, self._model)
+        self._held.move_to_end(key)
         while len(self._held) > _MOST_NAMESPACES:
             self._held.popitem(last=False)
-        return self._held[namespace]
+        return self._held[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,11 @@ class TokenStore:
         """
         return self._add(texts, progress, set())
 
-    def add_ids(self, rows: Iterable[Sequence[int]]) -> int:
+    def add_encoded(self, rows: Mapping[int, Ids]) -> int:
+        """Add texts whose ids are known, by key (:func:`chunk_key`); return the number of new ones."""
+        return self._commit(rows)
+
+    def add_ids(self, rows: Iterable[Sequence[int] | Ids]) -> int:
         """Add token sequences without a text, such as answers; return the number of new ones."""
         ids = [as_ids(row) for row in rows]
         return self._commit({ids_key(row): row for row in ids})
@@ -190,7 +194,7 @@ class TokenStore:
                 progress(len(batch))
         return added + self._commit(pending)
 
-    def _commit(self, rows: dict[int, Ids]) -> int:
+    def _commit(self, rows: Mapping[int, Ids]) -> int:
         """Add ``rows`` (ids by key) of two tokens or more that are not present."""
         with self._lock:
             shards = self.shards
