@@ -28,6 +28,7 @@ OF_ENGINE: Mapping[str, list[Any]] = {
     "speculation": [{}, {"max_draft_tokens": 4}],
     "prefix_cache_bytes": [None, 0, 1 << 20],
     "namespace": ["", "tenant"],
+    "memory": [True, False],
     "executor": ["auto", "eager"],
 }
 OF_CALL: Mapping[str, list[Any]] = {
@@ -62,18 +63,24 @@ def option_set(seed: int, names: Mapping[str, list[Any]]) -> tuple[dict[str, Any
     return options, good
 
 
-def faults(make: Callable[..., Any], ask: Callable[..., Any], seeds: Iterable[int]) -> list[str]:
+def faults(
+    make: Callable[..., Any],
+    ask: Callable[..., Any],
+    seeds: Iterable[int],
+    of_call: Mapping[str, list[Any]] = OF_CALL,
+) -> list[str]:
     """Return what is wrong: foreign errors, and good options that are refused.
 
     Args:
         make: Makes an LLM of a constructor's options.
         ask: Asks it with a call's.
         seeds: One constructor and one call each.
+        of_call: Options of a call besides :data:`GOOD`.
     """
     found = []
     for seed in seeds:
         made, good_made = option_set(seed, {**GOOD, **OF_ENGINE})
-        called, good_called = option_set(seed + 10_000, {**GOOD, **OF_CALL})
+        called, good_called = option_set(seed + 10_000, {**GOOD, **of_call})
         try:
             ask(make(**made), **called)
         except RASDError as error:
