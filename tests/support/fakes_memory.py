@@ -72,7 +72,9 @@ def settled(memory: Memory, source: object, filter: Any = None, *, within: float
         time.sleep(0.002)
 
 
-def drafted(memory: Memory, ids: Sequence[int], source: object = None, filter: Any = None, *, n: int = 4):
+def drafted(
+    memory: Memory, ids: Sequence[int], source: object = None, filter: Any = None, *, n: int = 4
+):
     """Return the tokens that the collection proposes after ``ids``, once a new answer's check is done."""
     settled(memory, source, filter)
     context = DraftContext(prompt_ids=tuple(ids), source=source, filter=filter)

@@ -43,6 +43,8 @@ class Answers:
         self._note_use(answer_ids)
         row = as_ids([*prompt_ids[-MAX_MATCH:], *answer_ids])
         key = ids_key(row)
+        if len(row) < 2:  # nothing follows a single token
+            return
         if key not in self._sizes:
             self.store.add_ids([row])
             if self._log is not None:
