@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import struct
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -56,27 +55,34 @@ class AnswerLog:
 
     def append(self, ids: Ids) -> None:
         """Add an answer."""
-        with self._locked(), self.path.open("ab", buffering=0) as file:
-            file.write(_record(ids))
+
+        def write() -> None:
+            with self.path.open("ab", buffering=0) as file:
+                file.write(_record(ids))
+
+        self._locked(write)
 
     def remove(self, keys: Collection[int]) -> None:
         """Remove answers by their keys (:func:`ids_key`), also another process's."""
-        with self._locked():
+
+        def write() -> None:
             rows = [ids for ids in self.read() if ids_key(ids) not in keys]
             content = b"".join(map(_record, rows))
             with replaced_file(self.path, len(content)) as file:
                 file.write(content)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold the folder's lock while the block runs; log a fault of the disk."""
+        self._locked(write)
+
+    def _locked(self, write: Callable[[], None]) -> None:
+        """Run ``write`` under the folder's lock; log a fault of the disk."""
         try:
-            with adding_to(self.path.parent, "memory", self._model):
-                lock = self.path.with_name("lock.rasd-memory")
-                with lock.open("ab") as file:
-                    if fcntl is not None:
-                        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-                    yield
+            with (
+                adding_to(self.path.parent, "memory", self._model),
+                self.path.with_name("lock.rasd-memory").open("ab") as lock,
+            ):
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+                write()
         except (OSError, StorageError) as err:
             self._report(err)
 
