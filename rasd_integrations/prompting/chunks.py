@@ -58,12 +58,14 @@ class FoundChunks:
     Attributes:
         located: Those in the prompt, best first. A span includes the chunk's header line.
         extra: Those that are not, if the store's policy admits them.
+        unseen: Those that are not and may still be drafted from: the pipeline retrieved them, or they are ``extra``.
         frame: Spans of the captured chunks if most of them are in the prompt: its context.
         source: Where the chunks come from.
     """
 
     located: tuple[Located, ...] = ()
     extra: tuple[Chunk, ...] = ()
+    unseen: tuple[Chunk, ...] = ()
     frame: tuple[Span, ...] = ()
     source: str | None = None
 
@@ -96,7 +98,9 @@ def find_chunks(
     if captured.passages(index.chunk_chars) or question is None:
         return captured
     searched = _find(index, store.search(question.query, retrieval.k), "store", retrieval)
-    return replace(searched, frame=frame) if searched.chunks else captured
+    if not searched.chunks:
+        return captured
+    return replace(searched, frame=frame, unseen=(*captured.unseen, *searched.extra))
 
 
 def _find(
@@ -104,9 +108,10 @@ def _find(
 ) -> FoundChunks:
     located, missing = index.locate(chunks)
     extra = tuple(missing) if retrieval.store_policy == "any" else ()
+    unseen = tuple(missing) if retrieval.store_policy != "prompt" else ()
     spans = [_with_header(index.view, at.span, located) for at in located]
     located = [replace(at, span=span) for at, span in zip(located, spans, strict=True)]
-    return FoundChunks(tuple(located), extra, source=source if located or extra else None)
+    return FoundChunks(tuple(located), extra, unseen, source=source if located or extra else None)
 
 
 def _with_header(view: PromptView, span: Span, located: Sequence[Located]) -> Span:

@@ -45,6 +45,7 @@ class PromptPlan:
         target: What the target reads.
         drafter: What a model drafter reads, if it has a prompt of its own.
         chunks: The chunks behind the answer, best first.
+        unseen: Retrieved chunks that the target's prompt does not hold, and that may be drafted from.
         documents: Other chunks of the documents that the target reads (``context="documents"``).
         question: The question that the plan was made for.
         question_source: Where the question was found.
@@ -58,6 +59,7 @@ class PromptPlan:
     target: Prompt
     drafter: Prompt | None = None
     chunks: tuple[Chunk, ...] = ()
+    unseen: tuple[Chunk, ...] = ()
     documents: tuple[Chunk, ...] = ()
     question: str | None = None
     question_source: str | None = None

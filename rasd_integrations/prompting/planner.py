@@ -108,7 +108,7 @@ class PromptPlanner:
         index = PromptIndex(view, hints, tokens, self._retrieval.chunk_tokens)
         may_search = searches or (wants and not short)
         found = find_chunks(index, question if may_search else None, store, self._retrieval)
-        plan = replace(plan, chunks=found.chunks, chunk_source=found.source)
+        plan = replace(plan, chunks=found.chunks, unseen=found.unseen, chunk_source=found.source)
         if self._context == "documents":
             plan = expand(plan, index, found, store, self._tokens, room=room)
             if plan.target is not view.prompt:

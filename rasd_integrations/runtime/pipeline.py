@@ -29,6 +29,7 @@ from rasd_integrations.text.answer.stop import ended_at
 from rasd_integrations.text.answer.stream import stream_text
 from rasd_integrations.text.prompt.template import ChatTemplate
 from rasd_integrations.types import (
+    Chunk,
     DraftContext,
     Generation,
     GrammarState,
@@ -162,9 +163,11 @@ class Pipeline:
             grammar = self._grammar(request, params.max_tokens, thinking=thinking)
         most = int(self.retrieval.gate_share * len(prompt_ids))
         context = DraftContext(prompt_ids=())
-        if self._drafter(request) is not None:
+        if (drafter := self._drafter(request)) is not None:
             own_filter = None if request.hints is None else request.hints.filter
-            context = draft_context(template, plan, most, tools)
+            # Who does not read the chunks has those of the prompt in the prompt.
+            known = plan.chunks if drafter.needs.prompt else plan.unseen
+            context = draft_context(template, plan, known, most, tools)
             context = replace(context, source=self.store, filter=own_filter)
         note(plan, context, stats)
         stats.total_s += time.perf_counter() - started
@@ -317,7 +320,11 @@ def template_tokens(template: ChatTemplate, prompt: Prompt, tools: ToolUse | Non
 
 
 def draft_context(
-    template: ChatTemplate, plan: PromptPlan, most_tokens: int, tools: ToolUse | None = None
+    template: ChatTemplate,
+    plan: PromptPlan,
+    chunks: Sequence[Chunk],
+    most_tokens: int,
+    tools: ToolUse | None = None,
 ) -> DraftContext:
     """Return what the drafter may know; a prompt of its own only up to ``most_tokens``."""
     drafter_ids = None if plan.drafter is None else tuple(encode(template, plan.drafter, tools))
@@ -325,7 +332,7 @@ def draft_context(
         drafter_ids = None
     return DraftContext(
         prompt_ids=(),
-        chunk_ids=tuple(tuple(template.encode_chunk(chunk.text)) for chunk in plan.chunks),
+        chunk_ids=tuple(tuple(template.encode_chunk(chunk.text)) for chunk in chunks),
         drafter_prompt_ids=drafter_ids,
     )
 

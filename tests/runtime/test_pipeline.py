@@ -236,7 +236,7 @@ def test_a_drafters_prompt_that_is_too_long_is_not_read():
     """What the planner estimated is counted once it is encoded."""
     template, plan = ChatTemplate(tiny_tokenizer()), PromptPlan(target="a long one", drafter="abc")
     ids = tuple(template.encode_text("abc"))
-    found = [draft_context(template, plan, len(ids) - n).drafter_prompt_ids for n in (0, 1)]
+    found = [draft_context(template, plan, (), len(ids) - n).drafter_prompt_ids for n in (0, 1)]
     assert found == [ids, None]
 
 
