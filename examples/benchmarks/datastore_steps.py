@@ -24,9 +24,12 @@ from tasks import FILES, data_or_exit, load_rows
 
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.datastores.tokens import TokenStore
+from rasd_integrations.datastores.tokens.memory import Memory
+from rasd_integrations.datastores.tokens.quiet import Quiet
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.base import Drafter
-from rasd_integrations.drafters.datastore import DatastoreDrafter
+from rasd_integrations.drafters.datastore import AnswersDrafter, DatastoreDrafter
+from rasd_integrations.drafters.fused import FusedDrafter
 from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.loading import packaged_model
 from rasd_integrations.retrieval.memory import ListSource
@@ -114,7 +117,8 @@ def drafters(store: TokenStore, tokenizer: Any) -> dict[str, Callable[[], Drafte
     """Return what is compared; each is made again for each budget."""
 
     def learning() -> Drafter:
-        return DatastoreDrafter(store, learned=TokenStore(tokenizer, max_tokens=1 << 17))
+        answers = AnswersDrafter(Memory(tokenizer, Quiet()))
+        return FusedDrafter([DatastoreDrafter(store), answers])
 
     return {
         "suffix": SuffixDrafter,

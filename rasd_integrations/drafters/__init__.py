@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rasd_integrations.drafters.base import Drafter, DraftSession, Needs
     from rasd_integrations.drafters.cascade import CascadeDrafter
-    from rasd_integrations.drafters.datastore import DatastoreDrafter
+    from rasd_integrations.drafters.datastore import (
+        AnswersDrafter,
+        CollectionDrafter,
+        DatastoreDrafter,
+    )
     from rasd_integrations.drafters.fused import FusedDrafter
-    from rasd_integrations.drafters.memory import AnswersDrafter, CollectionDrafter
     from rasd_integrations.drafters.model import ModelDrafter
     from rasd_integrations.drafters.papers.dense import DenseDrafter
     from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter
@@ -20,9 +23,9 @@ if TYPE_CHECKING:
     from rasd_integrations.drafters.suffix import SuffixDrafter
 
 _LAZY = {
-    "AnswersDrafter": "memory",
+    "AnswersDrafter": "datastore",
     "CascadeDrafter": "cascade",
-    "CollectionDrafter": "memory",
+    "CollectionDrafter": "datastore",
     "DatastoreDrafter": "datastore",
     "DenseDrafter": "papers.dense",
     "DraftSession": "base",

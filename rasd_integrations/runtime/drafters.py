@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rasd_integrations.config import CacheDir, ExecutorName
-from rasd_integrations.datastores.memory import Memory
+from rasd_integrations.datastores.tokens.memory import Memory
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
+from rasd_integrations.drafters.datastore import AnswersDrafter, CollectionDrafter
 from rasd_integrations.drafters.fused import FusedDrafter
-from rasd_integrations.drafters.memory import AnswersDrafter, CollectionDrafter
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.drafters.papers.translated import TranslatedDrafter, Translation
 from rasd_integrations.drafters.recycling import RecyclingDrafter

@@ -24,7 +24,7 @@ from rasd_integrations.text.prompt.template import ChatTemplate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rasd_integrations.datastores.memory import Memory
+    from rasd_integrations.datastores.tokens.memory import Memory
     from rasd_integrations.decoding.decoder import SpeculativeDecoder
     from rasd_integrations.retrieval import GuardedSource
     from rasd_integrations.runtime.models import SharedModel

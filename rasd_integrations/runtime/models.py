@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rasd_integrations.config import CacheDir, ExecutorName
-from rasd_integrations.datastores.memory import Memories
+from rasd_integrations.datastores.tokens.memory import Memories
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.decoding.steps import roundings
 from rasd_integrations.drafters.papers.vocabulary import Vocabulary

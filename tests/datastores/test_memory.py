@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 from fakes_memory import Listed, drafted, new_memory, settled, settled_check, text_of
 
-from rasd_integrations.datastores.memory import Memories, answers, collection, quiet
+from rasd_integrations.datastores.tokens import answers, collection, quiet
+from rasd_integrations.datastores.tokens.memory import Memories
 from rasd_integrations.drafters import AnswersDrafter
 from rasd_integrations.types import DraftContext, TokenBlock
 

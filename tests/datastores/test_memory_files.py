@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from fakes_memory import IdsTokenizer, Listed, drafted, new_memory, settled
 
-from rasd_integrations.datastores.memory import Memories
-from rasd_integrations.datastores.memory.answer_log import AnswerLog
+from rasd_integrations.datastores.tokens.answer_log import AnswerLog
 from rasd_integrations.datastores.tokens.encoding import as_ids, ids_key
+from rasd_integrations.datastores.tokens.memory import Memories
 from rasd_integrations.storage.marked import marked_folders
 
 ROWS = [as_ids([i, i + 1, i + 2]) for i in range(0, 60, 3)]
@@ -119,7 +119,7 @@ def test_a_damaged_collection_is_read_again(tmp_path, content):
 WRITER = """
 import sys
 from pathlib import Path
-from rasd_integrations.datastores.memory.answer_log import AnswerLog
+from rasd_integrations.datastores.tokens.answer_log import AnswerLog
 from rasd_integrations.datastores.tokens.encoding import as_ids
 log = AnswerLog(Path(sys.argv[1]) / "answers.rasd-memory", "model")
 first = int(sys.argv[2])

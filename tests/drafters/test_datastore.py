@@ -103,33 +103,6 @@ def test_the_context_is_the_prompt_and_what_was_committed():
     assert session.propose(4).token_ids == (15, 16, 17, 18)
 
 
-# --- learning ------------------------------------------------------------------------------------
-
-
-def test_learning_is_bounded():
-    """However many answers come, the learned store keeps to its limit and to the newest."""
-    learned = ids_store(max_tokens=100)
-    drafter = DatastoreDrafter(ids_store(), learned=learned)
-    for i in range(40):
-        session = drafter.start(DraftContext(prompt_ids=[1, 2]))
-        session.observe(TokenBlock(tuple(range(1000 * i, 1000 * i + 15))))
-        session.observe(TokenBlock(tuple(range(1000 * i + 15, 1000 * i + 30))))
-        session.close()
-        session.close()  # a second time changes nothing
-        assert learned.num_tokens <= 100
-    assert len(learned) == 3
-    assert propose(learned, [39_010], 4).token_ids == (39_011, 39_012, 39_013, 39_014)
-
-
-def test_what_was_learned_counts_with_what_is_stored():
-    """One trie of both: a continuation that stands in either is drafted, shares over all rows."""
-    draft = propose(
-        ids_store([1, 2, 3], [1, 2, 4]), [1, 2], learned=ids_store([1, 2, 4], max_tokens=9)
-    )
-    assert draft.token_ids == (4, 3)
-    assert draft.node_probs == pytest.approx((2 / 3 * 2 / 5, 1 / 3 * 2 / 5))
-
-
 # --- the face ------------------------------------------------------------------------------------
 
 
@@ -141,10 +114,8 @@ def test_what_was_learned_counts_with_what_is_stored():
         ({"max_draft": 0}, r"max_draft is 0"),
         ({"max_rows": 0}, r"max_rows is 0"),
         ({"min_probability": 1.5}, r"min_probability is 1.5, but must be in 0..1"),
-        ({"learned": TokenStore(encode)}, "has no max_tokens"),
-        ({"learned": TokenStore(lambda text: [1, 2], max_tokens=9)}, "different tokenizers"),
     ],
-    ids=["short", "long", "draft", "rows", "probability", "endless", "foreign"],
+    ids=["short", "long", "draft", "rows", "probability"],
 )
 def test_options_out_of_their_range_are_refused(options, message):
     """The error names the value and the limit."""

@@ -12,12 +12,13 @@ import torch
 from drafting import decode as decoded
 from fakes_datastore import encode, ids_store, random_ids
 from fakes_distributions import Model, distance, outcomes, softmax
+from fakes_memory import new_memory
 from tiny import tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.datastores.tokens import TokenStore
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
-from rasd_integrations.drafters.datastore import DatastoreDrafter
+from rasd_integrations.drafters.datastore import AnswersDrafter, DatastoreDrafter
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification import exact as verification
 from rasd_integrations.stats import DecodingStats
@@ -92,7 +93,7 @@ def test_what_was_learned_from_one_answer_leaves_the_distribution_of_the_next(or
     model = Model(3, vocab=3)
 
     def two():
-        drafter = DatastoreDrafter(ids_store(), learned=ids_store(max_tokens=100))
+        drafter = AnswersDrafter(new_memory())
         (one, _), (other, drafted) = (answer(model, drafter, 2, 4) for _ in range(2))
         return one[:2], other[:2], drafted
 
@@ -222,9 +223,9 @@ def test_streams_are_exact_while_another_thread_changes_the_store(target):
 
 
 def test_an_answer_is_learned_when_it_ends(target):
-    """The second time the same answer is drafted whole; without a store to learn in, nothing is kept."""
+    """The second time the same answer is drafted whole; a datastore keeps nothing."""
     plain = decode(target)
-    learning = DatastoreDrafter(ids_store(), learned=ids_store(max_tokens=1000), min_match=2)
+    learning = AnswersDrafter(new_memory())
     first, second, forgetful = DecodingStats(), DecodingStats(), DecodingStats()
     assert decode(target, learning, stats=first) == plain
     assert decode(target, learning, stats=second) == plain

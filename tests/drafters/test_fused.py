@@ -56,6 +56,26 @@ def test_nodes_go_to_the_most_likely_paths():
     assert FusedDrafter([sure]).start(CONTEXT).propose(2).parents == (-1, 0)
 
 
+@pytest.mark.parametrize(
+    ("probs", "asked"),
+    [((0.9, 0.8, 0.7, 0.6), 0), ((0.9, 0.8, 0.7, 0.59), 1), ((0.9, 0.8, 0.7), 1), ((), 1)],
+)
+def test_a_sure_draft_needs_no_further_part(probs, asked):
+    """Four tokens of at least 0.6 each; parts after it are not asked, and lose nothing by it."""
+    first = says(Draft(tuple(range(5, 5 + len(probs))), node_probs=probs, source="a"))
+    calls = []
+
+    def second(answer, budget):
+        calls.append(budget)
+        return Draft((9,), node_probs=(0.5,), source="b")
+
+    session = FusedDrafter([first, ScriptedDrafter(second)]).start(CONTEXT)
+    draft = session.propose(8)
+    assert (len(calls), len(draft)) == (asked, len(probs) + asked)
+    session.observe(TokenBlock((5, 6, 7, 1)))
+    assert session._parts[1].allowance.balance > 0
+
+
 def test_an_unrated_draft_counts_less_with_depth():
     """Chains of scripted drafters take part, too."""
     draft = FusedDrafter([says(Draft((5, 6, 7), source="a"))]).start(CONTEXT).propose(2)

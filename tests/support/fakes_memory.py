@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rasd_integrations.datastores.memory import Memory
-from rasd_integrations.datastores.memory.quiet import Quiet
+from rasd_integrations.datastores.tokens.memory import Memory
+from rasd_integrations.datastores.tokens.quiet import Quiet
 from rasd_integrations.drafters import AnswersDrafter, CollectionDrafter
 from rasd_integrations.drafters.base import DraftSession
 from rasd_integrations.types import Chunk, DraftContext

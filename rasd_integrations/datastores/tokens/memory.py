@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rasd_integrations.datastores.memory.answer_log import AnswerLog
-from rasd_integrations.datastores.memory.answers import Answers
-from rasd_integrations.datastores.memory.collection import Collection
-from rasd_integrations.datastores.memory.quiet import Quiet
+from rasd_integrations.datastores.tokens.answer_log import AnswerLog
+from rasd_integrations.datastores.tokens.answers import Answers
+from rasd_integrations.datastores.tokens.collection import Collection
 from rasd_integrations.datastores.tokens.encoding import chunk_key, tokenizer_fingerprint
+from rasd_integrations.datastores.tokens.quiet import Quiet
 from rasd_integrations.datastores.tokens.shard import Shard
 from rasd_integrations.process import locked
 from rasd_integrations.retrieval.base import ReadableSource

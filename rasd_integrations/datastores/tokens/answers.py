@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from rasd_integrations.datastores.memory.answer_log import AnswerLog
+from rasd_integrations.datastores.tokens.answer_log import AnswerLog
 from rasd_integrations.datastores.tokens.encoding import as_ids, ids_key
 from rasd_integrations.datastores.tokens.shard import MAX_MATCH, found_in
 from rasd_integrations.datastores.tokens.store import TokenStore

@@ -11,8 +11,8 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
-from rasd_integrations.datastores.memory.quiet import Quiet
 from rasd_integrations.datastores.tokens.encoding import Ids, as_ids, chunk_key
+from rasd_integrations.datastores.tokens.quiet import Quiet
 from rasd_integrations.datastores.tokens.shard import Shard
 from rasd_integrations.datastores.tokens.store import TokenStore
 from rasd_integrations.errors import RetrievalError, StorageError
