@@ -101,6 +101,7 @@ def test_every_engine_option_is_handed_on(cls):
         "cache_dir": "kept",
         "prefix_disk_bytes": 2048,
         "namespace": "tenant",
+        "memory": False,
     }
     llm = cls(model=Path("models") / "m.gguf", num_draft_tokens=7, retrieval={"k": 32}, **given)
     made = {
