@@ -53,8 +53,7 @@ def prompt_hints(
     found = {
         "question": question,
         "question_source": question_source,
-        "search_query": _own_query(question, messages, captured.retrievals)
-        or next((r.query for r in recent if occurs(r.query, text)), None),
+        "search_query": _own_query(question, messages, captured.retrievals, recent, text),
         "chunks": chunks,
         "chunk_source": chunk_source,
         "context": _context([*templates, *chains], question, chunks, text),
@@ -97,14 +96,20 @@ def _is_question(value: object, text: str) -> bool:
 
 
 def _own_query(
-    question: str | None, messages: Sequence[BaseMessage], retrievals: Sequence[RetrievalEvent]
+    question: str | None,
+    messages: Sequence[BaseMessage],
+    retrievals: Sequence[RetrievalEvent],
+    recent: Sequence[RetrievalEvent],
+    text: str,
 ) -> str | None:
     humans = [i for i, m in enumerate(messages) if isinstance(m, HumanMessage)]
     turn = messages[humans[-1] + 1 :] if humans else messages
     # In an agent's turn the history says more than the event: the question asked and the call made.
     if question is None and any(isinstance(m, ToolMessage) for m in turn):
         return None
-    return retrievals[0].query if retrievals else None
+    if retrievals:
+        return retrievals[0].query
+    return next((r.query for r in recent if occurs(r.query, text)), None)
 
 
 # --- the chunks ---

@@ -211,6 +211,21 @@ async def test_agent_with_a_retriever_tool(llm, retriever, how, response_format)
     assert ("tool", "search") == (answer.prompt[-1]["role"], answer.prompt[-1]["name"])
 
 
+def test_a_loop_by_hand_around_a_retriever(llm, retriever):
+    """Separate runs, as those of an asynchronous agent on Python 3.10 are, make the same hints."""
+    found = retriever.invoke(ABOUT_ADA)
+    search = {"name": "search", "args": {"query": ABOUT_ADA}, "id": "1"}
+    history = [
+        HumanMessage(ABOUT_ADA),
+        AIMessage("", tool_calls=[search]),
+        ToolMessage(joined(found), name="search", tool_call_id="1"),
+    ]
+    llm.invoke(history)
+    (answer,) = llm._rasd.calls
+    assert [d.page_content for d in found] == texts(answer.hints)
+    assert [None, None] == [answer.hints.question, answer.hints.search_query]
+
+
 @pytest.mark.parametrize("how", HOWS)
 async def test_agent_with_the_tutorials_own_tool(llm, how):
     """A tool that calls `similarity_search` fires no retriever event; its artifact has the Documents."""

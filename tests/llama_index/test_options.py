@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("llama_index.core")
 
 from cases_llama_index import TEXT, USER
+from fakes_llama_index import shown
 from llama_index.core import Settings
 from llama_index.core.schema import TextNode
 
@@ -116,7 +117,7 @@ def test_serialised_settings_hold_no_objects_and_no_secrets():
     data = json.loads(llm.to_json())
     again = RASDLLM.from_dict({**data, "drafter": "auto"})
 
-    written = json.dumps(data) + repr(llm) + str(llm.to_payload())
+    written = json.dumps(data) + repr(llm) + str(shown(llm))
     assert ("RASDLLM", "<drafter object: SuffixDrafter>") == (data["class_name"], data["drafter"])
     assert "secret" not in written
     assert "private" not in written

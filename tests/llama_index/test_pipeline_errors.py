@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("llama_index.core")
 
-from fakes_llama_index import WordEmbedding
+from fakes_llama_index import WordEmbedding, since
 from llama_index.core import VectorStoreIndex, get_response_synthesizer
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.indices.prompt_helper import PromptHelper
@@ -153,6 +153,8 @@ async def test_an_overflow_reaches_the_caller_of_a_query_engine(llm, options, st
         llm.max_tokens = WINDOW
     elif not options.get("response_mode"):
         llm.max_tokens = 300  # room for the shortest object of each schema
+    if streaming and options.get("structured_answer_filtering"):
+        since("0.14.22")
     engine = overpacking(llm, streaming=streaming, **options)
     with pytest.raises(ContextOverflowError, match=str(WINDOW)) as caught:
         _read(engine.query(QUESTION))

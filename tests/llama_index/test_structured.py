@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("llama_index.core")
 
 from cases_llama_index import USER, call_of
-from fakes_llama_index import FakeRASD, called, thought
+from fakes_llama_index import FakeRASD, called, since, thought
 from llama_index.core import PromptTemplate
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
@@ -67,6 +67,8 @@ async def test_a_chat_model_is_made_to_call_the_class(llm, how):
 @pytest.mark.parametrize("mode", [PydanticProgramMode.DEFAULT, PydanticProgramMode.LLM])
 async def test_a_base_model_writes_json_by_grammar(llm, monkeypatch, how, mode):
     """The schema stands in the prompt and binds the text; chat models do so where they are told."""
+    if "stream" in how:
+        since("0.14.22")
     monkeypatch.setattr(FakeRASD, "has_chat_template", mode is PydanticProgramMode.LLM)
     llm.pydantic_program_mode = mode
     llm._rasd.answers = ('{"name": "Yesterday", "seconds": 125}',)

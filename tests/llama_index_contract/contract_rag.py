@@ -80,7 +80,7 @@ class Synthesizers(ContractSetup):
     async def test_parts_that_do_not_fit_at_once(self, configured):
         """With the settings made, what exceeds the window is read in several calls, none over it."""
         window = configured.metadata.context_window
-        filler = "The keeper of the tower wrote of the wind and the sea again. " * (window // 240)
+        filler = "The keeper of the tower wrote of the wind and the sea again. " * (window // 120)
         nodes = [TextNode(text=f"{filler}\n{FACT}"), *(TextNode(text=filler) for _ in range(5))]
         index = index_of(*nodes)
         engine = index.as_query_engine(similarity_top_k=6, response_mode="tree_summarize")

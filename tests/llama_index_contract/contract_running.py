@@ -22,6 +22,7 @@ from contract_setup import (
     index_of,
     said,
 )
+from fakes_llama_index import shown
 from llama_index.core import PromptTemplate
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.instrumentation import get_dispatcher
@@ -130,14 +131,14 @@ class Observers(ContractSetup):
         data = json.loads(json.dumps(llm.to_dict()))
 
         assert llm.class_name() == data["class_name"]
-        assert llm.class_name() == llm.to_payload()["class_name"]
+        assert llm.class_name() == shown(llm)["class_name"]
 
     def test_no_secret_is_written_down(self):
         """Credentials and private texts are kept from files and observers."""
         if not self.secret_options:
             pytest.skip("the class is given no secret")
         llm = self.make_llm(**self.secret_options)
-        written = f"{llm.to_dict()} {llm.to_payload()} {llm!r}"
+        written = f"{llm.to_dict()} {shown(llm)} {llm!r}"
 
         assert "secret" not in written
 

@@ -8,8 +8,12 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from fakes_rasd import FakeEngine
+from llama_index.core import __version__ as llama_index_version
 from llama_index.core.embeddings import BaseEmbedding
+from llama_index.core.llms import LLM
+from packaging.version import Version
 
 from rasd_integrations.errors import PromptError
 from rasd_integrations.runtime.pipeline import Request, joined
@@ -17,6 +21,18 @@ from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import FinishReason, Generation, TextDelta, ToolCallDelta
 
 ANSWER = ("The ", "lighthouse ", "", "was built in 1887.")
+
+
+def since(version: str) -> None:
+    """Skip the test of something that LlamaIndex itself can from ``version`` on."""
+    if Version(llama_index_version) < Version(version):
+        pytest.skip(f"LlamaIndex can do this from {version} on; this is {llama_index_version}")
+
+
+def shown(llm: LLM) -> dict[str, Any]:
+    """Return what LlamaIndex tells observers of ``llm``: before 0.14.23 all that is serialised."""
+    told: dict[str, Any] = llm.to_payload() if hasattr(llm, "to_payload") else llm.to_dict()
+    return told
 
 
 def thought(text: str) -> TextDelta:

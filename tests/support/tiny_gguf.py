@@ -14,7 +14,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 
 def write_gguf(path: Path) -> Path:
     """Write the model to ``path`` and return it."""
-    tokens = [*tiny_tokenizer().get_vocab(), "ab"]
+    tokens = [*tiny_tokenizer().get_vocab(), "ab", "cd"]
     tokens.sort(key=lambda t: (len(t) > 2, t))
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(WINDOW)
@@ -31,7 +31,7 @@ def write_gguf(path: Path) -> Path:
     writer.add_token_types(
         [gguf.TokenType.CONTROL if len(t) > 2 else gguf.TokenType.NORMAL for t in tokens]
     )
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])  # transformers 5.17 reads a list of one as its item
     writer.add_eos_token_id(tokens.index("<|endoftext|>"))
     writer.add_bos_token_id(tokens.index("<|endoftext|>"))
     writer.add_chat_template(TEMPLATE)

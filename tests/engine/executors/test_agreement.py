@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from families import WINDOW, answered, generated, tiny, variants
 from tiny import FAMILIES, tiny_llama
+from transformers import CONFIG_MAPPING, Phi3ForCausalLM
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
@@ -60,6 +63,8 @@ def test_what_steps_would_get_wrong_is_refused_by_name(model_type, variant, said
 @pytest.mark.parametrize("model_type", ["gpt_oss", "granite_swa", "granitemoe_swa", "flint"])
 def test_attention_sinks(model_type):
     """Fault 21: their weight is in the softmax's denominator, in a prefill, beyond windows, and in steps."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     model = family(model_type)
     for name, weight in model.named_parameters():
         if name.endswith("sinks"):
@@ -218,7 +223,9 @@ def test_an_answer_across_the_border_is_that_of_the_whole_text(model_type, promp
     """Fault 20: beyond it all keys are made again, whatever is drafted; ``generate`` of Phi-3 does the same."""
     model, ids, n = family(model_type, "longrope"), text(prompt), 40
     wanted = long_answer(model, ids, n)
-    if model_type == "phi3":
+    # transformers 5.17 drops the cache at the border and then reads the last token alone.
+    reads_again = "next_sequence_length" in inspect.getsource(Phi3ForCausalLM)
+    if model_type == "phi3" and reads_again:
         assert wanted == generated(model, ids, n)
     target, cache = TargetModel(model), PrefixCache(1 << 24)
     params = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True)
