@@ -40,6 +40,10 @@ class ChunkSource(Protocol):
 class ReadableSource(Protocol):
     """A chunk source whose chunks can be listed, so that drafts may come from all of them."""
 
+    def origin(self) -> Hashable:
+        """Return what is equal for two sources of the same chunks, while one of them lives."""
+        ...
+
     def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
         """Return a key of each chunk that a search under ``filter`` may find, the newest last.
 
@@ -114,6 +118,10 @@ class JoinedSource:
         """Return the document from the first source that knows it."""
         found = (source.document(chunk, filter=filter) for source in self._sources)
         return next((chunks for chunks in found if chunks), [])
+
+    def origin(self) -> Hashable:
+        """Return the origins of those sources that can be listed."""
+        return tuple(s.origin() for s in self._sources if isinstance(s, ReadableSource))
 
     def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
         """Return the keys of those sources that can be listed, each with its source's number."""

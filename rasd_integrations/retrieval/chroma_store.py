@@ -44,6 +44,10 @@ class ChromaDocuments:
 
         return document_of(chunk, fetch, find)
 
+    def origin(self) -> Hashable:
+        """Return the collection's id."""
+        return "chroma", str(self._collection().id)
+
     def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
         """Return the ids of the newest chunks; of those that pass a filter the oldest, if there are more."""
         collection = self._collection()

@@ -49,6 +49,10 @@ class LangChainSource:
             return []
         return self._documents.document(chunk, filter=filter or self._filter)
 
+    def origin(self) -> Hashable:
+        """Return the identity of the store, and how the retriever narrows its searches."""
+        return "langchain", id(self._store), repr(self._filter), repr(self._options)
+
     def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
         """Return the keys of a store that is known; none if an option narrows its searches by more than a filter."""
         if self._documents is None or self._options:

@@ -85,6 +85,11 @@ class LlamaIndexSource:
         read = self._stored_document if self._holds_text else self._held_document
         return [c for c in read(chunk, filters) if self._allows(c)]
 
+    def origin(self) -> Hashable:
+        """Return the identity of the store, and how the retriever narrows its searches."""
+        narrowed = repr((self._filters, self._node_ids, self._doc_ids))
+        return "llama_index", id(self._store), id(self._index), narrowed
+
     def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
         """Return ids of a Chroma collection, the texts themselves of any other store and of searches with filters."""
         filters = filter or self._filters

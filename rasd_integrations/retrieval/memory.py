@@ -120,6 +120,10 @@ class ListSource:
         """Return the chunks with the same source; empty for bare texts, which name none."""
         return self._documents.document(chunk, filter=filter)
 
+    def origin(self) -> Hashable:
+        """Return the identity of the list."""
+        return "list", id(self._items) if self._items else id(self)
+
     def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
         """Return the texts of the chunks that pass ``filter``."""
         return self._documents.keys(most, filter=filter)

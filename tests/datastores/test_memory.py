@@ -5,14 +5,20 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from fakes_memory import Listed, drafted, new_memory, settled, settled_check, text_of
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.vectorstores import InMemoryVectorStore
 
 from rasd_integrations.datastores.tokens import answers, collection, quiet
-from rasd_integrations.datastores.tokens.memory import Memories
+from rasd_integrations.datastores.tokens.memory import Memories, Memory
+from rasd_integrations.datastores.tokens.quiet import Quiet
 from rasd_integrations.drafters import AnswersDrafter
+from rasd_integrations.retrieval import as_chunk_source
 from rasd_integrations.types import DraftContext, TokenBlock
 
 TENANTS = ("a", "b")
@@ -228,3 +234,74 @@ def test_no_draft_comes_from_another_tenant_or_from_a_deleted_text():
         said[tenant] |= {*pairwise(ids)}
         proposed += bool(tokens) + bool(own)
     assert proposed > 5_000
+
+
+# --- real stores ---
+
+
+def stores() -> dict[str, Any]:
+    """Return functions that make a store of two texts; each returns the store, and one that deletes the first."""
+    texts = ["alpha beta gamma", "delta epsilon zeta"]
+
+    def chroma():
+        client = pytest.importorskip("chromadb").EphemeralClient()
+        made = client.get_or_create_collection(f"m{uuid.uuid4().hex}")
+        made.add(ids=["0", "1"], documents=texts, embeddings=[[0.0], [1.0]], metadatas=META)
+        return as_chunk_source(made, embed=lambda t: [[0.0] for _ in t]), lambda: made.delete(["0"])
+
+    def langchain_memory():
+        made = InMemoryVectorStore(DeterministicFakeEmbedding(size=4))
+        made.add_texts(texts, ids=["0", "1"], metadatas=META)
+        return as_chunk_source(made), lambda: made.delete(["0"])
+
+    def langchain_faiss():
+        faiss = pytest.importorskip("langchain_community.vectorstores").FAISS
+        made = faiss.from_texts(texts, DeterministicFakeEmbedding(size=4), META, ids=["0", "1"])
+        return as_chunk_source(made), lambda: made.delete(["0"])
+
+    def llama_index():
+        core = pytest.importorskip("llama_index.core")
+        nodes = [
+            core.schema.TextNode(text=t, id_=str(i), metadata=META[i]) for i, t in enumerate(texts)
+        ]
+        made = core.VectorStoreIndex(nodes, embed_model=core.MockEmbedding(4))
+        return as_chunk_source(made), lambda: made.delete_nodes(["0"], delete_from_docstore=True)
+
+    def listed():
+        made = list(texts)
+        return as_chunk_source(made), lambda: made.pop(0)
+
+    return {f.__name__: f for f in (chroma, langchain_memory, langchain_faiss, llama_index, listed)}
+
+
+META = [{"tenant": "a"}, {"tenant": "b"}]
+
+
+@pytest.mark.parametrize("kind", [*stores()])
+def test_texts_of_real_stores_are_read_and_forgotten(kind):
+    """One id a character; a deleted text is gone for the next answer."""
+    source, delete = stores()[kind]()
+    memory = Memory(lambda text: [ord(c) for c in text], Quiet())
+
+    def after(text: str) -> str:
+        return "".join(map(chr, drafted(memory, [ord(c) for c in text], source, n=3)))
+
+    assert (after("alpha b"), after("delta e")) == ("eta", "psi")
+    delete()
+    assert (after("alpha b"), after("delta e")) == ("", "psi")
+
+
+def test_the_filter_of_a_retriever_holds():
+    """What its store holds besides is not read; two retrievers alike share one collection."""
+    store = InMemoryVectorStore(DeterministicFakeEmbedding(size=4))
+    store.add_texts(["alpha beta", "alpha zeta"], metadatas=META)
+    memory = Memory(lambda text: [ord(c) for c in text], Quiet())
+
+    def only_a(document) -> bool:
+        return document.metadata["tenant"] == "a"
+
+    for _ in range(2):
+        kept = store.as_retriever(search_kwargs={"filter": only_a})
+        found = drafted(memory, [ord(c) for c in "alpha "], as_chunk_source(kept), n=8)
+        assert "".join(map(chr, found)) == "beta"
+    assert len(memory._collections) == 1

@@ -241,7 +241,7 @@ ROWS: tuple[Mutant, ...] = (
            "if self._checked >= number else ()", "if self._checked >= number - 1 else ()",
            ("datastores/test_memory.py",)),
     Mutant("one filter's texts are another's", "datastores/tokens/memory.py",
-           "        key = id(source), repr(filter)\n", "        key = id(source), ''\n", ("datastores/test_memory.py",)),
+           "        key = source.origin(), repr(filter)\n", "        key = source.origin(), ''\n", ("datastores/test_memory.py",)),
     Mutant("the policy 'prompt' does not keep the store out", "runtime/rasd.py",
            'self._retrieval.store_policy != "prompt" and', 'self._retrieval.store_policy != "" and',
            ("runtime/test_memory.py",)),

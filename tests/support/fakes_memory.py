@@ -46,6 +46,9 @@ class Listed:
     def fingerprint(self) -> str:
         return "listed"
 
+    def origin(self) -> Hashable:
+        return id(self)
+
     def keys(self, most: int, *, filter: Any = None) -> Sequence[Hashable]:
         self.calls["keys"] += 1
         self.before()

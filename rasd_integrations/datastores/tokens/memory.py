@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Memory:
         self.answers = Answers(tokenizer, _MOST_ANSWER_TOKENS, log)
         self._tokenizer = tokenizer
         self._lock = threading.RLock()
-        self._collections: OrderedDict[tuple[int, str], Collection] = OrderedDict()
+        self._collections: OrderedDict[tuple[Hashable, str], Collection] = OrderedDict()
 
     def collection(self, source: object, filter: Any) -> Callable[[], tuple[Shard, ...]]:
         """Return a function that returns the texts that one answer may be drafted from now.
@@ -87,9 +87,10 @@ class Memory:
 
     @locked
     def _collection(self, source: ReadableSource, filter: Any) -> Collection:
-        key = id(source), repr(filter)
+        key = source.origin(), repr(filter)
         known = self._collections.get(key)
-        if known is None or known.source is not source:
+        if known is None:
+            # The file only saves encoding: two stores that share one lose nothing but time.
             name = f"{chunk_key(f'{type(source).__name__} {filter!r}'):016x}.rasd-memory"
             keep = None if self._folder is None else (self._folder / name, self._model)
             known = Collection(source, filter, self._tokenizer, self.quiet, keep)

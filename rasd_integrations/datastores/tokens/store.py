@@ -27,7 +27,7 @@ from rasd_integrations.datastores.tokens.shard import Shard
 
 _BATCH = 256  # texts encoded at once
 _MOST_SORTED = 1 << 24  # tokens of a shard: 64 MB of English, sorted in about 600 MB of memory
-_LEAST_KEPT = 1 << 15  # a smaller shard is always merged with the next one
+_LEAST_KEPT = 1 << 13  # a smaller shard is always merged with the next one
 _RATIO = 4  # a larger shard is at least this many times the size of the next
 _MOST_DEAD = 0.25  # a shard with a larger share of removed tokens is compacted
 
