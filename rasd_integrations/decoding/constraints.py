@@ -9,7 +9,13 @@ from torch import Tensor
 from rasd_integrations.config import Sampling
 from rasd_integrations.engine.generation_config import logits_processors
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.engine.verification.constraints import Bits, guide, processed_rows
+from rasd_integrations.engine.verification.constraints import (
+    Bits,
+    allowed,
+    guide,
+    mask_visited,
+    processed_rows,
+)
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.types import Draft, FinishReason, GrammarState
 
@@ -30,6 +36,10 @@ class Constraints:
         self._ends_at_eos = not params.ignore_eos
         self._processors = logits_processors(target.model, params, prompt_tokens, target.eos_ids)
         self._masks: Bits | None = None
+        # Greedy verification reads few rows, and which ones is known from the logits; penalties change them.
+        self._masks_visited = (
+            grammar is not None and params.temperature == 0 and not self._processors
+        )
 
     def restrict(self, draft: Draft, room: int) -> Draft:
         """Return what the grammar allows of ``draft``, followed by tokens that it forces.
@@ -38,12 +48,18 @@ class Constraints:
             draft: Chain or tree.
             room: Most tokens of the result if any are forced; 0 adds none.
         """
-        if self._grammar is not None:
-            draft, self._masks = guide(self._grammar, draft, room, self._eos_ids)
+        self._masks = None
+        if self._grammar is None:
+            return draft
+        if self._masks_visited and draft.probs is None and draft.logits is None:
+            return allowed(self._grammar, draft, room, self._eos_ids)
+        draft, self._masks = guide(self._grammar, draft, room, self._eos_ids)
         return draft
 
     def apply(self, logits: Tensor, ids: Sequence[int], draft: Draft) -> Tensor:
         """Return the processed logits; ``draft`` is the last one restricted."""
+        if self._grammar is not None and self._masks is None:
+            return mask_visited(self._grammar, logits, draft, self._eos_ids)
         return processed_rows(self._processors, logits, ids, draft, self._masks)
 
     def cut(self, tokens: list[int], room: int) -> tuple[list[int], FinishReason | None]:
