@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MOST_TOKENS = 5_000_000
 _MOST_CHUNKS = 50_000
 _ROOM = 0.9  # of the tokens, after making room
-_PIECE, _SMALL_PIECE = 256, 16  # chunks that are read at once; while answers run
+_PIECE, _SMALL_PIECE = 64, 16  # chunks that are read at once; while answers run
 _HELD_S = 1.0  # a call of the store that takes longer does not hold up the end of the process
 
 
@@ -75,11 +75,15 @@ class Collection:
         """Ask for a check; return its number."""
         self._asked += 1
         if not self._is_working:
+            thread = threading.Thread(target=self._work, name="rasd-collection", daemon=True)
+            self._is_working = True
             try:
-                threading.Thread(target=self._work, name="rasd-collection", daemon=True).start()
-                self._is_working = True
+                thread.start()
             except RuntimeError:  # no thread: the process ends, or has too many
-                logger.debug("no thread to read the collection in")
+                self._is_working = False
+            except BaseException:  # Ctrl-C, before or after it started
+                self._is_working = thread.is_alive()
+                raise
         return self._asked
 
     def shards(self, number: int) -> tuple[Shard, ...]:
