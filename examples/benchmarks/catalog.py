@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Weights = Literal["model", "gguf", "hf", "openvino"]
@@ -14,7 +14,7 @@ class Engine:
 
     Attributes:
         label: Its name in tables and plots.
-        module: File that holds the class, ``engines`` (ours and transformers) or ``peers``.
+        module: File that holds the class: ``engines`` (ours and transformers), ``peers`` or ``pipelines_engine``.
         cls: The class, built with a job and ``options``.
         library: What must be importable, and the name that ``--python`` takes.
         package: What pip calls it.
@@ -24,7 +24,7 @@ class Engine:
     """
 
     label: str
-    module: Literal["engines", "peers"]
+    module: Literal["engines", "peers", "pipelines_engine"]
     cls: str
     library: str
     package: str
@@ -70,9 +70,32 @@ ENGINES: dict[str, Engine] = {
     "openvino_genai": _openvino("OpenVINO GenAI"),
     "openvino_genai_lookup": _openvino("its prompt lookup", lookup=True),
     "vllm": _vllm("vLLM"),
-    "vllm_ngram": _vllm("its n-gram", ngram=True),
+    "vllm_ngram": _vllm("its n-gram", method="ngram"),
     "llama_cpp": Engine("llama.cpp", "peers", "LlamaCpp", "llama_cpp", "llama-cpp-python", "gguf"),
     "flashspec": Engine("flashspec, lookup", "peers", "FlashSpec", "flashspec", "flashspec", "hf"),
 }
 BASELINE = "transformers"
 OURS = tuple(name for name, engine in ENGINES.items() if engine.cls == "Ours")
+
+
+def _pipeline(label: str, **options: Any) -> Engine:
+    return Engine(
+        label, "pipelines_engine", "Pipeline", "rasd_integrations", "rasd-integrations",
+        options=options,
+    )  # fmt: skip
+
+
+PIPELINE_ENGINES: dict[str, Engine] = {
+    "plain": _pipeline("plain", drafter=None, memory=False),
+    "auto": _pipeline("auto", store=True),
+    "auto_without_memory": _pipeline("auto, no memory", store=True, memory=False),
+    "openvino_genai": ENGINES["openvino_genai"],
+    "openvino_genai_lookup": replace(
+        ENGINES["openvino_genai_lookup"], label="OpenVINO GenAI, prompt lookup"
+    ),
+    "prompt_lookup": replace(ENGINES["prompt_lookup"], label="transformers, prompt lookup"),
+    "vllm": ENGINES["vllm"],
+    "vllm_ngram": replace(ENGINES["vllm_ngram"], label="vLLM, n-gram"),
+    "vllm_suffix": _vllm("vLLM, suffix", method="suffix"),
+}
+"""What ``pipelines.py`` compares; ratios are to the first."""

@@ -8,6 +8,7 @@ process, the reason stands beside it.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ LOOKUP_TOKENS, LOOKUP_NGRAM = 8, 3
 
 class OpenVINO:
     """OpenVINO GenAI's ``LLMPipeline``, which pages keys and values and keeps prefixes by default."""
+
+    follows_schemas = True
 
     def __init__(self, job: dict[str, Any], *, lookup: bool = False) -> None:
         """Compile the exported folder; ``lookup`` drafts from the prompt."""
@@ -51,6 +54,9 @@ class OpenVINO:
         config.ignore_eos = self._ignore_eos
         if self._lookup:
             config.num_assistant_tokens, config.max_ngram_size = LOOKUP_TOKENS, LOOKUP_NGRAM
+        if schema := prompt.get("schema"):
+            own = genai.StructuredOutputConfig(json_schema=json.dumps(schema))
+            config.structured_output_config = own
         ids = prompt["ids"]
         tensor = ov.Tensor(np.array([ids], dtype=np.int64))
         recorder = Recorder()
@@ -80,8 +86,8 @@ class OpenVINO:
 class VLLM:
     """vLLM's engine in this process, step by step; compiled, paged, with prefix caching, as by default."""
 
-    def __init__(self, job: dict[str, Any], *, ngram: bool = False) -> None:
-        """Load and compile; ``ngram`` drafts from the prompt."""
+    def __init__(self, job: dict[str, Any], *, method: str = "") -> None:
+        """Load and compile; ``method`` drafts: ``"ngram"`` from the prompt, ``"suffix"`` from earlier answers too."""
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",  # else memory would be another process'
             VLLM_CPU_KVCACHE_SPACE=str(CACHE_GIB),
@@ -94,12 +100,11 @@ class VLLM:
 
         longest = max(len(prompt["ids"]) for prompt in job["prompts"])
         options: dict[str, Any] = {}
-        if ngram:
-            options["speculative_config"] = {
-                "method": "ngram",
-                "num_speculative_tokens": LOOKUP_TOKENS,
-                "prompt_lookup_max": LOOKUP_NGRAM,
-            }
+        if method:
+            drafts: dict[str, Any] = {"method": method, "num_speculative_tokens": LOOKUP_TOKENS}
+            if method == "ngram":
+                drafts["prompt_lookup_max"] = LOOKUP_NGRAM
+            options["speculative_config"] = drafts
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=job["model"],

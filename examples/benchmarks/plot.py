@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 from catalog import ENGINES
-from report import label, total
+from report import PIPELINE_KINDS, label, total
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -44,6 +44,37 @@ def draw(document: dict[str, Any], stem: Path) -> list[Path]:
         plt.close(figure)
         paths.append(path)
     return paths
+
+
+def draw_pipelines(document: dict[str, Any], path: Path) -> Path:
+    """Write a picture of a result of ``pipelines.py``: bars of each kind of work, times plain; return its path."""
+    kinds = list(dict.fromkeys(cell["kind"] for cell in document["cells"]))
+    cells = {(c["engine"], c["kind"]): c for c in document["cells"] if c.get("times_plain")}
+    names = [n for n in document["engines"] if n != "plain" and any(e == n for e, _ in cells)]
+    figure, axis = plt.subplots(figsize=SIZE, layout="constrained")
+    height = 0.8 / max(len(names), 1)
+    for turn, name in enumerate(names):
+        there = [(place, cells[name, k]) for place, k in enumerate(kinds) if (name, k) in cells]
+        times = [cell["times_plain"] for _, cell in there]
+        ends = [cell["times_plain_interval"] for _, cell in there]
+        reach = [[max(t - low, 0) for t, (low, _) in zip(times, ends, strict=True)],
+                 [max(high - t, 0) for t, (_, high) in zip(times, ends, strict=True)]]  # fmt: skip
+        places = [place + (turn + 0.5) * height - 0.4 for place, _ in there]
+        axis.barh(
+            places, times, height=0.9 * height, xerr=reach, color=list(COLOURS.values())[turn % len(COLOURS)],
+            label=document["engines"][name]["label"], error_kw={"linewidth": 0.8, "ecolor": "0.3"},
+        )  # fmt: skip
+        for place, value, (_, high) in zip(places, times, ends, strict=True):
+            axis.annotate(f" {value:.2f}", (high, place), va="center", fontsize=7)
+    axis.axvline(1.0, color="black", linewidth=0.8, linestyle=(0, (1, 1)))
+    axis.set_yticks(range(len(kinds)), [PIPELINE_KINDS[kind] for kind in kinds], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("decoding, times plain of the same run (95 % over questions)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
 
 
 def _contexts(document: dict[str, Any]) -> list[int]:
@@ -125,11 +156,15 @@ def _breakdown(document: dict[str, Any], axis: Axes) -> None:
 def main() -> None:
     """Draw the result that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON document of run.py")
+    parser.add_argument("result", type=Path, help="JSON document of run.py or pipelines.py")
     parser.add_argument("--out", type=Path, help="pictures' common path (default: the result's)")
     args = parser.parse_args()
     document = json.loads(args.result.read_text(encoding="utf-8"))
-    for path in draw(document, args.out or args.result.with_suffix("")):
+    stem = args.out or args.result.with_suffix("")
+    if document.get("benchmark") == "pipelines":
+        print(draw_pipelines(document, stem.with_suffix(".png")))
+        return
+    for path in draw(document, stem):
         print(path)
 
 

@@ -3,7 +3,7 @@
 A page holds ``<!-- table NAME from FILE -->`` and ``<!-- end -->``, each on a line of its own; what stands between
 is made from the committed JSON ``FILE`` (a path from the root of the repository), so no figure of a page is typed.
 ``NAME`` is one of :data:`TABLES`; where it is of one length, ``NAME@7200`` chooses it, else the longest counts.
-Results of ``drafters.py`` and ``streams.py`` have the tables of :data:`OTHERS`.
+Results of ``drafters.py``, ``streams.py`` and ``pipelines.py`` have the tables of :data:`OTHERS`.
 
 Example::
 
@@ -29,6 +29,15 @@ MARKED = re.compile(
 NONE = "-"
 Row = list[str]
 Column = tuple[str, str, str]
+
+PIPELINE_KINDS = {
+    "a": "first questions over a collection",
+    "b": "the same reworded",
+    "c": "objects of one schema",
+    "d": "an agent with tools",
+    "e": "chat that comes back to earlier answers",
+    "f": "a document edited by instruction",
+}
 
 ENGINE_COLUMNS: tuple[Column, ...] = (
     ("first token, cold, s", "first_token_cold_s", ".2f"),
@@ -264,8 +273,60 @@ def _summed(cells: Sequence[dict[str, Any]], key: str) -> float:
     return float(sum(c[key] * c["answer_tokens"] / c["tokens_per_step"] for c in cells))
 
 
+def _pipelines(document: dict[str, Any]) -> list[Row]:
+    """Return kinds of work against engines: milliseconds a token of plain decoding, and times that."""
+    engines = [n for n in document["engines"] if any(c["engine"] == n for c in document["cells"])]
+    by = {(c["kind"], c["engine"]): c for c in document["cells"]}
+    rows = [["times plain decoding (95 % interval)", "plain, ms a token"]]
+    rows[0] += [document["engines"][name]["label"] for name in engines if name != "plain"]
+    for kind in dict.fromkeys(c["kind"] for c in document["cells"]):
+        row = [PIPELINE_KINDS[kind], _figure(by.get((kind, "plain")), "decode_ms_per_token", ".1f")]
+        for name in engines:
+            if name != "plain":
+                cell = by.get((kind, name))
+                ends = cell.get("times_plain_interval") if cell else None
+                span = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
+                row.append(_figure(cell, "times_plain", ".2f") + span)
+        rows.append(row)
+    return rows
+
+
+def _pipelines_detail(document: dict[str, Any]) -> list[Row]:
+    """Return a row for each kind of work and engine."""
+    columns: tuple[Column, ...] = (
+        ("prompt, tokens", "prompt_tokens", ".0f"),
+        ("decode, ms a token", "decode_ms_per_token", ".1f"),
+        ("behind the first token, ms a token", "wall_ms_per_token", ".1f"),
+        ("an answer, s", "answer_s", ".2f"),
+        ("tokens a step", "tokens_per_step", ".2f"),
+        ("times plain", "times_plain", ".2f"),
+        ("times OpenVINO GenAI", "times_openvino_genai", ".2f"),
+        ("peak memory, MiB", "peak_memory_mib", ".0f"),
+    )
+    rows = [
+        [
+            "work",
+            "engine",
+            *(title for title, _, _ in columns),
+            "same tokens",
+            "accepted of drafted",
+        ]
+    ]
+    for cell in document["cells"]:
+        same = cell.get("same_as_plain")
+        parts = (f"{n} {d['accepted']}/{d['drafted']}" for n, d in cell["drafters"].items())
+        rows.append([
+            PIPELINE_KINDS[cell["kind"]], document["engines"][cell["engine"]]["label"],
+            *(_figure(cell, key, form) for _, key, form in columns),
+            f"{same['identical']} of {same['of']}" if same else NONE, ", ".join(parts) or NONE,
+        ])  # fmt: skip
+    return rows
+
+
 OTHERS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "streams": _streams,
+    "pipelines": _pipelines,
+    "pipelines_detail": _pipelines_detail,
     "drafters": _drafters,
     "drafters_by_task": _drafters_by_task,
 }

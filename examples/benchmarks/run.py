@@ -177,13 +177,19 @@ def ask(name: str, context: int, args: argparse.Namespace, asked: list[Questions
     return part
 
 
-def _started(python: str, command: list[str], minutes: float) -> str:
-    """Run a worker; return why it failed, nothing where it did not."""
+def environment(python: str) -> dict[str, str]:
+    """Return the environment variables of a worker that ``python`` runs."""
     own = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # A peer's compiler is looked for beside its interpreter; ours must not lend it packages.
     own["PATH"] = f"{Path(python).parent}{os.pathsep}{own.get('PATH', '')}"
     if python != sys.executable:
         own.pop("PYTHONPATH", None)
+    return own
+
+
+def _started(python: str, command: list[str], minutes: float) -> str:
+    """Run a worker; return why it failed, nothing where it did not."""
+    own = environment(python)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         try:
             done = subprocess.run(  # noqa: S603
@@ -197,9 +203,13 @@ def _started(python: str, command: list[str], minutes: float) -> str:
     if not done.returncode:
         return ""
     sys.stderr.write(said)
+    return f"failed: {last_line(said)}"
+
+
+def last_line(said: str) -> str:
+    """Return the last line of what a process wrote: the error, where it ended by one."""
     lines = [line for line in said.splitlines() if line.strip()]
-    last = lines[-1].strip()[:REASON_CHARS] if lines else "no message"
-    return f"failed: {last}"
+    return lines[-1].strip()[:REASON_CHARS] if lines else "no message"
 
 
 def measure(args: argparse.Namespace) -> Run:
