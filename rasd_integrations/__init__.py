@@ -45,10 +45,12 @@ if TYPE_CHECKING:
     from rasd_integrations.prompting import PromptHints
     from rasd_integrations.retrieval import ChunkSource, as_chunk_source
     from rasd_integrations.runtime.rasd import RASD
+    from rasd_integrations.text.answer.explanation import Explanation
 
 _LAZY = {
     "RASD": "rasd_integrations.runtime.rasd",
     "PromptHints": "rasd_integrations.prompting",
+    "Explanation": "rasd_integrations.text.answer.explanation",
     "ChunkSource": "rasd_integrations.retrieval",
     "as_chunk_source": "rasd_integrations.retrieval",
     "Drafter": "rasd_integrations.drafters.base",
@@ -68,6 +70,7 @@ __all__ = [
     "DraftContext",
     "DraftSession",
     "Drafter",
+    "Explanation",
     "Generation",
     "Grammar",
     "GrammarState",

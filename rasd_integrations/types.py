@@ -123,6 +123,27 @@ class TokenBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one target step verified and committed.
+
+    Attributes:
+        token_ids: Accepted draft tokens, then the target's own one.
+        sources: Who drafted each of the accepted ones.
+        drafted: Verified draft tokens, by who drafted them.
+        off_reason: Why no token of a drafter was verified, if none was.
+        draft_s: Seconds of drafting.
+        verify_s: Seconds of the step itself.
+    """
+
+    token_ids: tuple[int, ...]
+    sources: tuple[str, ...] = ()
+    drafted: Mapping[str, int] = field(default_factory=dict)
+    off_reason: str | None = None
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallDelta:
     """A streamed piece of a tool call.
 

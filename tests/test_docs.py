@@ -33,7 +33,7 @@ WITH_CODE = [page for page in PAGES if blocks(page)]
 # Pages that take longer than about two seconds, by name; add yours.
 SLOW = {
     "cache-answers.md", "draft-from-a-datastore.md", "draft-from-hidden-states.md",
-    "draft-with-another-family.md", "first-speedup.md", "from-huggingface-llm.md",
+    "draft-with-another-family.md", "explain-an-answer.md", "first-speedup.md", "from-huggingface-llm.md",
     "from-huggingface-pipeline.md", "langchain-agents.md", "llama-index-agents.md",
     "quote-sources.md", "repeat-answers.md", "structured-output.md", "warm-documents.md",
 }  # fmt: skip

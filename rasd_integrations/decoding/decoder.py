@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,7 +25,7 @@ from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.constraints import SOURCE
 from rasd_integrations.errors import PromptTooLongError
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import Draft, DraftContext, GrammarState, TokenBlock
+from rasd_integrations.types import Draft, DraftContext, GrammarState, StepRecord, TokenBlock
 
 _SPARE = 64  # positions for a draft after the answer's last token
 
@@ -77,6 +78,7 @@ class SpeculativeDecoder:
         namespace: str = "",
         config: SpeculationConfig | None = None,
         grammar: GrammarState | None = None,
+        on_step: Callable[[StepRecord], object] | None = None,
     ) -> Generator[TokenBlock, None, None]:
         """Check the request now, decode lazily.
 
@@ -88,6 +90,7 @@ class SpeculativeDecoder:
             namespace: Of the prefix cache.
             config: For this answer, in the place of the decoder's own.
             grammar: What the answer must match, at its start; this answer's own.
+            on_step: Called with the record of each step, before its block is yielded.
 
         Yields:
             Blocks of one token or more; while a long prompt is prefilled, empty ones. Ids, keys and
@@ -109,7 +112,7 @@ class SpeculativeDecoder:
             check_lockstep(self.drafter if params.drafting else None, config, settled)
         stats.mode = "lossless" if config.lossless else "knowledge_transfer"
         context = replace(context or DraftContext(prompt_ids=()), grammar=grammar)
-        return _Run(self, ids, settled, context, config, stats, namespace).blocks()
+        return _Run(self, ids, settled, context, config, stats, namespace, on_step).blocks()
 
     def prefill(self, ids: Sequence[int], *, namespace: str = "") -> Iterator[int]:
         """Prefill ``ids`` and keep their keys and values for later prompts and processes.
@@ -146,7 +149,9 @@ class _Run:
         config: SpeculationConfig,
         stats: DecodingStats,
         namespace: str,
+        on_step: Callable[[StepRecord], object] | None,
     ) -> None:
+        self.on_step = on_step
         self.decoder, self.target, self.steps = decoder, decoder.target, decoder.steps
         self.ids, self.num_prompt, self.params = ids, len(ids), params
         self.config, self.stats, self.namespace = config, stats, namespace
@@ -242,7 +247,7 @@ class _Run:
         skip = first is not None or self._leaves_step_to_others()
         budget = self.schedule.next_budget() if self.drafting.is_on and not skip else 0
         proposed = self.steps.fitted(self.drafting.propose(min(budget, longest)))
-        draft = proposed.head(self.schedule.head(proposed)) if budget > 0 else proposed
+        chosen = proposed.head(self.schedule.head(proposed)) if budget > 0 else proposed
         self._explain(budget, skip=skip)
         draft_s = self._tick("draft_s", started)
 
@@ -250,7 +255,7 @@ class _Run:
         started = time.perf_counter()
         # A forced token has no logits of the drafter's, which knowledge transfer needs.
         forced = longest if self.config.lossless and first is None else 0
-        draft = self.constraints.restrict(draft, forced)
+        draft = self.constraints.restrict(chosen, forced)
         rows = self.schedule.rows if self.drafting.is_on and not skip else 0
         logits = self.steps.step(self.ids, draft, self.buffer, rows) if first is None else first
 
@@ -277,6 +282,12 @@ class _Run:
             own = [node for node, source in enumerate(_sources(draft)) if source != SOURCE]
             counts = len(own), len({*own} & {*accepted})
             self.schedule.record(*counts, draft_s, step_s, 1 + len(draft), proposed, tokens)
+        if self.on_step is not None:
+            sources = _sources(draft)
+            by = tuple(sources[node] for node in accepted)
+            why = self._why_none(first, budget, longest, proposed, chosen)
+            off = why if {*sources} <= {SOURCE} else None
+            self.on_step(StepRecord(block.token_ids, by, Counter(sources), off, draft_s, step_s))
         return block
 
     def _leaves_step_to_others(self) -> bool:
@@ -293,7 +304,22 @@ class _Run:
         elif skip:
             self.stats.off_reason = "several answers decode together"
         else:
-            self.stats.off_reason = "drafting does not pay on this text"
+            self.stats.off_reason = self.schedule.off_reason
+
+    def _why_none(
+        self, first: Tensor | None, budget: int, longest: int, proposed: Draft, chosen: Draft
+    ) -> str:
+        """Return why a step verified no token of a drafter."""
+        if first is not None:
+            return "the prefill gives the first token"
+        if budget <= 0 or not self.drafting.is_on:
+            return self.stats.off_reason or "num_draft_tokens is 0"
+        if longest <= 0:
+            return "there is no room for a draft"
+        if not len(proposed):
+            return "the drafter has nothing to propose"
+        chose = "the grammar allows no token of the draft"
+        return chose if len(chosen) else "the draft is too unlikely to save time"
 
     def _start_drafter(self, block: TokenBlock) -> None:
         """Start the drafter after the first ``block``, unless that was the last."""

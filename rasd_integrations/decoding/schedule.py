@@ -24,6 +24,8 @@ _ENOUGH = 2  # steps: the first of a width may take longer
 _STALE = 128  # steps after which the plain step is timed again
 _CHEAP = 0.5  # plain steps; a draft below that is asked for in full, and cut afterwards
 _FIRST_DRAFT = 4  # tokens, while it is not known what they cost
+_NO_GAIN = "drafting does not pay on this text"
+_TIMED = "a plain step is timed, to compare drafts with"
 
 
 class StepTimes:
@@ -100,6 +102,7 @@ class Schedule:
 
     Attributes:
         rows: Pad the next step to at least this many rows.
+        off_reason: Why the last budget was 0, if it was.
         acceptance: Share of the tried tokens that were accepted, running average.
     """
 
@@ -122,6 +125,7 @@ class Schedule:
             state: Of the last answer.
         """
         self.rows = 0
+        self.off_reason = ""
         self._max, self._fixed, self._multiple = max_draft_tokens, fixed, row_multiple
         lengths = (0, *(1 << k for k in range(max_draft_tokens.bit_length())), max_draft_tokens)
         self._widths = sorted({rows_at(1 + n, row_multiple) for n in lengths})
@@ -149,8 +153,9 @@ class Schedule:
             self._asked = self._fixed
             self.rows = min(self._times.width, rows_at(1 + self._fixed, self._multiple))
         else:
-            may = self._allowance.allows and not self._times.wants_plain
-            self._asked = self._length_worth_asking() if may else 0
+            pays, is_timed = self._allowance.allows, self._times.wants_plain
+            self.off_reason = _TIMED if pays and is_timed else "" if pays else _NO_GAIN
+            self._asked = 0 if self.off_reason else self._length_worth_asking()
             self.rows = 0
         return self._asked
 

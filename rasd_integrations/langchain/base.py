@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import warnings
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from functools import partial
@@ -39,13 +39,14 @@ from rasd_integrations.runtime.together import MOST_AT_ONCE, as_they_end, until_
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-    from langchain_core.language_models import LangSmithParams
+    from langchain_core.language_models import LangSmithParams, LanguageModelInput
     from langchain_core.messages import BaseMessage
     from typing_extensions import Self
 
     from rasd_integrations.config import SamplingParams
     from rasd_integrations.response_format import Grammar
     from rasd_integrations.runtime.rasd import RASD
+    from rasd_integrations.text.answer.explanation import Explanation
     from rasd_integrations.types import TextDelta
 
 _Chunk = TypeVar("_Chunk", GenerationChunk, ChatGenerationChunk)
@@ -218,6 +219,25 @@ class RASDModel(FrameworkModel, BaseLanguageModel[Any], ABC):
             yield from ended
 
     # --- one call ---
+
+    def explain(
+        self, input: LanguageModelInput, *, stop: list[str] | None = None, **options: Any
+    ) -> Explanation:
+        """Answer as ``invoke`` does; return where drafts came from.
+
+        Who drafted each token, what was accepted, and why nothing was drafted where nothing was.
+
+        Args:
+            input: What ``invoke`` takes: a text, messages, or a filled prompt.
+            stop: Strings that end the answer.
+            **options: Of this call, as for ``invoke``.
+        """
+        with langchain_errors():
+            return self._rasd.explain(self._request(self._read(input), stop, options))
+
+    @abstractmethod
+    def _read(self, value: LanguageModelInput) -> Sequence[BaseMessage] | str:
+        """Return an input of ``invoke`` as the model is given it."""
 
     def _request(
         self,

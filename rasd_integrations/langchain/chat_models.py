@@ -145,6 +145,9 @@ class ChatRASD(RASDModel, BaseChatModel):
         chunks = self._achunks(answer.push, messages, stop, kwargs, None)
         return whole_answer([chunk async for chunk in chunks])
 
+    def _read(self, value: LanguageModelInput) -> list[BaseMessage]:
+        return self._convert_input(value).to_messages()
+
     # Where a callback listens to tokens, LangChain joins `_stream` itself, and mends broken calls.
 
     def generate(self, *args: Any, **kwargs: Any) -> LLMResult:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         AsyncCallbackManagerForLLMRun,
         CallbackManagerForLLMRun,
     )
+    from langchain_core.language_models import LanguageModelInput
 
     from rasd_integrations.types import TextDelta
 
@@ -119,6 +120,9 @@ class RASDLLM(RASDModel, BaseLLM):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return self._result(answers)
+
+    def _read(self, value: LanguageModelInput) -> str:
+        return self._convert_input(value).to_string()
 
     def _push(self, delta: TextDelta) -> Iterator[GenerationChunk]:
         """Yield ``delta`` as LangChain's chunk; nothing while text is held back."""

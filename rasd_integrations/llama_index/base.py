@@ -55,6 +55,7 @@ from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.response_format import ToolUse
 from rasd_integrations.runtime.hints import explicit_hints
 from rasd_integrations.runtime.pipeline import Request
+from rasd_integrations.text.answer.explanation import Explanation
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +198,18 @@ class RASDLLM(RASDCalling):
         return await self._astreamed(
             completion_response, self._completion_request, prompt, formatted, kwargs
         )
+
+    def explain(self, prompt: str | Sequence[ChatMessage], **options: Any) -> Explanation:
+        """Answer as ``complete`` or ``chat`` does; return where drafts came from.
+
+        Args:
+            prompt: A text, for ``complete``, or messages, for ``chat``.
+            **options: Of this call, as for these two.
+        """
+        if isinstance(prompt, str):
+            formatted = options.pop("formatted", False)
+            return self._rasd.explain(self._completion_request(prompt, formatted, options))
+        return self._rasd.explain(self._chat_request(prompt, options))
 
     def _whole(
         self, respond: Respond[_Response], make: Callable[..., Request], *given: Any

@@ -26,13 +26,14 @@ from rasd_integrations.text.answer.closed import closed_fields
 from rasd_integrations.text.answer.detokenizer import IncrementalDetokenizer
 from rasd_integrations.text.answer.quotes import quoted
 from rasd_integrations.text.answer.stop import ended_at
-from rasd_integrations.text.answer.stream import stream_text
+from rasd_integrations.text.answer.stream import by_token, stream_text
 from rasd_integrations.text.prompt.template import ChatTemplate
 from rasd_integrations.types import (
     Chunk,
     DraftContext,
     Generation,
     GrammarState,
+    StepRecord,
     TextDelta,
     TokenBlock,
     ToolCall,
@@ -74,12 +75,14 @@ class Request:
         params: How to draw the answer.
         hints: What the caller knows of how the prompt was made.
         tools: What the answer may or must call.
+        on_step: Called with the record of each step; the answer's deltas are then of one token each.
     """
 
     prompt: Prompt
     params: SamplingParams = field(default_factory=SamplingParams)
     hints: PromptHints | None = None
     tools: ToolUse | None = None
+    on_step: Callable[[StepRecord], object] | None = None
 
     @classmethod
     def of(
@@ -173,13 +176,15 @@ class Pipeline:
         stats.total_s += time.perf_counter() - started
         blocks = self.decoder.generate(
             prompt_ids, params, context=context, stats=stats, namespace=self.namespace,
-            config=config, grammar=grammar,
+            config=config, grammar=grammar, on_step=request.on_step,
         )  # fmt: skip
         if gate is not None:
             tokens = len(prompt_ids) + params.max_tokens
             blocks = _gated(blocks, gate(tokens * self.decoder.bytes_per_token))
         if stops.ends:
             blocks = ended_at(blocks, stops.ends)
+        if request.on_step is not None:
+            blocks = by_token(blocks)
         kept = () if parser is None else template.kept_control(tools)
         detokenizer = IncrementalDetokenizer(template.tokenizer, kept, stops.marks)
         single = tools is not None and not tools.parallel

@@ -38,19 +38,13 @@ from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
 from rasd_integrations.runtime.aio import iterate_in_thread
 from rasd_integrations.runtime.lazy_engine import EngineOptions, LazyEngine, name_of
-from rasd_integrations.runtime.pipeline import (
-    Gate,
-    Known,
-    Pipeline,
-    Progress,
-    Request,
-    joined,
-)
+from rasd_integrations.runtime.pipeline import Gate, Known, Pipeline, Progress, Request, joined
 from rasd_integrations.runtime.together import has_left
 from rasd_integrations.stats import DecodingStats
+from rasd_integrations.text.answer.explanation import Explanation, explained
 from rasd_integrations.text.prompt.counting import count_messages, count_text
 from rasd_integrations.text.prompt.template import check_template_options
-from rasd_integrations.types import Generation, TextDelta
+from rasd_integrations.types import Generation, StepRecord, TextDelta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -297,6 +291,15 @@ class RASD:
     ) -> Generation:
         """Return the whole answer, the join of :meth:`stream`, once there is memory for it."""
         return joined(list(self._gated(Request.of(prompt, params, **known))))
+
+    def explain(
+        self, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]
+    ) -> Explanation:
+        """Answer as :meth:`generate` does; return where drafts came from, and why none came where none did."""
+        steps: list[StepRecord] = []
+        request = replace(Request.of(prompt, params, **known), on_step=steps.append)
+        deltas = list(self._gated(request))
+        return explained(joined(deltas).text, deltas, steps)
 
     def astream(
         self, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]

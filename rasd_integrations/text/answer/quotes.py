@@ -198,8 +198,10 @@ def _chosen(
     taken: dict[int, tuple[int, int]] = {}  # words of chosen spans
 
     def push(first: int, stop: int) -> None:
+        if stop - first < MIN_WORDS:  # nothing, or too little, is left of it
+            return
         before = size[first] if halves[first] else size[first] - 2
-        if stop - first >= MIN_WORDS and size[stop] - before >= 2 * MIN_WORDS:
+        if size[stop] - before >= 2 * MIN_WORDS:
             heapq.heappush(heap, (words[first][0] - words[stop - 1][1], first, stop))
 
     for first, stop in matches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from rasd_integrations.stats import DecodingStats
@@ -82,6 +83,15 @@ def stream_text(
             return
     finally:
         blocks.close()
+
+
+def by_token(blocks: Generator[TokenBlock, None, None]) -> Generator[TokenBlock, None, None]:
+    """Yield the tokens of each block as blocks of their own; each delta is then one token's."""
+    with closing(blocks):
+        for block in blocks:
+            for token in block.token_ids[:-1]:
+                yield TokenBlock((token,))
+            yield replace(block, token_ids=block.token_ids[-1:])
 
 
 def _texts(

@@ -8,7 +8,7 @@ import unicodedata
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rasd_integrations import Chunk, DecodingStats, TextDelta
@@ -206,6 +206,7 @@ def answers(draw):
 
 
 @settings(max_examples=200, deadline=None)
+@example((" ".join("a" * 12), [Chunk("a a a a a a", id="0")]))
 @given(answers())
 def test_nothing_is_missed_and_nothing_claimed(case):
     """The quotes are those of a search that tries every span, in texts of few and odd words."""
