@@ -7,7 +7,6 @@ from cases_langchain import ABOUT_ADA, ADA, PROMPT, joined, memory_store
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import RunnablePassthrough
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from scripted import scripted_model
 
 from rasd_integrations.langchain import RASDLLM, ChatRASD
@@ -78,8 +77,7 @@ def test_tools_are_explained():
         return name
 
     said = 'Let me look.\n<tool_call>\n{"name": "look", "arguments": {"name": "Ada"}}\n</tool_call>'
-    answer = saying(ChatRASD, lambda prompt: said).explain(
-        "Who?", tools=[convert_to_openai_tool(look)]
-    )
+    llm = saying(ChatRASD, lambda prompt: said)
+    answer = llm.explain("Who?", **llm.bind_tools([look]).kwargs)
     assert answer.text == "Let me look."
     assert "".join(token.call for token in answer.tokens) == 'look{"name": "Ada"}'

@@ -17,6 +17,7 @@ from rasd_integrations.decoding.schedule import Schedule
 from rasd_integrations.drafters.calibration import Allowance
 from rasd_integrations.runtime import pipeline
 from rasd_integrations.runtime.pipeline import Request
+from rasd_integrations.types import Draft
 
 PARAMS = SamplingParams(max_tokens=48, ignore_eos=True)
 TEXT = "Tell me of the quick brown fox, the quick brown fox."
@@ -81,6 +82,34 @@ def test_each_drafter_is_named():
     assert "answers" not in {token.source for token in first.tokens}
     assert Counter(token.source for token in second.tokens)["answers"] > 0
     assert rasd.stats.generated_tokens == 2 * PARAMS.max_tokens  # counted as any answer
+
+
+def test_accepted_tokens_have_the_source_of_their_node():
+    """Of a tree that several drafters made: wrong siblings come first, and the path changes its drafter."""
+    truth = made(None).generate(TEXT, PARAMS).token_ids
+
+    def tree(answer, budget):
+        one, two = [*truth[len(answer) :], 0, 0][:2]
+        wrong = (one + 1) % VOCAB
+        return Draft((wrong, one, wrong, two), (-1, -1, 1, 1), sources=("a", "b", "c", "d"))
+
+    answer = made(ScriptedDrafter(tree)).explain(TEXT, PARAMS)
+    check_sums(answer)
+    *whole, _, _, _ = [token.source for token in answer.tokens]  # the last step has no room for all
+    assert whole == ["b", "d", "target"] * 15
+
+
+@pytest.mark.parametrize("eta", [0.0, 40.0], ids=["lossless", "transfer"])
+def test_a_drafter_model_is_named(eta):
+    """Drafting with it, and where its knowledge goes into the answer."""
+    rasd = RASD.from_model(
+        tiny_llama(), tiny_tokenizer(), drafter_model=tiny_llama(9), knowledge_transfer=eta,
+        memory=False,
+    )  # fmt: skip
+    answer = rasd.explain(CHAT, PARAMS)
+    check_sums(answer)
+    assert answer.text == rasd.generate(CHAT, PARAMS).text
+    assert set(answer.drafters) - {"suffix", "recycling"}
 
 
 @pytest.mark.parametrize("drafting", [True, False])
