@@ -23,6 +23,9 @@ PARAMS = SamplingParams(max_tokens=48, ignore_eos=True)
 TEXT = "Tell me of the quick brown fox, the quick brown fox."
 CHAT = [human(TEXT)]
 FIRST = "the prefill gives the first token"
+FIXED = SpeculationConfig(num_draft_tokens=6)  # the schedule's own lengths depend on the clock
+# False while drafting, or a part of it, is paused
+ALLOWS = f"{Allowance.__module__}.Allowance.allows"
 ANSWER = f"As the text has it, {FACTS[4]} So it was Magnus, I think."
 
 
@@ -72,8 +75,9 @@ def test_the_answer_is_that_of_the_call(prompt, changes, fixed):
     assert ids[: len(whole.token_ids)] == whole.token_ids[: len(ids)]
 
 
-def test_each_drafter_is_named():
+def test_each_drafter_is_named(monkeypatch):
     """An answer that was given before is drafted from it, and says so at its tokens."""
+    monkeypatch.setattr(ALLOWS, True)
     rasd = made()
     first = rasd.explain(CHAT, PARAMS)
     second = rasd.explain(CHAT, PARAMS)
@@ -104,7 +108,7 @@ def test_a_drafter_model_is_named(eta):
     """Drafting with it, and where its knowledge goes into the answer."""
     rasd = RASD.from_model(
         tiny_llama(), tiny_tokenizer(), drafter_model=tiny_llama(9), knowledge_transfer=eta,
-        memory=False,
+        memory=False, speculation=FIXED,
     )  # fmt: skip
     answer = rasd.explain(CHAT, PARAMS)
     check_sums(answer)
@@ -131,9 +135,10 @@ def test_forced_tokens_are_the_grammars(drafting):
     assert bool(reasons) == (not drafting)
 
 
-def test_quotes_lie_on_their_tokens():
+def test_quotes_lie_on_their_tokens(monkeypatch):
     """Their places are those of the text, which the tokens' texts make up."""
-    rasd = RASD.from_model(*scripted_model(lambda prompt: ANSWER))
+    monkeypatch.setattr(ALLOWS, True)
+    rasd = RASD.from_model(*scripted_model(lambda prompt: ANSWER), speculation=FIXED)
     prompt = [human("\n\n".join([*FACTS, "Who planned the Kullen lighthouse?"]))]
     answer = rasd.explain(prompt, SamplingParams(max_tokens=400), hints=PromptHints(chunks=RANKED))
     check_sums(answer)
@@ -173,16 +178,13 @@ def test_where_nothing_is_drafted_it_says_why(options, changes, reasons):
 
 def test_a_schedule_says_why_it_does_not_draft(monkeypatch):
     """Plain steps are timed first; a draft may be too unlikely, or drafts may have cost too much."""
-    made_up, allows = (
-        ScriptedDrafter(always_wrong([0] * 99, VOCAB)),
-        f"{Allowance.__module__}.Allowance.allows",
-    )
+    made_up = ScriptedDrafter(always_wrong([0] * 99, VOCAB))
     monkeypatch.setattr(Schedule, "head", lambda self, draft: 0)
-    monkeypatch.setattr(allows, True)
+    monkeypatch.setattr(ALLOWS, True)
     assert made(made_up, None).explain(TEXT, PARAMS).off_reasons == {
         FIRST: 1, TIMED: 2, "the draft is too unlikely to save time": 44, "there is no room for a draft": 1,
     }  # fmt: skip
-    monkeypatch.setattr(allows, False)
+    monkeypatch.setattr(ALLOWS, False)
     assert made(made_up, None).explain(TEXT, PARAMS).off_reasons == after(NO_GAIN)
 
 
