@@ -86,4 +86,4 @@ def test_defaults_are_the_documented_ones():
     assert (answer.repetition_penalty, answer.no_repeat_ngram_size) == (1, 0)
     assert (answer.max_tokens, answer.stop, answer.seed) == (512, (), None)
     assert (drafts.lossless, drafts.num_draft_tokens, drafts.max_draft_tokens) == (True, None, 16)
-    assert (store.k, store.timeout_s, store.store_policy) == (16, 2.0, "prompt")
+    assert (store.k, store.timeout_s, store.store_policy) == (16, 2.0, "store")

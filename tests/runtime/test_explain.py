@@ -146,7 +146,9 @@ def test_quotes_lie_on_their_tokens(monkeypatch):
     assert (answer.text, quote.chunk_id) == (ANSWER, "fact-4")
     assert answer.text[quote.start : quote.end] == quote.text == FACTS[4][:-1]
     assert "chunk fact-4, at character 0. source: towers.txt" in answer._repr_html_()
-    copied = [t.source for t in answer.tokens[quote.start : quote.end]]  # a byte a token
+    spanned = answer.tokens[quote.start : quote.end]  # a byte a token
+    assert [token.text for token in spanned] == list(quote.text)
+    copied = [token.source for token in spanned]
     assert copied.count("suffix") > len(copied) / 2
 
 

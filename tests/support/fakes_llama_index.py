@@ -103,7 +103,7 @@ class FakeRASD(FakeEngine):
             msg = "The prompt is empty."
             raise PromptError(msg)
         place = len(self.calls)
-        self.calls.append(Call(prompt, request.params, request.hints, request.tools, method))
+        self.calls.append(Call(prompt, request.params, request.hints, request.tools, method=method))
         answer = self.answers[place] if place < len(self.answers) else ANSWER
         given = (answer,) if isinstance(answer, str) else answer
         pieces = [TextDelta(text=piece) if isinstance(piece, str) else piece for piece in given]
