@@ -48,7 +48,7 @@ class Sizes:
     bound: int = 240
 
 
-SIZES = {"1k": Sizes(), "7k": Sizes(k=43, passage=6500)}
+SIZES = {"1k": Sizes(), "7k": Sizes(k=44, passage=6700)}
 TINY = Sizes(chunk=40, k=2, passage=60, edited=40, answer=8, turn=8, bound=400)
 
 

@@ -143,6 +143,7 @@ def test_a_ratio_is_time_a_token_and_has_an_interval():
     assert peer["times_plain"] == pytest.approx((1 / 9) / (1 / 10))
     assert peer["decode_ms_per_token"] == peer["wall_ms_per_token"] == pytest.approx(100.0)
     assert auto["times_openvino_genai"] == pytest.approx((4 / 40) / (4 / (3 * 9 + 19)))
+    assert auto["times_best_genai"] == auto["times_openvino_genai"]
     assert ratio([((2.0, 1), (1.0, 1)), ((2.0, 1), (3.0, 1))]) == 1.0
 
 
