@@ -262,7 +262,9 @@ class Benchmark:
                     continue
                 about = self.found.engines[name]
                 about |= engines[name].hello.pop("about")
-                about |= {k: engines[name].hello[k] for k in ("load_s", "store_mib")}
+                about |= {
+                    k: engines[name].hello[k] for k in ("load_s", "load_peak_mib", "store_mib")
+                }
             if BASELINE not in engines:
                 return
             time.sleep(0 if self.args.tiny else self.settle_s)

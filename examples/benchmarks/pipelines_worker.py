@@ -35,6 +35,7 @@ def main() -> None:
     say(
         about={"python": platform.python_version()} | engine.about(),
         load_s=time.perf_counter() - started,
+        load_peak_mib=peak_mib(),
         store_mib=getattr(engine, "store_mib", 0.0),
         follows_schemas=getattr(engine, "follows_schemas", False),
     )
