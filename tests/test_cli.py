@@ -198,6 +198,7 @@ def tiny_folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_warm_reads_documents_into_a_folder_with_a_bar(
     docs: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,6 +228,7 @@ def test_warm_reads_documents_into_a_folder_with_a_bar(
     assert stats.cached_prompt_tokens > len(text)
 
 
+@pytest.mark.slow
 def test_warm_reads_for_the_executor_that_is_named(
     docs: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +255,7 @@ def test_warm_reads_for_the_executor_that_is_named(
     assert found == {"openvino-kv8": True, "openvino": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["rich", "chromadb", "llama_index", "langchain_core"])
 def test_warm_needs_no_extra(
     module: str,

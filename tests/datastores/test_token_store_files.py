@@ -111,6 +111,7 @@ def test_an_opened_store_is_mapped_not_loaded(tmp_path):
 # --- readers beside writers ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_readers_see_whole_states_while_writers_work(small_shards):
     """Every row read during growth, removal and merging is how a text that was added goes on."""
     texts = [f"{c}{i:03} is how text {i:03} goes on" for i in range(200) for c in "xy"]

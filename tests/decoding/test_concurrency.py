@@ -309,6 +309,7 @@ def test_a_target_that_drafts_for_itself_decodes_side_by_side():
     assert truths == side_by_side(executor, [lambda i=i: answer(i) for i in range(4)])
 
 
+@pytest.mark.slow
 async def test_twenty_async_streams_say_what_each_says_alone():
     """Many streams on one model all end, each with its own answer."""
     params = SamplingParams(max_tokens=20, ignore_eos=True)

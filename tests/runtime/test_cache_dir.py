@@ -81,6 +81,7 @@ def test_no_text_is_written_where_no_folder_is_named(kind, users, gguf):
     assert kinds(users) == ["digests", "models"]
 
 
+@pytest.mark.slow
 def test_compiled_graphs_lie_there_too(users, tmp_path):
     """A graph is as large as the weights in float32, so it goes where the user has room."""
     pytest.importorskip("openvino")
@@ -118,6 +119,7 @@ def as_another_user() -> Iterator[None]:
             os.seteuid(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["eager", "openvino"])
 def test_a_folder_whose_files_belong_to_another_user_costs_time_only(executor, users, caplog):
     """What cannot be read is made again for this process, with warnings; answers are right, nothing is lost."""

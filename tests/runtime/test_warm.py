@@ -52,6 +52,7 @@ def test_a_later_engine_answers_from_the_folder(drafter, tmp_path):
         assert answer.stats.cached_prompt_tokens > len(document)
 
 
+@pytest.mark.slow
 def test_loaded_models_find_their_files_again(tmp_path):
     """A model from a folder is known by its weights, also once they are packed."""
     saved = tmp_path / "model"

@@ -88,6 +88,7 @@ def test_greedy_ids_equal_eager_plain_decoding(family, script, shape):
     assert truth == decoded(ours, ScriptedDrafter(propose))
 
 
+@pytest.mark.slow
 def test_a_gathered_buffer_keeps_its_places():
     """Rows picked out of a longer text, with windows, are seen where they stood."""
     ours, eager = targets("gemma3")
@@ -97,6 +98,7 @@ def test_a_gathered_buffer_keeps_its_places():
     close(ours.step([5, 6, 7], mine), eager.step([5, 6, 7], theirs))
 
 
+@pytest.mark.slow
 def test_two_buffers_take_turns():
     """The graph reads the memory of the answer whose turn it is, also after it grew."""
     ours, eager = targets("llama")
@@ -129,6 +131,7 @@ def test_memory_that_is_no_number_stays_out(monkeypatch):
         close(got, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_steps_of_several_answers_run_together(family, monkeypatch):
     """Chains and trees, as more rows than there are, over memory of any content; answers come, grow and leave."""
