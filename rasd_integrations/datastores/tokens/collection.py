@@ -107,7 +107,7 @@ class Collection:
                 self._read(unread)
         except Exception as error:  # noqa: BLE001 - a store may raise anything
             self._report(f"{type(error).__name__}: {error}")
-        finally:
+            # Only here: after a normal end another thread may be at work already.
             self._is_working = False
 
     @locked
@@ -150,11 +150,12 @@ class Collection:
         left = iter(unread)
         while self._asked == self._checked:
             self._is_full = self.store.num_tokens >= MOST_TOKENS
-            if self._is_full:
-                return
-            self._quiet.wait()
-            part = [*islice(left, _PIECE if self._quiet.is_quiet else _SMALL_PIECE)]
+            if not self._is_full:
+                self._quiet.wait()
+            size = _PIECE if self._quiet.is_quiet else _SMALL_PIECE
+            part = [] if self._is_full else [*islice(left, size)]
             if not part:
+                self._known = {}  # what is left of it is not in the store any more
                 self._save()
                 return
             check_not_ending()
