@@ -14,6 +14,7 @@ from fakes_memory import IdsTokenizer, Listed, drafted, new_memory, settled
 from rasd_integrations.datastores.tokens.answer_log import AnswerLog
 from rasd_integrations.datastores.tokens.encoding import as_ids, ids_key
 from rasd_integrations.datastores.tokens.memory import Memories
+from rasd_integrations.datastores.tokens.store import TokenStore
 from rasd_integrations.storage.marked import marked_folders
 
 ROWS = [as_ids([i, i + 1, i + 2]) for i in range(0, 60, 3)]
@@ -94,7 +95,7 @@ def test_a_later_memory_has_the_answers_and_encodes_no_text_again(tmp_path):
     del source.held["5 6 7"]
     encoded.clear()
     again = Memories(Counting(), "org/model").of("tenant", tmp_path)
-    assert [ids for _, ids in again.answers.store.rows()] == [[20, 21, 22]]
+    assert [ids.tolist() for _, ids in again.answers.store.rows()] == [[20, 21, 22]]
     assert drafted(again, [1, 2], source) == (3,)
     assert drafted(again, [5, 6], source) == ()
     assert "1 2 3" not in encoded
@@ -104,6 +105,24 @@ def test_a_later_memory_has_the_answers_and_encodes_no_text_again(tmp_path):
     assert [(folder.kind, folder.model) for folder in listed] == [("memory", "org/model")]
     assert listed[0].remove() > 0
     assert Memories(Counting(), "org/model").of("tenant", tmp_path).forget() == 0
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_what_is_forgotten_is_in_no_file(tmp_path, is_read):
+    """Whether this process has read the collection or not."""
+    source = Listed(["1 2 3", "5 6 7", "8 9 10"])
+    settled(first := new_memory(folder=tmp_path), source)
+    (file,) = [p for p in tmp_path.glob("*.rasd-memory") if p.name[:4] not in ("answ", "lock")]
+    memory = first if is_read else new_memory(folder=tmp_path)
+
+    def kept():
+        return [ids.tolist() for _, ids in TokenStore.open(file, IdsTokenizer()).rows()]
+
+    assert len(kept()) == 3
+    memory.forget("5 6 7")
+    assert sorted(kept()) == [[1, 2, 3], [8, 9, 10]]
+    memory.forget()
+    assert kept() == []
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish" * 50])

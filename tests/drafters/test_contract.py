@@ -88,7 +88,7 @@ def store(truth: Sequence[int], vocab: int) -> TokenStore:
 
 def texts(truth: Sequence[int], vocab: int) -> Iterable[list[int]]:
     """Return the ids of :func:`store`'s texts."""
-    return (ids for _, ids in store(truth, vocab).rows())
+    return (ids.tolist() for _, ids in store(truth, vocab).rows())
 
 
 def fused(target: TargetModel, truth: Sequence[int]) -> FusedDrafter:

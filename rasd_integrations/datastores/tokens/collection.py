@@ -11,7 +11,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
-from rasd_integrations.datastores.tokens.encoding import Ids, as_ids, chunk_key
+from rasd_integrations.datastores.tokens.encoding import Ids, chunk_key
 from rasd_integrations.datastores.tokens.quiet import Quiet
 from rasd_integrations.datastores.tokens.shard import Shard
 from rasd_integrations.datastores.tokens.store import TokenStore
@@ -26,6 +26,7 @@ MOST_TOKENS = 5_000_000
 _MOST_CHUNKS = 50_000
 _ROOM = 0.9  # of the tokens, after making room
 _PIECE, _SMALL_PIECE = 64, 16  # chunks that are read at once; while answers run
+FILES = threading.Lock()  # held while a file of token ids is written
 _HELD_S = 1.0  # a call of the store that takes longer does not hold up the end of the process
 
 
@@ -90,11 +91,14 @@ class Collection:
         """Return the texts, once the check of that number is done; until then none."""
         return self.store.shards if self._checked >= number else ()
 
-    def forget(self, text: str) -> None:
-        """Remove a text, and do not read it again."""
-        key = chunk_key(text)
-        self._forgotten.add(key)
-        self.store.remove([key])
+    def forget(self, text: str | None = None) -> None:
+        """Remove a text and do not read it again, or keep nothing any more; called under :data:`FILES`."""
+        if text is None:
+            self._keep = None
+        else:
+            key = chunk_key(text)
+            self._forgotten.add(key)
+            self.store.remove([key])
 
     def _work(self) -> None:
         try:
@@ -177,12 +181,12 @@ class Collection:
         self._opened = True
         path, _ = self._keep
         with contextlib.suppress(RetrievalError):  # none yet, damaged, or of another tokenizer
-            self._known = {
-                key: as_ids(ids) for key, ids in TokenStore.open(path, self._encode).rows()
-            }
+            self._known = dict(TokenStore.open(path, self._encode).rows())
 
     def _save(self) -> None:
-        if self._keep is not None and self._unsaved:
+        with FILES:
+            if self._keep is None or not self._unsaved:
+                return
             self._unsaved = False
             path, model = self._keep
             try:

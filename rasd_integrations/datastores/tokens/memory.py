@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -11,18 +12,23 @@ from typing import Any
 
 from rasd_integrations.datastores.tokens.answer_log import AnswerLog
 from rasd_integrations.datastores.tokens.answers import Answers
-from rasd_integrations.datastores.tokens.collection import Collection
-from rasd_integrations.datastores.tokens.encoding import chunk_key, tokenizer_fingerprint
+from rasd_integrations.datastores.tokens.collection import FILES, Collection
+from rasd_integrations.datastores.tokens.encoding import Ids, chunk_key, tokenizer_fingerprint
 from rasd_integrations.datastores.tokens.quiet import Quiet
 from rasd_integrations.datastores.tokens.shard import Shard
+from rasd_integrations.datastores.tokens.store import TokenStore
+from rasd_integrations.errors import RetrievalError, StorageError
 from rasd_integrations.process import locked
 from rasd_integrations.retrieval.base import ReadableSource
 from rasd_integrations.storage.cache_folder import cache_folder, title_of
+
+logger = logging.getLogger(__name__)
 
 _MOST_ANSWER_TOKENS = 1_000_000
 # Of a model, the last used.
 _MOST_NAMESPACES = 64
 _MOST_COLLECTIONS = 8
+_SUFFIX = ".rasd-memory"
 
 
 class Memory:
@@ -48,7 +54,7 @@ class Memory:
         """
         self.quiet = quiet
         self._folder, self._model = folder, title_of(model)
-        log = None if folder is None else AnswerLog(folder / "answers.rasd-memory", self._model)
+        log = None if folder is None else AnswerLog(folder / f"answers{_SUFFIX}", self._model)
         self.answers = Answers(tokenizer, _MOST_ANSWER_TOKENS, log)
         self._tokenizer = tokenizer
         self._lock = threading.RLock()
@@ -70,20 +76,38 @@ class Memory:
 
     @locked
     def forget(self, text: str | None = None) -> int:
-        """Forget all, or a text of the collection and every answer that holds it; return how many answers."""
-        if text is None:
-            self._collections.clear()
-            keys = [key for key, _ in self.answers.store.rows()]
-        else:
+        """Forget all, or a text of the collection and every answer that holds it; return how many answers.
+
+        What the folder keeps is forgotten too, but not what another process has read of it.
+        """
+        with FILES:  # a file that is written meanwhile would hold the text again
             for collection in self._collections.values():
                 collection.forget(text)
-            keys = [
-                key
-                for key, ids in self.answers.store.rows()
-                if text in self._tokenizer.decode(ids, skip_special_tokens=False)
-            ]
+            self._forget_kept(text)
+        if text is None:
+            self._collections.clear()
+        keys = [
+            key
+            for key, ids in self.answers.store.rows()
+            if text is None or text in self._decoded(ids)
+        ]
         self.answers.remove(keys)
         return len(keys)
+
+    def _decoded(self, ids: Ids) -> str:
+        return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+
+    def _forget_kept(self, text: str | None) -> None:
+        for path in [] if self._folder is None else [*self._folder.glob(f"*{_SUFFIX}")]:
+            try:
+                store = TokenStore.open(path, self._tokenizer)
+                if text is None or text in store:
+                    store.remove([key for key, _ in store.rows()] if text is None else text)
+                    store.save(path)
+            except RetrievalError:
+                continue  # the log of answers; what is damaged is never read
+            except StorageError as error:
+                logger.warning("A text is still in %s: %s", path, error)
 
     @locked
     def _collection(self, source: ReadableSource, filter: Any) -> Collection:
@@ -91,7 +115,7 @@ class Memory:
         known = self._collections.get(key)
         if known is None:
             # The file only saves encoding: two stores that share one lose nothing but time.
-            name = f"{chunk_key(f'{type(source).__name__} {filter!r}'):016x}.rasd-memory"
+            name = f"{chunk_key(f'{type(source).__name__} {filter!r}'):016x}{_SUFFIX}"
             keep = None if self._folder is None else (self._folder / name, self._model)
             known = Collection(source, filter, self._tokenizer, self.quiet, keep)
             self._collections[key] = known

@@ -110,12 +110,17 @@ class Shard:
         """Tokens of the chunks that were not removed."""
         return int(self.lengths[self.alive].sum())
 
-    def rows(self) -> Iterator[tuple[int, list[int]]]:
+    def rows(self) -> Iterator[tuple[int, Ids]]:
         """Yield key and ids of each chunk that was not removed."""
-        for key, start, size in zip(
-            self.keys[self.alive], self.starts[self.alive], self.lengths[self.alive], strict=True
+        text = self.text.astype(np.uint32)
+        ends = self.starts.astype(np.int64) + self.lengths
+        for key, start, end in zip(
+            self.keys[self.alive].tolist(),
+            self.starts[self.alive].tolist(),
+            ends[self.alive].tolist(),
+            strict=True,
         ):
-            yield int(key), self.text[start : start + size][::-1].tolist()
+            yield key, text[start:end][::-1]
 
     def without(self, dead: NDArray[np.bool_]) -> Shard:
         """Return the shard with ``dead`` chunks marked as removed; the arrays are shared."""

@@ -125,7 +125,7 @@ class TokenStore:
         """Return True if a text, chunk or key is present."""
         return bool(_held(self.shards, keys_of(text)))
 
-    def rows(self) -> Iterator[tuple[int, list[int]]]:
+    def rows(self) -> Iterator[tuple[int, Ids]]:
         """Yield key and ids of each text, the oldest first."""
         for shard in self.shards:
             yield from shard.rows()
