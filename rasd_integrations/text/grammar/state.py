@@ -40,6 +40,7 @@ class _Step:
     Attributes:
         bound: Upper bound of the shortest completion, in tokens.
         completion: The shortest completion.
+        earlier: A completion of here or of the last place where one was known.
         position: The position in the JSON.
         mask: What may follow.
         completions: The completions behind tokens of the mask.
@@ -49,6 +50,7 @@ class _Step:
 
     bound: int
     completion: list[int] | None = None
+    earlier: Sequence[int] = ()
     position: JsonPosition = START
     mask: Mask | None = None
     completions: dict[int, list[int]] = field(default_factory=dict)
@@ -75,7 +77,7 @@ class LLGuidanceState:
         self._words = words
         self._rules = closing
         self._room = room
-        self._steps = [_Step(len(completion), [*completion])]
+        self._steps = [_Step(len(completion), [*completion], completion)]
 
     def mask(self) -> Mask:
         """Return the mask ``[ceil(vocab / 32)]`` of the tokens that may follow.
@@ -148,7 +150,8 @@ class LLGuidanceState:
             completion = step.completion[1:]
         bound = step.bound + self._rules.growth if completion is None else len(completion)
         closed = step.closed + 1 if step.only or step.closed else 0
-        return _Step(bound, completion, position, closed=closed)
+        earlier = step.earlier if completion is None else completion
+        return _Step(bound, completion, earlier, position, closed=closed)
 
     def _is_short(self, step: _Step) -> bool:
         """Return True if the completion behind one more token might not fit."""
@@ -160,12 +163,17 @@ class LLGuidanceState:
         if rules is None or not self._is_short(step) or self._matcher.is_stopped():
             return mask
         if step.completion is None:
+            rest = rules.search.rest_of(self._matcher, step.earlier)
+            if rest is not None:
+                step.bound, step.earlier = min(step.bound, len(rest)), rest
+                if not self._is_short(step):
+                    return mask
             found = rules.search.shortest_completion(
                 self._matcher, rules.opening, rules.texts, step.position
             )
             if found is None:  # the check before the answer rules this out
                 return mask
-            step.completion, step.bound = found, len(found)
+            step.completion, step.earlier, step.bound = found, found, len(found)
         if not self._is_short(step) or len(tokens_of(mask)) == 1:
             return mask
         mask, step.only, step.completions = rules.search.closable(

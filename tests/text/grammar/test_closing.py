@@ -12,6 +12,7 @@ from scripted import scripted_model
 from tiny import EOS, VOCAB, tiny_llama, tiny_tokenizer
 
 from rasd_integrations import RASD, ConfigurationError, Grammar, SamplingParams, ToolUse
+from rasd_integrations.text.grammar.closing import CompletionSearch
 from rasd_integrations.text.grammar.compiler import GrammarCompiler
 
 ITEM = {
@@ -215,3 +216,31 @@ def test_whatever_is_written_is_closed_in_time(kind):
             written.append(token)
             assert len(written) <= least + extra
         json.loads(tokenizer.decode(written), strict=False)
+
+
+@pytest.mark.parametrize("kind", sorted(DEEP))
+def test_an_earlier_completion_saves_searches_and_changes_no_mask(kind, monkeypatch):
+    """Masks are those of a search at every token whose room may be short."""
+    compiler = GrammarCompiler(tiny_tokenizer(), VOCAB, {EOS})
+    search, searches = CompletionSearch.shortest_completion, []
+    monkeypatch.setattr(
+        CompletionSearch, "shortest_completion", lambda *args: searches.append(1) or search(*args)
+    )
+    grammar = Grammar.json_schema(DEEP[kind])
+    least = len(compiler.state(grammar, room=4000)._steps[0].completion)
+    masks, counts = [], []
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(CompletionSearch, "rest_of", lambda *_: None)
+        rnd, state, seen = random.Random(5), compiler.state(grammar, room=least + 150), []
+        searches.clear()
+        while not state.finished and len(seen) < least + 60:
+            seen.append(state.mask().tobytes())
+            may = np.flatnonzero(np.unpackbits(state.mask().view(np.uint8), bitorder="little"))
+            if (token := int(rnd.choice(may))) == EOS:
+                break
+            assert state.push(token)
+        masks.append(seen)
+        counts.append(len(searches))
+    assert masks[0] == masks[1]
+    assert counts[0] < counts[1] or counts[1] <= 1
