@@ -18,7 +18,7 @@ from rasd_integrations.storage.marked import made_folder
 logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_FORMAT = 3  # of kept graphs: raise it when a step's inputs, outputs or operations change
+_FORMAT = 4  # of kept graphs: raise it when a step's inputs, outputs or operations change
 _FILE = "graph.xml"
 
 
@@ -31,6 +31,7 @@ def compiled(
         graph = paged.traced(model, trace)
         if path is not None:
             _keep(graph, path, model)
+            graph = _kept(path) or graph  # mapped, it takes no memory of its own
     kind = DTYPES[model.dtype]
     options = {
         "INFERENCE_PRECISION_HINT": kind,

@@ -30,6 +30,7 @@ from rasd_integrations.engine.executors.openvino.compiling import DTYPES, compil
 from rasd_integrations.engine.executors.openvino.inputs import Frame
 from rasd_integrations.engine.executors.openvino.tracing import trace_layout
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
+from rasd_integrations.engine.mapped import release
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading.progress import stage
 from rasd_integrations.storage.marked import marked
@@ -97,7 +98,7 @@ class CompiledExecutor(Executor):
                 )
                 self._request: Any = self._compile().create_infer_request()
                 self._first_key = len(self._request.model_inputs) - 2 * len(self._trace.layers)
-                self._check(model)
+                self._check(model, path)
         except ConfigurationError:
             raise
         except Exception as err:
@@ -238,36 +239,38 @@ class CompiledExecutor(Executor):
             arena.admit(buffer)
 
     @torch.inference_mode()
-    def _check(self, model: PreTrainedModel) -> None:
-        """Compare a prefill, and a tree behind it, with eager torch.
+    def _check(self, model: PreTrainedModel, path: Path | None) -> None:
+        """Compare a prefill, and a tree behind it, with eager torch; release what was read for it.
 
         The median row decides: bfloat16 alone moves single rows of random text far, and a fault of the graph (angles,
         masks) shows in most rows.
         """
         ids = 97 * torch.arange(1, 20) % int(model.config.get_text_config().vocab_size)
-        executors: tuple[Executor, Executor] = self, self._eager
-        buffers = KVBuffer(32), KVBuffer(32)
         tree = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
-        off = []
-        for first, last, positions, mask in (
-            (0, 16, torch.arange(16), None),
-            (16, 19, torch.tensor([16, 17, 17]), tree),
-        ):
-            ours, theirs = (
-                executor.step(
-                    ids[first:last],
-                    StepContext(positions, (Segment(buffer, positions, mask),)),
-                    num_logits=last - first,
-                ).logits.float()
-                for executor, buffer in zip(executors, buffers, strict=True)
-            )
-            for buffer in buffers:
+
+        def run(executor: Executor, buffer: KVBuffer) -> Iterator[Tensor]:
+            for first, last, positions, mask in (
+                (0, 16, torch.arange(16), None),
+                (16, 19, torch.tensor([16, 17, 17]), tree),
+            ):
+                context = StepContext(positions, (Segment(buffer, positions, mask),))
+                step = executor.step(ids[first:last], context, num_logits=last - first)
                 buffer.commit(range(last - first))
-            off.append(float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).median()))
-        self.layout = replace(self.layout, layers=buffers[0].layers)
+                yield step.logits.float()
+
+        buffer = KVBuffer(32)
+        theirs = [*run(self._eager, KVBuffer(32))]
+        release(model, path)  # before the graph's own weights are read
+        ours = [*run(self, buffer)]
+        off = [
+            float(((a - b).norm(dim=1) / b.norm(dim=1)).median())
+            for a, b in zip(ours, theirs, strict=True)
+        ]
+        self.layout = replace(self.layout, layers=buffer.layers)
         for rows in range(1, _USUAL_ROWS + 1, self.layout.row_multiple):
-            segment = Segment(buffers[0], len(ids) + torch.arange(rows), None)
+            segment = Segment(buffer, len(ids) + torch.arange(rows), None)
             self.step(ids[:rows], StepContext(segment.positions, (segment,)), num_logits=rows)
+        release(model, path)
         far = _FAR_IN_8_BITS if self.layout.in_8_bits else _FAR[model.dtype]
         if not max(off) <= far:
             msg = (

@@ -29,6 +29,7 @@ from rasd_integrations.engine.executors.openvino.tracing import (
 
 PAGE = 32  # rows, fixed by OpenVINO's CPU kernels
 SCALE_BYTES = 8  # of a row in 8 bits: scale and zero point
+_LARGE = 1 << 14  # numbers of a constant that is a weight
 _I32, _F32, _U8 = ov.Type.i32, ov.Type.f32, ov.Type.u8
 # Inputs of the operation: prefix lengths, starts of the step's rows, pages and their starts, tree masks and their
 # starts (both empty for chains).
@@ -58,6 +59,7 @@ def traced(model: PreTrainedModel, trace: TraceLayout) -> ov.Model:
         Exception: Whatever the model's own code and the converter raise.
     """
     step = TracedStep(model, trace).eval()
+    is_narrow = model.dtype == torch.bfloat16
     with quiet_trace(), in_float32(model), torch.inference_mode():
         some, more = step.examples(3), step.examples(4)
         decoder = TorchScriptPythonDecoder(
@@ -77,6 +79,8 @@ def traced(model: PreTrainedModel, trace: TraceLayout) -> ov.Model:
         )
         _fold(graph)
         _fuse(graph)
+        if is_narrow:
+            _narrow(graph)
     return graph
 
 
@@ -94,6 +98,7 @@ def with_attention(
         kind: Of keys, values, logits and hidden states.
         in_8_bits: Keys and values are bytes instead, each row after its :data:`SCALE_BYTES`.
     """
+    _mark_widened(graph)
     parameters, results = graph.get_parameters(), graph.get_results()
     attended = parameters[len(parameters) - len(trace.layers) :]
     most = Parameter(_I32, ov.PartialShape([]))
@@ -241,6 +246,32 @@ def _fold(graph: ov.Model) -> None:
             )
             for target in node.output(0).get_target_inputs():
                 target.replace_source_output(number.output(0))
+
+
+def _narrow(graph: ov.Model) -> None:
+    """Store weights that are bfloat16 numbers as such: half the file, and half the mapped memory."""
+    for node in graph.get_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != _F32:
+            continue
+        bits = node.get_data().view(np.uint32)
+        if bits.size < _LARGE or np.any(bits & 0xFFFF):
+            continue
+        narrow = ov.Tensor(ov.Type.bf16, ov.Shape(bits.shape))
+        narrow.data[...] = (bits >> 16).astype(np.uint16).view(narrow.data.dtype)
+        wide = opset.convert(Constant(narrow), "f32")
+        node.output(0).replace(wide.output(0))
+
+
+def _mark_widened(graph: ov.Model) -> None:
+    """Have OpenVINO pack narrow weights as they are; otherwise it makes all of them wide first.
+
+    The mark is OpenVINO's own for 16-bit weights, which a file of a graph made in Python does not keep.
+    """
+    for node in graph.get_ops():
+        if node.get_type_name() == "Convert" and node.get_element_type() == _F32:
+            source = node.input_value(0).get_node()
+            if source.get_type_name() == "Constant" and source.get_element_type() == ov.Type.bf16:
+                node.get_rt_info()["decompression_0"] = ""
 
 
 def _fuse(graph: ov.Model) -> None:
