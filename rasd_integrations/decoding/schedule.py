@@ -159,6 +159,11 @@ class Schedule:
             self.rows = 0
         return self._asked
 
+    def _width(self, rows: int) -> int:
+        """Return the width that a step of ``rows`` runs in."""
+        ran = rows_at(rows, self._multiple)
+        return next((w for w in self._widths if w >= ran), ran)
+
     def _length_worth_asking(self) -> int:
         if not self._draft_s:
             return min(_FIRST_DRAFT, self._max)
@@ -204,8 +209,10 @@ class Schedule:
             proposed: The draft before it was cut.
             committed: The step's tokens.
         """
-        ran = max(rows_at(rows, self._multiple), self.rows)
-        width = next((w for w in self._widths if w >= ran), ran)
+        width = self._width(max(rows, self.rows))
+        # What a grammar forces would have been in a step without a draft too.
+        without = self._width(rows - drafted)
+        plain = 1.0 if without == 1 else self._times.next(without)
         cost = self._times.next(width)
         self._times.add(width, step_s)
         if self._asked:
@@ -214,7 +221,7 @@ class Schedule:
             self._has_drafted = True
             cost += self._asked * median_low(self._draft_s or (0.0,)) / self._times.plain
             self._calibration.count(proposed, committed)
-        self._allowance.step(1 + accepted - cost)
+        self._allowance.step(plain + accepted - cost)
         if drafted:
             share = accepted / (accepted + (accepted < drafted))
             self.acceptance += 0.1 * (share - self.acceptance)

@@ -36,15 +36,23 @@ class Machine:
         return 1.0 + self.slope * (width - 1) + self.jump * (width > 1) + change
 
     def run(
-        self, schedule: Schedule, steps: int, said: Sequence[float] | None, right: Sequence[float]
+        self,
+        schedule: Schedule,
+        steps: int,
+        said: Sequence[float] | None,
+        right: Sequence[float],
+        forced: int = 0,
     ) -> list[tuple[int, int, int]]:
         """Run steps with chains of ``said`` probabilities whose tokens are right with those in ``right``.
+
+        A grammar forces ``forced`` tokens more in every fourth step.
 
         Returns:
             Tokens asked for, tokens verified and the width of each step.
         """
         seen = []
-        for _ in range(steps):
+        for step in range(steps):
+            more = 0 if step % 4 else forced
             asked = schedule.next_budget()
             n = min(asked, len(right))
             probs = None if said is None else tuple(said[:n])
@@ -53,10 +61,11 @@ class Machine:
             draw = self.chance.random()
             good = sum(draw < p for p in right)
             accepted = min(verified, good)
-            width = max(rows_at(1 + verified, self.row_multiple), schedule.rows)
+            rows = 1 + verified + more
+            width = max(rows_at(rows, self.row_multiple), schedule.rows)
             committed = [*range(accepted), accepted if good > accepted else -1]
             draft_s, step_s = self.draft_s(asked) if asked else 0.0, self.step_s(width)
-            schedule.record(verified, accepted, draft_s, step_s, 1 + verified, proposed, committed)
+            schedule.record(verified, accepted, draft_s, step_s, rows, proposed, committed)
             self.seconds, self.tokens = self.seconds + draft_s + step_s, self.tokens + accepted + 1
             self.last = width
             seen.append((asked, verified, width))
@@ -287,3 +296,12 @@ def test_an_empty_draft_widens_nothing():
     Machine(row_multiple=4).run(schedule, 4, NONE, NONE)
     assert schedule.head(Draft()) == 0
     assert schedule.rows == 1
+
+
+def test_what_a_grammar_forces_is_not_charged_to_drafts():
+    """A plain step has the same forced tokens, in as wide a step."""
+    machine = Machine(slope=0.05, change=0.35, row_multiple=4)
+    schedule = Schedule(16, row_multiple=4)
+    right = (0.35,)
+    seen = machine.run(schedule, 400, right, right, forced=12)
+    assert sum(asked > 0 for asked, _, _ in seen) > 380

@@ -154,7 +154,7 @@ def test_tables_have_every_kind_and_name_what_did_not_run(tmp_path):
         timed(name, n, s, 10) for n in range(2) for name, s in (("plain", 2.0), ("auto", 1.0))
     ]
     document = Measured({}, engines, answers).document()
-    for name in ("pipelines", "pipelines_detail"):
+    for name in ("pipelines", "pipelines_summary", "pipelines_detail"):
         made = report.table(document, name)
         assert len({line.count("|") for line in made.splitlines()}) == 1
         assert report.PIPELINE_KINDS["a"] in made
