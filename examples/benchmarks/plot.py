@@ -71,8 +71,8 @@ def draw_pipelines(document: dict[str, Any], path: Path) -> Path:
     axis.invert_yaxis()
     axis.set_xlabel("decoding, times plain of the same run (95 % over questions)")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    figure.savefig(path, dpi=150)
+    axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return path
 
