@@ -169,6 +169,8 @@ class Collection:
                 wanted = {known[k]: t for k, t in found.items() if known[k] not in self._forgotten}
                 self.store.add_encoded({k: self._known.pop(k) for k in wanted if k in self._known})
                 self.store.add([t for k, t in wanted.items() if k not in self.store])
+                if forgotten := self._forgotten & wanted.keys():  # meanwhile
+                    self.store.remove(forgotten)
                 self._unsaved = True
                 for key in part:  # also of what was gone meanwhile or holds no text, so that it is not asked for again
                     text = known.get(key, 0)

@@ -278,6 +278,22 @@ def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatc
     assert len(list((tmp_path / "graphs").iterdir())) == 2
 
 
+def test_a_kept_graph_has_bfloat16_weights_once(tmp_path):
+    """Two bytes a weight, tied ones stored once; read back it says the same to the bit."""
+    sizes = {"hidden_size": 192, "vocab_size": 2048, "intermediate_size": 512}
+    model = tiny_llama(**sizes, tie_word_embeddings=True).bfloat16()
+    first, again = (
+        TargetModel(model, executor=CompiledExecutor(model, cache_dir=tmp_path, identity="a"))
+        for _ in range(2)
+    )
+    (kept,) = (tmp_path / "graphs").iterdir()
+    weights = sum(weight.numel() for weight in model.parameters())
+    assert (kept / "graph.bin").stat().st_size < 2.3 * weights
+    ids = random_ids(20)
+    logits = [target.step([1], prefilled(target, ids)) for target in (first, again)]
+    assert torch.equal(*logits)
+
+
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_written_to_costs_time_only(tmp_path, caplog):
     """A file where the folder should be."""
