@@ -30,8 +30,7 @@ def compiled(
     if graph is None:
         graph = paged.traced(model, trace)
         if path is not None:
-            _keep(graph, path, model)
-            graph = _kept(path) or graph  # mapped, it takes no memory of its own
+            graph = _keep(graph, path, model)
     kind = DTYPES[model.dtype]
     options = {
         "INFERENCE_PRECISION_HINT": kind,
@@ -66,13 +65,15 @@ def _kept(path: Path | None) -> ov.Model | None:
         return None
 
 
-def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> None:
-    """Write a graph atomically; keep none if the disk is full."""
+def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> ov.Model:
+    """Write a graph atomically and return it mapped, without memory of its own; keep none if the disk is full."""
     title = title_of(model.name_or_path or type(model).__name__)
     nbytes = sum(weight.nbytes for weight in model.parameters())
     try:
         with made_folder(path, "graphs", title, nbytes) as new:
             ov.save_model(graph, new / _FILE, compress_to_fp16=False)
             ov.Core().read_model(new / _FILE)  # on a full disk it is cut without an error
+        return ov.Core().read_model(path / _FILE)
     except (OSError, RuntimeError) as err:
         logger.warning("cannot keep the compiled graph (%s); it is made again each time", err)
+        return graph
