@@ -12,7 +12,7 @@ from torch import nn
 
 from rasd_integrations.engine.mapped import release
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems map otherwise")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="release() does nothing elsewhere")
 COUNT = 1 << 20
 
 
