@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ANONYMIZED_TELEMETRY", "False")
-
 import pytest
 import torch
 from fakes_distributions import Oracle
 from hypothesis import HealthCheck, settings
+from tiny import seed_draws
 
 from rasd_integrations.engine.verification import exact, transfer
 
+gc.disable()  # until all is imported
+# OpenVINO does without it; else each conversion of a graph starts processes that look for Google Analytics.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 ROOT = Path(__file__).parents[1]
 CORES = os.cpu_count() or 1
 # HYPOTHESIS_PROFILE=thorough tries six times as many examples.
@@ -43,6 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """Have the collector pass over what was imported: a million objects, half a second each time."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Return the folder of real documents, or skip."""
@@ -65,5 +77,5 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     """Start every test from the same random state, with no more threads than it has work for."""
-    torch.manual_seed(0)
+    seed_draws(0)
     torch.set_num_threads(CORES if request.node.get_closest_marker("real") else 1)

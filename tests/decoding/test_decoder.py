@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import fakes
 import pytest
 import torch
 from fakes import ScriptedDrafter
+from steps import shared_target
 from tiny import EOS, FAMILIES, VOCAB, WINDOW, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
@@ -31,7 +32,7 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def target() -> TargetModel:
-    return TargetModel(tiny_llama())
+    return shared_target()
 
 
 def prompt_ids(n: int = 24, seed: int = 3) -> list[int]:
@@ -44,6 +45,12 @@ def decode(target, drafter=None, params=GREEDY, n=None, ids=None, cache=None, st
     decoder = SpeculativeDecoder(target, drafter, config=config, prefix_cache=cache)
     blocks = decoder.generate(ids or prompt_ids(), params, stats=stats)
     return [t for block in blocks for t in block.token_ids]
+
+
+@cache
+def plain(family: str = "llama") -> tuple[int, ...]:
+    """Return the answer of a shared target without a drafter."""
+    return tuple(decode(shared_target(family)))
 
 
 def stock_greedy(model, ids, max_new_tokens=NUM_TOKENS):
@@ -78,8 +85,7 @@ SCRIPTS = fakes.scripts(VOCAB)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_greedy_ids_equal_plain_decoding(family, n, script, shape):
     """The losslessness matrix, greedy, float32; the schedule chooses if no length is given."""
-    target = TargetModel(FAMILIES[family]())
-    truth = decode(target)
+    target, truth = shared_target(family), list(plain(family))
     propose = SCRIPTS[script](truth)
     if shape == "tree":
         propose = fakes.as_tree(propose, VOCAB)
@@ -88,7 +94,7 @@ def test_greedy_ids_equal_plain_decoding(family, n, script, shape):
 
 def test_an_oracle_s_drafts_are_accepted_whole(target):
     """Blocks are of n + 1 tokens until the room ends, and the counters agree with them."""
-    truth, stats = decode(target), DecodingStats()
+    truth, stats = list(plain()), DecodingStats()
     config = SpeculationConfig(num_draft_tokens=5)
     decoder = SpeculativeDecoder(target, ScriptedDrafter(fakes.oracle(truth)), config=config)
     blocks = [b for b in decoder.generate(prompt_ids(), GREEDY, stats=stats) if b.token_ids]
@@ -117,8 +123,7 @@ def check_cache(target: TargetModel, buffer: KVBuffer, ids: list[int]) -> None:
 @pytest.mark.parametrize("n", [None, 5])
 def test_cache_is_true_after_every_block(family, shape, n):
     """After each block, length and logits are those of a fresh forward."""
-    target = TargetModel(FAMILIES[family]())
-    truth = decode(target)
+    target, truth = shared_target(family), list(plain(family))
     propose = fakes.partly_right(truth, VOCAB)
     if shape == "tree":
         propose = fakes.as_tree(propose, VOCAB)
@@ -139,7 +144,7 @@ def test_cache_is_true_after_every_block(family, shape, n):
 @pytest.mark.parametrize("n", [1, 5, 16])
 def test_end_token_inside_a_block_ends_the_answer(target, n):
     """Nothing after the first end token is committed."""
-    truth = decode(target)
+    truth = list(plain())
     eos = truth[17]
     end = truth.index(eos) + 1
     ending = TargetModel(tiny_llama())
@@ -154,7 +159,7 @@ def test_end_token_inside_a_block_ends_the_answer(target, n):
 
 def test_closing_a_stream_frees_its_session_and_keeps_a_true_cache(target):
     """Close in mid-stream: the session is closed and the kept rows are those of the ids so far."""
-    truth = decode(target)
+    truth = list(plain())
     cache = PrefixCache(1 << 20)
     drafter = ScriptedDrafter(fakes.oracle(truth))
     config = SpeculationConfig(num_draft_tokens=3)
@@ -173,7 +178,7 @@ def test_closing_a_stream_frees_its_session_and_keeps_a_true_cache(target):
 
 def test_the_prefill_says_the_first_token(target):
     """It takes no step and waits for no drafter, who then starts behind it."""
-    truth = decode(target)
+    truth = list(plain())
     executor = Counting(target._executor)
     counted = TargetModel(target.model, executor=executor)
     drafter = ScriptedDrafter(fakes.oracle(truth))
@@ -189,7 +194,7 @@ def test_an_answer_of_one_token_starts_no_drafter(target):
     """Nothing would come of its draft."""
     drafter, stats = ScriptedDrafter(fakes.empty()), DecodingStats()
     params = SamplingParams(max_tokens=1)
-    assert decode(target, drafter, params, stats=stats) == decode(target)[:1]
+    assert decode(target, drafter, params, stats=stats) == [plain()[0]]
     assert not drafter.sessions
     assert (stats.target_steps, stats.generated_tokens) == (1, 1)
 
@@ -203,12 +208,12 @@ def test_closing_a_stream_before_its_first_token_keeps_a_true_cache(target):
     buffer = cache._entries[0].buffer
     assert buffer.length == len(prompt_ids())
     check_cache(target, buffer, [*prompt_ids(), 1])
-    assert decode(target, cache=cache) == decode(target)
+    assert decode(target, cache=cache) == list(plain())
 
 
 def test_failing_drafter_costs_speed_only(target):
     """An error in a drafter is reported, and the answer is whole."""
-    truth = decode(target)
+    truth = list(plain())
     stats = DecodingStats()
     assert decode(target, ScriptedDrafter(fakes.failing(after=2)), n=4, stats=stats) == truth
     assert stats.off_reason == "drafter 'scripted' failed: RuntimeError: the script says so"
@@ -216,7 +221,7 @@ def test_failing_drafter_costs_speed_only(target):
 
 def test_unknown_ids_in_a_draft_are_dropped(target):
     """A draft with ids outside the vocabulary changes nothing."""
-    truth = decode(target)
+    truth = list(plain())
     drafter = ScriptedDrafter(lambda answer, budget: Draft((VOCAB + 5, 1, 2), source="s"))
     assert decode(target, drafter, n=3) == truth
 
@@ -300,7 +305,7 @@ def test_budget_never_exceeds_the_room(target):
 
 def test_eos_is_part_of_the_token_ids(target):
     """The end token ends the block and stays in the ids, as in transformers."""
-    truth = decode(target)
+    truth = list(plain())
     ending = TargetModel(tiny_llama())
     ending.eos_ids = frozenset([truth[2], EOS])
     got = decode(ending, params=SamplingParams(max_tokens=NUM_TOKENS))
@@ -331,7 +336,7 @@ class FullMemory(Counting):
 def test_out_of_memory_fails_the_request_and_nothing_else():
     """The error has sizes and advice; a stream beside it and the next answer are right."""
     target = TargetModel(tiny_llama())
-    truth = decode(target)
+    truth = list(plain())
     decoder = SpeculativeDecoder(target, prefix_cache=PrefixCache(1 << 20))
     other = decoder.generate(prompt_ids(), GREEDY)
     seen = [*next(other).token_ids, *next(other).token_ids]

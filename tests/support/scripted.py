@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -137,12 +138,13 @@ class ScriptedConfig(PretrainedConfig):
 class Node:
     """The last token of a sequence that was fed."""
 
-    __slots__ = ("answer", "parent", "plan", "token")
+    __slots__ = ("answer", "parent", "plan", "prompt", "token")
 
     def __init__(self, token: int, parent: Node | None) -> None:
         self.token, self.parent = token, parent
         self.answer: Node | None = None  # last token of the prompt that this one answers
         self.plan: list[int] | None = None  # of a prompt's last token: the answer
+        self.prompt: str | None = None  # and the prompt
 
     def ids(self, after: Node | None = None) -> list[int]:
         """Return the sequence, or what of it follows ``after``."""
@@ -151,6 +153,13 @@ class Node:
             found.append(node.token)
             node = node.parent
         return found[::-1]
+
+
+@cache
+def _numbers(*rows: int) -> list[Tensor]:
+    """Return random numbers below the prime, as many rows of them as asked."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, _PRIME, (n, _DIM), generator=generator).float() for n in rows]
 
 
 class SignAttention(nn.Module):
@@ -201,13 +210,9 @@ class ScriptedModel(ScriptedPreTrainedModel):
 
     def __init__(self, config: ScriptedConfig) -> None:
         super().__init__(config)
-        generator = torch.Generator().manual_seed(0)
         self.tokens, self.places = (
-            nn.Parameter(
-                torch.randint(1, _PRIME, (rows, _DIM), generator=generator).float(),
-                requires_grad=False,
-            )
-            for rows in (config.vocab_size, config.max_position_embeddings)
+            nn.Parameter(numbers.clone(), requires_grad=False)
+            for numbers in _numbers(config.vocab_size, config.max_position_embeddings)
         )
         self.attention = SignAttention(config)
         self.nodes: list[Node] = []
@@ -365,7 +370,9 @@ class ScriptedForCausalLM(ScriptedPreTrainedModel, GenerationMixin):
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _text(self, node: Node) -> str:
-        return self._tokenizer.decode(node.ids(), skip_special_tokens=False)
+        if node.prompt is None:
+            node.prompt = self._tokenizer.decode(node.ids(), skip_special_tokens=False)
+        return node.prompt
 
 
 def _open_string(text: str) -> str | None:

@@ -39,8 +39,16 @@ _SHAPE = {
 }
 
 
+def seed_draws(seed: int) -> None:
+    """Seed torch. Its own ``manual_seed`` also notes the whole stack for every device that is not there."""
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def _random(model_class: type[PreTrainedModel], config: object, seed: int) -> PreTrainedModel:
-    torch.manual_seed(seed)
+    seed_draws(seed)
     model = model_class(config).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
         if "norm" not in name and "ln_" not in name:
