@@ -163,14 +163,21 @@ def test_five_ways_of_calling(fixed, executor, sampling):
         assert [job.result() for job in jobs] == wanted
 
 
+@pytest.fixture(scope="module")
+def undrafted(fixed):
+    """Return greedy and sampled answers to one prompt, with their sampling."""
+    samplings = ({}, {"temperature": 1.0, "seed": 3})
+    return [(how, tuple(said(decoder_of(fixed()), random_ids(21), **how))) for how in samplings]
+
+
 @pytest.mark.parametrize("script", ["oracle", "wrong", "random", "partly_right", "too_long"])
 @pytest.mark.parametrize("tree", [False, True])
-def test_scripted_drafts(fixed, script, tree):
+def test_scripted_drafts(fixed, undrafted, script, tree):
     """Drafts of any quality and form, at any place of a window, leave the text as it is; some are accepted."""
     steps = fixed()
     ids = random_ids(21)
-    for sampling in ({}, {"temperature": 1.0, "seed": 3}):
-        wanted = said(decoder_of(steps), ids, **sampling)
+    for sampling, answer in undrafted:
+        wanted = list(answer)
         propose = fakes.scripts(VOCAB)[script](wanted)
         drafter = ScriptedDrafter(fakes.as_tree(propose, VOCAB) if tree else propose)
         for n in (1, 5, 40):

@@ -274,23 +274,35 @@ def test_sampled_answers_follow_the_targets_distribution(name, oracle):
     assert (stats.faults, stats.drafted > 0) == ((), True)
 
 
+@cache
+def plain_under_a_grammar() -> tuple[int, ...]:
+    return tuple(decode(target_of("llama"), grammar=TableGrammar(banded, VOCAB)))
+
+
 @every()
 def test_the_grammar_is_kept(name):
     """Under a grammar with forced tokens greedy answers are those of plain decoding under it."""
     target, stats = target_of("llama"), DecodingStats()
-    expected = decode(target, grammar=TableGrammar(banded, VOCAB))
+    expected = list(plain_under_a_grammar())
     drafter = CASES[name].make(target, expected)
     got = decode(target, drafter, stats=stats, grammar=TableGrammar(banded, VOCAB))
     assert (got, stats.faults) == (expected, ())
     assert all(token in banded(tuple(got[:i])) for i, token in enumerate(got))
 
 
+@cache
+def plain_to_another() -> tuple[list[int], tuple[int, ...]]:
+    """Return another prompt and its plain answer."""
+    ids = [*random_ids(25, seed=6), *PROMPT[30:]]
+    return ids, tuple(decode(target_of("llama"), ids=ids))
+
+
 @every()
 def test_two_streams_take_turns(name):
     """Streams of one drafter share no state: each gives what it gives alone."""
     target = target_of("llama")
-    prompts = [PROMPT, [*random_ids(25, seed=6), *PROMPT[30:]]]
-    alone = [decode(target, ids=ids) for ids in prompts]
+    other, answer = plain_to_another()
+    prompts, alone = [PROMPT, other], [list(plain("llama")), list(answer)]
     config = SpeculationConfig(num_draft_tokens=4)
     cached = PrefixCache(1 << 22)
     decoder = SpeculativeDecoder(target, made(name), config=config, prefix_cache=cached)
