@@ -162,6 +162,11 @@ def _numbers(*rows: int) -> list[Tensor]:
     return [torch.randint(1, _PRIME, (n, _DIM), generator=generator).float() for n in rows]
 
 
+@cache
+def _marker() -> list[int]:
+    return scripted_tokenizer().encode(ANSWER)
+
+
 class SignAttention(nn.Module):
     """Uniform attention over signs of (token, position)."""
 
@@ -217,7 +222,7 @@ class ScriptedModel(ScriptedPreTrainedModel):
         self.attention = SignAttention(config)
         self.nodes: list[Node] = []
         self._numbers: dict[bytes, int] = {}
-        self._marker = scripted_tokenizer().encode(ANSWER)
+        self._marker = _marker()
         self.post_init()
 
     def forward(
