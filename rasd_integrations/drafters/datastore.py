@@ -13,7 +13,7 @@ from typing import NamedTuple
 from rasd_integrations.config import check_value
 from rasd_integrations.datastores.tokens.encoding import SEPARATOR
 from rasd_integrations.datastores.tokens.memory import Memory
-from rasd_integrations.datastores.tokens.shard import MAX_MATCH, Shard, continuations
+from rasd_integrations.datastores.tokens.shard import MAX_MATCH, May, Shard, continuations
 from rasd_integrations.datastores.tokens.store import TokenStore
 from rasd_integrations.drafters.base import Drafter, DraftSession
 from rasd_integrations.drafters.tree import Tree, grow_trie
@@ -89,8 +89,10 @@ class CollectionDrafter(Drafter):
 
     def start(self, context: DraftContext) -> DatastoreSession:
         """Start an answer; the texts are those of ``context.source`` under ``context.filter``."""
-        texts = self._memory.collection(context.source, context.filter)
-        return DatastoreSession(self.name, context, texts, _Limits())
+        view = self._memory.collection(context.source, context.filter)
+        if view is None:
+            return DatastoreSession(self.name, context, tuple, _Limits())
+        return DatastoreSession(self.name, context, view.shards, _Limits(), may=view.may)
 
 
 class AnswersDrafter(Drafter):
@@ -120,12 +122,23 @@ class DatastoreSession(DraftSession):
         texts: Callable[[], Iterable[Shard]],
         limits: _Limits,
         *,
+        may: May | None = None,
         at_end: Callable[[Sequence[int], Sequence[int]], object] = lambda *_: None,
     ) -> None:
-        """Made by a drafter's ``start``; ``at_end`` takes the prompt's last tokens and the answer."""
+        """Made by a drafter's ``start``.
+
+        Args:
+            name: Of the drafts.
+            context: Of the answer.
+            texts: Returns the texts as they are now.
+            limits: Of the drafts.
+            may: Says which texts may be drafted from; ``None`` allows all.
+            at_end: Takes the prompt's last tokens and the answer.
+        """
         self._name = name
         self._texts = texts
         self._limits = limits
+        self._may = may
         self._at_end = at_end
         self._prompt = list(context.prompt_ids[-MAX_MATCH:])
         self._answer: list[int] = []
@@ -164,6 +177,7 @@ class DatastoreSession(DraftSession):
             min_match=limits.min_match,
             most_rows=limits.max_rows,
             depth=budget,
+            may=self._may,
         )
         # A step is right n times of n + 3 after n matching tokens, drafted ones included: over SmolLM2's greedy answers
         # to L-Eval (2700 tokens) this predicts acceptance to 0.15; n / (n + 1) is up to five times too sure.

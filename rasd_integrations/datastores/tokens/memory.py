@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from functools import partial
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 from rasd_integrations.datastores.tokens.answer_log import AnswerLog
 from rasd_integrations.datastores.tokens.answers import Answers
-from rasd_integrations.datastores.tokens.collection import FILES, Collection
+from rasd_integrations.datastores.tokens.collection import FILES, Collection, View
 from rasd_integrations.datastores.tokens.encoding import Ids, chunk_key, tokenizer_fingerprint
 from rasd_integrations.datastores.tokens.quiet import Quiet
-from rasd_integrations.datastores.tokens.shard import Shard
 from rasd_integrations.datastores.tokens.store import TokenStore
 from rasd_integrations.errors import RetrievalError, StorageError
 from rasd_integrations.process import locked
@@ -60,19 +58,16 @@ class Memory:
         self._lock = threading.RLock()
         self._collections: OrderedDict[tuple[Hashable, str], Collection] = OrderedDict()
 
-    def collection(self, source: object, filter: Any) -> Callable[[], tuple[Shard, ...]]:
-        """Return a function that returns the texts that one answer may be drafted from now.
-
-        They are none until the source has been asked what it still holds; then, what was read of it until now.
+    def collection(self, source: object, filter: Any) -> View | None:
+        """Return what one answer may draft from: what was read of the source, as far as it is known to hold it.
 
         Args:
             source: The pipeline's store, if its chunks may be drafted from; one that cannot be listed has no texts.
             filter: Of the pipeline's own search.
         """
         if not isinstance(source, ReadableSource):
-            return tuple
-        known = self._collection(source, filter)
-        return partial(known.shards, known.check())
+            return None
+        return self._collection(source, filter).view()
 
     @locked
     def forget(self, text: str | None = None) -> int:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_REST_S = 1.0  # between two pieces of reading while answers run
-_LOOK_S = 0.01
-
 
 class Quiet:
-    """Counts running answers; background work waits until there are none, but at most a second."""
+    """Counts running answers, which background work waits for."""
 
     def __init__(self) -> None:
         """Count none."""
@@ -34,9 +30,3 @@ class Quiet:
     def is_quiet(self) -> bool:
         """True if no answer runs."""
         return not self._running
-
-    def wait(self) -> None:
-        """Return when no answer runs, or after a second."""
-        until = time.monotonic() + _REST_S
-        while self._running and time.monotonic() < until:
-            time.sleep(_LOOK_S)

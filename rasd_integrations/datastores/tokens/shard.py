@@ -14,6 +14,7 @@ import mmap
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +28,8 @@ _TEXT = np.dtype(">u4")  # big-endian, so that bytes compare as the tokens do
 
 Positions = NDArray[np.int64]
 Keys = NDArray[np.uint64]
+May = Callable[[int, Keys], NDArray[np.bool_]]
+"""Says which chunks that match so many tokens may be drafted from."""
 
 
 class Origin(Protocol):
@@ -151,12 +154,20 @@ class Shard:
         first = bisect_left(self._view, query, key=at)
         return first, bisect_right(self._view, query, lo=first, key=at)
 
-    def continuations(self, picks: Positions, depth: int) -> list[list[int]]:
-        """Return the ``depth`` ids that followed at each of some entries of :attr:`order`, but for removed chunks."""
+    def continuations(
+        self, picks: Positions, depth: int, may: Callable[[Keys], NDArray[np.bool_]] | None = None
+    ) -> list[list[int]]:
+        """Return the ``depth`` ids that followed at each of some entries of :attr:`order`.
+
+        Those of removed chunks are left out, and those of keys that ``may`` denies.
+        """
         positions = self.order[picks].astype(np.int64)
-        if not self._whole:
+        if may is not None or not self._whole:
             chunks = np.searchsorted(self.starts, positions, side="right") - 1
-            positions = positions[self.alive[chunks]]
+            kept = self.alive[chunks]
+            if may is not None:
+                kept = kept & may(self.keys[chunks])
+            positions = positions[kept]
         ahead = positions[:, None] - np.arange(1, depth + 1)
         rows: list[list[int]] = self.text[ahead.clip(0)].tolist()
         return rows
@@ -184,6 +195,7 @@ def continuations(
     min_match: int,
     most_rows: int,
     depth: int,
+    may: May | None = None,
 ) -> tuple[int, list[list[int]]]:
     """Return the longest match of a context's last ``MAX_MATCH`` tokens in all ``shards``, and what followed it.
 
@@ -193,6 +205,7 @@ def continuations(
         min_match: Shortest match of interest, at least 1.
         most_rows: Most occurrences to read; of more, that many, evenly spaced.
         depth: Tokens of each continuation.
+        may: Asked for the chunks of the occurrences; ``None`` allows all.
 
     Returns:
         Length of the match (0 for none) and lists of ``depth`` ids; a list ends at ``SEPARATOR``.
@@ -205,14 +218,15 @@ def continuations(
         total = sum(end - first for first, end in ranges)
         picks = np.arange(min(total, most_rows)) * total // max(min(total, most_rows), 1)
         rows: list[list[int]] = []
+        allowed = None if may is None else partial(may, length)
         for shard, (first, end) in zip(searched, ranges, strict=True):
             count = int(np.searchsorted(picks, end - first))
             if count:
-                rows += shard.continuations(picks[:count] + first, depth)
+                rows += shard.continuations(picks[:count] + first, depth, allowed)
             picks = picks[count:] - (end - first)
         if rows:
             return length, rows
-        length -= 1  # all of these chunks are removed
+        length -= 1  # all of these chunks are removed or denied
     return 0, []
 
 
