@@ -233,7 +233,8 @@ def test_a_real_model_answers_from_the_folder(tmp_path):
     with RASD.load(name, cache_dir=tmp_path, **options) as rasd:
         rasd.warm([document])
     gc.collect()
-    answer = RASD.load(name, cache_dir=tmp_path, **options).generate(asked, PARAMS)
+    rasd = RASD.load(name, cache_dir=tmp_path, **options)
+    answer = rasd.generate(asked, PARAMS)
     expected = RASD.load(name, prefix_cache_bytes=0, **options).generate(asked, PARAMS)
     assert answer.token_ids == expected.token_ids
     assert expected.stats.cached_prompt_tokens == 0
