@@ -23,7 +23,7 @@ from tiny import seed_draws
 from rasd_integrations.engine.verification import exact, transfer
 
 gc.disable()  # until all is imported
-# OpenVINO does without it; else each conversion of a graph starts processes that look for Google Analytics.
+# As the package does; some tests import openvino before it.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 ROOT = Path(__file__).parents[1]
 CORES = os.cpu_count() or 1

@@ -366,6 +366,20 @@ def test_without_the_extra_everything_else_works(tmp_path):
     assert done.stdout.strip() == "EagerExecutor", done.stderr
 
 
+@pytest.mark.slow
+def test_openvino_reports_nothing():
+    """Neither its import nor a conversion is reported over the network; who wants the reports can have them."""
+    code = (
+        "import sys\n"
+        "import rasd_integrations.engine.executors.openvino\n"
+        "import openvino.tools.ovc.convert_impl, openvino.tools.ovc.telemetry_utils\n"
+        "print('openvino_telemetry' in sys.modules)\n"
+        "print({openvino.tools.ovc.convert_impl.tm.__name__, openvino.tools.ovc.telemetry_utils.tm.__name__})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", "{'openvino.tools.ovc.telemetry_stub'}"], done.stderr
+
+
 def test_graphs_of_a_gpu_need_one():
     """On a CPU they are refused by name."""
     with pytest.raises(ConfigurationError, match="CUDA"):
