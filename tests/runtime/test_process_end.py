@@ -17,7 +17,7 @@ FAILS_ITSELF = "exit with an error in mid-answer"
 def check_exits(executor: str, runs: int, *cases: str) -> None:
     """Run cases in a process of their own, which imports once and forks; see that each ends as it should."""
     command = [sys.executable, "-W", "ignore", str(SCRIPT), executor, str(runs), *cases]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True).stdout
+    out = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=True).stdout
     reports = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert len(reports) >= runs * len(cases)
     for report in reports:

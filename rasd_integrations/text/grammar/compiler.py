@@ -65,7 +65,13 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._completions: OrderedDict[str, list[int] | None] = OrderedDict()
-        self._control = {str(t): i for i, t in added_tokens(tokenizer).items() if t.special}
+        # Not those that the tokenizer calls special: llguidance takes <tool_call> of Qwen for one too, and no text
+        # matches such a token.
+        self._control = {
+            str(token): i
+            for i, token in added_tokens(tokenizer).items()
+            if i < vocab_size and self._vocabulary.is_special_token(i)
+        }
 
     def fits(self, vocab_size: int, eos_ids: Collection[int]) -> bool:
         """Return True if this compiler serves a model of these sizes."""

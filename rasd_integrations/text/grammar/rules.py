@@ -49,7 +49,11 @@ def answer_rules(
         answers.append("text")
     start = f"({' | '.join(answers)})"
     if thought_end is not None:
-        rules += [f"thought[lazy]: /(?s:.*){_escaped(thought_end)}/", "SPACE: /\\s+/"]
+        if thought_end in control:  # text cannot contain it
+            rules += [f"thought: THOUGHT? <[{control[thought_end]}]>", "THOUGHT: /(?s:.+)/"]
+        else:
+            rules.append(f"thought[lazy]: /(?s:.*){_escaped(thought_end)}/")
+        rules.append("SPACE: /\\s+/")
         start = f"thought SPACE? {start}"
     return [f"start: {start}", *rules], own
 

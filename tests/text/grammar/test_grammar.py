@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 from fakes_answers import FORMATS
+from fakes_templates import tokenizer_with
 from tiny import EOS, VOCAB, tiny_tokenizer
 
 from rasd_integrations import ConfigurationError, Grammar, MissingDependencyError, ToolUse
@@ -32,14 +33,20 @@ TOOLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
+MARKS = ("<tool_call>", "</tool_call>", "<|tool_call|>", "[TOOL_CALLS]", "</think>")
+
+
+@pytest.fixture(scope="module", params=["bytes", "marks are tokens"])
+def tokenizer(request):
+    """Models such as Qwen's have tokens for the marks of a call that they do not call special."""
+    if request.param == "bytes":
+        return tiny_tokenizer()
+    return tokenizer_with(None, added=MARKS)
 
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
-    return GrammarCompiler(tokenizer, VOCAB, {EOS})
+    return GrammarCompiler(tokenizer, max(VOCAB, len(tokenizer)), {EOS})
 
 
 def ids(tokenizer, text):
