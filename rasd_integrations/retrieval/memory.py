@@ -156,7 +156,8 @@ class ListSource:
             return chunks, LexicalIndex(texts).rank
         embedder = self._embedder
         matrix = embedder.texts(texts)
-        matrix = matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+        lengths = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+        matrix = (matrix / lengths).astype(np.float32, copy=False)
         return chunks, lambda query: np.argsort(
             -(matrix @ embedder.query(query)), kind="stable"
         ).tolist()

@@ -53,5 +53,5 @@ class Transform:
         """Return the keys ``[..., dimensions]`` float32 of hidden states ``[..., hidden]``."""
         keys = (hidden.astype(np.float32) - self.mean) @ self.basis
         lengths = np.linalg.norm(keys, axis=-1, keepdims=True)
-        unit: Floats = keys / np.maximum(lengths, np.float32(1e-9))
+        unit: Floats = (keys / np.maximum(lengths, 1e-9)).astype(np.float32, copy=False)
         return unit
