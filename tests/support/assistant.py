@@ -109,10 +109,9 @@ class Talk:
     tools: list[dict[str, Any]] = field(default_factory=list)
     called: list[str] = field(default_factory=list)
 
+    # It is asked for at each token where a grammar holds the answer; nobody changes one.
     @classmethod
-    @lru_cache(
-        maxsize=32
-    )  # read at each token where a grammar holds the answer; nobody changes one
+    @lru_cache(maxsize=32)
     def read(cls, prompt: str) -> Talk:
         turns = _TURN.findall(prompt) or [("user", prompt)]
         talk = cls("\n".join(text for _, text in turns))

@@ -1,4 +1,4 @@
-"""SmolLM2 from its package, loaded once a session: who names it gets the same weights, with caches of his own."""
+"""SmolLM2 from its package, loaded once a session: who names it gets the same weights, with caches of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _loaded() -> tuple[SharedModel, tuple[str, ...]]:
 
 
 def fresh_smollm2() -> SharedModel:
-    """Return what loading it anew would: keep it, and models by that name share it.
+    """Return what loading it again would: keep it, and models by that name share it.
 
     Weights and steps are those of the session, which nothing changes; prefixes, earlier answers and what drafters
     have learned are not.

@@ -162,8 +162,7 @@ class Collection:
     @locked
     def _goes_on(self) -> bool:
         """Return if there is work; the thread ends otherwise."""
-        is_asked = self._asked > self._checked or bool(self._wanted)
-        self._is_working = is_asked or self._is_unread
+        self._is_working = bool(self._wanted) or self._is_unread or self._asked > self._checked
         return self._is_working
 
     def _may_check(self) -> bool:
