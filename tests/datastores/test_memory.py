@@ -100,19 +100,25 @@ def test_a_slow_list_waits_for_quiet_and_an_answer_has_what_it_drafts_from_read_
     del source.held["y"]
     source.held["z"] = "11 12 13 14 16", ""
     listed = source.calls["keys"]
+    answers_now = threading.Event()
+    source.before = answers_now.wait
     with memory.quiet.answer():
         view = memory.collection(source, None)
         assert view is not None
         for start, expected in ((1, [[5]]), (6, []), (11, [])):
             read = source.calls["read"]
             ids = [*range(start, start + 4)]
+            answers_now.clear()
             assert proposed(view, ids) == []  # not read again yet
+            answers_now.set()
             waited(lambda read=read: source.calls["read"] > read)
             waited(lambda ids=ids, expected=expected: proposed(view, ids) == expected)
         assert proposed(view, [3, 4]) == [[5]]
+        answers_now.clear()
         again = memory.collection(source, None)
         assert again is not None
         assert proposed(again, [3, 4]) == []
+        answers_now.set()
         waited(lambda: proposed(again, [1, 2, 3, 4]) == [[5]])
         assert source.calls["keys"] == listed
     settled(memory, source)
