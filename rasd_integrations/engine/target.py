@@ -212,7 +212,7 @@ class TargetModel:
     def run_alone(self, ids: Sequence[int], buffer: KVBuffer, *, num_logits: int) -> Tensor:
         """Run exactly ``ids`` behind the committed tokens, never in a batch; commit nothing.
 
-        Keys are made row-major, so that strides do not depend on the capacity; positions are cut to the window.
+        Keys lie so that strides do not depend on the capacity; positions are cut to the window.
 
         Returns:
             Logits ``[num_logits, vocab]``; ``num_logits`` is all or 0.
@@ -220,7 +220,7 @@ class TargetModel:
         Raises:
             DeviceMemoryError: The device's memory is full; the buffer is as it was.
         """
-        buffer.make_row_major()
+        buffer.lay(self.layout.order.fixed)
         work = self._prepared(ids, None, buffer, num_logits)
         logits: Tensor = self._turns.submit(work, len(ids), alone=True)
         return logits

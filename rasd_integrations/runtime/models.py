@@ -189,7 +189,7 @@ class SharedModel:
         layout = self.target.layout
         kind = "-kv8" if layout.in_8_bits else ""
         if deterministic:
-            layout = replace(layout, row_major=True)
+            layout = replace(layout, order=layout.order.fixed)
             kind += f"-{roundings(self.target)}"
         return PrefixFiles(
             cache_folder("prefixes", kept.path),

@@ -20,7 +20,9 @@ from rasd_integrations.storage.atomic import (
 )
 from rasd_integrations.storage.tensor_file import UnusableFileError, parsed
 
-Kind = Literal["models", "graphs", "prefixes", "memory", "digests"]  # also the folders' names
+Kind = Literal[
+    "models", "graphs", "prefixes", "memory", "digests", "native"
+]  # also the folders' names
 # What markers of earlier versions say; their folders are not read any more, but listed and removed.
 _EARLIER = ("converted", "joined", "compiled", "kept prompts")
 MARKER = "rasd.json"

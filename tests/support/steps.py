@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from tiny import FAMILIES, VOCAB
 
@@ -21,10 +23,36 @@ GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
 
 
 @cache
-def shared_target(family: str = "llama", executor: ExecutorName = "eager") -> TargetModel:
-    """Return the target that tests share; who changes it makes one of his own."""
-    model = FAMILIES[family]()
-    return TargetModel(model, executor=make_executor(executor, model))
+def shared_target(
+    family: str = "llama", executor: ExecutorName = "eager", attention: str = "", head_dim: int = 8
+) -> TargetModel:
+    """Return the target that tests share, with one of :data:`ATTENTIONS`; who changes it makes one of his own."""
+    model = FAMILIES[family](head_dim=head_dim)
+    with ATTENTIONS[attention]():
+        return TargetModel(model, executor=make_executor(executor, model))
+
+
+@contextmanager
+def _own_attention() -> Iterator[None]:
+    """Have compiled executors run the package's attention, whatever is quicker here."""
+    from rasd_integrations.engine.executors.openvino import choosing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choosing, "_CLEARLY", 0.0)
+        yield
+
+
+@contextmanager
+def _paged_attention() -> Iterator[None]:
+    """Have compiled executors run OpenVINO's attention, as without a compiler."""
+    from rasd_integrations.engine.executors.openvino import choosing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choosing, "library", lambda *_: None)
+        yield
+
+
+ATTENTIONS = {"": nullcontext, "own": _own_attention, "paged": _paged_attention}
 
 
 def random_ids(n: int, seed: int = 0) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -56,39 +58,46 @@ def _random(model_class: type[PreTrainedModel], config: object, seed: int) -> Pr
     return model
 
 
-def tiny_llama(seed: int = 0, **changes: object) -> PreTrainedModel:
+def tiny_llama(seed: int = 0, head_dim: int = 8, **changes: object) -> PreTrainedModel:
     """Return a random Llama in float32."""
-    shape = {**_SHAPE, "head_dim": 8, **changes}
+    shape = {**_SHAPE, "head_dim": head_dim, **changes}
     return _random(LlamaForCausalLM, LlamaConfig(**shape), seed)
 
 
-def tiny_qwen2(seed: int = 0) -> PreTrainedModel:
+def tiny_qwen2(seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
     """Return a random Qwen2."""
-    return _random(Qwen2ForCausalLM, Qwen2Config(**_SHAPE), seed)
+    return _random(Qwen2ForCausalLM, Qwen2Config(**_SHAPE, head_dim=head_dim), seed)
 
 
-def tiny_qwen3(seed: int = 0) -> PreTrainedModel:
+def tiny_qwen3(seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
     """Return a random Qwen3."""
-    return _random(Qwen3ForCausalLM, Qwen3Config(**_SHAPE, head_dim=8), seed)
+    return _random(Qwen3ForCausalLM, Qwen3Config(**_SHAPE, head_dim=head_dim), seed)
 
 
-def tiny_mistral(seed: int = 0) -> PreTrainedModel:
+def tiny_mistral(seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
     """Return a random Mistral whose layers look back on 24 tokens."""
-    return _random(MistralForCausalLM, MistralConfig(**_SHAPE, head_dim=8, sliding_window=24), seed)
+    config = MistralConfig(**_SHAPE, head_dim=head_dim, sliding_window=24)
+    return _random(MistralForCausalLM, config, seed)
 
 
-def tiny_gemma3(seed: int = 0) -> PreTrainedModel:
+def tiny_gemma3(seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
     """Return a random Gemma-3: three sliding layers of 16 tokens for each full one."""
     shape = {**_SHAPE, "num_hidden_layers": 4}
     layers = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(**shape, head_dim=8, sliding_window=16, layer_types=layers)
+    config = Gemma3TextConfig(**shape, head_dim=head_dim, sliding_window=16, layer_types=layers)
     return _random(Gemma3ForCausalLM, config, seed)
 
 
-def tiny_gpt2(seed: int = 0) -> PreTrainedModel:
+def tiny_gemma2(seed: int = 0) -> PreTrainedModel:
+    """Return a random Gemma-2, which caps its scores; windows as wide as the model's."""
+    config = Gemma2Config(**_SHAPE, head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=5.0)
+    return _random(Gemma2ForCausalLM, config, seed)
+
+
+def tiny_gpt2(seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
     """Return a random GPT-2."""
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=WINDOW, n_embd=32, n_layer=2, n_head=4,
+        vocab_size=VOCAB, n_positions=WINDOW, n_embd=4 * head_dim, n_layer=2, n_head=4,
         bos_token_id=EOS, eos_token_id=EOS,
     )  # fmt: skip
     return _random(GPT2LMHeadModel, config, seed)

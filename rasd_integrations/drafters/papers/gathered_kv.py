@@ -29,7 +29,7 @@ class GatheredKV(KVBuffer):
         for layer in range(live.num_layers):
             key, value = live.rows(layer, 0, live.length)
             index = torch.tensor(rows, dtype=torch.long, device=key.device)
-            self.write(layer, key.index_select(1, index), value.index_select(1, index))
+            self.append(layer, key.index_select(1, index), value.index_select(1, index))
         self.length = len(rows)
 
     @property
@@ -57,5 +57,5 @@ class GatheredKV(KVBuffer):
         """Append committed rows ``start:end`` of ``live``, the first of them at :attr:`next_position`."""
         self.reserve(end - start)
         for layer in range(live.num_layers):
-            self.write(layer, *live.rows(layer, start, end))
+            self.append(layer, *live.rows(layer, start, end))
         self.length += end - start

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rasd_integrations.engine.device import to_device
+from rasd_integrations.engine.kv.order import Order, allocate, read, whole, write
 
 GRANULE = 256
 
@@ -36,14 +37,14 @@ class KVLayout:
         layers: Of one token.
         hidden_size: Width of a final hidden state.
         row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
-        row_major: Keys of a head are read row by row, on a CPU too.
+        order: Of the rows that its steps read.
         in_8_bits: Keys and values are bytes that only this executor's own steps can read.
     """
 
     layers: tuple[LayerRow, ...] = ()
     hidden_size: int = 0
     row_multiple: int = 1
-    row_major: bool = False
+    order: Order = Order.COLUMNS
     in_8_bits: bool = False
 
     @property
@@ -72,7 +73,7 @@ class KVBuffer:
         self.long_rope = False
         self.origin = 0
         self._arena: KVArena | None = None
-        self._row_major = False
+        self._order = Order.COLUMNS
         self._is_torn = False  # a move was interrupted: layers have different capacities
         self._capacity = _rounded(capacity)
         self._keys: dict[int, Tensor] = {}
@@ -127,18 +128,17 @@ class KVBuffer:
     def pinned(self, rows: int) -> KVBuffer:
         """Return a view of the first ``rows`` rows that keeps the memory alive."""
         new = KVBuffer(0)
-        new._capacity, new.long_rope = rows, self.long_rope
+        new._capacity, new.long_rope, new._order = rows, self.long_rope, self._order
         for mine, theirs in ((self._keys, new._keys), (self._values, new._values)):
             for layer, store in mine.items():
-                theirs[layer] = store[:, :rows]
+                theirs[layer] = store[:, : whole(rows)]
         return new
 
     @torch.inference_mode()
-    def make_row_major(self) -> None:
-        """Lay keys out row by row from now on."""
-        if not self._row_major:
-            self._row_major = True
-            self._move(self._capacity)
+    def lay(self, order: Order) -> None:
+        """Keep rows in this order from now on."""
+        if order is not self._order:
+            self._move(self._capacity, order)
 
     @torch.inference_mode()
     def reserve(self, num_rows: int) -> None:
@@ -155,58 +155,58 @@ class KVBuffer:
         if self._arena is not None and len(self._arena) == 1:
             self._move(self._capacity)
 
-    def _move(self, capacity: int) -> None:
+    def _move(self, capacity: int, order: Order | None = None) -> None:
         """Move to new memory layer by layer, so that only one layer is held twice at a time."""
+        order = order or self._order
         self._is_torn = True
-        if (
-            self._arena is not None
-        ):  # arena memory is not freed, so moving layer by layer saves nothing
+        stores = self._keys, self._values, self._hidden
+        # An arena's memory is not freed, so moving layer by layer saves nothing; and a layer does not say its order.
+        if self._arena is not None or order is not self._order:
             stores = dict(self._keys), dict(self._values), dict(self._hidden)
-        else:
-            stores = self._keys, self._values, self._hidden
         for store in stores:
+            is_key = store is stores[0]
             for layer, old in store.items():
-                new = self._place(old, capacity, is_key=store is stores[0])
-                new[:, : self.length] = old[:, : self.length]
+                new = self._place(old, capacity, order, is_key=is_key)
+                if order is self._order or store is stores[2]:
+                    new[:, : whole(self.length)] = old[:, : whole(self.length)]
+                else:
+                    rows = read(old, self._order, 0, self.length, is_key=is_key)
+                    write(new, order, 0, rows, is_key=is_key)
                 store[layer] = new
         # Last: after an interrupt or a lack of memory on the way, the next step moves it again.
         self._keys, self._values, self._hidden = stores
         self._capacity, self._arena, self.origin, self._is_torn = capacity, None, 0, False
+        self._order = order
 
     def _lie_in(self, arena: KVArena, origin: int) -> None:
         """Move keys and values into an arena's rows from ``origin`` on."""
         end = origin + self._capacity
         self._is_torn = True
         for layer, wholes in enumerate(arena.stores):
-            for store, whole in zip((self._keys, self._values), wholes, strict=True):
-                new = whole[:, origin:end]
-                new[:, : self.length] = store[layer][:, : self.length]
+            for store, memory in zip((self._keys, self._values), wholes, strict=True):
+                new = memory[:, origin:end]
+                new[:, : whole(self.length)] = store[layer][:, : whole(self.length)]
                 store[layer] = new
         self._arena, self.origin, self._is_torn = arena, origin, False
 
-    def _place(self, like: Tensor, capacity: int, *, is_key: bool = False) -> Tensor:
-        """Return memory for ``capacity`` rows such as those of ``like``.
+    def _place(
+        self, like: Tensor, capacity: int, order: Order | None = None, *, is_key: bool = False
+    ) -> Tensor:
+        """Return memory for ``capacity`` rows such as those of ``like``."""
+        return allocate(like, capacity, order or self._order, is_key=is_key)
 
-        On a CPU keys are transposed unless the buffer is row-major: scores of a few queries against thousands of keys
-        then run twice as fast (docs/explanation/experiments.md).
-        """
-        transposed = is_key and not self._row_major and like.device.type == "cpu"
-        return _allocate(like, capacity, transposed=transposed)
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's keys and values ``[kv_heads, n, head_dim]`` of a step behind the committed ones.
-
-        Returns:
-            Views ``[kv_heads, length + n, head_dim]`` of keys and values.
-        """
+    def append(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Write a layer's keys and values ``[kv_heads, n, head_dim]`` of a step behind the committed ones."""
         if layer not in self._keys:
             self._keys[layer] = self._place(key, self._capacity, is_key=True)
             self._values[layer] = self._place(value, self._capacity)
-        end = self.length + key.shape[1]
-        keys, values = self._keys[layer], self._values[layer]
-        keys[:, self.length : end] = key
-        values[:, self.length : end] = value
-        return keys[:, :end], values[:, :end]
+        write(self._keys[layer], self._order, self.length, key, is_key=True)
+        write(self._values[layer], self._order, self.length, value, is_key=False)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append, and return keys and values ``[kv_heads, length + n, head_dim]`` (:meth:`rows`)."""
+        self.append(layer, key, value)
+        return self.rows(layer, 0, self.length + key.shape[1])
 
     def write_hidden(self, hidden: Tensor) -> None:
         """Write a step's final hidden states ``[n, hidden]`` behind the committed ones."""
@@ -230,17 +230,27 @@ class KVBuffer:
         """Append these rows of the last step, ascending, and drop the others."""
         n, start = len(rows), self.length
         if list(rows) != list(range(n)):
-            places = torch.tensor(rows) + start
+            places = torch.tensor(rows)
             index = {
                 device: to_device(places, device) for device in {s.device for s in self._stores()}
             }
-            for store in self._stores():
-                store[:, start : start + n] = store.index_select(1, index[store.device])
+            end = start + max(rows) + 1
+            for stores, order in (
+                (self._keys, self._order), (self._values, self._order), (self._hidden, Order.ROWS),
+            ):  # fmt: skip
+                is_key = stores is self._keys
+                for store in stores.values():
+                    step = read(store, order, start, end, is_key=is_key)
+                    kept = step.index_select(1, index[store.device])
+                    write(store, order, start, kept, is_key=is_key)
         self.length = start + n
 
     def rows(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return views of committed rows ``start:end`` of a layer's keys and values."""
-        return self._keys[layer][:, start:end], self._values[layer][:, start:end]
+        """Return rows ``start:end`` of a layer's keys and values: copies if they lie in blocks, else views."""
+        return (
+            read(self._keys[layer], self._order, start, end, is_key=True),
+            read(self._values[layer], self._order, start, end, is_key=False),
+        )
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from ``length`` on: between answers, and where a drafter's own guess failed."""
@@ -260,7 +270,7 @@ class KVBuffer:
     def copy(self, length: int, capacity: int) -> KVBuffer:
         """Return a new buffer with the first ``length`` tokens."""
         new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
-        new._row_major, new.long_rope = self._row_major, self.long_rope
+        new._order, new.long_rope = self._order, self.long_rope
         new.length = self.length
         new.truncate(length)
         if self._hidden and length > self._hidden_from:
@@ -270,8 +280,8 @@ class KVBuffer:
         for layer, key in self._keys.items():
             new._keys[layer] = new._place(key, new._capacity, is_key=True)
             new._values[layer] = new._place(self._values[layer], new._capacity)
-            new._keys[layer][:, :length] = key[:, :length]
-            new._values[layer][:, :length] = self._values[layer][:, :length]
+            new._keys[layer][:, : whole(length)] = key[:, : whole(length)]
+            new._values[layer][:, : whole(length)] = self._values[layer][:, : whole(length)]
         return new
 
     def _stores(self) -> tuple[Tensor, ...]:
@@ -294,7 +304,7 @@ class KVArena:
         self.stores: list[tuple[Tensor, Tensor]] = []
         for layer in range(like.num_layers):
             keys, values = (
-                _allocate(store, self.rows, transposed=False) for store in like.stores(layer)
+                allocate(store, self.rows, Order.ROWS, is_key=False) for store in like.stores(layer)
             )
             self.stores.append((keys, values))
         # A buffer that moved out keeps its room while it lives: another thread may be copying from it.
@@ -329,12 +339,3 @@ class KVArena:
 
 def _rounded(capacity: int) -> int:
     return -(-max(capacity, 1) // GRANULE) * GRANULE
-
-
-def _allocate(like: Tensor, capacity: int, *, transposed: bool) -> Tensor:
-    """Return an uninitialised ``[kv_heads, capacity, head_dim]``."""
-    heads, _, dim = like.shape
-    if transposed:
-        memory = torch.empty(heads, dim, capacity, dtype=like.dtype, device=like.device)
-        return memory.transpose(1, 2)
-    return torch.empty(heads, capacity, dim, dtype=like.dtype, device=like.device)

@@ -64,8 +64,7 @@ def read(
     """
     length = len(ids)
     buffer = KVBuffer(max(capacity, length))
-    if layout.row_major:
-        buffer.make_row_major()
+    buffer.lay(layout.order)
     with _checked(path, key, layout) as file:
         if not np.array_equal(_ids(file)[:length], ids):
             refuse("another file of other tokens took its name")
@@ -75,7 +74,7 @@ def read(
         for layer in range(len(layout.layers)):
             keys = _tensor(file, f"key.{layer}", rooms[0]).transpose(1, 2)[:, :length]
             values = _tensor(file, f"value.{layer}", rooms[1])[:, :length]
-            buffer.write(layer, keys.to(device), values.to(device))
+            buffer.append(layer, keys.to(device), values.to(device))
         if keeps_hidden and "hidden" in file.entries:
             buffer.write_hidden(_tensor(file, "hidden", rooms[0])[:length].to(device))
     buffer.commit(range(length))

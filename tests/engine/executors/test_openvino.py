@@ -16,8 +16,18 @@ import fakes
 import pytest
 import torch
 from fakes import ScriptedDrafter
-from steps import TREE, close, close_rows, decoded, joint, prefilled, random_ids, shared_target
-from tiny import FAMILIES, VOCAB, tiny_llama
+from steps import (
+    ATTENTIONS,
+    TREE,
+    close,
+    close_rows,
+    decoded,
+    joint,
+    prefilled,
+    random_ids,
+    shared_target,
+)
+from tiny import FAMILIES, VOCAB, tiny_gemma2, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
@@ -26,7 +36,7 @@ from rasd_integrations.engine.executors import factory as executors
 from rasd_integrations.engine.executors.eager import EagerExecutor
 from rasd_integrations.engine.executors.factory import make_executor
 from rasd_integrations.engine.executors.openvino import executor as compiled
-from rasd_integrations.engine.executors.openvino import graph as paged
+from rasd_integrations.engine.executors.openvino import graph as graphs
 from rasd_integrations.engine.executors.openvino.executor import CompiledExecutor
 from rasd_integrations.engine.executors.packing import PackedLinear
 from rasd_integrations.engine.kv import buffer as kv
@@ -46,15 +56,24 @@ close = partial(close, off=1e-4)
 prefilled = partial(prefilled, keeps_hidden=True)
 
 
-def targets(family):
-    """Return the compiled and the eager target of a family."""
-    return shared_target(family, "openvino"), shared_target(family)
+@pytest.fixture(params=["own", "paged"])
+def targets(request):
+    """Return a function that returns the compiled and the eager target of a family, with either attention."""
+
+    def made(family):
+        head_dim = 16 if request.param == "own" else 8
+        ours = shared_target(family, "openvino", request.param, head_dim)
+        if request.param == "own" and "own" not in ours.executor_name:
+            pytest.skip("no C++ compiler")
+        return ours, shared_target(family, head_dim=head_dim)
+
+    return made
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("prefix", [1, 15, 16, 40, GRANULE - 3])
-def test_logits_hidden_states_and_rows_equal_eager(family, prefix):
+def test_logits_hidden_states_and_rows_equal_eager(family, prefix, targets):
     """Chains and a tree, below, at and above a window, and where the buffer has to grow."""
     ours, eager = targets(family)
     ids = random_ids(prefix)
@@ -78,7 +97,7 @@ TOGETHER = "several answers decode together"
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
-def test_greedy_ids_equal_eager_plain_decoding(family, script, shape):
+def test_greedy_ids_equal_eager_plain_decoding(family, script, shape, targets):
     """Whatever is drafted, the ids are those of eager torch without drafts."""
     ours, eager = targets(family)
     truth = decoded(eager)
@@ -89,7 +108,7 @@ def test_greedy_ids_equal_eager_plain_decoding(family, script, shape):
 
 
 @pytest.mark.slow
-def test_a_gathered_buffer_keeps_its_places():
+def test_a_gathered_buffer_keeps_its_places(targets):
     """Rows picked out of a longer text, with windows, are seen where they stood."""
     ours, eager = targets("gemma3")
     ids = random_ids(50)
@@ -99,7 +118,7 @@ def test_a_gathered_buffer_keeps_its_places():
 
 
 @pytest.mark.slow
-def test_two_buffers_take_turns():
+def test_two_buffers_take_turns(targets):
     """The graph reads the memory of the answer whose turn it is, also after it grew."""
     ours, eager = targets("llama")
     mine = [prefilled(ours, random_ids(30, seed)) for seed in (1, 2)]
@@ -112,12 +131,12 @@ def test_two_buffers_take_turns():
             buffer.commit(range(80))
 
 
-def test_memory_that_is_no_number_stays_out(monkeypatch):
+def test_memory_that_is_no_number_stays_out(monkeypatch, targets):
     """Fresh memory may hold anything: at first, after growth, in a copy and in gathered rows."""
     ours, eager = targets("llama")
-    allocate = kv._allocate
+    allocate = kv.allocate
     monkeypatch.setattr(
-        kv, "_allocate", lambda *args, **how: allocate(*args, **how).fill_(float("nan"))
+        kv, "allocate", lambda *args, **how: allocate(*args, **how).fill_(float("nan"))
     )
     ids = random_ids(GRANULE + 10)
     mine, theirs = prefilled(ours, ids, 8), prefilled(eager, ids, 8)
@@ -133,12 +152,12 @@ def test_memory_that_is_no_number_stays_out(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_steps_of_several_answers_run_together(family, monkeypatch):
+def test_steps_of_several_answers_run_together(family, monkeypatch, targets):
     """Chains and trees, as more rows than there are, over memory of any content; answers come, grow and leave."""
     ours, eager = targets(family)
-    allocate = kv._allocate
+    allocate = kv.allocate
     monkeypatch.setattr(
-        kv, "_allocate", lambda *args, **how: allocate(*args, **how).fill_(float("nan"))
+        kv, "allocate", lambda *args, **how: allocate(*args, **how).fill_(float("nan"))
     )
     compiled_steps = []
     run = ours._executor._bind
@@ -176,7 +195,7 @@ def test_steps_of_several_answers_run_together(family, monkeypatch):
         assert compiled_steps == [2, 3, 4, 2, 1, 3]
 
 
-def test_answers_that_ran_together_are_let_go():
+def test_answers_that_ran_together_are_let_go(targets):
     """A place that is free is given away; the last one in an arena takes memory of its own."""
     ours, eager = targets("llama")
     stays, goes, comes = (prefilled(ours, random_ids(20, seed)) for seed in (1, 2, 3))
@@ -195,7 +214,7 @@ def test_answers_that_ran_together_are_let_go():
     assert arena() is None
 
 
-def test_answers_that_decode_together_stand_aside():
+def test_answers_that_decode_together_stand_aside(targets):
     """Each has the ids of plain decoding; nobody drafts while others pay for it, but who is alone and who asks."""
     ours, eager = targets("llama")
     params = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -233,7 +252,7 @@ def test_answers_that_decode_together_stand_aside():
     assert TOGETHER not in reasons
 
 
-def test_who_moved_out_of_an_arena_keeps_its_place_there():
+def test_who_moved_out_of_an_arena_keeps_its_place_there(targets):
     """Somebody may be copying the rows that lie there."""
     ours, _ = targets("llama")
     first, second = (prefilled(ours, random_ids(20, seed)) for seed in (1, 2))
@@ -256,7 +275,7 @@ def test_a_kept_graph_is_loaded_and_a_damaged_one_made_anew(tmp_path, monkeypatc
     CompiledExecutor(model, cache_dir=tmp_path, identity="a")
     (kept,) = (tmp_path / "graphs").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(paged, "traced", None)
+        patch.setattr(graphs, "traced", None)
         loaded = TargetModel(
             model, executor=CompiledExecutor(model, cache_dir=tmp_path, identity="a")
         )
@@ -306,13 +325,9 @@ def test_a_folder_that_cannot_be_written_to_costs_time_only(tmp_path, caplog):
 @pytest.mark.slow
 def test_a_graph_that_says_something_else_is_refused(monkeypatch, caplog):
     """By name it is an error; "auto" runs eagerly and says why."""
-    refresh = paged.refresh
+    spans = compiled._spans
     monkeypatch.setattr(  # half of the prefix is lost
-        paged,
-        "refresh",
-        lambda heads, spans, made: refresh(
-            heads, [s._replace(prefix=s.prefix // 2) for s in spans], made
-        ),
+        compiled, "_spans", lambda *args: [s._replace(prefix=s.prefix // 2) for s in spans(*args)]
     )
     with pytest.raises(ConfigurationError, match="off eager ones"):
         CompiledExecutor(tiny_llama())
@@ -394,7 +409,7 @@ def test_what_openvino_cannot_do_is_refused(monkeypatch):
         msg = "PagedAttention expects 99 inputs"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(paged, "with_attention", other)
+    monkeypatch.setattr(graphs, "with_attention", other)
     with pytest.raises(ConfigurationError, match=r"OpenVINO 20.*99 inputs.*eager"):
         CompiledExecutor(tiny_llama())
     assert isinstance(make_executor("auto", tiny_llama(), owned=True), EagerExecutor)
@@ -404,8 +419,8 @@ def test_what_openvino_cannot_do_is_refused(monkeypatch):
     ("term", "said"),
     [({"softcap": 50.0}, "caps its scores"), ({"sinks": torch.zeros(6)}, "attention sinks")],
 )
-def test_terms_that_pages_lack_are_refused(monkeypatch, term, said):
-    """Attention over pages has no cap, and no sink of each head."""
+def test_terms_that_pages_lack_are_refused_without_a_compiler(monkeypatch, term, said):
+    """OpenVINO's attention has no cap, and no sink of each head."""
     trace_layout = compiled.trace_layout
 
     def planned(*args):
@@ -414,13 +429,29 @@ def test_terms_that_pages_lack_are_refused(monkeypatch, term, said):
         return replace(trace, layers=tuple(layers))
 
     monkeypatch.setattr(compiled, "trace_layout", planned)
-    with pytest.raises(ConfigurationError, match=said):
+    with ATTENTIONS["paged"](), pytest.raises(ConfigurationError, match=f"{said}.*C.. compiler"):
+        CompiledExecutor(tiny_llama(head_dim=16))
+    with pytest.raises(ConfigurationError, match=f"{said}.*heads of .8. numbers"):
         CompiledExecutor(tiny_llama())
+
+
+def test_capped_scores_are_compiled():
+    """Chains and a tree, behind a prefix of several blocks."""
+    model = tiny_gemma2()
+    if "own" not in (executor := CompiledExecutor(model)).name:
+        pytest.skip("no C++ compiler")
+    ours, eager = TargetModel(model, executor=executor), TargetModel(model)
+    mine, theirs = (prefilled(target, random_ids(70)) for target in (ours, eager))
+    for parents in (None, [-1, 0, 0, 1]):
+        ids = random_ids(5, seed=1)
+        close(ours.step(ids, mine, parents), eager.step(ids, theirs, parents))
+        for buffer in (mine, theirs):
+            buffer.commit([0, 1])
 
 
 @pytest.mark.parametrize("rows", [5, 9, 33])
 @pytest.mark.parametrize("parents", [None, [-1, 0, 0]])
-def test_a_step_may_be_run_as_more_rows(rows, parents):
+def test_a_step_may_be_run_as_more_rows(rows, parents, targets):
     """The rows too many change nothing of what comes out or of what is committed, also where memory grows."""
     ours, eager = targets("llama")
     ids = random_ids(GRANULE - 4)

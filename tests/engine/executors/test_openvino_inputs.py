@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +15,13 @@ from tiny import FAMILIES
 
 pytest.importorskip("openvino")
 
-from rasd_integrations.engine.executors.openvino import graph as paged
+import openvino
+
+from rasd_integrations.engine.executors.openvino.attention import Span
 from rasd_integrations.engine.executors.openvino.executor import CompiledExecutor
 from rasd_integrations.engine.executors.openvino.inputs import Frame
+from rasd_integrations.engine.executors.openvino.own import OwnAttention
+from rasd_integrations.engine.executors.openvino.paged import PagedAttention
 from rasd_integrations.engine.executors.openvino.tracing import Angles
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
@@ -52,7 +58,10 @@ def test_steps_of_ever_other_shapes_equal_eager():
     assert len(widths) > 8
 
 
-def test_a_frame_filled_anew_is_as_a_new_one():
+@pytest.mark.parametrize(
+    "attention", [PagedAttention, partial(OwnAttention, library=Path(), variant="base")]
+)
+def test_a_refilled_frame_is_as_a_new_one(attention):
     """Ids, positions, angles, ends, prefixes and masks are those of the step, in rows without gaps."""
 
     class Rotary(torch.nn.Module):
@@ -63,24 +72,28 @@ def test_a_frame_filled_anew_is_as_a_new_one():
             return table.T[None], (-table).T[None]
 
     trace = SimpleNamespace(
-        angles=(Angles(Rotary(), (torch.zeros(1, 1, dtype=torch.long),), {}),), head_counts=(1, 3)
+        angles=(Angles(Rotary(), (torch.zeros(1, 1, dtype=torch.long),), {}),),
+        head_counts=(1, 3),
+        layers=(),
     )
+    operation = attention(trace, openvino.Type.f32, in_8_bits=False)
     mask = np.tril(np.ones((4, 4), np.bool_))
     other = mask.copy()
+    depths = np.array([0, 1, 2, 1], np.int32)
     other[3, 1] = False
 
     def frame(prefix: int, sees: np.ndarray, start: int) -> Frame:
-        spans = [paged.PageRange(prefix, 4, 2, 5, sees)]
-        made = Frame(trace, [span.place for span in spans], 9, first_row=0)
+        spans = [Span(prefix, 4, 64, 160, depths, sees)]
+        made = Frame(operation, [span.place for span in spans], 288, first_row=0)
         fill(made, spans, start)
         return made
 
-    def fill(made: Frame, spans: list[paged.PageRange], start: int) -> None:
+    def fill(made: Frame, spans: list[Span], start: int) -> None:
         ids, positions = torch.arange(start, start + 3), torch.arange(50, 53) + start
         made.fill(ids, positions, spans)
 
     used = frame(64, mask, 5)
-    fill(used, [paged.PageRange(70, 4, 2, 5, other)], 11)
+    fill(used, [Span(70, 4, 64, 160, depths, other)], 11)
     for got, wanted in zip(used.tensors, frame(70, other, 11).tensors, strict=True):
         np.testing.assert_array_equal(got.data, wanted.data)
     ids, positions, rows, cosines, *_ = (tensor.data for tensor in used.tensors)

@@ -61,8 +61,8 @@ def test_greedy_ids_equal_plain_decoding(target, script, shape):
 @pytest.mark.parametrize("parents", [None, TREE])
 def test_logits_are_near_eager_ones_and_equal_after_moves(target, parents, monkeypatch):
     """Rows of a tree's path, of a grown, copied and gathered buffer are those of a fresh one; memory is of any content."""
-    allocate = kv._allocate
-    monkeypatch.setattr(kv, "_allocate", lambda *args, **how: allocate(*args, **how).fill_(255))
+    allocate = kv.allocate
+    monkeypatch.setattr(kv, "allocate", lambda *args, **how: allocate(*args, **how).fill_(255))
     eager = shared_target()
     ids, more = random_ids(GRANULE - 3), random_ids(1 + len(TREE), seed=7)
     buffer, theirs = prefilled(target, ids), prefilled(eager, ids)

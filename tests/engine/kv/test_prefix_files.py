@@ -27,6 +27,7 @@ from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.drafters.base import Needs
 from rasd_integrations.drafters.model import ModelDrafter
 from rasd_integrations.engine.kv import prefix_format
+from rasd_integrations.engine.kv.order import Order
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
 from rasd_integrations.engine.target import TargetModel
@@ -60,11 +61,11 @@ def cache_of(
 
 
 def files_of(
-    folder: Path, target: TargetModel, max_bytes: int = PLENTY, *, row_major=False
+    folder: Path, target: TargetModel, max_bytes: int = PLENTY, *, order=Order.COLUMNS
 ) -> PrefixFiles:
     identity = model_identity(target.model).kv
     assert identity is not None
-    layout = replace(target.layout, row_major=row_major)
+    layout = replace(target.layout, order=order)
     return PrefixFiles(folder, lambda: identity, layout, max_bytes, target.device)
 
 
@@ -123,15 +124,15 @@ def test_rows_come_back_bit_for_bit(target, tmp_path):
     assert (theirs.length, theirs.num_layers) == (120, 2)
 
 
-@pytest.mark.parametrize("row_major", [False, True])
-def test_keys_are_laid_as_they_will_be_read(row_major, target, tmp_path):
-    """Rows from disk need not be laid again by who reads them row by row."""
+@pytest.mark.parametrize("order", Order)
+def test_keys_are_laid_as_they_will_be_read(order, target, tmp_path):
+    """Rows from disk need not be laid again by who reads them."""
     warm(target, cache_of(tmp_path, target), DOCUMENT)
-    buffer = files_of(tmp_path, target, row_major=row_major).load(np.asarray(DOCUMENT), "", 200)
+    buffer = files_of(tmp_path, target, order=order).load(np.asarray(DOCUMENT), "", 200)
     memory = buffer.memory
-    assert memory.is_contiguous() == row_major
-    buffer.make_row_major()
-    assert (buffer.memory is memory) == row_major
+    assert memory.is_contiguous() == (order is not Order.COLUMNS)
+    buffer.lay(order)
+    assert buffer.memory is memory
     fresh = cache_of(tmp_path, target).lease([*DOCUMENT, 1], 200).buffer
     for layer in range(buffer.num_layers):
         for rows, wanted in zip(buffer.rows(layer, 0, 120), fresh.rows(layer, 0, 120), strict=True):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import openvino as ov
 import torch
 from transformers import PreTrainedModel
 
-from rasd_integrations.engine.executors.openvino import graph as paged
-from rasd_integrations.engine.executors.openvino.tracing import TraceLayout
+from rasd_integrations.engine.executors.openvino import graph as graphs
+from rasd_integrations.engine.executors.openvino.attention import Attention
 from rasd_integrations.storage.cache_folder import cache_folder, is_whole, title_of
 from rasd_integrations.storage.marked import made_folder
 
@@ -22,17 +23,10 @@ _FORMAT = 4  # of kept graphs: raise it when a step's inputs, outputs or operati
 _FILE = "graph.xml"
 
 
-def compiled(
-    model: PreTrainedModel, trace: TraceLayout, path: Path | None, *, in_8_bits: bool
-) -> ov.CompiledModel:
-    """Return the compiled graph of ``model``; its trace is kept at ``path``."""
-    graph = _kept(path)
-    if graph is None:
-        graph = paged.traced(model, trace)
-        if path is not None:
-            graph = _keep(graph, path, model)
-    kind = DTYPES[model.dtype]
-    options = {
+def options_of(dtype: torch.dtype, *, in_8_bits: bool) -> dict[str, Any]:
+    """Return what a graph of this type is compiled with."""
+    kind = DTYPES[dtype]
+    return {
         "INFERENCE_PRECISION_HINT": kind,
         "KV_CACHE_PRECISION": "u8" if in_8_bits else kind,
         # By channel, keys of 32 rows would share a scale, and none of them could be moved or dropped.
@@ -41,7 +35,18 @@ def compiled(
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,
     }
-    whole = paged.with_attention(graph, trace, getattr(ov.Type, kind), in_8_bits=in_8_bits)
+
+
+def compiled(
+    model: PreTrainedModel, attention: Attention, path: Path | None, options: dict[str, Any]
+) -> ov.CompiledModel:
+    """Return the compiled graph of ``model``; its trace is kept at ``path``."""
+    graph = _kept(path)
+    if graph is None:
+        graph = graphs.traced(model, attention.trace)
+        if path is not None:
+            graph = _keep(graph, path, model)
+    whole = graphs.with_attention(graph, attention, getattr(ov.Type, DTYPES[model.dtype]))
     return ov.Core().compile_model(whole, "CPU", options)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,14 @@ from transformers import PreTrainedModel
 from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.executors.base import Executor, StepOutput
 from rasd_integrations.engine.executors.eager import EagerExecutor, rows_at
-from rasd_integrations.engine.executors.openvino import graph as paged
-from rasd_integrations.engine.executors.openvino.compiling import DTYPES, compiled, graph_path
+from rasd_integrations.engine.executors.openvino.attention import SCALE_BYTES, Place, Span
+from rasd_integrations.engine.executors.openvino.choosing import attention_of
+from rasd_integrations.engine.executors.openvino.compiling import (
+    DTYPES,
+    compiled,
+    graph_path,
+    options_of,
+)
 from rasd_integrations.engine.executors.openvino.inputs import Frame
 from rasd_integrations.engine.executors.openvino.tracing import trace_layout
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
@@ -75,29 +82,32 @@ class CompiledExecutor(Executor):
             raise ConfigurationError(msg)
         self._eager = EagerExecutor(model)
         self._trace = trace_layout(self._eager)
-        if why := paged.lacking(self._trace, in_8_bits=in_8_bits):
-            msg = f"{type(model).__name__} {why}"
+        options = options_of(model.dtype, in_8_bits=in_8_bits)
+        attention, why = attention_of(
+            self._trace, model.dtype, options, cache_dir, in_8_bits=in_8_bits
+        )
+        if attention is None:
+            other = "openvino" if in_8_bits else "eager"
+            msg = f"{type(model).__name__} {why}. Use executor={other!r}."
             raise ConfigurationError(msg)
+        self._attention = attention
         # Fitting the graph to another width takes a third of a plain step (docs/explanation/experiments.md).
         self.layout = replace(
-            self._eager.layout, row_multiple=4, row_major=True, in_8_bits=in_8_bits
+            self._eager.layout, row_multiple=4, order=attention.order, in_8_bits=in_8_bits
         )
         self._dtype = model.dtype
         path = graph_path(model, identity, cache_dir)
         self._arena: Callable[[], KVArena | None] = lambda: None
         self._joint: deque[int] = deque(maxlen=_JOINT)  # widths of the last batches
-        self._frame_of = lru_cache(_FRAMES)(partial(Frame, self._trace))
+        self._frame_of = lru_cache(_FRAMES)(partial(Frame, self._attention))
         self._framed: Frame | None = None
         self._bound: Tensor | None = None
         self._held: list[Tensor] = []  # memory of the request's tensors
         kept = path is not None and marked(path) is not None
         try:
             with stage(None if kept else f"Compiling {type(model).__name__} for this CPU, once"):
-                self._compile = partial(
-                    compiled, self._eager.model, self._trace, path, in_8_bits=in_8_bits
-                )
+                self._compile = partial(compiled, self._eager.model, attention, path, options)
                 self._request: Any = self._compile().create_infer_request()
-                self._first_key = len(self._request.model_inputs) - 2 * len(self._trace.layers)
                 self._check(model, path)
         except ConfigurationError:
             raise
@@ -111,8 +121,8 @@ class CompiledExecutor(Executor):
 
     @property
     def name(self) -> str:
-        """Class, and OpenVINO's version."""
-        return f"{type(self).__name__} {ov.__version__}"
+        """Class, OpenVINO's version, and which attention."""
+        return f"{type(self).__name__} {ov.__version__}, {self._attention.name}"
 
     def step(self, ids: Tensor, context: StepContext, *, num_logits: int) -> StepOutput:
         """Run ``ids`` ``[n]`` behind the prefixes."""
@@ -126,9 +136,9 @@ class CompiledExecutor(Executor):
         if self._request is None:
             with _memory_ends():
                 self._request = self._compile().create_infer_request()
-        pages = self._bind([segment.buffer for segment in segments], width)
+        rows = self._bind([segment.buffer for segment in segments], width)
         spans = _spans(segments, width - n)
-        frame = self._frame(tuple(span.place for span in spans), pages, 0 if decodes else n - 1)
+        frame = self._frame(tuple(span.place for span in spans), rows, 0 if decodes else n - 1)
         frame.fill(ids, context.positions, spans)
         # Copied by numpy: torch's threads would spin while the graph's next ones start.
         logits, hidden = (
@@ -170,9 +180,9 @@ class CompiledExecutor(Executor):
                 raise MemoryError(msg)
         return outputs
 
-    def _frame(self, places: tuple[paged.Place, ...], pages: int, first_row: int) -> Frame:
+    def _frame(self, places: tuple[Place, ...], rows: int, first_row: int) -> Frame:
         """Return the request's inputs for answers at ``places``."""
-        frame = self._frame_of(places, pages, first_row)
+        frame = self._frame_of(places, rows, first_row)
         if self._framed is not frame:
             self._framed = None
             for index, tensor in enumerate(frame.tensors):
@@ -181,7 +191,7 @@ class CompiledExecutor(Executor):
         return frame
 
     def _can_run(self, segment: Segment) -> bool:
-        """Return True if the graph has the angles, and its windows, which count rows, see what positions see."""
+        """Return True if the graph has the angles, and its windows see what they should."""
         if segment.buffer.long_rope:
             return False
         end = segment.buffer.next_position + segment.rows
@@ -189,7 +199,8 @@ class CompiledExecutor(Executor):
             layer.scoring.window is None or end <= layer.scoring.window
             for layer in self._trace.layers
         )
-        return inside or (segment.is_chain and not segment.buffer.is_gathered)
+        can = segment.is_chain or self._attention.windows_in_trees
+        return inside or (can and not segment.buffer.is_gathered)
 
     def _width(self, n: int, context: StepContext) -> int:
         """Return the padded width of a decoding step of ``n`` tokens."""
@@ -201,31 +212,26 @@ class CompiledExecutor(Executor):
         return min(max(self._joint), n + GRANULE)
 
     def _bind(self, buffers: Sequence[KVBuffer], rows: int) -> int:
-        """Bind the buffers to the graph (a single one with ``rows`` spare rows); return pages per head."""
+        """Bind the buffers to the graph (a single one with ``rows`` spare rows); return the rows of its memory."""
         if len(buffers) == 1:
             buffers[0].reserve(rows)
             buffers[0].leave_arena()
-        dtype, more = (
-            (torch.uint8, paged.SCALE_BYTES) if self.layout.in_8_bits else (self._dtype, 0)
-        )
+        dtype, more = (torch.uint8, SCALE_BYTES) if self.layout.in_8_bits else (self._dtype, 0)
         for buffer in buffers:
-            buffer.make_row_major()
+            buffer.lay(self._attention.order)
             shapes = self._trace.layers
             for index, shape in enumerate(shapes[buffer.num_layers :], buffer.num_layers):
                 key = torch.empty(shape.kv_heads, 0, shape.key_dim + more, dtype=dtype)
-                buffer.write(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim + more))
+                buffer.append(index, key, key.new_empty(shape.kv_heads, 0, shape.value_dim + more))
         if len(buffers) > 1:
             self._join(buffers)
         stores = [buffers[0].stores(layer) for layer in range(len(self._trace.layers))]
         memory = stores[0][0]
         if self._bound is not memory:
-            tensors = [keys for keys, _ in stores] + [values for _, values in stores]
-            tensors = [tensor.view(-1, 1, paged.PAGE, tensor.shape[-1]) for tensor in tensors]
             self._bound = None
-            for index, tensor in enumerate(tensors, self._first_key):
-                self._request.set_input_tensor(index, _shared(tensor))
-            self._bound, self._held = memory, tensors
-        return memory.shape[1] // paged.PAGE
+            self._attention.bind(self._request, stores)
+            self._bound, self._held = memory, [*chain.from_iterable(stores)]
+        return int(memory.shape[1])
 
     def _join(self, buffers: Sequence[KVBuffer]) -> None:
         """Move all ``buffers`` into one arena, reusing the current one if they fit."""
@@ -305,22 +311,19 @@ def _memory_ends() -> Iterator[None]:
         raise
 
 
-def _spans(segments: Sequence[Segment], spare: int) -> list[paged.PageRange]:
+def _spans(segments: Sequence[Segment], spare: int) -> list[Span]:
     """Return the rows of each answer, and ``spare`` padding rows that no other row sees."""
     alone = len(segments) == 1
-    spans = [
-        paged.PageRange(
-            segment.buffer.length,
-            segment.rows + spare * alone,
-            segment.buffer.origin // paged.PAGE,
-            segment.buffer.capacity // paged.PAGE,
-            None if segment.is_chain else _sees(segment, segment.rows + spare * alone),
-        )
-        for segment in segments
-    ]
+    spans = []
+    for segment in segments:
+        buffer, rows = segment.buffer, segment.rows + spare * alone
+        depths = np.full(rows, rows - 1, np.int32)
+        depths[: segment.rows] = segment.positions.numpy() - buffer.next_position
+        sees = None if segment.is_chain else _sees(segment, rows)
+        spans.append(Span(buffer.length, rows, buffer.origin, buffer.capacity, depths, sees))
     if spare and not alone:
         # In an arena's first rows, which are reserved.
-        spans.append(paged.PageRange(0, spare, 0, GRANULE // paged.PAGE))
+        spans.append(Span(0, spare, 0, GRANULE, np.arange(spare, dtype=np.int32)))
     return spans
 
 
@@ -331,13 +334,6 @@ def _sees(segment: Segment, width: int) -> npt.NDArray[np.bool_]:
     if segment.tail_mask is not None:
         sees[: segment.rows, : segment.rows] = segment.tail_mask.numpy()
     return sees
-
-
-def _shared(tensor: Tensor) -> ov.Tensor:
-    """Return an OpenVINO tensor over the memory of ``tensor``, which must outlive it."""
-    if tensor.dtype == torch.bfloat16:  # numpy has no such type
-        return ov.Tensor(tensor.view(torch.int16).numpy(), list(tensor.shape), ov.Type.bf16)
-    return ov.Tensor(tensor.numpy(), shared_memory=True)
 
 
 def _tensor(array: Any) -> Tensor:

@@ -10,8 +10,8 @@ import openvino as ov
 import torch
 from torch import Tensor
 
-from rasd_integrations.engine.executors.openvino import graph as paged
-from rasd_integrations.engine.executors.openvino.tracing import TraceLayout
+from rasd_integrations.engine.executors.openvino.attention import Attention, Place, Span
+from rasd_integrations.engine.executors.openvino.copies import flags
 
 
 class Frame:
@@ -22,20 +22,21 @@ class Frame:
     """
 
     def __init__(
-        self, trace: TraceLayout, places: Sequence[paged.Place], pages: int, first_row: int
+        self, attention: Attention, places: Sequence[Place], rows: int, first_row: int
     ) -> None:
-        """Allocate inputs for answers at ``places``; logits are made from ``first_row`` on."""
+        """Allocate inputs for answers at ``places`` in a memory of ``rows``; logits are made from ``first_row`` on."""
         width = sum(place.rows for place in places)
-        self._trace = trace
+        self._attention = attention
+        self._trace = attention.trace
         self._ids, self._positions = np.zeros((2, 1, width), np.int64)
         self._angles = [np.array(table, order="C") for table in self._tables()]
-        self._end = np.zeros((), np.int32)
-        self._indices = [paged.indices(heads, places, pages) for heads in trace.head_counts]
-        arrays = [self._ids, self._positions, np.arange(first_row, width), *self._angles, self._end]
-        arrays += [array for indices in self._indices for array in indices]
+        self._where = attention.arrays(places, rows)
+        chosen = [np.array([flag]) for flag in flags(width, attention.widths)]
+        arrays = [self._ids, self._positions, np.arange(first_row, width), *self._angles]
+        arrays += [*self._where, *chosen]
         self.tensors = [ov.Tensor(array, shared_memory=True) for array in arrays]
 
-    def fill(self, ids: Tensor, positions: Tensor, spans: Sequence[paged.PageRange]) -> None:
+    def fill(self, ids: Tensor, positions: Tensor, spans: Sequence[Span]) -> None:
         """Write a step of ``ids`` ``[n]`` at ``positions`` ``[n]``; padding rows repeat the last one."""
         n = len(ids)
         for row, given in ((self._ids, ids), (self._positions, positions)):
@@ -43,9 +44,7 @@ class Frame:
             row[0, n:] = row[0, n - 1]
         for array, table in zip(self._angles, self._tables(), strict=True):
             array[...] = table
-        self._end[...] = max(span.end for span in spans)
-        for heads, indices in zip(self._trace.head_counts, self._indices, strict=True):
-            paged.refresh(heads, spans, indices)
+        self._attention.refresh(spans, self._where)
 
     def _tables(self) -> list[npt.NDArray[np.float32]]:
         """Return the angles at the positions."""

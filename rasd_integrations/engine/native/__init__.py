@@ -1,0 +1,1 @@
+"""Attention kernels in C++, built once on the machine that runs them; never required."""
