@@ -449,11 +449,12 @@ def test_capped_scores_are_compiled():
             buffer.commit([0, 1])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("rows", [5, 9, 33])
 @pytest.mark.parametrize("parents", [None, [-1, 0, 0]])
-def test_a_step_may_be_run_as_more_rows(rows, parents, targets):
-    """The rows too many change nothing of what comes out or of what is committed, also where memory grows."""
-    ours, eager = targets("llama")
+def test_a_step_may_be_run_as_more_rows(family, rows, parents, targets):
+    """The rows too many change nothing, also where memory grows, and where they are more than a window."""
+    ours, eager = targets(family)
     ids = random_ids(GRANULE - 4)
     mine, theirs = prefilled(ours, ids), prefilled(eager, ids)
     for turn in range(3):

@@ -317,7 +317,9 @@ def _spans(segments: Sequence[Segment], spare: int) -> list[Span]:
     spans = []
     for segment in segments:
         buffer, rows = segment.buffer, segment.rows + spare * alone
-        depths = np.full(rows, rows - 1, np.int32)
+        depths = np.arange(
+            rows, dtype=np.int32
+        )  # each padding row sees itself, also in a narrow window
         depths[: segment.rows] = segment.positions.numpy() - buffer.next_position
         sees = None if segment.is_chain else _sees(segment, rows)
         spans.append(Span(buffer.length, rows, buffer.origin, buffer.capacity, depths, sees))
