@@ -17,6 +17,7 @@ import torch
 from openvino.op import Parameter
 
 from rasd_integrations.engine.executors.openvino.attention import Attention, Place, Span
+from rasd_integrations.engine.executors.openvino.compiling import DTYPES
 from rasd_integrations.engine.executors.openvino.own import OwnAttention
 from rasd_integrations.engine.executors.openvino.paged import PagedAttention
 from rasd_integrations.engine.executors.openvino.tracing import Layer, TraceLayout
@@ -46,7 +47,7 @@ def attention_of(
         cache_dir: Where the kernel and its times are kept; default the user's cache folder.
         in_8_bits: Keep keys and values in bytes.
     """
-    kind = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}[dtype]
+    kind = getattr(ov.Type, DTYPES[dtype])
     paged = PagedAttention(trace, kind, in_8_bits=in_8_bits)
     theirs = paged.lacking()
     make = partial(OwnAttention, trace, kind, in_8_bits=in_8_bits)
@@ -58,25 +59,27 @@ def attention_of(
         why = f"{theirs}, which OpenVINO's attention cannot do, and there is no other: it needs a C++ compiler"
         return (None, why) if theirs else (paged, "")
     own = [make(built, variant) for variant in variants(built)]
-    times = _times([paged, *own], built, options, cache_dir)
+    times = _times([paged, *own], dtype, built, options, cache_dir)
     best = min(own, key=lambda attention: times[attention.name])
     is_slower = times[paged.name] < _CLEARLY * times[best.name]
     return (paged if is_slower and not theirs else best), ""
 
 
 def _times(
-    attentions: Sequence[Attention], built: Path, options: Mapping[str, Any], cache_dir: Path | None
+    attentions: Sequence[Attention], dtype: torch.dtype, built: Path, options: Mapping[str, Any],
+    cache_dir: Path | None,
 ) -> dict[str, float]:  # fmt: skip
     """Return the seconds that each takes on a layer of the model, by its name; timed once on a machine."""
     layer = min(attentions[0].trace.layers, key=lambda layer: layer.scoring.window is not None)
     shape = layer.kv_heads, layer.group, layer.key_dim, layer.value_dim
     machine = ov.Core().get_property("CPU", "FULL_DEVICE_NAME")
-    said = (built.parent.name, machine, shape, sorted(options.items()), _PREFIX, _ROWS)
+    names = [attention.name for attention in attentions]
+    said = (built.parent.name, names, machine, shape, sorted(options.items()), _PREFIX, _ROWS)
     name = hashlib.blake2b(repr(said).encode(), digest_size=12).hexdigest()
     path = cache_folder("native", cache_dir) / name
     if is_whole(path):
         return dict(json.loads((path / _FILE).read_text()))
-    steps = {attention.name: _Step(attention, layer, options) for attention in attentions}
+    steps = {attention.name: _Step(attention, layer, dtype, options) for attention in attentions}
     taken: dict[str, list[list[float]]] = {name: [] for name in steps}
     for _ in range(_TIMES):  # by turns, and the least of each: another process may run meanwhile
         for name, step in steps.items():
@@ -93,7 +96,9 @@ def _times(
 class _Step:
     """Steps through a graph of one layer."""
 
-    def __init__(self, whole: Attention, layer: Layer, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, whole: Attention, layer: Layer, dtype: torch.dtype, options: Mapping[str, Any]
+    ) -> None:
         attention = whole.of(TraceLayout((), (layer,)))
         sizes = layer.group * layer.key_dim, layer.key_dim, layer.value_dim
         reads = [Parameter(ov.Type.f32, ov.PartialShape([-1, size])) for size in sizes]
@@ -101,7 +106,6 @@ class _Step:
         out = attention.output(0, [read.output(0) for read in reads], own)
         model = ov.Model([out], [*reads, *own], "attention")
         self._request = ov.Core().compile_model(model, "CPU", dict(options)).create_infer_request()
-        dtype = torch.bfloat16 if whole.kind == ov.Type.bf16 else torch.float32
         key, value = (
             torch.zeros(layer.kv_heads, _CAPACITY, size, dtype=dtype)
             for size in (layer.key_dim, layer.value_dim)
