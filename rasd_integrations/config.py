@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from rasd_integrations.errors import ConfigurationError
-from rasd_integrations.option_names import advice
+from rasd_integrations.errors import ConfigurationError, advice
 from rasd_integrations.response_format import Grammar
+from rasd_integrations.transfer import TransferRule, transfer_rule
 
 StorePolicy = Literal["prompt", "store", "any"]
 ContextMode = Literal["prompt", "documents"]
@@ -36,7 +36,6 @@ def check_engine(
     prefix_cache_bytes: int,
     *,
     deterministic: object,
-    lossless: bool,
 ) -> None:
     """Check the engine's own options.
 
@@ -49,12 +48,6 @@ def check_engine(
     limit = "at least 0 (0 keeps nothing)"
     check_value(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, limit)
     check_value(isinstance(deterministic, bool), "deterministic", deterministic, "True or False")
-    if deterministic and not lossless:
-        msg = (
-            "deterministic=True contradicts knowledge_transfer: what it says depends on what was drafted. "
-            "Set one of them."
-        )
-        raise ConfigurationError(msg)
     if deterministic and executor == "cuda-graphs":
         msg = (
             "deterministic=True contradicts executor='cuda-graphs', which runs a step recorded or not, and with "
@@ -169,7 +162,6 @@ _SAMPLING_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("no_repeat_ngram_size", lambda v: v >= 0, "at least 0 (0 is off)"),
     ("max_tokens", lambda v: v >= 1, "at least 1"),
     ("seed", lambda _: True, "a whole number"),
-    ("knowledge_transfer", lambda v: 0 <= v < math.inf, "at least 0, or None"),
 )
 SAMPLING_DEFAULTS: Mapping[str, Any] = {
     "temperature": 0.0,
@@ -203,7 +195,8 @@ class SamplingParams:
         seed: Random seed; ``None`` takes a fresh one.
         ignore_eos: Continue past end tokens (for benchmarks).
         grammar: Constrains the answer's text.
-        knowledge_transfer: RAPID's eta; ``None`` follows the engine, and is off under a grammar or tools.
+        knowledge_transfer: A rule, see :func:`~rasd_integrations.transfer.transfer_rule`; "none" is lossless,
+            ``None`` follows the engine, and is off under a grammar or tools.
         drafting: ``False`` is plain decoding.
         use_generation_config: Use the checkpoint's values for ``None``, and its masks
             (``suppress_tokens``, ``bad_words_ids``, ...).
@@ -222,7 +215,7 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     grammar: Grammar | None = None
-    knowledge_transfer: float | None = None
+    knowledge_transfer: Any = None
     drafting: bool = True
     use_generation_config: bool = True
     on_cut: OnCut = "close"
@@ -244,6 +237,7 @@ class SamplingParams:
             is_number = isinstance(value, kinds) and not isinstance(value, bool)
             check_value(is_number, name, value, f"{what} or None")
             check_value(ok(value), name, value, limit)
+        transfer_rule(self.knowledge_transfer)
         grammar = self.grammar
         check_value(
             grammar is None or isinstance(grammar, Grammar), "grammar", grammar, "a Grammar"
@@ -288,29 +282,21 @@ class SpeculationConfig:
     Attributes:
         num_draft_tokens: Draft length; ``None`` lets the schedule choose it by measured times.
         max_draft_tokens: Longest draft (nodes of a tree) that the schedule may choose.
-        knowledge_transfer: RAPID's eta, in nats; 0 is lossless.
-        mixture: Weight of the target in the mixture distribution, in (0, 1]; 1 is lossless.
+        knowledge_transfer: A rule, see :func:`~rasd_integrations.transfer.transfer_rule`; ``None`` is lossless.
     """
 
     num_draft_tokens: int | None = None
     max_draft_tokens: int = 16
-    knowledge_transfer: float = 0.0
-    mixture: float = 1.0
+    knowledge_transfer: Any = None
 
     def __post_init__(self) -> None:
-        """Check the ranges and that at most one lossy distribution is asked for."""
+        """Check the ranges."""
         n = self.num_draft_tokens
         check_value(n is None or n >= 0, "num_draft_tokens", n, "at least 0, or None")
         check_value(
             self.max_draft_tokens >= 1, "max_draft_tokens", self.max_draft_tokens, "at least 1"
         )
-        check_value(
-            self.knowledge_transfer >= 0, "knowledge_transfer", self.knowledge_transfer, ">= 0"
-        )
-        check_value(0 < self.mixture <= 1, "mixture", self.mixture, "in (0, 1]")
-        if self.knowledge_transfer and self.mixture < 1:
-            msg = "knowledge_transfer and mixture are two distributions; set one of them."
-            raise ConfigurationError(msg)
+        transfer_rule(self.knowledge_transfer)
 
     def with_draft_tokens(self, asked: int | None) -> SpeculationConfig:
         """Return this with the draft length of an LLM's own option, if that is set.
@@ -318,20 +304,34 @@ class SpeculationConfig:
         Raises:
             ConfigurationError: Another length is set here.
         """
-        if asked is None or asked == self.num_draft_tokens:
+        return self._with("num_draft_tokens", asked)
+
+    def with_transfer(self, asked: Any) -> SpeculationConfig:
+        """Return this with the transfer rule of an LLM's own option, if that is set.
+
+        Raises:
+            ConfigurationError: Another rule is set here.
+        """
+        return self._with("knowledge_transfer", asked)
+
+    def _with(self, name: str, asked: Any) -> SpeculationConfig:
+        own = getattr(self, name)
+        if asked is None or asked == own:
             return self
-        if self.num_draft_tokens is not None:
-            msg = (
-                f"num_draft_tokens is {asked} and speculation.num_draft_tokens is {self.num_draft_tokens}; "
-                f"give one of them."
-            )
+        if own is not None:
+            msg = f"{name} is {asked!r} and speculation.{name} is {own!r}; give one of them."
             raise ConfigurationError(msg)
-        return replace(self, num_draft_tokens=asked)
+        return replace(self, **{name: asked})
 
     @property
     def lossless(self) -> bool:
         """True if the output follows the target's own distribution."""
-        return self.knowledge_transfer == 0 and self.mixture == 1
+        return self.rule is None
+
+    @property
+    def rule(self) -> TransferRule | None:
+        """What joins the distributions of target and teacher, if anything does."""
+        return transfer_rule(self.knowledge_transfer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

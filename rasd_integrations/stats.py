@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+_OPTIONAL = ("off_reason", "tv_bound", "transfer_off_reason", "question_source", "chunk_source")
+
 
 @dataclass(frozen=True, slots=True)
 class Quote:
@@ -68,6 +70,7 @@ class DecodingStats:
     omitted_tokens: int = 0
     quotes: tuple[Quote, ...] = ()
     tv_bound: float | None = None
+    transfer_off_reason: str | None = None
     retrieve_s: float = 0.0
     prefill_s: float = 0.0
     draft_s: float = 0.0
@@ -93,6 +96,11 @@ class DecodingStats:
     def mean_acceptance_length(self) -> float:
         """Tokens per target step with the bonus token, as in vLLM: 1 + accepted / steps."""
         return 1 + self.accepted / self.target_steps if self.target_steps else 0.0
+
+    @property
+    def changed_share(self) -> float:
+        """Expected share of tokens that the target alone would have chosen otherwise; 0 if lossless."""
+        return (self.tv_bound or 0.0) / self.generated_tokens if self.generated_tokens else 0.0
 
     def count(self, source: str, drafted: int, accepted: int) -> None:
         """Add one verified draft of the drafter ``source``."""
@@ -126,7 +134,9 @@ class DecodingStats:
         out["quotes"] = [quote.as_dict() for quote in self.quotes]
         out["acceptance_rate"] = self.acceptance_rate
         out["mean_acceptance_length"] = self.mean_acceptance_length
-        for optional in ("off_reason", "tv_bound", "question_source", "chunk_source"):
+        if self.tv_bound is not None:
+            out["changed_share"] = self.changed_share
+        for optional in _OPTIONAL:
             if out[optional] is None:
                 del out[optional]
         return out

@@ -53,8 +53,8 @@ class Draft:
             token). ``None`` is the chain -1, 0, 1, ...
         probs: ``[num_nodes, vocab]`` float32, the distribution each token was *sampled* from; ``None``
             for a deterministic draft. Sampled drafts are chains.
-        logits: ``[num_nodes + 1, vocab]`` or ``[num_nodes, vocab]``, the drafter's raw logits at each
-            node and after the last one; knowledge transfer needs them. Chains only.
+        logits: ``[num_nodes, vocab]``, the drafter's raw logits at each node; fused drafts take the next most likely
+            tokens from them. Chains only.
         source: Name in the statistics; empty is the drafter's.
         sources: Name of each node's drafter, if several made the draft.
         node_probs: Estimated probability that each node is reached and accepted, if the drafter has one;
@@ -92,7 +92,7 @@ class Draft:
             token_ids=self.token_ids[:n],
             parents=None if self.parents is None else self.parents[:n],
             probs=None if self.probs is None else self.probs[:n],
-            logits=None if self.logits is None else self.logits[: n + 1],
+            logits=None if self.logits is None else self.logits[:n],
             sources=None if self.sources is None else self.sources[:n],
             node_probs=None if self.node_probs is None else self.node_probs[:n],
         )
@@ -272,7 +272,6 @@ class DraftContext:
         top_p: Nucleus of the sampling distribution.
         top_k: 0 is off.
         seed: Seed of the drafter's own sampling.
-        wants_logits: Knowledge transfer is on: drafts must have ``Draft.logits``.
         source: The pipeline's store, if all that it returns may be drafted from.
         filter: Of the pipeline's own searches in it.
         grammar: The grammar's initial state, owned by the session, which advances it over what it
@@ -286,7 +285,6 @@ class DraftContext:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    wants_logits: bool = False
     source: object = None
     filter: Any = None
     grammar: GrammarState | None = None

@@ -20,7 +20,7 @@ from fakes_distributions import Oracle
 from hypothesis import HealthCheck, settings
 from tiny import seed_draws
 
-from rasd_integrations.engine.verification import exact, transfer
+from rasd_integrations.engine.verification import exact
 
 gc.disable()  # until all is imported
 # As the package does; some tests import openvino before it.
@@ -71,9 +71,8 @@ def data_folder() -> Path:
 def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     """Replace all draws of verification by ones that take every branch in turn."""
     oracle = Oracle()
-    for module in (exact, transfer):
-        monkeypatch.setattr(module, "draw", oracle.draw)
-        monkeypatch.setattr(module, "bernoulli", oracle.bernoulli)
+    monkeypatch.setattr(exact, "draw", oracle.draw)
+    monkeypatch.setattr(exact, "bernoulli", oracle.bernoulli)
     return oracle
 
 

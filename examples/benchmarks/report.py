@@ -16,10 +16,12 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from catalog import BASELINE, ENGINES
+from quality_figures import TITLES, rows_of
 
 ROOT = Path(__file__).parents[2]
 MARKED = re.compile(
@@ -350,6 +352,7 @@ OTHERS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "pipelines_detail": _pipelines_detail,
     "drafters": _drafters,
     "drafters_by_task": _drafters_by_task,
+    **{f"quality_{metric}": partial(rows_of, metric=metric) for metric in TITLES},
 }
 TABLES: dict[str, Callable[[dict[str, Any], int], list[Row]]] = {
     "engines": _engines,

@@ -29,8 +29,13 @@ class Constraints:
         params: Sampling,
         grammar: GrammarState | None,
         prompt_tokens: int,
+        *,
+        all_rows: bool = False,
     ) -> None:
-        """Read the options of the call and of the target's checkpoint."""
+        """Read the options of the call and of the target's checkpoint.
+
+        ``all_rows``: every row is masked, not only those that greedy verification reads.
+        """
         self._grammar = grammar
         self._eos_ids = target.eos_ids
         self._ends_at_eos = not params.ignore_eos
@@ -38,7 +43,10 @@ class Constraints:
         self._masks: Bits | None = None
         # Greedy verification reads few rows, and which ones is known from the logits; penalties change them.
         self._masks_visited = (
-            grammar is not None and params.temperature == 0 and not self._processors
+            grammar is not None
+            and params.temperature == 0
+            and not self._processors
+            and not all_rows
         )
 
     def restrict(self, draft: Draft, room: int) -> Draft:
@@ -51,7 +59,7 @@ class Constraints:
         self._masks = None
         if self._grammar is None:
             return draft
-        if self._masks_visited and draft.probs is None and draft.logits is None:
+        if self._masks_visited and draft.probs is None:
             return allowed(self._grammar, draft, room, self._eos_ids)
         draft, self._masks = guide(self._grammar, draft, room, self._eos_ids)
         return draft

@@ -16,6 +16,7 @@ from rasd_integrations.decoding.drafting import Drafting
 from rasd_integrations.decoding.lockstep import check_lockstep
 from rasd_integrations.decoding.schedule import Schedule, ScheduleState
 from rasd_integrations.decoding.steps import Steps
+from rasd_integrations.decoding.teacher import Teacher, TeacherModel
 from rasd_integrations.decoding.verifier import Verifier
 from rasd_integrations.drafters.base import Drafter, as_drafter
 from rasd_integrations.engine.generation_config import checkpoint_sampling
@@ -23,7 +24,7 @@ from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.engine.verification.constraints import SOURCE
-from rasd_integrations.errors import PromptTooLongError
+from rasd_integrations.errors import ConfigurationError, PromptTooLongError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import Draft, DraftContext, GrammarState, StepRecord, TokenBlock
 
@@ -45,15 +46,21 @@ class SpeculativeDecoder:
         config: SpeculationConfig | None = None,
         prefix_cache: PrefixCache | None = None,
         steps: Steps | None = None,
+        teacher: TeacherModel | None = None,
     ) -> None:
-        """Join the parts; decoders that share a cache run the same kind of ``steps``."""
+        """Join the parts; decoders that share a cache run the same kind of ``steps``.
+
+        ``teacher`` is whose distribution knowledge transfer joins with the target's.
+        """
         self.target = target
         self.drafter = None if drafter is None else as_drafter(drafter)
         self.config = config or SpeculationConfig()
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
         self.keeps_hidden = self.drafter is not None and self.drafter.needs.hidden
         self.steps = steps or Steps(target)
-        self.schedule_state = ScheduleState()  # of the last answer
+        self.teacher = teacher
+        # Of the last answer, with and without a teacher, whose steps take longer.
+        self.schedule_states = {False: ScheduleState(), True: ScheduleState()}
 
     @property
     def bytes_per_token(self) -> int:
@@ -98,9 +105,10 @@ class SpeculativeDecoder:
 
         Raises:
             PromptError: The prompt is empty or holds an id that the target does not know.
-            ConfigurationError: The target is split over processes, which would take different steps.
+            ConfigurationError: The target is split over processes, which would take different steps, or knowledge
+                transfer has no teacher.
             PromptTooLongError: Prompt and answer exceed the target's window.
-            DecodingError: Knowledge transfer is on and the drafter failed or gave no logits.
+            DecodingError: The transfer rule returns no distribution.
             DeviceMemoryError: The request does not fit; others go on.
         """
         ids = list(prompt_ids)
@@ -111,6 +119,12 @@ class SpeculativeDecoder:
         if self.target.is_sharded:
             check_lockstep(self.drafter if params.drafting else None, config, settled)
         stats.mode = "lossless" if config.lossless else "knowledge_transfer"
+        if not config.lossless and self.teacher is None:
+            msg = (
+                f"knowledge_transfer is {config.knowledge_transfer!r}, but this decoder has no teacher. Give it "
+                f"one, or leave the option out."
+            )
+            raise ConfigurationError(msg)
         context = replace(context or DraftContext(prompt_ids=()), grammar=grammar)
         return _Run(self, ids, settled, context, config, stats, namespace, on_step).blocks()
 
@@ -160,15 +174,21 @@ class _Run:
         self.buffer = KVBuffer(0)
         seed = params.seed if params.seed is not None else self.steps.fresh_seed()
         generator = torch.Generator().manual_seed(seed)
-        self.drafting = Drafting(self.target, stats, lossless=config.lossless)
-        self.constraints = Constraints(self.target, params, context.grammar, len(ids))
-        self.verifier = Verifier(config, params, generator, stats)
+        self.drafting = Drafting(self.target, stats)
+        self.teacher: Teacher | None = None
+        if (rule := config.rule) is not None and decoder.teacher is not None:
+            self.teacher = decoder.teacher.start(ids, rule, params.temperature, context, stats)
+        all_rows = self.teacher is not None  # a rule reads them
+        self.constraints = Constraints(
+            self.target, params, context.grammar, len(ids), all_rows=all_rows
+        )
+        self.verifier = Verifier(params, generator, stats)
         self.schedule = Schedule(
             config.max_draft_tokens,
             config.num_draft_tokens,
             row_multiple=self.steps.row_multiple,
             prompt_tokens=len(ids),
-            state=decoder.schedule_state,
+            state=decoder.schedule_states[self.teacher is not None],
         )
         self.context = replace(
             context,
@@ -178,7 +198,6 @@ class _Run:
             top_p=params.top_p,
             top_k=params.top_k,
             seed=seed + 1,  # the drafter's draws must not follow the verifier's
-            wants_logits=not config.lossless,
             grammar=None if context.grammar is None else context.grammar.fork(),
         )
         self.planned_reason = stats.off_reason  # why the drafter was given no prompt of its own
@@ -189,7 +208,9 @@ class _Run:
         try:
             # The prefill's last logits give the first token, unless the drafter has a say in it.
             asks = self.config.num_draft_tokens is not None or self.steps.is_fixed
-            first = yield from self._prefill(samples_first=self.config.lossless and not asks)
+            first = yield from self._prefill(samples_first=self.teacher is None and not asks)
+            for _ in () if self.teacher is None else self.teacher.read():
+                yield TokenBlock(())
             block = TokenBlock(())
             if first is not None:  # it does not wait for the drafter, which starts afterwards
                 block = self._step(first)
@@ -201,9 +222,11 @@ class _Run:
                 block = self._step()
                 yield block
         finally:
-            self.decoder.schedule_state = self.schedule.state
+            self.decoder.schedule_states[self.teacher is not None] = self.schedule.state
             self.target.leave()
             self._close()
+            if self.teacher is not None:
+                self.teacher.close()
 
     def _prefill(self, *, samples_first: bool) -> Generator[TokenBlock, None, Tensor | None]:
         """Lease a buffer and prefill it; return the first token's logits if asked for."""
@@ -244,6 +267,8 @@ class _Run:
         started = time.perf_counter()
         room = self.num_prompt + self.params.max_tokens - len(self.ids)
         longest = min(room - 1, self.steps.room(len(self.ids)))
+        if self.teacher is not None:
+            longest = min(longest, self.teacher.room)
         skip = first is not None or self._leaves_step_to_others()
         budget = self.schedule.next_budget() if self.drafting.is_on and not skip else 0
         proposed = self.steps.fitted(self.drafting.propose(min(budget, longest)))
@@ -253,15 +278,18 @@ class _Run:
 
         # Step.
         started = time.perf_counter()
-        # A forced token has no logits of the drafter's, which knowledge transfer needs.
-        forced = longest if self.config.lossless and first is None else 0
-        draft = self.constraints.restrict(chosen, forced)
+        draft = self.constraints.restrict(chosen, longest if first is None else 0)
         rows = self.schedule.rows if self.drafting.is_on and not skip else 0
         logits = self.steps.step(self.ids, draft, self.buffer, rows) if first is None else first
 
         # Verify.
         logits = self.constraints.apply(logits, self.ids, draft)
-        verdict = self.verifier.verify(logits, draft)
+        plain = logits
+        if self.teacher is not None:
+            logits = self.teacher.join(
+                plain, draft, rows, lambda raw: self.constraints.apply(raw, self.ids, draft)
+            )
+        verdict = self.verifier.verify(logits, draft, plain)
         step_s = self._tick("verify_s", started)
 
         # Commit.
@@ -271,6 +299,8 @@ class _Run:
         if first is None:  # keys and values of the last token come with the next step
             self.buffer.commit([0, *(1 + node for node in accepted[: len(tokens) - 1])])
         self.ids.extend(tokens)
+        if self.teacher is not None:
+            self.teacher.commit(accepted, tokens)
         self._count(draft, accepted)
         block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
 
@@ -292,7 +322,7 @@ class _Run:
 
     def _leaves_step_to_others(self) -> bool:
         """Return if a draft would cost the other answers of the step: changes of width do."""
-        chosen = self.config.num_draft_tokens is None and self.config.lossless
+        chosen = self.config.num_draft_tokens is None
         return chosen and self.steps.row_multiple > 1 and self.target.is_contended
 
     def _explain(self, budget: int, *, skip: bool) -> None:

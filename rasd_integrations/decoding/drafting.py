@@ -13,7 +13,6 @@ from rasd_integrations.decoding.drafts import checked
 from rasd_integrations.drafters.base import Drafter, DraftSession
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.errors import DecodingError
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
 
@@ -28,9 +27,9 @@ class Drafting:
         is_on: A session is there to propose drafts.
     """
 
-    def __init__(self, target: TargetModel, stats: DecodingStats, *, lossless: bool) -> None:
-        """Draft for ``target``; faults go to ``stats``, or are raised unless ``lossless``."""
-        self._target, self._stats, self._lossless = target, stats, lossless
+    def __init__(self, target: TargetModel, stats: DecodingStats) -> None:
+        """Draft for ``target``; faults go to ``stats``."""
+        self._target, self._stats = target, stats
         self._name = ""
         self._session: DraftSession | None = None
 
@@ -40,11 +39,7 @@ class Drafting:
         return self._session is not None
 
     def start(self, drafter: Drafter, context: DraftContext, buffer: KVBuffer) -> None:
-        """Start a session on the prompt.
-
-        Raises:
-            DecodingError: The drafter failed, and the answer needs it; so for all methods.
-        """
+        """Start a session on the prompt."""
         self._name = type(drafter).__name__  # until its own is known: to read it may fail
 
         def start() -> None:
@@ -55,14 +50,12 @@ class Drafting:
         self._guarded(start, None)
 
     def propose(self, budget: int) -> Draft:
-        """Return a draft of at most ``budget`` tokens with a source; an empty one may carry logits."""
+        """Return a draft of at most ``budget`` tokens with a source."""
         session = self._session
-        if session is None or (budget <= 0 and self._lossless):
+        if session is None or budget <= 0:
             return Draft()
         vocab_size = self._target.vocab_size
-        draft = self._guarded(
-            lambda: checked(session.propose(max(budget, 0)), budget, vocab_size), Draft()
-        )
+        draft = self._guarded(lambda: checked(session.propose(budget), budget, vocab_size), Draft())
         return draft if draft.source or not len(draft) else replace(draft, source=self._name)
 
     def observe(self, block: TokenBlock, draft: Draft, logits: Tensor | None) -> None:
@@ -93,9 +86,6 @@ class Drafting:
             return call()
         except Exception as err:
             fault = f"drafter {self._name!r} failed: {type(err).__name__}: {err}"
-            if not self._lossless:
-                msg = f"Knowledge transfer cannot go on: {fault}"
-                raise DecodingError(msg) from err
             logger.warning("%s; decoding goes on without it", fault, exc_info=err)
             self._stats.faults = (*self._stats.faults, fault)
             self._stats.off_reason = fault

@@ -38,9 +38,9 @@ def checked(draft: object, budget: int, vocab_size: int) -> Draft:
             msg = f"parents[{late}] is {parents[late]}, but must be -1 or the index of an earlier node."
             raise DecodingError(msg)
     draft = replace(draft, token_ids=ids, parents=parents)
-    for name, tensor, rows in (("probs", draft.probs, (n,)), ("logits", draft.logits, (n, n + 1))):
+    for name, tensor in (("probs", draft.probs), ("logits", draft.logits)):
         if tensor is not None:
-            _check_rows(name, tensor, rows, vocab_size, chain=draft.is_chain)
+            _check_rows(name, tensor, n, vocab_size, chain=draft.is_chain)
     _check_names(draft)
     if draft.node_probs is not None:
         _has_length("node_probs", draft.node_probs, n)
@@ -67,15 +67,13 @@ def _has_length(name: str, values: Sequence[object], n: int) -> None:
         raise DecodingError(msg)
 
 
-def _check_rows(
-    name: str, tensor: object, rows: Sequence[int], vocab_size: int, *, chain: bool
-) -> None:
+def _check_rows(name: str, tensor: object, rows: int, vocab_size: int, *, chain: bool) -> None:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
         msg = f"{name} is a {kind}, but must be a torch.Tensor of floats."
         raise DecodingError(msg)
-    if tensor.ndim != 2 or tensor.shape[0] not in rows or tensor.shape[1] != vocab_size:
-        msg = f"{name} has shape {tuple(tensor.shape)}, but must have {(rows[-1], vocab_size)}."
+    if tensor.shape != (rows, vocab_size):
+        msg = f"{name} has shape {tuple(tensor.shape)}, but must have {(rows, vocab_size)}."
         raise DecodingError(msg)
     if not chain:
         msg = f"A draft with {name} must be a chain, but parents make a tree of it."

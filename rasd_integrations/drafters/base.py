@@ -69,12 +69,10 @@ class Drafter(ABC):
     Attributes:
         name: Name in the statistics; of a class that sets none, the class's.
         needs: What it needs from pipeline and decoder.
-        gives_logits: Its drafts carry logits, which knowledge transfer needs.
     """
 
     name: str = ""
     needs: Needs = Needs()
-    gives_logits: bool = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Give a class without a name its own."""
@@ -126,7 +124,6 @@ class _DuckDrafter(Drafter):
         self._drafter = drafter
         self.name = getattr(drafter, "name", type(drafter).__name__)
         self.needs = getattr(drafter, "needs", Needs())
-        self.gives_logits = getattr(drafter, "gives_logits", True)  # each of its drafts is checked
 
     def start(self, context: DraftContext) -> DraftSession:
         session = self._drafter.start(context)
@@ -155,13 +152,11 @@ def drafter_name(drafter: object) -> str | None:
     return f"{_OBJECT}{type(drafter).__name__}>"
 
 
-def check_drafter_spec(
-    drafter: object, device: str | None = None, *, lossless: bool = True
-) -> None:
+def check_drafter_spec(drafter: object, device: str | None = None) -> None:
     """Raise unless a drafter can be made from ``drafter``.
 
     Raises:
-        ConfigurationError: It cannot, or not for knowledge transfer, or not on ``device``.
+        ConfigurationError: It cannot, or not on ``device``.
     """
     is_name = isinstance(drafter, str | Path)
     if isinstance(drafter, str) and drafter.startswith(_OBJECT):
@@ -174,9 +169,6 @@ def check_drafter_spec(
             f"drafter_device is {device!r}, but drafter {drafter!r} loads no model of its own. Give a drafter "
             f"model's hub id or path; one that is already loaded stays where it is."
         )
-        raise ConfigurationError(msg)
-    if drafter is None and not lossless:
-        msg = "knowledge_transfer needs a drafter that reads the chunks. Use drafter='self' or a model."
         raise ConfigurationError(msg)
     if drafter is None or is_name or _is_drafter(drafter):
         return

@@ -23,7 +23,6 @@ class HelpedDrafter(Protocol):
     """A drafter that takes a helper."""
 
     needs: Needs
-    gives_logits: bool
 
     def start(self, context: DraftContext, helper: Helper | None = None) -> DraftSession:
         """Start an answer."""
@@ -40,7 +39,6 @@ class CascadeDrafter(Drafter):
         self.model = model
         self.helper = helper
         self.needs = model.needs
-        self.gives_logits = model.gives_logits
 
     def start(self, context: DraftContext) -> DraftSession:
         """Start an answer."""

@@ -79,7 +79,7 @@ class ChainSession(DraftSession):
             self._helper.close()
 
     def _chain(self, buffer: KVBuffer, pending: Sequence[int], budget: int) -> Draft:
-        """Return a chain of at most ``budget`` tokens with its logits, one row more for knowledge transfer.
+        """Return a chain of at most ``budget`` tokens with its logits.
 
         Args:
             buffer: KV of what the model has read; extended by ``pending`` and the drafted tokens, perhaps without
@@ -100,16 +100,12 @@ class ChainSession(DraftSession):
             probs += new_probs[:kept]
             rows.append(logits[:kept])
             buffer.truncate(start + len(pending) + len(tokens) - 1)
-        if self._context.wants_logits:
-            # also after the last token, as the transfer rule needs (docs/adr)
-            unread = [*pending, *tokens][buffer.length - start :]
-            rows.append(self._forward(buffer, unread, tokens, 0)[-1])
         if not rows:
             return Draft(source=self._source)
         logits = torch.cat(rows)
         return Draft(
             token_ids=tuple(tokens),
-            probs=None if self._distribution is None else self._distribution(logits[: len(tokens)]),
+            probs=None if self._distribution is None else self._distribution(logits),
             logits=logits,
             source=self._source,
             node_probs=tuple(accumulate(probs, mul)) if self._distribution is None else None,
@@ -118,16 +114,13 @@ class ChainSession(DraftSession):
     def _forward(
         self, buffer: KVBuffer, unread: Sequence[int], drafted: Sequence[int], budget: int
     ) -> tuple[list[int], list[float], Tensor]:
-        """Run the model; return the tokens after ``drafted``, their probabilities and the logits of each.
-
-        With budget 0, return no token and the logits ``[1, vocab]`` after the last one.
-        """
+        """Run the model; return the tokens after ``drafted``, their probabilities and the logits of each."""
         guess: tuple[int, ...] = ()
         if self._helper is not None and budget > 1:
             guess = self._helper.propose_after(drafted, min(budget - 1, _HELPER_TOKENS))
         if self._grammar is not None and budget > 1:
             guess = forced_after(self._grammar, drafted)[: budget - 1] or guess
-        if self._grammar is None and not guess and budget > 0:
+        if self._grammar is None and not guess:
             before = self._generator.get_state()
             drawn = self._model.draw(unread, buffer, budget, self._sampler, self._generator)
             if drawn is not None:
@@ -143,9 +136,6 @@ class ChainSession(DraftSession):
         if self._grammar is not None:
             bits = chain_masks(self._grammar, [*drafted, *guess], self._model.eos_ids)
             logits = mask_rows(logits, bits[len(drafted) :])
-        if budget <= 0:
-            buffer.commit(range(len(unread)))
-            return [], [], logits
         verdict = sample_and_walk(logits, Draft(guess), self._distribution, self._generator)
         buffer.commit(range(len(unread) + len(verdict.accepted)))
         new = [*(guess[i] for i in verdict.accepted), verdict.token_id]
@@ -168,6 +158,6 @@ class ChainSession(DraftSession):
 
     def _fallback(self, budget: int) -> Draft:
         """Return the helper's draft; the model has none."""
-        if self._helper is None or self._context.wants_logits:
+        if self._helper is None:
             return Draft(source=self._source)
         return Draft(self._helper.propose_after((), budget), source="suffix")

@@ -184,7 +184,6 @@ class FusedDrafter(Drafter):
         self.siblings = siblings
         everyone = self.parts if self.model is None else (*self.parts, self.model)
         self.records = tuple(_Record() for _ in everyone)  # of the last answer
-        self.gives_logits = self.model is not None and self.model.gives_logits
         self.needs = Needs(
             prompt=any(drafter.needs.prompt for drafter in everyone),
             hidden=any(drafter.needs.hidden for drafter in everyone),
@@ -192,9 +191,7 @@ class FusedDrafter(Drafter):
         )
 
     def start(self, context: DraftContext) -> DraftSession:
-        """Begin an answer; under a distribution that leans towards the drafter, the model alone drafts."""
-        if context.wants_logits and self.model is not None:
-            return self.model.start(context)
+        """Begin an answer."""
         return FusedSession(self, context)
 
 

@@ -19,7 +19,6 @@ class ModelDrafter(Drafter):
 
     name = "model"
     needs = Needs(prompt=True)
-    gives_logits = True
 
     def __init__(
         self,
@@ -94,7 +93,7 @@ class ModelSession(ChainSession):
 
     @torch.inference_mode()
     def propose(self, budget: int) -> Draft:
-        """Return a chain of at most ``budget`` tokens, with logits for knowledge transfer."""
+        """Return a chain of at most ``budget`` tokens, with logits."""
         if self._lease is None or len(self._ids) + budget + 1 >= self._model.window:
             return self._fallback(budget)
         buffer = self._lease.buffer

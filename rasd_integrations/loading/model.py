@@ -27,11 +27,11 @@ from rasd_integrations.errors import (
     DeviceMemoryError,
     MissingDependencyError,
     ModelLoadError,
+    advice,
 )
 from rasd_integrations.loading.gguf import LOADING, model_folder, tokenizer_folder
 from rasd_integrations.loading.options import load_options
 from rasd_integrations.loading.progress import transformers_stage
-from rasd_integrations.option_names import advice
 
 # fmt: off
 _HUB_KWARGS = ("revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "subfolder")

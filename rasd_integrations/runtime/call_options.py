@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from rasd_integrations.runtime.lazy_engine import name_of
 from rasd_integrations.runtime.pipeline import Progress
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.stats import DecodingStats
+from rasd_integrations.transfer import rule_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +144,11 @@ class FrameworkModel(BaseModel, ABC):
         "prompt",
         'What the target reads: the "prompt" as sent, or the whole "documents" of its chunks.',
     )
-    knowledge_transfer: float = _engine(0.0, "RAPID's eta; 0 is lossless.")
+    knowledge_transfer: SkipValidation[Any] = _engine(
+        None,
+        'Joins the answer with what a drafter model, or the target itself, says on the retrieved chunks: "cautious", '
+        '"confidence", "mixture", "rapid", or a TransferRule; None is lossless.',
+    )
     deterministic: bool = _engine(
         False, "The same call gives the same text, whatever was cached, drafted or batched; slower."
     )
@@ -218,6 +224,14 @@ class FrameworkModel(BaseModel, ABC):
     @field_serializer("drafter")
     def _drafter_as_text(self, drafter: str | Path | Drafter | None) -> str | None:
         return drafter_name(drafter)
+
+    @field_serializer("knowledge_transfer")
+    def _rule_as_text(self, rule: Any) -> str | None:
+        return rule_name(rule)
+
+    @field_serializer("speculation")
+    def _speculation_as_dict(self, config: SpeculationConfig) -> dict[str, Any]:
+        return asdict(config) | {"knowledge_transfer": rule_name(config.knowledge_transfer)}
 
     @field_validator("retrieval", "speculation", mode="before")
     @classmethod

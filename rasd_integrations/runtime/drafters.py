@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rasd_integrations.config import CacheDir, ExecutorName
+from rasd_integrations.config import ExecutorName
 from rasd_integrations.datastores.tokens.memory import Memory
+from rasd_integrations.decoding.steps import FixedSteps, Steps
+from rasd_integrations.decoding.teacher import TeacherModel
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.drafters.cascade import CascadeDrafter
 from rasd_integrations.drafters.datastore import AnswersDrafter, CollectionDrafter
@@ -48,8 +50,7 @@ def make_drafter(
     drafter_model: SharedModel | None,
     *,
     lossless: bool,
-    cache_bytes: int,
-    kept: CacheDir,
+    cache: PrefixCache,
     namespace: str = "",
     memory: Memory | None = None,
 ) -> Drafter | None:
@@ -59,41 +60,70 @@ def make_drafter(
         spec: ``"auto"``, ``"self"``, a model's hub id or path, a drafter, or ``None``.
         target: The model that is drafted for.
         drafter_model: The one that ``spec`` names, or that was given besides.
-        lossless: The output follows the target alone; otherwise the drafter must give probabilities.
-        cache_bytes: Most memory for the drafter model's prefix cache.
-        kept: Where its prefixes are kept on disk, if a folder is named.
-        namespace: Of these.
+        lossless: The output follows the target alone; otherwise the model that ``spec`` names is the teacher.
+        cache: The drafter model's.
+        namespace: Of the cache.
         memory: What "auto" also drafts from.
 
     Raises:
-        VocabularyMismatchError: The drafter model has another vocabulary, which cannot be translated, or
-            ``lossless`` is false.
+        VocabularyMismatchError: The drafter model has another vocabulary, which cannot be translated.
     """
     if spec is None or not isinstance(spec, str | Path):
         return spec
-    if (
-        drafter_model is not None
-        and (difference := vocabulary_difference(target, drafter_model)) is not None
-    ):
-        if not lossless:
-            raise _needs_one_vocabulary(target, drafter_model, difference)
-        cache = drafter_model.new_cache(cache_bytes, kept)
+    if not lossless:  # a model named here teaches; it need not draft as well
+        return FusedDrafter(_free_parts(target.target, memory))
+    if drafter_model is not None and vocabulary_difference(target, drafter_model) is not None:
         return _translated(target, drafter_model, cache, namespace)
-    if drafter_model is None and spec == "auto" and lossless:
+    if drafter_model is None and spec == "auto":
         return FusedDrafter(_free_parts(target.target, memory))
     own = drafter_model or target
     model = ModelDrafter(
         own.target,
         vocab_size=target.target.vocab_size,
         needs_own_prompt=own is target,
-        prefix_cache=own.new_cache(cache_bytes, kept),
+        prefix_cache=cache,
         namespace=namespace,
     )
     cascade = CascadeDrafter(model, SuffixDrafter())
-    return (
-        FusedDrafter(_free_parts(target.target, memory), cascade)
-        if spec == "auto" and lossless
-        else cascade
+    return FusedDrafter(_free_parts(target.target, memory), cascade) if spec == "auto" else cascade
+
+
+def make_teacher(
+    target: SharedModel,
+    drafter_model: SharedModel | None,
+    steps: Steps,
+    cache: PrefixCache,
+    drafter_cache: PrefixCache,
+    *,
+    lossless: bool,
+    namespace: str,
+) -> TeacherModel | None:
+    """Return whose distribution knowledge transfer joins with the target's: the drafter model, else the target.
+
+    Args:
+        target: Whose answers are joined.
+        drafter_model: A model that was named or given.
+        steps: The target's.
+        cache: The target's.
+        drafter_cache: The drafter model's.
+        lossless: Only single calls may ask for transfer: a model that cannot teach is then ``None``.
+        namespace: Of the caches.
+
+    Raises:
+        VocabularyMismatchError: The drafter model has another vocabulary, and ``lossless`` is false.
+        ConfigurationError: Its steps are not deterministic as the target's are, and ``lossless`` is false.
+    """
+    size = target.target.vocab_size
+    if drafter_model is None or drafter_model is target:
+        return TeacherModel(target.target, steps, cache, namespace, size, needs_own_prompt=True)
+    difference = vocabulary_difference(target, drafter_model)
+    if lossless and (difference is not None or steps.is_fixed):
+        return None
+    if difference is not None:
+        raise _needs_one_vocabulary(target, drafter_model, difference)
+    own = (FixedSteps if steps.is_fixed else Steps)(drafter_model.target)
+    return TeacherModel(
+        drafter_model.target, own, drafter_cache, namespace, size, needs_own_prompt=False
     )
 
 
@@ -142,7 +172,7 @@ def _needs_one_vocabulary(
 ) -> VocabularyMismatchError:
     msg = (
         f"Drafter {drafter.name!r} and target {target.name!r} have different vocabularies ({difference}), but "
-        f"knowledge_transfer and mixture need the drafter's distribution over the target's tokens. Use a drafter of "
-        f"the target's family or 'self', or leave both at their defaults."
+        f"knowledge_transfer needs the drafter's distribution over the target's tokens. Use a drafter of the "
+        f"target's family or 'self', or leave knowledge_transfer out."
     )
     return VocabularyMismatchError(msg)

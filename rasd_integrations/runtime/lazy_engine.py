@@ -20,6 +20,7 @@ from rasd_integrations.config import (
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.text.prompt.template import ChatTemplate
+from rasd_integrations.transfer import rule_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,8 +112,7 @@ class LazyEngine:
             "context": context,
             "kv8": own.executor == "openvino-kv8",
             "deterministic": own.deterministic,
-            "knowledge_transfer": speculation.knowledge_transfer,
-            "mixture": speculation.mixture,
+            "knowledge_transfer": rule_name(speculation.knowledge_transfer),
             "chat_template_kwargs": {k: repr(v) for k, v in sorted(own.template_kwargs.items())},
         }
         # Drafter and store are part of it only if they may change what is said.
@@ -199,28 +199,39 @@ class LazyEngine:
 
     def _new_decoder(self, shared: SharedModel) -> SpeculativeDecoder:
         from rasd_integrations.decoding.decoder import SpeculativeDecoder
-        from rasd_integrations.decoding.steps import FixedSteps
-        from rasd_integrations.runtime.drafters import make_drafter
+        from rasd_integrations.decoding.steps import FixedSteps, Steps
+        from rasd_integrations.runtime.drafters import make_drafter, make_teacher
 
         own = self.options
+        cache = shared.prefix_cache(
+            own.prefix_cache_bytes, own.kept, deterministic=own.deterministic
+        )
+        lossless = own.speculation.lossless
+        drafter_cache = (self._drafter_model or shared).new_cache(
+            own.prefix_cache_bytes // 4,
+            own.kept,
+            deterministic=own.deterministic and not lossless,  # a teacher's steps; else a drafter's
+        )
+        steps = (FixedSteps if own.deterministic else Steps)(shared.target)
         return SpeculativeDecoder(
             shared.target,
             make_drafter(
                 own.drafter,
                 shared,
                 self._drafter_model,
-                lossless=own.speculation.lossless,
-                cache_bytes=own.prefix_cache_bytes // 4,
-                kept=own.kept,
+                lossless=lossless,
+                cache=drafter_cache,
                 namespace=own.namespace,
                 memory=self.memory,
             ),
             config=own.speculation,
-            prefix_cache=shared.prefix_cache(
-                own.prefix_cache_bytes, own.kept, deterministic=own.deterministic
+            prefix_cache=cache,
+            steps=steps,
+            teacher=make_teacher(
+                shared, self._drafter_model, steps, cache, drafter_cache,
+                lossless=lossless, namespace=own.namespace,
             ),
-            steps=FixedSteps(shared.target) if own.deterministic else None,
-        )
+        )  # fmt: skip
 
     def check_can_warm(self) -> None:
         """Raise ``ConfigurationError`` if what is warmed must be kept on disk and cannot be."""

@@ -153,7 +153,7 @@ class Pipeline:
         started = time.perf_counter()
         params, tools, template = self._settled(request.params), request.tools, self.template
         config = self._speculation_for(request)
-        plan = self._plan(request, params.max_tokens)
+        plan = self._plan(request, params.max_tokens, teaches=not config.lossless)
         prompt_ids = encode(template, plan.target, tools)
         parser = None
         grammar: GrammarState | None = None
@@ -166,10 +166,11 @@ class Pipeline:
             grammar = self._grammar(request, params.max_tokens, thinking=thinking)
         most = int(self.retrieval.gate_share * len(prompt_ids))
         context = DraftContext(prompt_ids=())
-        if (drafter := self._drafter(request)) is not None:
+        drafter = self._drafter(request)
+        if drafter is not None or not config.lossless:
             own_filter = None if request.hints is None else request.hints.filter
             # Who does not read the chunks has those of the prompt in the prompt.
-            known = plan.chunks if drafter.needs.prompt else plan.unseen
+            known = plan.chunks if drafter is not None and drafter.needs.prompt else plan.unseen
             context = draft_context(template, plan, known, most, tools)
             context = replace(context, source=self.store, filter=own_filter)
         note(plan, context, stats)
@@ -220,33 +221,25 @@ class Pipeline:
 
     def _speculation_for(self, request: Request) -> SpeculationConfig:
         """Return the call's own way of judging drafts, else the engine's; lossless if the answer is constrained."""
-        own, eta = self.speculation, request.params.knowledge_transfer
-        if eta is None:
-            asked = replace(own, knowledge_transfer=0.0, mixture=1.0) if request.bound else own
-        else:
-            asked = replace(own, knowledge_transfer=eta, mixture=1.0)
-        if not asked.lossless and self.decoder.steps.is_fixed:
+        own, asked = self.speculation, request.params.knowledge_transfer
+        if asked is None:
+            return replace(own, knowledge_transfer=None) if request.bound else own
+        config = replace(own, knowledge_transfer=asked)
+        if not config.lossless and self.decoder.teacher is None:
             msg = (
-                f"knowledge_transfer is {eta} for this call, which contradicts deterministic=True: what it says "
-                f"depends on what was drafted. Leave it out, or build another model."
+                f"knowledge_transfer is {asked!r} for this call, but the drafter model cannot be its teacher: it has "
+                f"another vocabulary, or steps that are not deterministic. Build the model with drafter='auto' or "
+                f"one of the target's family, or with knowledge_transfer."
             )
             raise ConfigurationError(msg)
-        drafter = self._drafter(request)
-        if asked.lossless or (drafter is not None and drafter.gives_logits):
-            return asked
-        msg = (
-            f"knowledge_transfer is {eta if eta is not None else own.knowledge_transfer}, but this call has "
-            f"no drafter with a distribution of its own. Build the model with drafter='self' or a small model, and "
-            f"leave drafting on."
-        )
-        raise ConfigurationError(msg)
+        return config
 
     def _drafter(self, request: Request) -> Drafter | None:
         return self.decoder.drafter if request.params.drafting else None
 
-    def _plan(self, request: Request, max_tokens: int) -> PromptPlan:
+    def _plan(self, request: Request, max_tokens: int, *, teaches: bool) -> PromptPlan:
         drafter = self._drafter(request)
-        if self.context == "prompt" and drafter is None:
+        if self.context == "prompt" and drafter is None and not teaches:
             return self.planner.plan_without_drafter(request.prompt, request.hints)
         return self.planner.plan(
             request.prompt,
@@ -254,7 +247,7 @@ class Pipeline:
             room=self.decoder.target.window
             - max_tokens
             - template_tokens(self.template, request.prompt, request.tools),
-            wants_drafter_prompt=drafter is not None and drafter.needs.prompt,
+            wants_drafter_prompt=teaches or (drafter is not None and drafter.needs.prompt),
         )
 
     def _grammar(self, request: Request, max_tokens: int, *, thinking: bool) -> GrammarState | None:

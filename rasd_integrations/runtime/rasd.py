@@ -62,7 +62,7 @@ class RASD:
         store: object = None,
         executor: ExecutorName = "auto",
         context: ContextMode = "prompt",
-        knowledge_transfer: float = 0.0,
+        knowledge_transfer: Any = None,
         deterministic: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -85,7 +85,9 @@ class RASD:
             store: Anything ``as_chunk_source`` takes, or ``None``.
             executor: What runs steps: ``"eager"`` torch, ``"openvino"``, ``"openvino-kv8"``, ``"cuda-graphs"``.
             context: What the target reads: ``"prompt"`` as sent, or the ``"documents"`` of its chunks.
-            knowledge_transfer: RAPID's eta; 0 is lossless.
+            knowledge_transfer: Joins the target's distribution with that of the drafter model, or of the target
+                itself, on the retrieved chunks: "cautious", "confidence", "mixture", "rapid", or a
+                :class:`~rasd_integrations.transfer.TransferRule`; ``None`` is lossless.
             deterministic: The same call gives the same text, whatever was cached, drafted or batched.
             model_kwargs: Passed to ``from_pretrained``.
             chat_template_kwargs: Passed to the chat template.
@@ -111,14 +113,9 @@ class RASD:
         check_passed_on("chat_template_kwargs", chat_template_kwargs or ())
         check_passed_on("model_kwargs", model_kwargs or ())
         check_template_options(chat_template_kwargs or {})
-        own = speculation or SpeculationConfig()
-        if knowledge_transfer:
-            own = replace(own, knowledge_transfer=knowledge_transfer)
-        check_engine(
-            context, executor, prefix_cache_bytes,
-            deterministic=deterministic, lossless=own.lossless,
-        )  # fmt: skip
-        check_drafter_spec(drafter, drafter_device, lossless=own.lossless)
+        own = (speculation or SpeculationConfig()).with_transfer(knowledge_transfer)
+        check_engine(context, executor, prefix_cache_bytes, deterministic=deterministic)
+        check_drafter_spec(drafter, drafter_device)
         self.model_name = str(model)
         self._context: ContextMode = context
         self._retrieval = retrieval or RetrievalConfig()

@@ -195,15 +195,6 @@ def test_the_model_drafts_greedily_under_any_distribution():
     assert model.contexts[0].temperature == 0
 
 
-def test_knowledge_transfer_takes_the_model_alone():
-    """A distribution that leans towards the drafter gets the model's own session."""
-    model = Modelled((5,), logits((5,)))
-    context = DraftContext(prompt_ids=(1,), temperature=0.8, wants_logits=True)
-    session = FusedDrafter([SuffixDrafter()], model).start(context)
-    assert session.propose(1).logits is not None
-    assert model.contexts == [context]
-
-
 def test_all_parts_are_closed_even_if_one_fails():
     """The first error is raised when everything is closed."""
     good = says(Draft())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import json
 import pickle
 import re
 import textwrap
@@ -23,6 +24,7 @@ from rasd_integrations.drafters import SuffixDrafter
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.response_format import Grammar
 from rasd_integrations.runtime.call_options import ANSWER_OPTIONS, ENGINE_OPTIONS
+from rasd_integrations.transfer import Rapid
 
 KINDS = ("langchain.ChatRASD", "langchain.RASDLLM", "llama_index.RASDLLM")
 
@@ -94,7 +96,7 @@ def test_every_engine_option_is_handed_on(cls):
         "executor": "eager",
         "store": ["text"],
         "context": "documents",
-        "knowledge_transfer": 10.0,
+        "knowledge_transfer": "cautious",
         "model_kwargs": {"dtype": "bfloat16"},
         "chat_template_kwargs": {"enable_thinking": False},
         "prefix_cache_bytes": 1024,
@@ -215,6 +217,18 @@ def test_dumped_settings_hold_no_secrets_and_no_objects(cls):
     assert cls(model="m", drafter=Path("small")).model_dump()["drafter"] == "small"
 
 
+def test_a_transfer_rule_is_dumped_by_its_name(cls):
+    """What is written down makes an equal model again; a function is marked as one."""
+    dumped = json.loads(cls(model="m", knowledge_transfer=Rapid(3.0)).model_dump_json())
+    assert dumped["knowledge_transfer"] == "rapid:3"
+    config = SpeculationConfig(knowledge_transfer=Rapid(3.0), num_draft_tokens=2)
+    dumped = json.loads(cls(model="m", speculation=config).model_dump_json())
+    again = cls(model="m", speculation=dumped["speculation"])._rasd.options["speculation"]
+    assert (again.rule, again.num_draft_tokens) == (config.rule, 2)
+    marked = cls(model="m", knowledge_transfer=lambda p, q, state: q)
+    assert json.loads(marked.model_dump_json())["knowledge_transfer"].startswith("<transfer rule: ")
+
+
 def test_deep_copies_share_the_engine(llm):
     """Weights are not copied along with options."""
     assert copy.deepcopy(llm)._rasd is llm._rasd
@@ -287,7 +301,7 @@ def test_a_single_stop_is_one_string(cls):
         ({"temprature": 1}, ["temprature", "'temperature'"]),
         ({"timeout": 3}, ["timeout"]),
         ({"drafter": "small/model"}, ["'small/model'", "'auto'", "None"]),
-        ({"knowledge_transfer": -1}, ["knowledge_transfer is -1"]),
+        ({"knowledge_transfer": -1}, ["knowledge_transfer is -1", "'rapid:-1'"]),
         ({"response_format": {"type": "json"}}, ["response_format is"]),
         (
             {"response_format": {"type": "text"}, "grammar": Grammar.json_object()},
@@ -337,8 +351,8 @@ def test_drafting_cannot_be_turned_on_without_a_drafter(cls):
 
 def test_knowledge_transfer_is_a_calls_own(llm):
     """The call's value goes to the engine; without one the engine follows its own."""
-    asked = [ask(llm, knowledge_transfer=0), ask(llm, knowledge_transfer=2.0), ask(llm)]
-    assert [0, 2.0, None] == [params.knowledge_transfer for params in asked]
+    asked = [ask(llm, knowledge_transfer=rule) for rule in ("none", "rapid:2", None)]
+    assert ["none", "rapid:2", None] == [params.knowledge_transfer for params in asked]
 
 
 class Person(BaseModel):

@@ -185,17 +185,18 @@ def test_drafting_can_be_turned_off_for_a_call():
 
 
 def test_knowledge_transfer_can_be_turned_on_and_off_for_a_call():
-    """A call's own eta wins over the engine's."""
+    """A call's own rule wins over the engine's."""
     engine = RASD.from_model(tiny_llama(), tiny_tokenizer(), drafter_model=tiny_llama(9))
     lossless = engine.generate(GREETING, SamplingParams(max_tokens=20))
-    steered = engine.generate(GREETING, SamplingParams(max_tokens=20, knowledge_transfer=40.0))
+    asked = SamplingParams(max_tokens=20, knowledge_transfer="rapid:40")
+    steered = engine.generate(GREETING, asked)
     assert (lossless.stats.mode, steered.stats.mode) == ("lossless", "knowledge_transfer")
     assert steered.token_ids != lossless.token_ids
     always = RASD.from_model(
-        tiny_llama(), tiny_tokenizer(), drafter_model=tiny_llama(9), knowledge_transfer=40.0
+        tiny_llama(), tiny_tokenizer(), drafter_model=tiny_llama(9), knowledge_transfer="rapid:40"
     )
     assert always.generate(GREETING, SamplingParams(max_tokens=20)).token_ids == steered.token_ids
-    off = always.generate(GREETING, SamplingParams(max_tokens=20, knowledge_transfer=0.0))
+    off = always.generate(GREETING, SamplingParams(max_tokens=20, knowledge_transfer="none"))
     assert off.token_ids == lossless.token_ids
 
 
@@ -203,33 +204,18 @@ def test_bound_answers_are_lossless_unless_asked():
     """Knowledge transfer of the engine stays out of tool calls and structured output."""
     engine = RASD.from_model(
         tiny_llama(), tiny_tokenizer(), drafter_model=tiny_llama(9),
-        speculation=SpeculationConfig(mixture=0.5),
+        speculation=SpeculationConfig(knowledge_transfer="mixture"),
     )  # fmt: skip
     grammar = Grammar("regex", "[a-z]{12}")
     assert engine.generate(GREETING, SamplingParams(max_tokens=20)).stats.mode != "lossless"
     bound = engine.generate(GREETING, SamplingParams(max_tokens=20, grammar=grammar))
     tooled = engine.generate(GREETING, SamplingParams(max_tokens=20), tools=ToolUse.of([ADD]))
     asked = engine.generate(
-        GREETING, SamplingParams(max_tokens=20, grammar=grammar, knowledge_transfer=5.0)
+        GREETING, SamplingParams(max_tokens=20, grammar=grammar, knowledge_transfer="mixture")
     )
     assert (bound.stats.mode, tooled.stats.mode) == ("lossless", "lossless")
     assert asked.stats.mode == "knowledge_transfer"
     assert len(asked.text) == 12
-
-
-@pytest.mark.parametrize(
-    ("options", "call"),
-    [
-        ({}, {"knowledge_transfer": 5.0}),
-        ({"drafter": None}, {"knowledge_transfer": 5.0}),
-        ({"drafter": "self"}, {"knowledge_transfer": 5.0, "drafting": False}),
-    ],
-)
-def test_knowledge_transfer_without_a_drafters_distribution_is_refused(options, call):
-    """Before anything is decoded, with what to do about it."""
-    rasd = RASD.from_model(tiny_llama(), tiny_tokenizer(), **options)
-    with pytest.raises(ConfigurationError, match="no drafter with a distribution of its own"):
-        rasd.stream(GREETING, SamplingParams(**call))
 
 
 def test_a_drafters_prompt_that_is_too_long_is_not_read():

@@ -71,8 +71,14 @@ def test_construction_loads_nothing():
         ({"drafter": 7}, "drafter is 7"),
         ({"drafter": ScriptedDrafter}, r"ScriptedDrafter'>, but must be .* object \(not a class\)"),
         ({"context": "paper"}, "'prompt' or 'documents'"),
-        ({"drafter": None, "knowledge_transfer": 5.0}, "needs a drafter"),
-        ({"knowledge_transfer": -1.0}, "knowledge_transfer is -1.0"),
+        ({"knowledge_transfer": 5.0}, "give 'rapid:5.0'"),
+        (
+            {
+                "knowledge_transfer": "rapid",
+                "speculation": SpeculationConfig(knowledge_transfer="mixture"),
+            },
+            "give one of them",
+        ),
         ({"prefix_cache_bytes": -1}, "at least 0"),
     ],
 )
@@ -182,7 +188,11 @@ def test_drafter_model_with_more_tokens_needs_no_translation(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lossy", [{"knowledge_transfer": 5.0}, {"speculation": SpeculationConfig(mixture=0.5)}]
+    "lossy",
+    [
+        {"knowledge_transfer": "rapid"},
+        {"speculation": SpeculationConfig(knowledge_transfer="mixture")},
+    ],
 )
 def test_a_distribution_that_needs_the_drafters_is_refused_with_another_family(
     saved, foreign, lossy
@@ -197,8 +207,8 @@ def test_a_distribution_that_needs_the_drafters_is_refused_with_another_family(
 def test_a_call_may_not_lean_towards_a_drafter_of_another_family(saved, foreign):
     """The same for a single call."""
     rasd = RASD.load(saved, drafter=foreign)
-    with pytest.raises(ConfigurationError, match="no drafter with a distribution of its own"):
-        rasd.generate(CHAT, replace(PARAMS, knowledge_transfer=2.0))
+    with pytest.raises(ConfigurationError, match="cannot be its teacher"):
+        rasd.generate(CHAT, replace(PARAMS, knowledge_transfer="cautious"))
 
 
 def test_drafter_model_drafts(plain_text):
@@ -214,10 +224,27 @@ def test_drafter_model_drafts(plain_text):
 
 def test_knowledge_transfer_is_reported_with_its_bound():
     """A lossy answer says that it is one."""
-    rasd = make(store=DOCS, retrieval=SOON, knowledge_transfer=500.0)
+    rasd = make(store=DOCS, retrieval=SOON, knowledge_transfer="rapid:500")
     stats = rasd.generate(CHAT, PARAMS).stats
     assert stats.mode == "knowledge_transfer"
     assert stats.as_dict()["tv_bound"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [({}, {}), ({"drafter": None}, {}), ({"drafter": "self"}, {"drafting": False})],
+)
+def test_any_engine_transfers_for_a_call(options, call):
+    """The target itself reads the chunks, with drafts for speed and without."""
+    rasd = RASD.from_model(
+        tiny_llama(), tiny_tokenizer(), store=DOCS, retrieval=SOON, memory=False, **options
+    )
+    params = SamplingParams(max_tokens=20, knowledge_transfer="mixture:0", **call)
+    steered = rasd.generate(CHAT, params).stats
+    assert (steered.mode, steered.transfer_off_reason) == ("knowledge_transfer", None)
+    assert steered.drafter_prompt_tokens > 0
+    assert 0 < steered.changed_share <= 1
+    assert rasd.generate(CHAT, replace(params, knowledge_transfer=None)).stats.mode == "lossless"
 
 
 def test_users_own_drafter_is_used(plain_text):
@@ -302,7 +329,11 @@ def test_identity_tells_models_and_modes_apart():
     one, two = RASD("a"), RASD("b")
     assert one.identity != two.identity
     assert one.identity == RASD("a", drafter=None).identity
-    assert one.identity != RASD("a", knowledge_transfer=3.0).identity
+    assert one.identity != RASD("a", knowledge_transfer="rapid:3").identity
+    assert (
+        RASD("a", knowledge_transfer="rapid:3").identity
+        != RASD("a", knowledge_transfer="rapid").identity
+    )
 
 
 async def test_cancelled_stream_stops_and_leaves_the_engine_free(plain_text):

@@ -21,7 +21,7 @@ OF_ENGINE: Mapping[str, list[Any]] = {
     "drafter": ["auto", None, "self"],
     "context": ["prompt", "documents"],
     "store": [None, ["one text", "another text"]],
-    "knowledge_transfer": [0.0, 0],
+    "knowledge_transfer": [None, "none", "cautious", "rapid:5"],
     "chat_template_kwargs": [{}, {"enable_thinking": False}],
     "num_draft_tokens": [None, 3],
     "retrieval": [{}, {"k": 3}],
@@ -33,7 +33,7 @@ OF_ENGINE: Mapping[str, list[Any]] = {
 }
 OF_CALL: Mapping[str, list[Any]] = {
     "drafter": [None],
-    "knowledge_transfer": [None, 0.0],
+    "knowledge_transfer": [None, "none", "mixture"],
     "response_format": [None, {"type": "text"}],
     "tools": [None, []],
     "rasd": [None, {"question": "Who?"}, {"chunks": ["one text"]}],

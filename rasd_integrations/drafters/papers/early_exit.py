@@ -33,7 +33,6 @@ class EarlyExitDrafter(Drafter):
     """
 
     name = "early_exit"
-    gives_logits = True
 
     def __init__(self, layers: int, *, confidence: float = 0.1) -> None:
         """Stop after the first ``layers``.

@@ -40,7 +40,6 @@ class SparseKVDrafter(Drafter):
     """
 
     name = "sparse_kv"
-    gives_logits = True
 
     def __init__(
         self,

@@ -163,14 +163,13 @@ def test_a_helper_goes_first_and_the_loop_goes_on():
     assert [draft.token_ids for draft in got] == [draft.token_ids for draft in wanted]
 
 
-@pytest.mark.parametrize("wants_logits", [False, True])
-def test_logits_come_for_every_token_and_one_more(wants_logits):
-    """Knowledge transfer has the row behind the last token too, the same as drawn one by one."""
-    context = DraftContext(prompt_ids=random_ids(30), wants_logits=wants_logits)
+def test_logits_come_for_every_token():
+    """The same as drawn one by one."""
+    context = DraftContext(prompt_ids=random_ids(30))
     wanted, _, _ = drafts(TargetModel(tiny_llama(1)), context, [[4, 5]], 6)
     got, _, _ = drafts(graph_target(partial(tiny_llama, 1), taped), context, [[4, 5]], 6)
     for ours, theirs in zip(got, wanted, strict=True):
-        assert ours.logits.shape == (6 + wants_logits, VOCAB)
+        assert ours.logits.shape == (6, VOCAB)
         close(ours.logits, theirs.logits)
 
 

@@ -239,18 +239,6 @@ def test_a_grammar_without_a_way_on_is_an_error():
         list(decoder.generate(PROMPT, GREEDY, grammar=Stuck(lambda path: [], VOCAB)))
 
 
-def test_knowledge_transfer_stays_inside_the_grammar():
-    """A lossy distribution under a grammar writes what the grammar allows, and drafts nothing without a distribution."""
-    target = shared_target()
-    drafter = ModelDrafter(TargetModel(tiny_llama(7)), confidence=0.0)
-    config = SpeculationConfig(num_draft_tokens=4, knowledge_transfer=20.0)
-    ids = decode(target, drafter, config=config)
-    state = grammar()
-    assert len(ids) == NUM_TOKENS
-    assert all(state.push(token) for token in ids)
-    assert ids != decode(target)
-
-
 # --- the pieces ---
 
 

@@ -1,0 +1,175 @@
+"""Follows an answer with the teacher of knowledge transfer, the model that reads only the retrieved chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rasd_integrations.decoding.steps import Steps
+from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
+from rasd_integrations.engine.target import TargetModel
+from rasd_integrations.errors import DecodingError
+from rasd_integrations.stats import DecodingStats
+from rasd_integrations.transfer import TransferRule, TransferState
+from rasd_integrations.types import Draft, DraftContext
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherModel:
+    """What all answers' teachers share.
+
+    Attributes:
+        model: The teacher; may be the target itself.
+        steps: Of the teacher.
+        cache: Keys and values of its earlier prompts.
+        namespace: Of the cache.
+        vocab_size: The target's, if it differs by padding.
+        needs_own_prompt: True for the target itself: on the target's prompt it says what the target says.
+    """
+
+    model: TargetModel
+    steps: Steps
+    cache: PrefixCache
+    namespace: str
+    vocab_size: int
+    needs_own_prompt: bool
+
+    def start(
+        self,
+        prompt_ids: Sequence[int],
+        rule: TransferRule,
+        temperature: float,
+        context: DraftContext,
+        stats: DecodingStats,
+    ) -> Teacher | None:
+        """Return the teacher of one answer; ``None``, with the reason in ``stats``, if it has nothing to read."""
+        stats.tv_bound = 0.0
+        own = context.drafter_prompt_ids
+        ids = own if own is not None or self.needs_own_prompt else prompt_ids
+        if ids is None:
+            stats.transfer_off_reason = stats.off_reason or "no chunks were retrieved"
+        elif not 0 < len(ids) < self.model.window:
+            stats.transfer_off_reason = (
+                f"the teacher's prompt has {len(ids)} tokens, and its window {self.model.window}"
+            )
+        else:
+            return Teacher(self, ids, rule, temperature, stats)
+        return None
+
+
+class Teacher:
+    """One answer's teacher; its keys and values follow the committed tokens as the target's do."""
+
+    def __init__(
+        self,
+        shared: TeacherModel,
+        prompt: Sequence[int],
+        rule: TransferRule,
+        temperature: float,
+        stats: DecodingStats,
+    ) -> None:
+        """Follow the answer to ``prompt``, joined with the target's distribution by ``rule``."""
+        self._shared, self._rule = shared, rule
+        self._temperature, self._stats = temperature, stats
+        self._is_full = False
+        self._ids, self._num_prompt = list(prompt), len(prompt)
+        self._lease: Lease | None = None
+        self._kept = 0  # tokens that a later prompt may reuse
+
+    def read(self) -> Iterator[None]:
+        """Prefill the prompt and what was committed since; other answers run between yields."""
+        self.close()
+        shared, capacity = self._shared, len(self._ids) + 512
+        lease = shared.model.lease(shared.cache, self._ids, capacity, shared.namespace)
+        lease.cut(shared.steps.kept(lease.reused))
+        self._lease, self._kept = lease, shared.steps.kept(len(self._ids) - 1)
+        started = time.perf_counter()
+        for _ in shared.steps.prefill(self._ids, lease.buffer, first=False):
+            self._stats.prefill_s += time.perf_counter() - started
+            self._stats.total_s += time.perf_counter() - started
+            yield None
+            started = time.perf_counter()
+
+    @property
+    def room(self) -> int:
+        """Longest draft of the next step."""
+        full = self._is_full
+        return (
+            self._shared.model.window if full else max(self._shared.steps.room(len(self._ids)), 0)
+        )
+
+    def join(
+        self, logits: Tensor, draft: Draft, rows: int, process: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the logits that the answer follows; the target's once the teacher's window is full.
+
+        Args:
+            logits: Of the target, ``[1 + len(draft), vocab]``, processed.
+            draft: Chain or tree, what the target has just run.
+            rows: Pad the teacher's step to this width.
+            process: Applies the answer's constraints to the teacher's logits.
+
+        Raises:
+            DecodingError: The rule returns no distribution.
+        """
+        if not self._is_full and self._shared.steps.room(len(self._ids)) < 0:
+            self._is_full = True
+            self._stats.transfer_off_reason = "the teacher's window is full"
+            self.close()
+        if self._is_full:
+            return logits
+        return self._joined(logits, process(self._logits(draft, rows)), draft)
+
+    def _logits(self, draft: Draft, rows: int) -> Tensor:
+        """Return the teacher's logits ``[1 + len(draft), vocab]`` over the target's vocabulary."""
+        lease, shared = self._lease, self._shared
+        if lease is None or (shared.model.is_long(self._ids) and not lease.buffer.long_rope):
+            for _ in self.read():
+                pass
+            return self._logits(draft, rows)
+        logits = shared.steps.step(self._ids, draft, lease.buffer, rows)
+        missing = shared.vocab_size - logits.shape[-1]
+        if missing:  # padding by less than nothing crops
+            logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+        return logits
+
+    def _joined(self, logits: Tensor, own: Tensor, draft: Draft) -> Tensor:
+        """Return the logarithm of the joint distribution, not normalised; ``own``: the teacher's logits."""
+        p = logits.float().softmax(-1)
+        q = own.to(logits.device).float().softmax(-1).nan_to_num(0.0)  # NaN: no token was left
+        q = q.masked_fill(logits == float("-inf"), 0.0)
+        total = q.sum(-1, keepdim=True)
+        q = torch.where(total > 0, q / total, p)
+        paths: list[tuple[int, ...]] = [()]
+        for parent, token in zip(draft.parent_of, draft.token_ids, strict=True):
+            paths.append((*paths[parent + 1], token))
+        state = TransferState(tuple(self._ids[self._num_prompt :]), paths, self._temperature)
+        try:
+            joint = self._rule(p, q, state)
+            fits = joint.shape == p.shape and bool((joint >= 0).all())
+        except Exception as err:  # the user's own code
+            msg = f"The transfer rule {self._rule!r} failed: {type(err).__name__}: {err}"
+            raise DecodingError(msg) from err
+        if not fits:
+            msg = (
+                f"The transfer rule {self._rule!r} returned shape {tuple(joint.shape)} for distributions of "
+                f"{tuple(p.shape)}, or negative or NaN values, but must return probabilities of their shape."
+            )
+            raise DecodingError(msg)
+        return joint.log()
+
+    def commit(self, accepted: Sequence[int], tokens: Sequence[int]) -> None:
+        """Keep the accepted nodes of the last step; ``tokens`` are those committed, the last one new."""
+        if self._lease is not None:
+            self._lease.buffer.commit([0, *(1 + node for node in accepted[: len(tokens) - 1])])
+        self._ids.extend(tokens)
+
+    def close(self) -> None:
+        """Return keys and values to the cache."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release(self._ids[: self._kept])
