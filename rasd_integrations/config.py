@@ -198,6 +198,7 @@ class SamplingParams:
         knowledge_transfer: A rule, see :func:`~rasd_integrations.transfer.transfer_rule`; "none" is lossless,
             ``None`` follows the engine, and is off under a grammar or tools.
         drafting: ``False`` is plain decoding.
+        scored: Report the answer's log-probability at temperature 1 (``DecodingStats.logprob``).
         use_generation_config: Use the checkpoint's values for ``None``, and its masks
             (``suppress_tokens``, ``bad_words_ids``, ...).
         on_cut: When ``max_tokens`` ends a constrained answer, ``"close"`` completes JSON with the shortest values
@@ -217,6 +218,7 @@ class SamplingParams:
     grammar: Grammar | None = None
     knowledge_transfer: Any = None
     drafting: bool = True
+    scored: bool = False
     use_generation_config: bool = True
     on_cut: OnCut = "close"
 

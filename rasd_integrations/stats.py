@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-_OPTIONAL = ("off_reason", "tv_bound", "transfer_off_reason", "question_source", "chunk_source")
+_OPTIONAL = (
+    "off_reason", "tv_bound", "transfer_off_reason", "route", "route_reason", "candidates", "rewards", "logprob",
+    "question_source", "chunk_source",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,39 @@ class Quote:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One of several answers.
+
+    Attributes:
+        text: What it says.
+        own: Mean log-probability of its tokens, given the chunks that it was made from.
+        given_all: The same, given the whole prompt.
+    """
+
+    text: str
+    own: float
+    given_all: float
+
+    @property
+    def score(self) -> float:
+        """The sum of both."""
+        return self.own + self.given_all
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """What a scorer said of a step.
+
+    Attributes:
+        value: The number.
+        kept: The teacher's step was kept; else the target wrote another.
+    """
+
+    value: float
+    kept: bool
+
+
 @dataclass(slots=True)
 class DrafterStats:
     """What one drafter proposed and how much of it the target accepted."""
@@ -71,6 +107,11 @@ class DecodingStats:
     quotes: tuple[Quote, ...] = ()
     tv_bound: float | None = None
     transfer_off_reason: str | None = None
+    route: str | None = None
+    route_reason: str | None = None
+    candidates: tuple[Candidate, ...] = ()
+    rewards: tuple[Reward, ...] = ()
+    logprob: float | None = None
     retrieve_s: float = 0.0
     prefill_s: float = 0.0
     draft_s: float = 0.0
@@ -115,12 +156,23 @@ class DecodingStats:
             if f.name == "drafters":
                 for name, entry in theirs.items():
                     self.count(name, entry.drafted, entry.accepted)
-            elif f.name == "tv_bound":
-                self.tv_bound = theirs if mine is None else mine + (theirs or 0.0)
+            elif f.name in ("tv_bound", "logprob"):
+                setattr(self, f.name, theirs if mine is None else mine + (theirs or 0.0))
             elif isinstance(mine, int | float) and not isinstance(mine, bool):
                 setattr(self, f.name, mine + theirs)
             else:
                 setattr(self, f.name, theirs)
+
+    def add_work(self, other: DecodingStats) -> None:
+        """Add what an answer cost that was made for this one and not returned: prompts, steps, drafts, seconds."""
+        kept = self.generated_tokens, self.reasoning_tokens
+        for f in fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if type(mine) in (int, float) and type(theirs) in (int, float):
+                setattr(self, f.name, mine + theirs)
+        self.generated_tokens, self.reasoning_tokens = kept
+        for name, entry in other.drafters.items():
+            self.count(name, entry.drafted, entry.accepted)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values, for ``response_metadata["rasd"]``."""
@@ -132,11 +184,13 @@ class DecodingStats:
         out["faults"] = list(self.faults)
         out["closed_fields"] = list(self.closed_fields)
         out["quotes"] = [quote.as_dict() for quote in self.quotes]
+        out["rewards"] = [asdict(reward) for reward in self.rewards]
+        out["candidates"] = [asdict(c) | {"score": c.score} for c in self.candidates]
         out["acceptance_rate"] = self.acceptance_rate
         out["mean_acceptance_length"] = self.mean_acceptance_length
         if self.tv_bound is not None:
             out["changed_share"] = self.changed_share
         for optional in _OPTIONAL:
-            if out[optional] is None:
+            if out[optional] is None or out[optional] == []:
                 del out[optional]
         return out

@@ -36,7 +36,9 @@ SLOW = {
     "cache-answers.md", "draft-from-a-datastore.md", "draft-from-hidden-states.md",
     "draft-with-another-family.md", "explain-an-answer.md", "first-speedup.md", "from-huggingface-llm.md",
     "from-huggingface-pipeline.md", "langchain-agents.md", "llama-index-agents.md",
-    "quote-sources.md", "repeat-answers.md", "structured-output.md", "transfer-knowledge.md",
+    "quote-sources.md", "rank-answers.md", "repeat-answers.md", "reward-steps.md", "route.md",
+    "structured-output.md",
+    "transfer-knowledge.md",
     "warm-documents.md",
 }  # fmt: skip
 

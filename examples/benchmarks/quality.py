@@ -22,7 +22,7 @@ from typing import Any
 from machine import machine
 from quality_cases import HALVES, RETRIEVALS, Documents, Question, by_turns, key_of
 from quality_figures import TITLES, draw_quality, summary
-from quality_pair import CHUNKS, RULES, TARGET, Pair, measures
+from quality_pair import BEST, CHUNKS, RULES, TARGET, Pair, measures
 from report import table
 from tasks import data_or_exit
 
@@ -72,10 +72,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.retrieval = args.retrieval.split(",")
     args.chunks = [int(k) for k in args.chunks.split(",")]
     args.rules = [] if not args.answers else args.rules.split(";")
-    for name, known in (("retrieval", RETRIEVALS), ("rules", (TARGET, CHUNKS, *RULES))):
+    for name, known in (("retrieval", RETRIEVALS), ("rules", (TARGET, CHUNKS, BEST, *RULES))):
         given = [value.removesuffix(UNDRAFTED) for value in getattr(args, name)]
         for odd in [value for value in given if value not in known]:
             parser.error(f"--{name}: {odd!r} is none of {', '.join(known)}")
+    if BEST in args.rules and not args.further:
+        parser.error(f"--rules: {BEST!r} needs --further")
     return args
 
 
@@ -137,14 +139,19 @@ def measured(
         )
         likely = pair.likelihood(whole, short, str(reference), others=others)
         row: dict[str, Any] = {
-            "key": key, "reference": question.reference, "prompt_tokens": len(whole), "short_tokens": len(short),
+            "key": key, "question": question.text, "reference": question.reference,
+            "near": documents.near(question, k), "prompt_tokens": len(whole), "short_tokens": len(short),
             "nats": {name: round(value, 5) for name, value in likely.nats.items()}, "tokens": likely.tokens,
         }  # fmt: skip
         if likely.extra:
             row["extra"] = likely.extra
         for rule in args.rules:
             name, drafts = rule.removesuffix(UNDRAFTED), not rule.endswith(UNDRAFTED)
-            text, stats = pair.answer(name, whole, short, args.answers, drafting=drafts)
+            if name == BEST:
+                sets = [prompt for other, prompt in others.items() if other.startswith("set")]
+                text, stats = pair.best(whole, sets, args.answers)
+            else:
+                text, stats = pair.answer(name, whole, short, args.answers, drafting=drafts)
             row.setdefault("answers", {})[rule] = {"text": text, **measures(stats)}
         yield row
 

@@ -87,6 +87,12 @@ class Documents:
         order = near.argsort(descending=retrieval == "good").tolist()[skip : skip + k]
         return self._prompt("\n\n".join(texts[n] for n in sorted(order)), question)
 
+    def near(self, question: Question, k: int) -> list[float]:
+        """Return the cosines of the nearest chunk and the k-th nearest."""
+        _, vectors = self._chunked(question.document)
+        ranked = (vectors @ torch.tensor(self._embed([question.text]))[0]).sort(descending=True)[0]
+        return [round(float(ranked[min(n, len(ranked) - 1)]), 4) for n in (0, max(k - 1, 0))]
+
     def _prompt(self, text: str, question: Question) -> list[int]:
         content = f"{text}\n\n{_ASK}{question.text}".strip()
         return self._template.encode_messages([{"role": "user", "content": content}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import string
@@ -10,7 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TARGET = "target"
+from rasd_integrations.runtime.modes import Route
+from rasd_integrations.stats import DecodingStats
+
+TARGET, CHUNKS = "target", "chunks alone"
 TITLES = {"nats": "nats a token", "f1": "F1", "exact": "exact match", "rouge_l": "ROUGE-L"}
 RESAMPLES = 2000
 Row = Mapping[str, Any]
@@ -115,6 +119,8 @@ def _cell(rows: Sequence[Row]) -> dict[str, Any]:
             return _score(row, rule, metric)
 
         cell |= figures(metric, score, [*first["answers"]], rows)
+    if {TARGET, CHUNKS} <= set(first["answers"]):
+        cell["route"] = routed(rows)
     cell["answers"] = {
         rule: {
             "ms_a_token": round(
@@ -125,6 +131,46 @@ def _cell(rows: Sequence[Row]) -> dict[str, Any]:
         for rule in first["answers"]
     }
     return cell
+
+
+def routed(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return F1 of always the documents, always the chunks and ``mode="route"``, and what the last one reads.
+
+    Tokens read are a share of those of always reading the documents, without what a cache saves.
+    """
+    route = Route()
+
+    def doubt(row: Row) -> str | None:
+        short = row["answers"][CHUNKS]
+        total = short["logprob"] * short["tokens"]
+        told = DecodingStats(logprob=total, generated_tokens=short["tokens"])
+        return route.doubt(row["question"], short["text"], told)
+
+    doubts = {json.dumps(row["key"]): doubt(row) for row in rows}
+
+    def choice(row: Row) -> str:
+        return CHUNKS if doubts[json.dumps(row["key"])] is None else TARGET
+
+    def read(row: Row) -> int:
+        why = doubts[json.dumps(row["key"])] or ""
+        first = 0 if why.startswith("the question") else row["short_tokens"]
+        return int(first + (row["prompt_tokens"] if why else 0))
+
+    def of(choose: Callable[[Row], str]) -> dict[str, float]:
+        return grouped(rows, lambda r: _score(r, choose(r), "f1"), by_token=False)
+
+    fixed = {TARGET: of(lambda _: TARGET), CHUNKS: of(lambda _: CHUNKS)}
+    better = max(fixed, key=lambda rule: fixed[rule]["mean"])
+    lost = grouped(
+        rows, lambda r: _score(r, choice(r), "f1") - _score(r, better, "f1"), by_token=False
+    )
+    return {
+        "f1": {**fixed, "route": of(choice)},
+        "better": better,
+        "against_better": lost,
+        "documents_share": round(sum(choice(row) == TARGET for row in rows) / len(rows), 3),
+        "tokens_read": round(sum(map(read, rows)) / sum(r["prompt_tokens"] for r in rows), 3),
+    }
 
 
 def _sum(rows: Sequence[Row], rule: str, name: str) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
+from rasd_integrations.decoding.scoring import scores
 from rasd_integrations.decoding.steps import Steps
 from rasd_integrations.decoding.teacher import TeacherModel
 from rasd_integrations.drafters import FusedDrafter, RecyclingDrafter, SuffixDrafter
@@ -54,7 +55,7 @@ RULES: Mapping[str, TransferRule] = {
     "entropy ratio": ratio,
     "cautious": Confidence(0.5),
 }
-TARGET, CHUNKS = "target", "chunks alone"
+TARGET, CHUNKS, BEST = "target", "chunks alone", "best of three"
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -146,7 +147,9 @@ class Pair:
     ) -> tuple[str, DecodingStats]:
         """Return the greedy answer under ``rule``, or of the target or the chunks alone."""
         stats = DecodingStats()
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, drafting=drafting)
+        params = SamplingParams(
+            temperature=0.0, max_tokens=max_tokens, drafting=drafting, scored=True
+        )
         decoder, prompt = (self._alone, short) if rule == CHUNKS else (self.decoder, whole)
         transfer = None if rule in (TARGET, CHUNKS) else RULES.get(rule) or transfer_rule(rule)
         context = DraftContext(prompt_ids=(), drafter_prompt_ids=tuple(short))
@@ -154,9 +157,27 @@ class Pair:
             prompt, params, context=context, stats=stats,
             config=SpeculationConfig(knowledge_transfer=transfer),
         )  # fmt: skip
-        ids = [token for block in blocks for token in block.token_ids]
-        text = self.template.tokenizer.decode(ids, skip_special_tokens=True)
-        return str(text).strip(), stats
+        return self._text([token for block in blocks for token in block.token_ids]), stats
+
+    def best(
+        self, whole: Sequence[int], sets: Sequence[Sequence[int]], max_tokens: int
+    ) -> tuple[str, DecodingStats]:
+        """Return the best of the teacher's answers to ``sets``, ranked as ``mode="speculative-rag"`` ranks them."""
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, scored=True)
+        stats, found, own = DecodingStats(), [], []
+        for prompt in sets:
+            told = DecodingStats()
+            blocks = self._alone.generate(prompt, params, stats=told)
+            found.append([token for block in blocks for token in block.token_ids])
+            own.append((told.logprob or 0.0) / max(len(found[-1]), 1))
+            stats.add_work(told)
+        given_all = scores(self.decoder, whole, found)
+        best = max(range(len(found)), key=lambda n: own[n] + given_all[n])
+        stats.generated_tokens = len(found[best])
+        return self._text(found[best]), stats
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.template.tokenizer.decode([*ids], skip_special_tokens=True)).strip()
 
     def _rows(self, prompt: Sequence[int], ids: Sequence[int], teaches: bool) -> Tensor:
         """Return the distributions ``[len(ids), vocab]`` that predict ``ids`` behind ``prompt``."""
@@ -198,5 +219,6 @@ def measures(stats: DecodingStats) -> dict[str, Any]:
         "tokens": stats.generated_tokens,
         "decode_s": round(stats.draft_s + stats.verify_s, 4),
         "changed": round(stats.changed_share, 4),
+        "logprob": round((stats.logprob or 0.0) / max(stats.generated_tokens, 1), 4),
         "tokens_a_step": round(stats.mean_acceptance_length, 3),
     }

@@ -51,12 +51,13 @@ class TeacherModel:
         own = context.drafter_prompt_ids
         ids = own if own is not None or self.needs_own_prompt else prompt_ids
         if ids is None:
-            stats.transfer_off_reason = stats.off_reason or "no chunks were retrieved"
+            stats.transfer_off_reason = stats.transfer_off_reason or "no chunks were retrieved"
         elif not 0 < len(ids) < self.model.window:
             stats.transfer_off_reason = (
                 f"the teacher's prompt has {len(ids)} tokens, and its window {self.model.window}"
             )
         else:
+            stats.transfer_off_reason = None
             return Teacher(self, ids, rule, temperature, stats)
         return None
 
@@ -173,3 +174,4 @@ class Teacher:
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.release(self._ids[: self._kept])
+            self._shared.model.leave()

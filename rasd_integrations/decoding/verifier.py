@@ -25,6 +25,7 @@ class Verifier:
         self._generator, self._stats = generator, stats
         parameters = params.temperature, params.top_p, params.top_k, params.min_p
         self._distribution = sampling_distribution(*parameters)
+        self._scores = params.scored
 
     def verify(self, logits: Tensor, draft: Draft, own: Tensor) -> Verdict:
         """Return the accepted path of ``draft`` and the token after it.
@@ -44,8 +45,12 @@ class Verifier:
             verdict = block_verify(logits, draft, self._distribution, self._generator)
         else:
             verdict = sample_and_walk(logits, draft, self._distribution, self._generator)
+        rows = [0, *(1 + node for node in verdict.accepted)]
+        if self._scores:
+            path = [*(draft.token_ids[node] for node in verdict.accepted), verdict.token_id]
+            chances = logits[rows].float().log_softmax(-1)[range(len(path)), path]
+            self._stats.logprob = (self._stats.logprob or 0.0) + float(chances.sum())
         if own is not logits:
-            rows = [0, *(1 + node for node in verdict.accepted)]
             moved = self._distance(logits[rows], own[rows])
             self._stats.tv_bound = (self._stats.tv_bound or 0.0) + moved
         return verdict

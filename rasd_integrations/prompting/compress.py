@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rasd_integrations.config import RetrievalConfig
 from rasd_integrations.prompting.chunks import FoundChunks
-from rasd_integrations.prompting.hints import PromptPlan
+from rasd_integrations.prompting.hints import Prompt, PromptPlan
 from rasd_integrations.prompting.locate import PromptIndex
 from rasd_integrations.prompting.prompt_view import PromptView, Span, clean, hulls, without
 from rasd_integrations.prompting.question import Question
@@ -106,6 +106,14 @@ class Compressor:
             left -= len(piece)
             pieces.append(piece)
         return spans + pieces, pieces, extra
+
+
+def only(index: PromptIndex, found: FoundChunks, chosen: Sequence[Span]) -> Prompt:
+    """Return the prompt without the text of its located chunks but for the ``chosen`` spans."""
+    located = [at.span for at in found.located]
+    regions = clean(index.view, hulls(located))
+    contents = [_shortened(index.view, region, chosen, located) for region in regions]
+    return index.refill(regions, contents)[0]
 
 
 def _layouts(index: PromptIndex, found: FoundChunks, question: Question) -> Iterator[list[Span]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rasd_integrations.config import ContextMode, RetrievalConfig
 from rasd_integrations.prompting.chunks import StoreSession, find_chunks
-from rasd_integrations.prompting.compress import Compressor
+from rasd_integrations.prompting.compress import Compressor, only
 from rasd_integrations.prompting.expand import expand
 from rasd_integrations.prompting.hints import Prompt, PromptHints, PromptPlan
 from rasd_integrations.prompting.locate import PromptIndex
@@ -16,6 +16,7 @@ from rasd_integrations.prompting.prompt_view import PromptView
 from rasd_integrations.prompting.question import classify, find_question
 from rasd_integrations.prompting.token_counts import TokenCounter
 from rasd_integrations.retrieval import GuardedSource
+from rasd_integrations.types import Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,28 @@ class PromptPlanner:
         chunks = tuple(at.chunk for at in located)
         return PromptPlan(
             target=prompt, chunks=chunks, chunk_source=hints.chunk_source if chunks else None
+        )
+
+    def parts(
+        self, prompt: Prompt, hints: PromptHints, count: int
+    ) -> tuple[tuple[Prompt, tuple[Chunk, ...]], ...]:
+        """Return the prompt with each of ``count`` parts of its chunks alone, and those chunks.
+
+        Chunks are dealt out by rank. There are fewer parts, or none, where the prompt has fewer chunks.
+        """
+        view = PromptView.of(prompt)
+        tokens = self._tokens.estimate_prompt(view)
+        index = PromptIndex(view, hints, tokens, self._retrieval.chunk_tokens)
+        question = find_question(view, hints)
+        found = find_chunks(
+            index, question, StoreSession(self._source, hints.filter), self._retrieval
+        )
+        located = sorted(found.located, key=lambda at: at.chunk.rank)
+        dealt = [located[n::count] for n in range(min(count, len(located)))]
+        prompts = (only(index, found, [at.span for at in part]) for part in dealt)
+        return tuple(
+            (prompt, tuple(at.chunk for at in part))
+            for prompt, part in zip(prompts, dealt, strict=True)
         )
 
     def _plan(

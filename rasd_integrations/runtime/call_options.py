@@ -38,6 +38,7 @@ from rasd_integrations.drafters.base import Drafter, drafter_name
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.response_format import Grammar
 from rasd_integrations.runtime.lazy_engine import name_of
+from rasd_integrations.runtime.modes import mode_name
 from rasd_integrations.runtime.pipeline import Progress
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.stats import DecodingStats
@@ -190,6 +191,12 @@ class FrameworkModel(BaseModel, ABC):
         "them for later ones.",
     )
 
+    mode: SkipValidation[Any] = _engine(
+        None,
+        'None, "route" (answer from the chunks, from whole documents where that is in doubt), "speculative-rag" (the '
+        "best of several answers from parts of the chunks), or a Mode.",
+    )
+
     _rasd: RASD = PrivateAttr()
 
     def __init__(self, model: str | Path = "", **options: Any) -> None:
@@ -228,6 +235,10 @@ class FrameworkModel(BaseModel, ABC):
     @field_serializer("knowledge_transfer")
     def _rule_as_text(self, rule: Any) -> str | None:
         return rule_name(rule)
+
+    @field_serializer("mode")
+    def _mode_as_text(self, mode: Any) -> str | None:
+        return mode_name(mode)
 
     @field_serializer("speculation")
     def _speculation_as_dict(self, config: SpeculationConfig) -> dict[str, Any]:

@@ -125,6 +125,7 @@ class Pipeline:
         context: What the target reads.
         namespace: Of the prefix cache.
         store: All that it returns may be drafted from.
+        teaches: The teacher reads the chunks, whatever the rule of knowledge transfer.
     """
 
     planner: PromptPlanner
@@ -135,9 +136,14 @@ class Pipeline:
     context: ContextMode
     namespace: str
     store: object
+    teaches: bool = False
 
     def answer(
-        self, request: Request, stats: DecodingStats, gate: Gate | None = None
+        self,
+        request: Request,
+        stats: DecodingStats,
+        gate: Gate | None = None,
+        plan: PromptPlan | None = None,
     ) -> Generator[TextDelta, None, None]:
         """Check and plan now, decode lazily; ``stats`` are complete when the iterator ends or is closed.
 
@@ -145,6 +151,7 @@ class Pipeline:
             request: What is asked for.
             stats: Counters to fill.
             gate: Entered before decoding and left after it, with the bytes of the answer's keys and values.
+            plan: Of the request, if it is made.
 
         Raises:
             PromptError: The prompt is empty, has parts that are not text, or exceeds the window.
@@ -153,7 +160,7 @@ class Pipeline:
         started = time.perf_counter()
         params, tools, template = self._settled(request.params), request.tools, self.template
         config = self._speculation_for(request)
-        plan = self._plan(request, params.max_tokens, teaches=not config.lossless)
+        plan = plan or self.plan(request)
         prompt_ids = encode(template, plan.target, tools)
         parser = None
         grammar: GrammarState | None = None
@@ -167,13 +174,15 @@ class Pipeline:
         most = int(self.retrieval.gate_share * len(prompt_ids))
         context = DraftContext(prompt_ids=())
         drafter = self._drafter(request)
-        if drafter is not None or not config.lossless:
+        if drafter is not None or self.teaches or not config.lossless:
             own_filter = None if request.hints is None else request.hints.filter
             # Who does not read the chunks has those of the prompt in the prompt.
             known = plan.chunks if drafter is not None and drafter.needs.prompt else plan.unseen
             context = draft_context(template, plan, known, most, tools)
             context = replace(context, source=self.store, filter=own_filter)
         note(plan, context, stats)
+        if drafter is None or not drafter.needs.prompt:  # the prompt is the teacher's alone
+            stats.transfer_off_reason, stats.off_reason = stats.off_reason, None
         stats.total_s += time.perf_counter() - started
         blocks = self.decoder.generate(
             prompt_ids, params, context=context, stats=stats, namespace=self.namespace,
@@ -237,8 +246,11 @@ class Pipeline:
     def _drafter(self, request: Request) -> Drafter | None:
         return self.decoder.drafter if request.params.drafting else None
 
-    def _plan(self, request: Request, max_tokens: int, *, teaches: bool) -> PromptPlan:
+    def plan(self, request: Request) -> PromptPlan:
+        """Return what target and drafter read."""
         drafter = self._drafter(request)
+        teaches = self.teaches or not self._speculation_for(request).lossless
+        max_tokens = self._settled(request.params).max_tokens
         if self.context == "prompt" and drafter is None and not teaches:
             return self.planner.plan_without_drafter(request.prompt, request.hints)
         return self.planner.plan(

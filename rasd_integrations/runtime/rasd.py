@@ -38,6 +38,7 @@ from rasd_integrations.response_format import ToolUse
 from rasd_integrations.retrieval import GuardedSource, as_chunk_source
 from rasd_integrations.runtime.aio import iterate_in_thread
 from rasd_integrations.runtime.lazy_engine import EngineOptions, LazyEngine, name_of
+from rasd_integrations.runtime.modes import mode_name, mode_of
 from rasd_integrations.runtime.pipeline import Gate, Known, Pipeline, Progress, Request, joined
 from rasd_integrations.runtime.together import has_left
 from rasd_integrations.stats import DecodingStats
@@ -73,6 +74,7 @@ class RASD:
         prefix_disk_bytes: int | None = None,
         namespace: str = "",
         memory: bool | str | Path = True,
+        mode: Any = None,
         **unknown: Any,
     ) -> None:
         """Check the options; load nothing. The first call loads, or :meth:`ensure_loaded`.
@@ -100,6 +102,8 @@ class RASD:
             namespace: Keys and values, and what is drafted from, are shared only within a namespace.
             memory: Draft from the store's texts and from earlier answers, in this process; a folder keeps them for
                 later ones.
+            mode: ``None``, "route" (chunks first, documents where they are needed), "speculative-rag" (the best of
+                several answers), or a :class:`~rasd_integrations.runtime.modes.Mode`.
             **unknown: Refused, with the nearest valid name.
 
         Raises:
@@ -118,6 +122,7 @@ class RASD:
         check_drafter_spec(drafter, drafter_device)
         self.model_name = str(model)
         self._context: ContextMode = context
+        self._mode = mode_of(mode, context)
         self._retrieval = retrieval or RetrievalConfig()
         self._engine = LazyEngine(
             EngineOptions(
@@ -136,7 +141,7 @@ class RASD:
             )
         )
         self._source: GuardedSource | None = None
-        self._planner: PromptPlanner | None = None
+        self._planners: dict[ContextMode, PromptPlanner] = {}
         self._lock = threading.RLock()
         self.stats = DecodingStats()
         if store is not None:
@@ -224,15 +229,15 @@ class RASD:
     @property
     def identity(self) -> dict[str, Any]:
         """All that affects the output besides prompt and sampling, as plain JSON: for cache keys and traces."""
-        return self._engine.identity(self._context, self._source)
+        return self._engine.identity(self._context, self._source) | {"mode": mode_name(self._mode)}
 
     @locked
-    def _prompts(self) -> PromptPlanner:
-        if self._planner is None:
-            self._planner = PromptPlanner(
-                self._source, self._retrieval, self._context, lambda t: len(self.encode(t))
+    def _prompts(self, context: ContextMode) -> PromptPlanner:
+        if context not in self._planners:
+            self._planners[context] = PromptPlanner(
+                self._source, self._retrieval, context, lambda t: len(self.encode(t))
             )
-        return self._planner
+        return self._planners[context]
 
     def attach(self, store: object) -> None:
         """Search chunks in ``store``, anything ``as_chunk_source`` takes.
@@ -244,7 +249,7 @@ class RASD:
 
     @locked
     def _take_source(self, source: GuardedSource) -> None:
-        self._source, self._planner = source, None
+        self._source, self._planners = source, {}
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without special tokens."""
@@ -293,6 +298,7 @@ class RASD:
         self, prompt: Prompt | Request, params: SamplingParams | None = None, **known: Unpack[Known]
     ) -> Explanation:
         """Answer as :meth:`generate` does; return where drafts came from, and why none came where none did."""
+        self._mode.check_one_answer()
         steps: list[StepRecord] = []
         request = replace(Request.of(prompt, params, **known), on_step=steps.append)
         deltas = list(self._gated(request))
@@ -328,7 +334,7 @@ class RASD:
         self._engine.check_open()
         with at_work():
             self._engine.check_can_warm()
-            self._pipeline().warm(documents, progress)
+            self._pipeline(self._context).warm(documents, progress)
 
     def forget(self, text: str | None = None) -> int:
         """Forget the earlier answers of this namespace, or those that hold ``text``; return how many.
@@ -346,11 +352,11 @@ class RASD:
         """
         self._engine.clear_caches()
 
-    def _pipeline(self) -> Pipeline:
+    def _pipeline(self, context: ContextMode) -> Pipeline:
         return Pipeline(
-            planner=self._prompts(), template=self._engine.template(), decoder=self._engine.decoder(),
+            planner=self._prompts(context), template=self._engine.template(), decoder=self._engine.decoder(),
             speculation=self._engine.options.speculation, retrieval=self._retrieval,
-            context=self._context, namespace=self._engine.options.namespace,
+            context=context, namespace=self._engine.options.namespace,
             store=self._listed_store(),
         )  # fmt: skip
 
@@ -376,7 +382,7 @@ class RASD:
         stats = DecodingStats()
         self._engine.check_open()
         with at_work():
-            chunks = self._pipeline().answer(request, stats, gate)
+            chunks = self._mode.answer(self._pipeline, request, stats, gate)
         return self._counted(chunks, stats)
 
     def _counted(

@@ -277,7 +277,7 @@ def test_nothing_transferred_is_plain_decoding(rule):
 
 def test_without_a_prompt_of_its_own_the_answer_is_the_targets():
     """On the target's own prompt the target says what it says; the reason is given."""
-    stats = DecodingStats(off_reason="the prompt asks no question that could be found")
+    stats = DecodingStats(transfer_off_reason="the prompt asks no question that could be found")
     got = decode("cautious", context=DraftContext(prompt_ids=()), stats=stats)
     assert got == decode(None)
     assert stats.tv_bound == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import quality
 import quality_figures as figures
+import quality_weights as weights
 import report
 import torch
 from quality_cases import Documents, by_turns
@@ -75,6 +77,43 @@ def test_the_summary_is_the_change_against_the_target():
     assert "| target | 2.000 | 2.000 |" in shown
     assert "| cautious | -0.500 [" in shown
     assert "| cautious | +66.67 [" in report.table(found, "quality_f1")
+
+
+def test_routing_is_compared_to_both_fixed_choices():
+    """Which answer it takes, what it loses against the better one, and what it reads."""
+    rows = []
+    for n, (logprob, short, question) in enumerate(
+        [(-0.1, "cat", "Who?"), (-3.0, "dog", "Who?"), (-0.1, "dog", "Summarise it.")]
+    ):
+        made = row(n, 0, 3.0) | {"question": question, "prompt_tokens": 1000, "short_tokens": 100}
+        chunks = {"text": short, "logprob": logprob, "tokens": 4, "decode_s": 1.0, "changed": 0.0}
+        made["answers"] |= {"chunks alone": chunks}
+        made["answers"][TARGET]["text"] = "cat" if n == 1 else "dog"
+        rows.append(made)
+    found = figures.routed(rows)
+    means = {name: value["mean"] for name, value in found["f1"].items()}
+    assert means == {
+        TARGET: pytest.approx(100 / 3, abs=1e-3),
+        "chunks alone": pytest.approx(100 / 3, abs=1e-3),
+        "route": pytest.approx(200 / 3, abs=1e-3),
+    }
+    assert found["documents_share"] == pytest.approx(2 / 3, abs=1e-3)
+    assert found["tokens_read"] == pytest.approx((100 + 1100 + 1000) / 3000, abs=1e-3)
+
+
+def test_weights_are_fitted_on_one_half_and_judged_on_the_other():
+    """A teacher that is right on every document wins by a small slope of the entropies; "confidence" is the measure."""
+    rows = [
+        {"key": ["qa", n, 0, "good", 6], "near": [0.5, 0.3], "tokens": [[-3.0, -0.1, 0.5, 0.5]] * 4, "extra": {"x": [-0.1] * 4}}
+        for n in range(8)
+    ]  # fmt: skip
+    found = weights.judged(rows)
+    confidence = weights.nats(rows[0], weights.slope, weights.CONFIDENCE)
+    assert confidence == pytest.approx(-4 * math.log((math.exp(-3) + math.exp(-0.1)) / 2))
+    assert found["entropies, slope and least weight"]["numbers"][1] == 0
+    assert found["agreement over the last tokens"]["numbers"] == [1, 1]
+    for name in ("agreement over the last tokens", "gap of the ranks", "x"):
+        assert found[name]["against_confidence"]["high"] < -0.05
 
 
 def test_the_picture_is_drawn(tmp_path):
