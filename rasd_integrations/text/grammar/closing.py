@@ -145,10 +145,8 @@ class CompletionSearch:
             # In a free string only what follows the quote matters.
             kind = name[name.index('"') :] if free and '"' in name and "\\" not in name else token
             if kind not in known:
-                known[kind] = None
-                if self._ends_by(matcher, [token], completion):
-                    known[kind] = [*completion]
-                elif searches < _MAX_SEARCHED:
+                known[kind] = self._same_end(matcher, token, completion, room - 1)
+                if known[kind] is None and searches < _MAX_SEARCHED:
                     searches += 1
                     known[kind] = self._completion_behind(matcher, token, room - 1, texts, start)
             if (behind := known[kind]) is not None:
@@ -166,6 +164,25 @@ class CompletionSearch:
         """Return True if ``completion`` completes the answer behind ``tokens`` too."""
         probe, run = matcher.deep_copy(), [*tokens, *completion]
         return probe.try_consume_tokens(run) == len(run) and bool(probe.is_accepting())
+
+    def _same_end(
+        self, matcher: LLMatcher, token: int, completion: Sequence[int], room: int
+    ) -> list[int] | None:
+        """Return an end of ``completion``'s text that completes the answer behind ``token`` too, if one is seen.
+
+        This saves most searches: of the tokens that need more than the completion itself, most begin it, or begin an
+        escape.
+        """
+        ends = [[*completion]]
+        if token in self._ending:
+            text, whole = self.text([token]), self.text([*completion])
+            begun = text[text.find('"') :] if '"' in text else ""
+            if begun and whole.startswith(begun):
+                ends.append(self._vocabulary.tokenize_str(whole[len(begun) :]))
+            if (len(text) - len(text.rstrip("\\"))) % 2 and "n" in self._ids:
+                ends.append([self._ids["n"], *completion])
+        fitting = (end for end in ends if len(end) <= room)
+        return next((end for end in fitting if self._ends_by(matcher, [token], end)), None)
 
     def _completion_behind(
         self, matcher: LLMatcher, token: int, room: int, texts: Sequence[str], start: JsonPosition

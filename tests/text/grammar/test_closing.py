@@ -244,3 +244,45 @@ def test_an_earlier_completion_saves_searches_and_changes_no_mask(kind, monkeypa
         counts.append(len(searches))
     assert masks[0] == masks[1]
     assert counts[0] < counts[1] or counts[1] <= 1
+
+
+@pytest.mark.parametrize("kind", sorted(DEEP))
+def test_an_end_of_the_completion_saves_searches_and_changes_no_mask(kind, monkeypatch):
+    """Masks are those of a search behind every token that needs more than the completion."""
+    compiler = GrammarCompiler(tiny_tokenizer(), VOCAB, {EOS})
+    search, searches = CompletionSearch._completion_behind, []
+    monkeypatch.setattr(
+        CompletionSearch, "_completion_behind", lambda *args: searches.append(1) or search(*args)
+    )
+    grammar = Grammar.json_schema(DEEP[kind])
+    least = len(compiler.state(grammar, room=4000)._steps[0].completion)
+    masks, counts = [], []
+    for saves in (True, False):
+        if not saves:
+            monkeypatch.setattr(CompletionSearch, "_same_end", lambda *_: None)
+        rnd, state, seen = random.Random(7), compiler.state(grammar, room=least + 30), []
+        searches.clear()
+        while not state.finished and len(seen) < least + 30:
+            seen.append(state.mask().tobytes())
+            may = np.flatnonzero(np.unpackbits(state.mask().view(np.uint8), bitorder="little"))
+            if (token := int(rnd.choice(may))) == EOS:
+                break
+            assert state.push(token)
+        masks.append(seen)
+        counts.append(len(searches))
+    assert masks[0] == masks[1]
+    assert counts[0] < counts[1] or counts[1] <= 1
+
+
+@pytest.mark.parametrize("written", ['{"title": "abc', '{"title": "abc\\\\n'])
+def test_quotes_and_escapes_in_a_string_need_no_search(written, monkeypatch):
+    """What is known to end the answer ends it behind them too."""
+    tokenizer = tiny_tokenizer()
+    compiler = GrammarCompiler(tokenizer, VOCAB, {EOS})
+    state = compiler.state(Grammar.json_schema(SCHEMA), room=120)
+    for token in tokenizer(written, add_special_tokens=False)["input_ids"]:
+        assert state.push(token)
+    monkeypatch.setattr(CompletionSearch, "_completion_behind", lambda *_: 1 / 0)
+    may = np.flatnonzero(np.unpackbits(state.mask().view(np.uint8), bitorder="little"))
+    assert state._steps[-1].completions
+    assert {ord('"'), ord("\\")} <= set(may)
