@@ -158,5 +158,6 @@ def advice(name: str, known: Collection[str]) -> str:
     # Only for options of a model or a call; other groups of options have names of their own.
     if name in _ADVICE and not {"temperature", "drafter", "dtype"}.isdisjoint(known):
         return _ADVICE[name]
-    near = difflib.get_close_matches(str(name), sorted(known), n=1)
+    swapped = [n for n in sorted(known) if sorted(n) == sorted(str(name))]
+    near = swapped or difflib.get_close_matches(str(name), sorted(known), n=1)
     return f"Did you mean {near[0]!r}?" if near else f"Valid ones: {', '.join(sorted(known))}."

@@ -280,15 +280,13 @@ class _Run:
         started = time.perf_counter()
         draft = self.constraints.restrict(chosen, longest if first is None else 0)
         rows = self.schedule.rows if self.drafting.is_on and not skip else 0
-        logits = self.steps.step(self.ids, draft, self.buffer, rows) if first is None else first
+        logits, theirs = (first, None) if first is not None else self._forward(draft, rows)
 
         # Verify.
-        logits = self.constraints.apply(logits, self.ids, draft)
-        plain = logits
-        if self.teacher is not None:
-            logits = self.teacher.join(
-                plain, draft, rows, lambda raw: self.constraints.apply(raw, self.ids, draft)
-            )
+        plain = logits = self.constraints.apply(logits, self.ids, draft)
+        if self.teacher is not None and theirs is not None:
+            theirs = self.constraints.apply(theirs, self.ids, draft)
+            logits = self.teacher.joined(plain, theirs, draft)
         verdict = self.verifier.verify(logits, draft, plain)
         step_s = self._tick("verify_s", started)
 
@@ -319,6 +317,12 @@ class _Run:
             off = why if {*sources} <= {SOURCE} else None
             self.on_step(StepRecord(block.token_ids, by, Counter(sources), off, draft_s, step_s))
         return block
+
+    def _forward(self, draft: Draft, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Run the step; return its logits, and the teacher's."""
+        if self.teacher is None:
+            return self.steps.step(self.ids, draft, self.buffer, rows), None
+        return self.teacher.step_with(self.steps, self.ids, draft, self.buffer, rows)
 
     def _leaves_step_to_others(self) -> bool:
         """Return if a draft would cost the other answers of the step: changes of width do."""

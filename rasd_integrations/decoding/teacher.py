@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rasd_integrations.decoding.steps import Steps
+from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import DecodingError
@@ -103,43 +104,56 @@ class Teacher:
             self._shared.model.window if full else max(self._shared.steps.room(len(self._ids)), 0)
         )
 
-    def join(
-        self, logits: Tensor, draft: Draft, rows: int, process: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Return the logits that the answer follows; the target's once the teacher's window is full.
+    def step_with(
+        self, steps: Steps, ids: Sequence[int], draft: Draft, buffer: KVBuffer, rows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the target's step by ``steps`` and the teacher's, as one forward if one model is both.
 
         Args:
-            logits: Of the target, ``[1 + len(draft), vocab]``, processed.
-            draft: Chain or tree, what the target has just run.
-            rows: Pad the teacher's step to this width.
-            process: Applies the answer's constraints to the teacher's logits.
+            steps: The target's.
+            ids: Prompt and answer as the target reads them.
+            draft: Chain or tree.
+            buffer: The target's keys and values.
+            rows: Pad the steps to this width.
 
-        Raises:
-            DecodingError: The rule returns no distribution.
+        Returns:
+            Logits ``[1 + len(draft), vocab]`` of the target, and of the teacher over the target's vocabulary; ``None``
+            once its window is full.
         """
-        if not self._is_full and self._shared.steps.room(len(self._ids)) < 0:
+        shared = self._shared
+        if not self._is_full and shared.steps.room(len(self._ids)) < 0:
             self._is_full = True
             self._stats.transfer_off_reason = "the teacher's window is full"
             self.close()
         if self._is_full:
-            return logits
-        return self._joined(logits, process(self._logits(draft, rows)), draft)
+            return steps.step(ids, draft, buffer, rows), None
+        own = self._current()
+        logits, theirs = steps.step_both(ids, buffer, shared.steps, self._ids, own, draft, rows)
+        missing = shared.vocab_size - theirs.shape[-1]
+        if missing:  # padding by less than nothing crops
+            theirs = torch.nn.functional.pad(theirs, (0, missing), value=float("-inf"))
+        return logits, theirs
 
-    def _logits(self, draft: Draft, rows: int) -> Tensor:
-        """Return the teacher's logits ``[1 + len(draft), vocab]`` over the target's vocabulary."""
-        lease, shared = self._lease, self._shared
-        if lease is None or (shared.model.is_long(self._ids) and not lease.buffer.long_rope):
+    def _current(self) -> KVBuffer:
+        """Return the keys and values, read again past the longrope border."""
+        lease = self._lease
+        if lease is None or (self._shared.model.is_long(self._ids) and not lease.buffer.long_rope):
             for _ in self.read():
                 pass
-            return self._logits(draft, rows)
-        logits = shared.steps.step(self._ids, draft, lease.buffer, rows)
-        missing = shared.vocab_size - logits.shape[-1]
-        if missing:  # padding by less than nothing crops
-            logits = torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
-        return logits
+            return self._current()
+        return lease.buffer
 
-    def _joined(self, logits: Tensor, own: Tensor, draft: Draft) -> Tensor:
-        """Return the logarithm of the joint distribution, not normalised; ``own``: the teacher's logits."""
+    def joined(self, logits: Tensor, own: Tensor, draft: Draft) -> Tensor:
+        """Return the logarithm of the joint distribution ``[1 + len(draft), vocab]``, not normalised.
+
+        Args:
+            logits: Of the target, processed.
+            own: Of the teacher, processed.
+            draft: What both ran.
+
+        Raises:
+            DecodingError: The rule returns no distribution.
+        """
         p = logits.float().softmax(-1)
         q = own.to(logits.device).float().softmax(-1).nan_to_num(0.0)  # NaN: no token was left
         q = q.masked_fill(logits == float("-inf"), 0.0)

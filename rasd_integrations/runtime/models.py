@@ -30,9 +30,8 @@ from rasd_integrations.loading import load_model
 from rasd_integrations.loading.gguf import LOADING
 from rasd_integrations.loading.identity import ModelIdentity, model_identity, weights_state
 from rasd_integrations.loading.options import load_options
-from rasd_integrations.process import has_lost_team
+from rasd_integrations.process import has_lost_team, in_own_thread
 from rasd_integrations.runtime.admission import shared_admission
-from rasd_integrations.runtime.own_thread import in_own_thread
 from rasd_integrations.storage.cache_folder import cache_folder, title_of
 
 _NOWHERE = CacheDir()

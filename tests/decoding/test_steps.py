@@ -314,7 +314,7 @@ def test_rows_of_both_kinds_are_kept_apart(tmp_path):
     shared = wrapped_model(model, tokenizer, "a", "auto")
     for deterministic, reused in ((True, 3 * PIECE), (False, 3 * PIECE)):
         files = shared._prefix_files(folder, deterministic=deterministic)
-        ids = normal._pipeline().template.encode_messages(prompt)
+        ids = normal._pipeline("prompt").template.encode_messages(prompt)
         found = PrefixCache(0, files).lease(ids, 600)
         assert reused <= found.reused < reused + PIECE, deterministic
         assert found.reused % PIECE == 0 or not deterministic

@@ -432,6 +432,35 @@ def test_fixed_steps_give_the_same_bits():
     assert all(text == texts[0] for text in texts)
 
 
+@pytest.mark.parametrize("limit", [1, 64])
+def test_a_step_without_a_draft_is_one_forward(limit, monkeypatch):
+    """Of both texts, where one model reads both and may batch; the answer is the same."""
+    target = TargetModel(tiny_llama())
+    target.max_batch_rows = limit
+    forwards, run = [], target._turns._run
+    monkeypatch.setattr(target._turns, "_run", lambda turns: forwards.append(turns) or run(turns))
+    assert decode("mixture", target, n=0) == known("mixture")[0]
+    widths = [[work.segment.rows for work in works] for turns in forwards for works in turns]
+    prefills, steps = widths[:2], widths[2:]
+    assert prefills == [[len(PROMPT) - 1], [len(OWN) - 1]]
+    assert steps == ([[1, 1]] * N if limit > 1 else [[1]] * 2 * N)
+
+
+def test_a_batch_that_fails_is_run_one_by_one():
+    """As the queue does with the steps of several answers."""
+    target = TargetModel(tiny_llama())
+    run = target._turns._run
+
+    def fails(turns):
+        if any(len(works) > 1 for works in turns):
+            msg = "no"
+            raise RuntimeError(msg)
+        return run(turns)
+
+    target._turns._run = fails
+    assert decode("mixture", target, n=0) == known("mixture")[0]
+
+
 def test_an_answer_that_is_left_returns_the_teachers_buffer():
     """Closing the stream releases both leases."""
     decoder = decoder_of("mixture", prefix_cache=PrefixCache(1 << 22))

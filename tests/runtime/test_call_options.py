@@ -104,6 +104,7 @@ def test_every_engine_option_is_handed_on(cls):
         "prefix_disk_bytes": 2048,
         "namespace": "tenant",
         "memory": False,
+        "mode": "route",
     }
     llm = cls(model=Path("models") / "m.gguf", num_draft_tokens=7, retrieval={"k": 32}, **given)
     made = {

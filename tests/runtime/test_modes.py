@@ -24,8 +24,15 @@ from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.langchain import ChatRASD
 from rasd_integrations.response_format import Grammar
-from rasd_integrations.runtime.modes import RewardGuided, Route, SpeculativeRAG, mode_name, mode_of
-from rasd_integrations.runtime.modes.base import Mode, Plain
+from rasd_integrations.runtime.modes import (
+    Mode,
+    Plain,
+    RewardGuided,
+    Route,
+    SpeculativeRAG,
+    mode_name,
+    mode_of,
+)
 from rasd_integrations.stats import DecodingStats
 
 DOCUMENT = " ".join(FACTS) + " " + "The list was printed in the harbour office of Arkona. " * 20

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from rasd_integrations.runtime.own_thread import in_own_thread
+from rasd_integrations.process import in_own_thread
 
 
 def test_it_returns_and_raises_what_the_work_does():
@@ -21,7 +21,7 @@ def test_it_returns_and_raises_what_the_work_does():
 
 CTRL_C = """
 import os, signal, threading, time
-from rasd_integrations.runtime.own_thread import in_own_thread
+from rasd_integrations.process import in_own_thread
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore Ctrl-C
 started = threading.Event()
 def convert():
