@@ -17,7 +17,7 @@ from rasd_integrations.config import ContextMode, check_value
 from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.prompting import Prompt, PromptHints
 from rasd_integrations.runtime.pipeline import Gate, Pipeline, Request, encode, joined
-from rasd_integrations.runtime.together import as_they_end
+from rasd_integrations.runtime.together import until_left, with_beats
 from rasd_integrations.stats import Candidate, DecodingStats, Reward
 from rasd_integrations.types import Chunk, TextDelta
 
@@ -36,6 +36,7 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL_WITHIN = 160  # characters; later a "not" is part of an answer
+_BEAT_S = 0.05
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -127,8 +128,11 @@ class Route(Mode):
         stats: DecodingStats,
     ) -> Generator[TextDelta, None, None]:
         with closing(second):
+            deltas: list[TextDelta] = []
             with closing(first):
-                deltas = list(first)
+                for delta in first:
+                    deltas.append(delta)
+                    yield TextDelta("")  # a consumer that left is noticed here
             doubt = self.doubt(None, joined(deltas).text, tried)
             if doubt is None:
                 stats.add(tried)
@@ -223,8 +227,16 @@ class SpeculativeRAG(Mode):
     ) -> Generator[TextDelta, None, None]:
         from rasd_integrations.decoding.scoring import scores
 
-        jobs: list[Callable[[], list[TextDelta]]] = [partial(list, answer) for answer in answers]
-        found = dict(as_they_end(jobs, len(jobs)))
+        jobs: list[Callable[[], list[TextDelta]]] = [
+            partial(list, until_left(answer)) for answer in answers
+        ]
+        found: dict[int, list[TextDelta]] = {}
+        with closing(with_beats(jobs, len(jobs), _BEAT_S)) as ended:
+            for one in ended:
+                if one is None:
+                    yield TextDelta("")  # a consumer that left is noticed here
+                else:
+                    found[one[0]] = one[1]
         texts = [joined(found[n]) for n in range(len(jobs))]
         prompt = encode(pipeline.template, request.prompt, request.tools)
         given_all = scores(

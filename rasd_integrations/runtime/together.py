@@ -24,7 +24,19 @@ _left: ContextVar[tuple[threading.Event, ...]] = ContextVar("rasd_left", default
 def as_they_end(
     jobs: Sequence[Callable[[], _T]], limit: int
 ) -> Generator[tuple[int, _T], None, None]:
+    """Yield each job's number and result as it ends: :func:`with_beats` without beats."""
+    with closing(with_beats(jobs, limit)) as found:
+        for one in found:
+            if one is not None:
+                yield one
+
+
+def with_beats(
+    jobs: Sequence[Callable[[], _T]], limit: int, beat_s: float | None = None
+) -> Generator[tuple[int, _T] | None, None, None]:
     """Run ``jobs`` in at most ``limit`` threads and yield each one's number and result as it ends.
+
+    With ``beat_s`` also ``None``, each time so many seconds passed: a consumer that left is noticed between.
 
     The first error is raised. It, an interrupt, or a caller that leaves ends the others within a step, through
     :func:`until_left`. A pool of ``concurrent.futures`` would wait for whole answers, also at the end of the process.
@@ -46,7 +58,12 @@ def as_they_end(
             context.run(_left.set, (*_left.get(), left))
             workers.run(partial(context.run, work, number, job))
         for _ in jobs:
-            number, result, error = ended.get()
+            while True:
+                try:
+                    number, result, error = ended.get(timeout=beat_s)
+                    break
+                except Empty:
+                    yield None
             if error is not None:
                 try:
                     raise error

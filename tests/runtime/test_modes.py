@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -159,6 +161,27 @@ def test_a_stream_that_is_left_closes_both_answers():
         stream.close()
         cache = rasd._engine.decoder().prefix_cache
         assert [entry.in_use for entry in cache._entries if entry.in_use] == []
+
+
+@pytest.mark.parametrize("mode", [Route(1.0), SpeculativeRAG(3)], ids=["route", "ranked"])
+def test_a_consumer_that_leaves_ends_the_answers_that_are_not_shown(mode):
+    """Within a step, also while nothing is to be seen of them yet."""
+    rasd = made(mode=mode)
+    steps, run = [], rasd._engine.decoder().target._turns._run
+    rasd._engine.decoder().target._turns._run = lambda turns: steps.append(1) or run(turns)
+
+    async def leave():
+        stream = rasd.astream(PROMPT, replace(PARAMS, max_tokens=4000), hints=HINTS)
+        async for delta in stream:
+            assert delta.text == ""
+            break
+        await stream.aclose()
+
+    asyncio.run(leave())
+    time.sleep(0.2)
+    seen = len(steps)
+    time.sleep(0.3)
+    assert len(steps) == seen < 1000
 
 
 # --- Speculative RAG ---
