@@ -104,4 +104,4 @@ def joint(
         target._prepared(ids, parents, buffer, len(ids))
         for (ids, parents), buffer in zip(drafts, buffers, strict=True)
     ]
-    return _forward(target._executor, works)
+    return [logits for (logits,) in _forward(target._executor, [(work,) for work in works])]
