@@ -85,13 +85,14 @@ class StepwiseDecoder(SpeculativeDecoder):
                 ids, params, context=context, stats=stats, namespace=namespace, config=config,
                 grammar=grammar, on_step=on_step,
             )  # fmt: skip
-        return self._steps(ids, list(own), settled, stats, namespace, config)
+        return self._steps(ids, list(own), settled, context, stats, namespace, config)
 
     def _steps(
         self,
         ids: list[int],
         own: list[int],
         params: Sampling,
+        context: DraftContext,
         stats: DecodingStats,
         namespace: str,
         config: SpeculationConfig | None,
@@ -115,9 +116,13 @@ class StepwiseDecoder(SpeculativeDecoder):
                     step = self._decode([*answer, *block.token_ids])[len(before) :]
                     kept = self._keeps(before, step)
                 if not kept:
+                    read = context.drafter_prompt_ids
                     written = self._inner.generate(
-                        [*ids, *answer], rest, stats=stats, namespace=namespace, config=config
-                    )
+                        [*ids, *answer], rest, stats=stats, namespace=namespace, config=config,
+                        context=replace(
+                            context, drafter_prompt_ids=None if read is None else (*read, *answer)
+                        ),
+                    )  # fmt: skip
                     block = yield from self._step(written, answer)
                 answer += block.token_ids
                 stats.generated_tokens = len(answer)

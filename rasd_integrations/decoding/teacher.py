@@ -48,7 +48,7 @@ class TeacherModel:
         stats: DecodingStats,
     ) -> Teacher | None:
         """Return the teacher of one answer; ``None``, with the reason in ``stats``, if it has nothing to read."""
-        stats.tv_bound = 0.0
+        stats.tv_bound = stats.tv_bound or 0.0  # an answer may be decoded in several parts
         own = context.drafter_prompt_ids
         ids = own if own is not None or self.needs_own_prompt else prompt_ids
         if ids is None:

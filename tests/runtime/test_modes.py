@@ -279,7 +279,7 @@ def test_steps_that_are_always_kept_are_the_teachers_answer():
 
 
 def test_each_step_goes_on_from_what_was_kept():
-    """Whoever wrote it: the other model's next step continues the text."""
+    """The next step, by either model, continues the text."""
     both = [written(RewardGuided(lambda step, n=n: n, ends="\x00")).text for n in (0.0, 1.0)]
     shared = Counter(both[0][2:-8]) & Counter(both[1][2:-8])
     ends, seen = next(c for c, _ in shared.most_common() if c.isprintable() and c != " "), []
@@ -298,6 +298,21 @@ def test_each_step_goes_on_from_what_was_kept():
         if after.startswith(before + step):
             assert ends in step
     assert answer.text.startswith(seen[-1][0])
+
+
+def test_steps_of_the_target_follow_the_transfer_rule():
+    """Written in steps, the answer is that of knowledge transfer; its bound counts tokens behind a step's end too."""
+    soon = RetrievalConfig(gate_tokens=64, chunk_tokens=64, max_share=0.3)
+    joined = asked(made(knowledge_transfer="mixture", retrieval=soon), params=LONG)
+    ends = next(
+        c
+        for c, n in Counter(joined.text[1:-1]).most_common()
+        if c.isprintable() and c != " " and n >= 2
+    )
+    answer = written(RewardGuided(lambda step: 0.0, ends=ends), knowledge_transfer="mixture")
+    assert len(answer.stats.rewards) > 1
+    assert answer.text == joined.text != asked(made(), params=LONG).text
+    assert answer.stats.tv_bound >= joined.stats.tv_bound > 0
 
 
 @pytest.mark.parametrize("drafting", [True, False])
