@@ -54,6 +54,7 @@ class Documents:
         self._rows = [json.loads(line) for line in lines]
         self._template, self._embed = template, MiniLM()
         self._chunks: dict[int, tuple[list[str], torch.Tensor]] = {}
+        self._asked: tuple[Question | None, torch.Tensor] = None, torch.empty(0)
         wanted = [n for n in range(len(lines)) if half == "all" or n % 2 == HALVES.index(half)]
         self.questions = [
             Question(task, n, i, text.strip(), reference.strip())
@@ -82,16 +83,26 @@ class Documents:
         """
         if retrieval == "empty":
             return self._prompt("", question)
-        texts, vectors = self._chunked(question.document)
-        near = vectors @ torch.tensor(self._embed([question.text]))[0]
-        order = near.argsort(descending=retrieval == "good").tolist()[skip : skip + k]
+        texts, _ = self._chunked(question.document)
+        order = (
+            self._nearness(question)
+            .argsort(descending=retrieval == "good")
+            .tolist()[skip : skip + k]
+        )
         return self._prompt("\n\n".join(texts[n] for n in sorted(order)), question)
 
     def near(self, question: Question, k: int) -> list[float]:
         """Return the cosines of the nearest chunk and the k-th nearest."""
-        _, vectors = self._chunked(question.document)
-        ranked = (vectors @ torch.tensor(self._embed([question.text]))[0]).sort(descending=True)[0]
+        ranked = self._nearness(question).sort(descending=True)[0]
         return [round(float(ranked[min(n, len(ranked) - 1)]), 4) for n in (0, max(k - 1, 0))]
+
+    def _nearness(self, question: Question) -> torch.Tensor:
+        """Return the cosine of each chunk of the document; embedded once for all settings of a question."""
+        if self._asked[0] is not question:
+            _, vectors = self._chunked(question.document)
+            found = vectors @ torch.tensor(self._embed([question.text]))[0]
+            self._asked = question, found
+        return self._asked[1]
 
     def _prompt(self, text: str, question: Question) -> list[int]:
         content = f"{text}\n\n{_ASK}{question.text}".strip()

@@ -87,7 +87,8 @@ class Steps:
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         """Run :meth:`step` with one ``draft`` behind two texts, the second by ``other``."""
-        if other._target is not self._target or len(draft) or rows > 1:
+        shares = other._target is self._target and not self.is_fixed
+        if not shares or len(draft) or rows > 1:
             first = self.step(ids, draft, buffer, rows)
             return first, other.step(other_ids, draft, other_buffer, rows)
         return self._target.step_both(ids[-1:], buffer, other_ids[-1:], other_buffer)
@@ -166,20 +167,6 @@ class FixedSteps(Steps):
         logits = self._run(window, WIDTH, buffer, WIDTH)
         buffer.commit(range(last - start))  # the same bits as before
         return logits[last - start : len(window)]
-
-    def step_both(
-        self,
-        ids: Sequence[int],
-        buffer: KVBuffer,
-        other: Steps,
-        other_ids: Sequence[int],
-        other_buffer: KVBuffer,
-        draft: Draft,
-        rows: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Run one step after the other: they never share a forward."""
-        first = self.step(ids, draft, buffer, rows)
-        return first, other.step(other_ids, draft, other_buffer, rows)
 
     def _run(self, ids: Sequence[int], rows: int, buffer: KVBuffer, num_logits: int) -> Tensor:
         padded = [*ids, *[_PADDING] * (rows - len(ids))]

@@ -218,6 +218,18 @@ def test_whatever_is_written_is_closed_in_time(kind):
         json.loads(tokenizer.decode(written), strict=False)
 
 
+def walked(state, seed, most):
+    """Return the masks along a random way of at most so many tokens."""
+    rnd, seen = random.Random(seed), []
+    while not state.finished and len(seen) < most:
+        seen.append(state.mask().tobytes())
+        may = np.flatnonzero(np.unpackbits(state.mask().view(np.uint8), bitorder="little"))
+        if (token := int(rnd.choice(may))) == EOS:
+            break
+        assert state.push(token)
+    return seen
+
+
 @pytest.mark.parametrize("kind", sorted(DEEP))
 def test_an_earlier_completion_saves_searches_and_changes_no_mask(kind, monkeypatch):
     """Masks are those of a search at every token whose room may be short."""
@@ -232,15 +244,8 @@ def test_an_earlier_completion_saves_searches_and_changes_no_mask(kind, monkeypa
     for keeps in (True, False):
         if not keeps:
             monkeypatch.setattr(CompletionSearch, "rest_of", lambda *_: None)
-        rnd, state, seen = random.Random(5), compiler.state(grammar, room=least + 150), []
         searches.clear()
-        while not state.finished and len(seen) < least + 60:
-            seen.append(state.mask().tobytes())
-            may = np.flatnonzero(np.unpackbits(state.mask().view(np.uint8), bitorder="little"))
-            if (token := int(rnd.choice(may))) == EOS:
-                break
-            assert state.push(token)
-        masks.append(seen)
+        masks.append(walked(compiler.state(grammar, room=least + 150), 5, least + 60))
         counts.append(len(searches))
     assert masks[0] == masks[1]
     assert counts[0] < counts[1] or counts[1] <= 1
@@ -264,15 +269,8 @@ def test_an_end_of_the_completion_changes_no_mask(kind, monkeypatch):
     for saves in (True, False):
         if not saves:
             monkeypatch.setattr(CompletionSearch, "_same_end", completion_alone)
-        rnd, state, seen = random.Random(7), compiler.state(grammar, room=least + 30), []
         searches.clear()
-        while not state.finished and len(seen) < least + 30:
-            seen.append(state.mask().tobytes())
-            may = np.flatnonzero(np.unpackbits(state.mask().view(np.uint8), bitorder="little"))
-            if (token := int(rnd.choice(may))) == EOS:
-                break
-            assert state.push(token)
-        masks.append(seen)
+        masks.append(walked(compiler.state(grammar, room=least + 30), 7, least + 30))
         counts.append(len(searches))
     assert masks[0] == masks[1]
     assert counts[0] <= counts[1]
