@@ -17,6 +17,8 @@ from rasd_integrations.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch import Tensor
 
+LAST_TOKENS = 32
+"""Tokens of the answer whose gains a rule sees."""
 _LOSSLESS = "none"
 _OBJECT = "<transfer rule: "
 
@@ -29,11 +31,13 @@ class TransferState:
         answer: Committed tokens of the answer.
         drafted: For each row the drafted tokens between them and the row's own token.
         temperature: Of the call; 0 is greedy.
+        gains: For each row log p - log q of the answer's tokens before it, drafted ones too; the last 32.
     """
 
     answer: Sequence[int] = ()
     drafted: Sequence[Sequence[int]] = ()
     temperature: float = 0.0
+    gains: Sequence[Sequence[float]] = ()
 
 
 class TransferRule(Protocol):
@@ -100,6 +104,42 @@ class Confidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Agreement:
+    """Join as "confidence" does, and trust more the model that foresaw the answer's last tokens.
+
+    w = 1 / (1 + exp(H(p) - H(q) - strength * sum_k decay^k (log p - log q of the k-th token back)))
+
+    Attributes:
+        strength: Of the last tokens; 0 is "confidence".
+        decay: Share of a token's say that is left one token later, in [0, 1].
+    """
+
+    strength: float = 0.25
+    decay: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check(0 <= self.strength < math.inf, "strength", self.strength, "at least 0, and finite")
+        _check(0 <= self.decay <= 1, "decay", self.decay, "in [0, 1]")
+
+    def __call__(self, p: Tensor, q: Tensor, state: TransferState, /) -> Tensor:
+        """Return the mixture."""
+        past = p.new_tensor([self._past(gains) for gains in state.gains] or [0.0])[:, None]
+        weight = (_entropy(q) - _entropy(p) + self.strength * past).sigmoid()
+        return q + weight * (p - q)
+
+    def _past(self, gains: Sequence[float]) -> float:
+        past = 0.0
+        for gain in gains:
+            past = self.decay * past + gain
+        return past
+
+    def __str__(self) -> str:
+        """Return the name that the option takes."""
+        return f"agreement:{self.strength:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Rapid:
     """Shift the target's logits by eta * (q - p): RAPID (arXiv 2502.20330, section 3.3, and its code's guard).
 
@@ -139,6 +179,7 @@ class Rapid:
 _RULES: Mapping[str, Callable[..., TransferRule]] = {
     "confidence": Confidence,
     "cautious": lambda least=0.5: Confidence(least),
+    "agreement": Agreement,
     "mixture": Mixture,
     "rapid": Rapid,
 }
@@ -179,10 +220,12 @@ def transfer_rule(spec: Any, option: str = "knowledge_transfer") -> TransferRule
 
 
 def rule_name(spec: Any) -> str | None:
-    """Return ``spec`` as settings and cache keys hold it; a function, which cannot be read back, is marked as one."""
+    """Return ``spec`` as settings and cache keys hold it; what its text cannot say, as a function, is marked."""
     rule = transfer_rule(spec)
-    if rule is None or isinstance(rule, Confidence | Mixture | Rapid):
-        return None if rule is None else str(rule)
+    if rule is None:
+        return None
+    if isinstance(rule, Agreement | Confidence | Mixture | Rapid):
+        return str(rule) if transfer_rule(str(rule)) == rule else f"{_OBJECT}{rule!r}>"
     name = getattr(rule, "__qualname__", type(rule).__qualname__)
     return f"{_OBJECT}{name}>"
 

@@ -9,6 +9,7 @@ from fakes_transfer import NAMES, stated
 from rasd_integrations.config import SpeculationConfig
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.transfer import (
+    Agreement,
     Confidence,
     Mixture,
     Rapid,
@@ -71,6 +72,21 @@ def test_the_surer_model_has_the_larger_weight():
     assert (cautious - unsure).abs().sum() <= 0.5 * (flipped - unsure).abs().sum() + 1e-6
 
 
+def test_the_model_that_foresaw_the_last_tokens_has_the_larger_weight():
+    """Each row by its own tokens, the last of them most; without any as "confidence"."""
+    p, q = (d[:4] for d in pairs())
+    told = [(), (2.0,), (2.0, 0.0), (2.0, -3.0)]
+    joint = Agreement(0.5, 0.5)(p, q, TransferState(gains=told))
+    rows = [
+        stated("agreement:0.5", p[i], q[i], greedy=True, gains=[past])
+        for i, past in enumerate([0.0, 2.0, 1.0, -2.0])
+    ]
+    torch.testing.assert_close(joint, torch.stack(rows).float(), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(Agreement()(p, q, GREEDY), Confidence()(p, q, GREEDY))
+    with pytest.raises(ConfigurationError, match=r"decay is 1.5, but must be in \[0, 1\]"):
+        Agreement(decay=1.5)
+
+
 @pytest.mark.parametrize("spec", [None, "none"])
 def test_no_rule_is_lossless(spec):
     """Both ways to say so."""
@@ -85,6 +101,8 @@ def test_no_rule_is_lossless(spec):
         ("confidence", Confidence(0.0)),
         ("cautious", Confidence(0.5)),
         ("cautious:0.6", Confidence(0.6)),
+        ("agreement", Agreement(0.25, 0.8)),
+        ("agreement:1", Agreement(1.0, 0.8)),
         ("mixture", Mixture(0.5)),
         ("mixture:0.75", Mixture(0.75)),
         ("rapid", Rapid(10.0)),
@@ -96,6 +114,14 @@ def test_a_rule_is_named(spec, rule):
     """By a text or an object; what settings hold names it again."""
     assert transfer_rule(spec) == rule == transfer_rule(rule_name(spec))
     assert not SpeculationConfig(knowledge_transfer=spec).lossless
+
+
+@pytest.mark.parametrize("rule", [Rapid(10.0, guard=0.05), Agreement(decay=0.5), Mixture(1 / 3)])
+def test_numbers_that_no_name_says_are_told_apart(rule):
+    """Else a cache would give the answer of another rule."""
+    assert rule_name(rule) == f"<transfer rule: {rule!r}>"
+    with pytest.raises(ConfigurationError, match="<transfer rule: "):
+        transfer_rule(rule_name(rule))
 
 
 def mine(p, q, state):
@@ -113,7 +139,7 @@ def test_a_function_is_a_rule_and_settings_mark_it():
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("cautios", "'confidence', 'cautious', 'mixture', 'rapid'"),
+        ("cautios", "'confidence', 'cautious', 'agreement', 'mixture', 'rapid'"),
         (10.0, "give 'rapid:10.0'"),
         (0, "knowledge_transfer is 0, but must be None"),
         (True, "knowledge_transfer is True"),
@@ -125,6 +151,8 @@ def test_a_function_is_a_rule_and_settings_mark_it():
         ("rapid:nan", "eta is nan"),
         ("mixture:1.5", r"weight is 1.5, but must be in \[0, 1\]"),
         ("cautious:2", "least is 2.0"),
+        ("agreement:-1", "strength is -1.0"),
+        ("agreement:inf", "strength is inf"),
     ],
 )
 def test_what_is_no_rule_is_refused(spec, said):

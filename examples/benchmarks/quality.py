@@ -29,7 +29,7 @@ from tasks import data_or_exit
 from rasd_integrations.demo.models import demo_model
 
 TASKS = ("scientific_qa", "multidoc_qa")
-ANSWERED = (TARGET, CHUNKS, "rapid 10", "mixture 0.5", "confidence", "cautious")
+ANSWERED = (TARGET, CHUNKS, "rapid 10", "mixture 0.5", "confidence", "cautious", "agreement")
 UNDRAFTED = ", undrafted"
 _SETS, _REFERENCE_TOKENS = 3, 64
 

@@ -20,6 +20,8 @@ from rasd_integrations.runtime.models import SharedModel, shared_model
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.prompt.template import ChatTemplate
 from rasd_integrations.transfer import (
+    LAST_TOKENS,
+    Agreement,
     Confidence,
     Mixture,
     Rapid,
@@ -54,6 +56,7 @@ RULES: Mapping[str, TransferRule] = {
     "confidence": Confidence(),
     "entropy ratio": ratio,
     "cautious": Confidence(0.5),
+    "agreement": Agreement(),
 }
 TARGET, CHUNKS, BEST = "target", "chunks alone", "best of three"
 
@@ -126,7 +129,10 @@ class Pair:
 
         log_p, log_q = logs(p), logs(q)
         nats = {TARGET: -float(log_p.sum()), CHUNKS: -float(log_q.sum())}
-        nats |= {name: -float(logs(rule(p, q, _STATE)).sum()) for name, rule in RULES.items()}
+        gains = (log_p - log_q).tolist()
+        past = [gains[max(i - LAST_TOKENS, 0) : i] for i in range(len(ids))]
+        state = TransferState(gains=past)
+        nats |= {name: -float(logs(rule(p, q, state)).sum()) for name, rule in RULES.items()}
         rows = torch.stack([log_p, log_q, entropy(p), entropy(q)], -1)
         tokens = [[round(x, 4) for x in row] for row in rows.tolist()]
         more = {name: self._rows(prompt, ids, True) for name, prompt in others.items()}

@@ -15,8 +15,10 @@ from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import DecodingError
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.transfer import TransferRule, TransferState
+from rasd_integrations.transfer import LAST_TOKENS, TransferRule, TransferState
 from rasd_integrations.types import Draft, DraftContext
+
+_LEAST = 1e-12  # of a probability, so that its logarithm is finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ class Teacher:
         self._ids, self._num_prompt = list(prompt), len(prompt)
         self._lease: Lease | None = None
         self._kept = 0  # tokens that a later prompt may reuse
+        self._gains: tuple[float, ...] = ()  # log p - log q of the last tokens
+        self._p = self._q = torch.empty(0)  # of the last step
 
     def read(self) -> Iterator[None]:
         """Prefill the prompt and what was committed since; other answers run between yields."""
@@ -159,10 +163,16 @@ class Teacher:
         q = q.masked_fill(logits == float("-inf"), 0.0)
         total = q.sum(-1, keepdim=True)
         q = torch.where(total > 0, q / total, p)
+        self._p, self._q = p, q
         paths: list[tuple[int, ...]] = [()]
-        for parent, token in zip(draft.parent_of, draft.token_ids, strict=True):
-            paths.append((*paths[parent + 1], token))
-        state = TransferState(tuple(self._ids[self._num_prompt :]), paths, self._temperature)
+        gains = [self._gains]
+        before = [parent + 1 for parent in draft.parent_of]
+        gained = self._gained(before, draft.token_ids)
+        for row, token, gain in zip(before, draft.token_ids, gained, strict=True):
+            paths.append((*paths[row], token))
+            gains.append((*gains[row], gain)[-LAST_TOKENS:])
+        answer = tuple(self._ids[self._num_prompt :])
+        state = TransferState(answer, paths, self._temperature, gains)
         try:
             joint = self._rule(p, q, state)
             fits = joint.shape == p.shape and bool((joint >= 0).all())
@@ -177,10 +187,18 @@ class Teacher:
             raise DecodingError(msg)
         return joint.log()
 
+    def _gained(self, rows: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """Return log p - log q of ``tokens``, each by its row of the last step."""
+        p, q = (d[[*rows], [*tokens]].clamp(min=_LEAST).log() for d in (self._p, self._q))
+        gained: list[float] = (p - q).tolist()
+        return gained
+
     def commit(self, accepted: Sequence[int], tokens: Sequence[int]) -> None:
         """Keep the accepted nodes of the last step; ``tokens`` are those committed, the last one new."""
         if self._lease is not None:
-            self._lease.buffer.commit([0, *(1 + node for node in accepted[: len(tokens) - 1])])
+            rows = [0, *(1 + node for node in accepted[: len(tokens) - 1])]
+            self._lease.buffer.commit(rows)
+            self._gains = (*self._gains, *self._gained(rows, tokens))[-LAST_TOKENS:]
         self._ids.extend(tokens)
 
     def close(self) -> None:

@@ -148,7 +148,7 @@ class FrameworkModel(BaseModel, ABC):
     knowledge_transfer: SkipValidation[Any] = _engine(
         None,
         'Joins the answer with what a drafter model, or the target itself, says on the retrieved chunks: "cautious", '
-        '"confidence", "mixture", "rapid", or a TransferRule; None is lossless.',
+        '"confidence", "agreement", "mixture", "rapid", or a TransferRule; None is lossless.',
     )
     deterministic: bool = _engine(
         False, "The same call gives the same text, whatever was cached, drafted or batched; slower."

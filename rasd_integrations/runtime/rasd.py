@@ -88,7 +88,7 @@ class RASD:
             executor: What runs steps: ``"eager"`` torch, ``"openvino"``, ``"openvino-kv8"``, ``"cuda-graphs"``.
             context: What the target reads: ``"prompt"`` as sent, or the ``"documents"`` of its chunks.
             knowledge_transfer: Joins the target's distribution with that of the drafter model, or of the target
-                itself, on the retrieved chunks: "cautious", "confidence", "mixture", "rapid", or a
+                itself, on the retrieved chunks: "cautious", "confidence", "agreement", "mixture", "rapid", or a
                 :class:`~rasd_integrations.transfer.TransferRule`; ``None`` is lossless.
             deterministic: The same call gives the same text, whatever was cached, drafted or batched.
             model_kwargs: Passed to ``from_pretrained``.

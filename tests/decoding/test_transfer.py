@@ -14,7 +14,7 @@ from drafting import filled, random_ids
 from fakes import ScriptedDrafter
 from fakes_distributions import distance, outcomes
 from fakes_grammar import TableGrammar, banded
-from fakes_transfer import NAMES, stated, teacher_of
+from fakes_transfer import NAMES, gain, stated, teacher_of
 from tiny import FAMILIES, VOCAB, tiny_llama
 
 from rasd_integrations.config import SamplingParams, SpeculationConfig
@@ -75,15 +75,16 @@ def logits_after(model: TargetModel, ids: list[int]) -> torch.Tensor:
 @torch.no_grad()
 def expected_greedy(name: str, target: TargetModel, teacher: TargetModel, ids=PROMPT, own=OWN):
     """Return the answer token by token, and how many tokens the target would have chosen otherwise."""
-    answer, changed = [], 0
+    answer, gains, changed = [], [], 0
     for _ in range(N):
         p, q = (
             logits_after(model, [*prompt, *answer]).softmax(-1)
             for model, prompt in ((target, ids), (teacher, own))
         )
-        token = int(stated(name, p, q, greedy=True).argmax())
+        token = int(stated(name, p, q, greedy=True, gains=gains).argmax())
         changed += token != int(p.argmax())
         answer.append(token)
+        gains.append(gain(p, q, token))
     return answer, changed
 
 
@@ -188,14 +189,15 @@ def sampled_distribution(name: str, temperature: float) -> dict[tuple[int, ...],
     """Return the probabilities of all answers of three tokens; the temperature applies to the joint distribution."""
     expected = {}
     for ids in itertools.product(range(3), repeat=3):
-        chance = 1.0
+        chance, gains = 1.0, []
         for i, token in enumerate(ids):
             p, q = (
                 logits_after(small(seed), [*prompt, *ids[:i]]).softmax(-1)
                 for seed, prompt in ((4, SMALL), (5, SMALL[-12:]))
             )
-            joint = stated(name, p, q, greedy=False) ** (1 / temperature)
+            joint = stated(name, p, q, greedy=False, gains=gains) ** (1 / temperature)
             chance *= float(joint[token] / joint.sum())
+            gains.append(gain(p, q, token))
         expected[ids] = chance
     return expected
 
@@ -209,10 +211,11 @@ SAMPLED_DRAFTERS = {
 
 SAMPLED = [
     pytest.param(name, kind, temperature, marks=[pytest.mark.slow] if "drawn" in kind else [])
-    for name in ("confidence", "cautious", "mixture:0.75", "rapid")
+    for name in ("confidence", "cautious", "agreement:1", "mixture:0.75", "rapid")
     for kind in SAMPLED_DRAFTERS
     for temperature in (1.0, TEMPERATURE)
-    if "drawn" not in kind or (name in ("confidence", "rapid") and temperature == TEMPERATURE)
+    if "drawn" not in kind
+    or (name in ("confidence", "agreement:1", "rapid") and temperature == TEMPERATURE)
 ]
 
 
@@ -237,7 +240,7 @@ def test_sampled_answers_follow_the_rule(name, kind, temperature, oracle):
     assert distance(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["confidence", "rapid"])
+@pytest.mark.parametrize("name", ["confidence", "agreement:1", "rapid"])
 def test_the_reported_distance_is_the_total_variation(name):
     """Of the distributions that are drawn from, summed over the answer's tokens."""
     params = SamplingParams(
@@ -245,14 +248,15 @@ def test_the_reported_distance_is_the_total_variation(name):
     )
     stats = DecodingStats()
     ids = decode(name, n=3, params=params, drafter=SuffixDrafter(), stats=stats)
-    total = 0.0
-    for i in range(len(ids)):
+    total, gains = 0.0, []
+    for i, token in enumerate(ids):
         with torch.no_grad():
             p, q = (
                 logits_after(target_of(), [*prompt, *ids[:i]]).softmax(-1)
                 for prompt in (PROMPT, OWN)
             )
-        drawn = [truncated(d) for d in (stated(name, p, q, greedy=False), p)]
+        drawn = [truncated(d) for d in (stated(name, p, q, greedy=False, gains=gains), p)]
+        gains.append(gain(p, q, token))
         total += 0.5 * float((drawn[0] - drawn[1]).abs().sum())
     assert stats.tv_bound == pytest.approx(total, abs=1e-4)
     assert 0 < stats.changed_share < 1
@@ -384,6 +388,34 @@ def test_a_rule_of_ones_own_sees_the_context():
     assert {tuple(truth[:i]) for i in range(N)} <= set(seen)
 
 
+def test_a_rule_sees_how_likely_both_models_thought_the_last_tokens():
+    """The last 32 on the way to each row, whatever was drafted there."""
+    params, seen = replace(GREEDY, max_tokens=44), {}
+
+    def rule(p, q, state):
+        for path, gains in zip(state.drafted, state.gains, strict=True):
+            seen[(*state.answer, *path)] = gains
+        return p
+
+    truth = decode(None, n=0, params=params)
+    tree = ScriptedDrafter(fakes.as_tree(fakes.partly_right(truth, VOCAB), VOCAB))
+    assert decode(rule, drafter=tree, params=params) == truth
+    wrong = [ids for ids in seen if ids != tuple(truth[: len(ids)])]
+    assert len(wrong) > 5
+    for ids in [*wrong, *(tuple(truth[:i]) for i in range(44))]:
+        with torch.no_grad():
+            p, q = (
+                target_of().model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+                for prompt in (PROMPT, OWN)
+            )
+        ratio = p.double().log_softmax(-1) - q.double().log_softmax(-1)
+        expected = ratio[range(len(ids)), list(ids)][-32:]
+        torch.testing.assert_close(
+            torch.tensor(seen[ids], dtype=torch.float64), expected, atol=1e-3, rtol=0
+        )
+    assert known("agreement:1") != known("confidence")
+
+
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
@@ -422,14 +454,15 @@ def test_a_teacher_that_is_not_a_number_is_ignored():
     assert stats.tv_bound == 0.0
 
 
-def test_fixed_steps_give_the_same_bits():
+@pytest.mark.parametrize("rule", ["cautious", "agreement:1"])
+def test_fixed_steps_give_the_same_bits(rule):
     """With deterministic steps of both models a draft changes no bit, in bfloat16 either."""
     target = TargetModel(tiny_llama().to(torch.bfloat16))
     steps = FixedSteps(target)
     teacher = replace(teacher_of(target), steps=steps)
     params = replace(GREEDY, temperature=0.8, seed=2)
     texts = [
-        decode("cautious", target, drafter, n, params=params, teacher=teacher, steps=steps)
+        decode(rule, target, drafter, n, params=params, teacher=teacher, steps=steps)
         for n in (0, 1, 7)
         for drafter in (SuffixDrafter(), ScriptedDrafter(fakes.random_tokens(VOCAB)))
     ]
