@@ -57,16 +57,17 @@ class SpeculativeDecoder:
         self.config = config or SpeculationConfig()
         self.prefix_cache = PrefixCache(0) if prefix_cache is None else prefix_cache
         self.keeps_hidden = self.drafter is not None and self.drafter.needs.hidden
+        if self.keeps_hidden:
+            target.check_stateless("A drafter of hidden states")
         self.steps = steps or Steps(target)
         self.teacher = teacher
         # Of the last answer, with and without a teacher, whose steps take longer.
         self.schedule_states = {False: ScheduleState(), True: ScheduleState()}
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that a stream keeps of each token."""
+    def nbytes(self, tokens: int) -> int:
+        """Return the bytes that an answer keeps of a text of ``tokens``."""
         own = self.target.hidden_bytes_per_token if self.keeps_hidden else 0
-        return self.target.kv_bytes_per_token + own
+        return tokens * (self.target.kv_bytes_per_token + own) + self.target.state_bytes
 
     def lease(self, ids: Sequence[int], capacity: int, namespace: str) -> Lease:
         """Return a buffer for ``ids`` that keeps what the drafter reads."""
@@ -136,7 +137,14 @@ class SpeculativeDecoder:
 
         Raises:
             PromptTooLongError: More ids than the window holds.
+            ConfigurationError: The target goes on from no prefix.
         """
+        if self.target.layout.one_by_one:
+            msg = (
+                f"{type(self.target.model).__name__} reads each prompt from its first token on: only single tokens "
+                f"go on from the states that its layers keep. Ask without warming."
+            )
+            raise ConfigurationError(msg)
         if len(ids) >= self.target.window:
             raise PromptTooLongError(len(ids), 1, self.target.window)
         return self._prefill(list(ids), namespace)

@@ -18,7 +18,8 @@ def scores(
 ) -> list[float]:
     """Return each answer's mean log-probability a token behind the prompt, by the target at temperature 1.
 
-    All answers are branches of one tree and run in one step. An empty answer has minus infinity.
+    All answers are branches of one tree and run in one step (one each, where layers keep a recurrent state). An empty
+    answer has minus infinity.
 
     Raises:
         PromptError: The prompt is empty or holds an unknown id.
@@ -41,12 +42,18 @@ def scores(
         behind = ids[lease.buffer.length : -1]  # of steps that keep whole pieces only
         for _ in target.prefill(behind, lease.buffer):
             pass
-        logits = target.step([ids[-1], *tokens], lease.buffer, parents).float().log_softmax(-1)
+        if target.keeps_states:  # which no tree can run over
+            chains = [target.step([ids[-1], *answer], lease.buffer)[:-1] for answer in answers]
+            logits = torch.cat(chains)
+        else:
+            rows = torch.tensor([parent + 1 for parent in parents], dtype=torch.long)
+            logits = target.step([ids[-1], *tokens], lease.buffer, parents)
+            logits = logits[rows.to(logits.device)]
     finally:
         lease.release(ids[: decoder.steps.kept(len(ids) - 1)])
         target.leave()
-    rows = torch.tensor([parent + 1 for parent in parents], dtype=torch.long)
-    chosen = logits[rows.to(logits.device), torch.tensor(tokens, device=logits.device)].tolist()
+    index = torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None]
+    chosen = logits.float().log_softmax(-1).gather(1, index)[:, 0].tolist()
     out, start = [], 0
     for answer in answers:
         part = chosen[start : start + len(answer)]

@@ -20,6 +20,7 @@ from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.types import Draft
 
+_MOST_AGAIN = 8  # tokens of a step that were accepted before
 WIDTH = 8  # positions of a decoding step under deterministic=True; a draft ends with them
 PIECE = 128  # of a prefill's step; a multiple of WIDTH
 _PADDING = 0  # an id that every model knows
@@ -64,17 +65,28 @@ class Steps:
         return end - length
 
     def fitted(self, draft: Draft) -> Draft:
-        """Return the part of a draft that can be verified."""
-        return draft
+        """Return the part of a draft that can be verified: a chain, where layers keep a recurrent state."""
+        return best_path(draft) if self._target.keeps_states else draft
 
     def step(self, ids: Sequence[int], draft: Draft, buffer: KVBuffer, rows: int) -> Tensor:
         """Run the last of ``ids`` and ``draft``, padded to ``rows``; commit nothing new.
+
+        Where layers keep a recurrent state, tokens accepted since the buffer's end run once more, before these.
 
         Returns:
             Logits ``[1 + len(draft), vocab]``; keys and values are in the buffer's spare room in the same order.
         """
         parents = None if draft.is_chain else draft.parents
-        return self._target.step([ids[-1], *draft.token_ids], buffer, parents, rows=rows)
+        again = len(ids) - 1 - buffer.length if self._target.keeps_states else 0
+        if again > _MOST_AGAIN:
+            self._target.step(ids[buffer.length : -1], buffer)
+            buffer.commit(range(again))
+            again = 0
+        unread = ids[len(ids) - 1 - again :]
+        logits = self._target.step([*unread, *draft.token_ids], buffer, parents, rows=rows)
+        if again:
+            buffer.commit(range(again))
+        return logits[again:]
 
     def step_both(
         self,
@@ -87,7 +99,7 @@ class Steps:
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         """Run :meth:`step` with one ``draft`` behind two texts, the second by ``other``."""
-        shares = other._target is self._target and not self.is_fixed
+        shares = other._target is self._target and not (self.is_fixed or self._target.keeps_states)
         if not shares or len(draft) or rows > 1:
             first = self.step(ids, draft, buffer, rows)
             return first, other.step(other_ids, draft, other_buffer, rows)
@@ -138,25 +150,8 @@ class FixedSteps(Steps):
 
     def fitted(self, draft: Draft) -> Draft:
         """Return the most likely path, to be verified with plain decoding's draws."""
-        if draft.is_chain:
-            return draft if draft.probs is None else replace(draft, probs=None)
-        best: dict[int, int] = {}
-        for node, parent in enumerate(draft.parent_of):
-            rival = best.setdefault(parent, node)
-            if draft.node_probs is not None and draft.node_probs[node] > draft.node_probs[rival]:
-                best[parent] = node
-        path, node = list[int](), -1
-        while (node := best.get(node, -1)) >= 0:
-            path.append(node)
-        return replace(
-            draft,
-            token_ids=tuple(draft.token_ids[node] for node in path),
-            parents=None,
-            sources=None if draft.sources is None else tuple(draft.sources[node] for node in path),
-            node_probs=None
-            if draft.node_probs is None
-            else tuple(draft.node_probs[node] for node in path),
-        )
+        path = best_path(draft)
+        return path if path.probs is None else replace(path, probs=None)
 
     def step(self, ids: Sequence[int], draft: Draft, buffer: KVBuffer, rows: int = 0) -> Tensor:
         """Run the window; if that fails, the buffer ends at its first position."""
@@ -175,6 +170,7 @@ class FixedSteps(Steps):
     @torch.inference_mode()
     def _check(self) -> None:
         """Check that a token's bits do not depend on the tokens after it."""
+        self._target.check_stateless("deterministic=True")
         config = self._target.model.config.get_text_config()
         name = type(self._target.model).__name__
         if any("expert" in key and isinstance(n, int) and n > 1 for key, n in vars(config).items()):
@@ -208,6 +204,29 @@ class FixedSteps(Steps):
                     f"executor."
                 )
                 raise ConfigurationError(msg)
+
+
+def best_path(draft: Draft) -> Draft:
+    """Return the chain of each node's most likely child."""
+    if draft.is_chain:
+        return draft
+    best: dict[int, int] = {}
+    for node, parent in enumerate(draft.parent_of):
+        rival = best.setdefault(parent, node)
+        if draft.node_probs is not None and draft.node_probs[node] > draft.node_probs[rival]:
+            best[parent] = node
+    path, node = list[int](), -1
+    while (node := best.get(node, -1)) >= 0:
+        path.append(node)
+    return replace(
+        draft,
+        token_ids=tuple(draft.token_ids[node] for node in path),
+        parents=None,
+        sources=None if draft.sources is None else tuple(draft.sources[node] for node in path),
+        node_probs=None
+        if draft.node_probs is None
+        else tuple(draft.node_probs[node] for node in path),
+    )
 
 
 def roundings(target: TargetModel) -> str:

@@ -95,6 +95,8 @@ class ChainSession(DraftSession):
         while len(tokens) < budget and not ended:
             unread = [*pending, *tokens][buffer.length - start :]
             new, new_probs, logits = self._forward(buffer, unread, tokens, budget - len(tokens))
+            if not rows:  # where states are kept: what a rejected draft goes back to
+                buffer.snapshots.keep(buffer.length)
             ended, kept = self._ends(new, new_probs)
             tokens += new[:kept]
             probs += new_probs[:kept]

@@ -17,18 +17,27 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rasd_integrations.engine.module_copy import shared_copy
 
+_JOINT = ("dynamic", "longrope")  # their angles depend on the longest sequence of a batch
 ROTARY = "RotaryEmbedding"  # suffix of the class names of rotary modules in transformers
+
+
+def has_joint_rope(config: PretrainedConfig) -> bool:
+    """Return True if a token's rotary angles depend on the other tokens of its forward."""
+    return any(kind.get("rope_type") in _JOINT for kind in _ropes(config))
+
+
+def _ropes(text: PretrainedConfig) -> list[Mapping[str, Any]]:
+    rope = getattr(text, "rope_parameters", None) or {}
+    return [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
 
 
 def long_rope_border(config: PretrainedConfig) -> int | None:
     """Return the longest text with short factors, in tokens; ``None`` for other models."""
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
     borders = [
         kind.get("original_max_position_embeddings")
         or getattr(text, "original_max_position_embeddings", None)
-        for kind in kinds
+        for kind in _ropes(text)
         if kind.get("rope_type") == "longrope"
     ]
     return min((int(border) for border in borders if border), default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,12 @@ from rasd_integrations.engine.executors.base import Drawn, Executor, Sampler
 from rasd_integrations.engine.executors.eager import EagerExecutor, input_device
 from rasd_integrations.engine.kv.buffer import KVBuffer, KVLayout
 from rasd_integrations.engine.kv.prefix_cache import Lease, PrefixCache
-from rasd_integrations.engine.long_rope import long_rope_border
+from rasd_integrations.engine.kv.state import MOST_KEPT
+from rasd_integrations.engine.long_rope import has_joint_rope, long_rope_border
 from rasd_integrations.engine.step_queue import StepQueue
 from rasd_integrations.engine.verification.sampling import uniform_numbers
 from rasd_integrations.errors import (
+    ConfigurationError,
     DeviceMemoryError,
     PromptError,
     PromptTooLongError,
@@ -32,7 +34,6 @@ from rasd_integrations.errors import (
 PREFILL_PIECE = 512  # tokens; on a GPU four times as many keep it busy
 _LONG_ROPE = "\x00long"  # behind a namespace, which a user cannot write
 _BATCH_ROWS = 64  # more rows cost as much together as apart
-_JOINT_ROPES = ("dynamic", "longrope")  # their angles depend on the longest sequence of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class TargetModel:
         vocab_size: Width of the logits.
         eos_ids: Ids that end an answer.
         kv_bytes_per_token: Bytes of one token's keys and values.
+        state_bytes: Bytes of the recurrent states that an answer keeps, whatever its length.
         hidden_size: Width of a final hidden state.
         hidden_bytes_per_token: Bytes of one token's final hidden state.
     """
@@ -81,10 +83,14 @@ class TargetModel:
         # Tokens of a prefill piece: alone, and while others decode (docs/explanation/experiments.md).
         on_cpu = self.device.type == "cpu"
         self._pieces = (PREFILL_PIECE, 64) if on_cpu else (4 * PREFILL_PIECE, PREFILL_PIECE)
-        self._turns = StepQueue[tuple[_Work, ...], Any](
-            partial(_forward, self._executor), 1 if _has_joint_rope(config) else _BATCH_ROWS
-        )
+        if self.layout.one_by_one:
+            self._pieces = self.window, self.window
+        elif self.keeps_states:  # later prompts go on from the ends of pieces
+            self._pieces = PREFILL_PIECE // 2, min(self._pieces[1], PREFILL_PIECE // 2)
+        rows = 1 if self.keeps_states or has_joint_rope(config) else _BATCH_ROWS
+        self._turns = StepQueue[tuple[_Work, ...], Any](partial(_forward, self._executor), rows)
         self.kv_bytes_per_token = self.layout.row_nbytes
+        self.state_bytes = (MOST_KEPT + 2) * self.layout.state_nbytes
 
     @property
     def is_sharded(self) -> bool:
@@ -113,6 +119,20 @@ class TargetModel:
     def layout(self) -> KVLayout:
         """How its executor keeps keys and values, and step widths."""
         return self._executor.layout
+
+    @property
+    def keeps_states(self) -> bool:
+        """True if some layers keep a recurrent state: drafts are chains, and answers never share a forward."""
+        return self.layout.state_nbytes > 0
+
+    def check_stateless(self, what: str) -> None:
+        """Raise ``ConfigurationError`` if layers keep a recurrent state, over which ``what`` cannot run."""
+        if self.keeps_states:
+            msg = (
+                f"{what} needs keys and values of all layers, but some of {type(self.model).__name__} keep a "
+                f"recurrent state. Leave it out, or use a model of attention layers only."
+            )
+            raise ConfigurationError(msg)
 
     @property
     def shares_weights(self) -> bool:
@@ -153,8 +173,8 @@ class TargetModel:
         keeps_hidden: bool = False,
     ) -> Lease:
         """Return :meth:`PrefixCache.lease` for ``ids``; texts on either side of the longrope border share nothing."""
-        long = self.is_long(ids)
-        side = namespace + _LONG_ROPE if long else namespace
+        cache = PrefixCache(0) if self.layout.one_by_one else cache
+        side = namespace + _LONG_ROPE if (long := self.is_long(ids)) else namespace
         lease = cache.lease(ids, capacity, side, keeps_hidden=keeps_hidden)
         lease.buffer.long_rope = long
         return lease
@@ -174,13 +194,16 @@ class TargetModel:
         done = 0
         while done < len(ids):
             size = self._pieces[self.is_contended]
-            if len(ids) - done < 2 * size:  # a short rest does not pay for a forward of its own
+            # A short rest does not pay for a forward of its own.
+            if len(ids) - done < 2 * size and not self.keeps_states:
                 size = len(ids) - done
             piece = ids[done : done + size]
             done += len(piece)
             work = self._prepared(piece, None, buffer, num_logits * (done == len(ids)))
             (logits,) = self._turns.submit((work,), len(piece), alone=True)
             buffer.commit(range(len(piece)))
+            if self.keeps_states:
+                buffer.snapshots.keep(buffer.length)
             yield logits
 
     def step(
@@ -375,10 +398,3 @@ def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
         if eos is not None:
             return frozenset([eos] if isinstance(eos, int) else eos)
     return frozenset()
-
-
-def _has_joint_rope(config: Any) -> bool:
-    """Return True if a token's rotary angles depend on the other tokens of its forward."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
-    return any(kind.get("rope_type") in _JOINT_ROPES for kind in kinds)

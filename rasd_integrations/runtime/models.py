@@ -172,7 +172,9 @@ class SharedModel:
                 self._identity = None
 
     def check_can_keep(self, kept: CacheDir) -> None:
-        """Raise ``ConfigurationError`` if prefixes are kept on disk, but this model has no digest."""
+        """Raise ``ConfigurationError`` if prefixes are kept on disk, but this model's cannot be."""
+        if kept.path is not None:
+            self.target.check_stateless(f"cache_dir={str(kept.path)!r}")
         if kept.path is not None and self.identity.kv is None:
             msg = (
                 f"cache_dir is {str(kept.path)!r}, but the weights of {self.name!r} are offloaded, sharded or of a "
@@ -183,7 +185,7 @@ class SharedModel:
 
     def _prefix_files(self, kept: CacheDir, *, deterministic: bool) -> PrefixFiles | None:
         """Return this model's files in a named folder; ``deterministic`` steps have separate files."""
-        if kept.path is None:
+        if kept.path is None or self.target.keeps_states:
             return None
         layout = self.target.layout
         kind = "-kv8" if layout.in_8_bits else ""

@@ -190,7 +190,7 @@ class Pipeline:
         )  # fmt: skip
         if gate is not None:
             tokens = len(prompt_ids) + params.max_tokens
-            blocks = _gated(blocks, gate(tokens * self.decoder.bytes_per_token))
+            blocks = _gated(blocks, gate(self.decoder.nbytes(tokens)))
         if stops.ends:
             blocks = ended_at(blocks, stops.ends)
         if request.on_step is not None:

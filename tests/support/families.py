@@ -27,6 +27,7 @@ from rasd_integrations.engine.executors.shrinking import shrunken
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.target import TargetModel
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.stats import DecodingStats
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 _BEGIN = "##"
@@ -62,6 +63,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "ministral": {"head_dim": 16},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"] * 2},
     "nemotron": {"head_dim": 16},
     "longcat_flash": {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2},
@@ -79,11 +82,18 @@ def variants(model_type: str) -> Iterator[tuple[str, PretrainedConfig | Exceptio
         yield "default", err
         return
     yield "default", base
+    if not hasattr(text, "max_position_embeddings"):
+        other = copy.deepcopy(base)
+        other.get_text_config().max_position_embeddings = 256
+        yield "named window", other
+        return
     own = set(getattr(text, "layer_types", None) or ())
     for kind in sorted(_kinds_in_code(text) - own):
         if getattr(text, "layer_types", None):
             other = copy.deepcopy(base)
             layers = other.get_text_config().layer_types
+            if kind == "sliding_attention" and not getattr(text, "sliding_window", None):
+                _set_window(other.get_text_config())
             try:
                 other.get_text_config().layer_types = [kind, *layers[1:]]
             except AttributeError:  # made of other fields
@@ -91,10 +101,7 @@ def variants(model_type: str) -> Iterator[tuple[str, PretrainedConfig | Exceptio
             yield kind, other
     if "sliding_window" in vars(text) and not own & {"sliding_attention"}:
         other = copy.deepcopy(base)
-        changed = other.get_text_config()
-        changed.sliding_window = WINDOW
-        if "use_sliding_window" in vars(changed):
-            changed.use_sliding_window = True
+        _set_window(other.get_text_config())
         yield "window", other
     if model_type in ("llama", "phi3", "phimoe"):
         other = copy.deepcopy(base)
@@ -124,6 +131,12 @@ def tiny(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
         else:
             weight.add_(0.2 * torch.randn(weight.shape))
     return model
+
+
+def _set_window(config: PretrainedConfig) -> None:
+    config.sliding_window = WINDOW
+    if "use_sliding_window" in vars(config):
+        config.use_sliding_window = True
 
 
 def _kinds_in_code(config: PretrainedConfig) -> set[str]:
@@ -161,7 +174,8 @@ def outcome(config: PretrainedConfig | Exception, lengths: tuple[int, ...], n: i
         target = TargetModel(model)
     except ConfigurationError as err:
         return next(short for said, short in _WHY.items() if said in str(err))
-    target._pieces = (64, 64)
+    if not target.layout.one_by_one:
+        target._pieces = (16, 16) if target.keeps_states else (64, 64)  # of a short text
     plain = SpeculativeDecoder(target)
     cached = SpeculativeDecoder(target, prefix_cache=PrefixCache(1 << 26))
     generator = torch.Generator().manual_seed(0)
@@ -173,13 +187,17 @@ def outcome(config: PretrainedConfig | Exception, lengths: tuple[int, ...], n: i
             target, ScriptedDrafter(script), config=SpeculationConfig(num_draft_tokens=6)
         )
         for decoder in (plain, drafted, cached, cached):
-            assert answered(decoder, ids, n) == wanted, (length, decoder.drafter)
+            stats = DecodingStats()
+            assert answered(decoder, ids, n, stats) == wanted, (length, decoder.drafter)
+        assert length < 60 or stats.cached_prompt_tokens >= 48 or target.layout.one_by_one
     return "equal"
 
 
-def answered(decoder: SpeculativeDecoder, ids: list[int], n: int) -> list[int]:
+def answered(
+    decoder: SpeculativeDecoder, ids: list[int], n: int, stats: DecodingStats | None = None
+) -> list[int]:
     """Return an answer of ``n`` tokens."""
-    blocks = decoder.generate(ids, SamplingParams(max_tokens=n, ignore_eos=True))
+    blocks = decoder.generate(ids, SamplingParams(max_tokens=n, ignore_eos=True), stats=stats)
     return [token for block in blocks for token in block.token_ids]
 
 

@@ -83,8 +83,10 @@ class EarlyExitSession(ChainSession):
         """Receive the model and its keys and values.
 
         Raises:
-            ConfigurationError: As :meth:`EarlyExitDrafter.first_layers`, or the keys and values are in 8 bits.
+            ConfigurationError: As :meth:`EarlyExitDrafter.first_layers`, or the keys and values are in 8 bits, or
+                layers keep recurrent states.
         """
+        target.check_stateless("Early exit")
         if target.layout.in_8_bits:
             msg = (
                 "Early exit runs the target's first layers eagerly, which cannot read keys and values in 8 bits. "

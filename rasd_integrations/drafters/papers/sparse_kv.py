@@ -123,7 +123,12 @@ class SparseKVSession(ChainSession):
         self._own = 0  # gathered rows without guesses
 
     def attach(self, target: TargetModel, buffer: KVBuffer) -> None:
-        """Receive the model and its keys and values."""
+        """Receive the model and its keys and values.
+
+        Raises:
+            ConfigurationError: Layers keep recurrent states.
+        """
+        target.check_stateless("Drafting over a part of the text")
         if self._layout is not None:
             self._model, self._live = target, buffer
 

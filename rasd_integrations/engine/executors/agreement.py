@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from transformers import PreTrainedModel
 from rasd_integrations.engine.attention import Segment, StepContext
 from rasd_integrations.engine.executors.base import StepOutput
 from rasd_integrations.engine.executors.shrinking import BORDER, longest_border, small_model
-from rasd_integrations.engine.kv.buffer import KVBuffer, LayerRow
+from rasd_integrations.engine.kv.buffer import KVBuffer
+from rasd_integrations.engine.kv.state import attending
 from rasd_integrations.engine.long_rope import long_rope_border
 from rasd_integrations.engine.module_copy import shared_copy
 from rasd_integrations.errors import ConfigurationError
@@ -39,22 +41,27 @@ _FAR_ELSE = 0.2
 _CACHES = ("cache", "past_key_values")  # names in outputs, from transformers 5.24 and before
 _STATES = ("linear", "mamba", "conv", "recurrent", "ssm")
 
-_verdicts: dict[tuple[type, str], str | None] = {}
+_verdicts: dict[tuple[type, bool, str], str | None] = {}
 _deciding = threading.Lock()
 
 
 def check_agreement(
-    model: PreTrainedModel, step: Step, step_of: Callable[[PreTrainedModel], Step]
-) -> tuple[LayerRow, ...]:
+    model: PreTrainedModel,
+    step: Step,
+    step_of: Callable[[PreTrainedModel], Step],
+    *,
+    in_one_piece: bool = False,
+) -> KVBuffer:
     """Compare ``step`` with ``model``'s own forward.
 
     Args:
         model: The stock module.
         step: Ours.
         step_of: Makes the step of another model.
+        in_one_piece: Prompts are read so, and tokens behind them one by one.
 
     Returns:
-        Size of one token's keys and values in each layer.
+        Keys, values and states of a short text.
 
     Raises:
         ConfigurationError: They differ, or one of them cannot be run; says why.
@@ -62,11 +69,12 @@ def check_agreement(
     text = model.config.get_text_config()
     if not isinstance(getattr(text, "max_position_embeddings", None), int):
         raise refusal(
-            model, "its config names no max_position_embeddings, so its window is not known"
+            model,
+            "its config names no max_position_embeddings, so its window is not known (add the field to its config)",
         )
     try:
-        reason, buffer = _difference(model, step, 2 * _STEP)
-        reason = reason or _verdict(model, step, step_of)
+        reason, buffer = _difference(model, step, 2 * _STEP, in_one_piece=in_one_piece)
+        reason = reason or _verdict(model, step, step_of, in_one_piece=in_one_piece)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as err:
@@ -79,7 +87,7 @@ def check_agreement(
         ) from err
     if reason is not None:
         raise refusal(model, _known(model) or reason)
-    return buffer.layers
+    return buffer
 
 
 def comparison_text(length: int, vocab_size: int) -> Tensor:
@@ -103,28 +111,38 @@ def _known(model: PreTrainedModel) -> str | None:
     kinds = [str(kind) for kind in getattr(text, "layer_types", None) or ()]
     states = [kind for kind in dict.fromkeys(kinds) if any(state in kind for state in _STATES)]
     if states:
-        return f"layers of type {states[0]!r} keep a state that is not keys and values"
+        return f"layers of type {states[0]!r} keep a state that steps cannot go on from"
     if getattr(type(model), "_is_stateful", False):
-        return "some of its layers keep a state that is not keys and values (linear attention, state space)"
+        return "some of its layers keep a state that steps cannot go on from"
     return None
 
 
 def _verdict(
-    model: PreTrainedModel, step: Step, step_of: Callable[[PreTrainedModel], Step]
+    model: PreTrainedModel,
+    step: Step,
+    step_of: Callable[[PreTrainedModel], Step],
+    *,
+    in_one_piece: bool,
 ) -> str | None:
     """Return how a text over all borders differs, if it does; computed once for each class and config."""
-    key = type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    said = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    key = type(model), in_one_piece, said
     with _deciding:
         if key not in _verdicts:
-            _verdicts[key] = _over_borders(model, step, step_of)
+            _verdicts[key] = _over_borders(model, step, step_of, in_one_piece=in_one_piece)
         return _verdicts[key]
 
 
 def _over_borders(
-    model: PreTrainedModel, step: Step, step_of: Callable[[PreTrainedModel], Step]
+    model: PreTrainedModel,
+    step: Step,
+    step_of: Callable[[PreTrainedModel], Step],
+    *,
+    in_one_piece: bool,
 ) -> str | None:
     try:
         small = small_model(model)
+        theirs = _own_rows(small, _text(small, _LONG), thorough=True)
     except Exception as err:  # noqa: BLE001 - a config class may refuse numbers in any way
         border = longest_border(model.config)
         length = min(border + _STEP, int(model.config.get_text_config().max_position_embeddings))
@@ -135,13 +153,18 @@ def _over_borders(
                 f"steps across its border at {border} tokens cannot be compared with its own forward, since no small "
                 f"model can be made of its config ({str(err).strip().splitlines()[0]})"
             )
-        return _difference(model, step, length)[0]
-    return _difference(small, step_of(small), _LONG, thorough=True)[0]
+        return _difference(model, step, length, in_one_piece=in_one_piece)[0]
+    return _difference(small, step_of(small), _LONG, theirs, in_one_piece=in_one_piece)[0]
 
 
 @torch.inference_mode()
 def _difference(
-    model: PreTrainedModel, step: Step, length: int, *, thorough: bool = False
+    model: PreTrainedModel,
+    step: Step,
+    length: int,
+    theirs: Tensor | None = None,
+    *,
+    in_one_piece: bool = False,
 ) -> tuple[str | None, KVBuffer]:
     """Return how a text of ``length`` tokens differs, if it does, and our keys and values.
 
@@ -149,18 +172,23 @@ def _difference(
         model: The stock module.
         step: Ours.
         length: A prompt, and :data:`_STEP` tokens behind it.
-        thorough: Compare all rows, and let the stock module run the last ones one by one, as ``generate`` does.
+        theirs: The stock module's logits of all tokens, the last ones run one by one, as ``generate`` does. Without
+            them only the last ones are compared, unless prompts are read in one piece.
+        in_one_piece: See :func:`check_agreement`.
     """
     text = model.config.get_text_config()
-    device = next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
-    ids = comparison_text(length, int(text.vocab_size)).to(device)
+    ids, thorough = _text(model, length), in_one_piece or theirs is not None
     buffer, border = KVBuffer(length), long_rope_border(model.config)
     buffer.long_rope = border is not None and length - _STEP > border
-    theirs = _own_rows(shared_copy(model), ids, thorough=thorough)
-    ours = _our_rows(step, ids, buffer, thorough=thorough)
-    if buffer.num_layers != int(text.num_hidden_layers):
+    if theirs is None:
+        theirs = _own_rows(shared_copy(model), ids, thorough=thorough)
+    pieces = 1 if in_one_piece else 3
+    ours = _our_rows(step, ids, buffer, thorough=thorough, pieces=pieces)
+    layers = range(int(text.num_hidden_layers))
+    wanted = attending(model.config) if buffer.snapshots else {*layers}
+    if not wanted <= buffer.attending:
         return (
-            f"only {buffer.num_layers} of its {text.num_hidden_layers} layers attend over keys and values by "
+            f"only {len(wanted & buffer.attending)} of its {len(wanted)} layers attend over keys and values by "
             f"transformers' attention interface"
         ), buffer
     far = _FAR.get(model.dtype, _FAR_ELSE)
@@ -172,10 +200,17 @@ def _difference(
         return None, buffer
     return (
         f"over {length} tokens its logits are {most:.2g} of their spread off those of its own forward (at most "
-        f"{far:.2g}), so it has a mask, window or term that it does not tell its attention function"
+        f"{far:.2g}), so it has a mask, window or term that it does not tell its attention function, or a state that "
+        f"it does not go on from"
     ), buffer
 
 
+def _text(model: PreTrainedModel, length: int) -> Tensor:
+    device = next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
+    return comparison_text(length, int(model.config.get_text_config().vocab_size)).to(device)
+
+
+@torch.inference_mode()
 def _own_rows(model: PreTrainedModel, ids: Tensor, *, thorough: bool) -> Tensor:
     """Return logits of the stock module: of the last :data:`_STEP` tokens, or of all."""
     if not thorough:
@@ -184,17 +219,27 @@ def _own_rows(model: PreTrainedModel, ids: Tensor, *, thorough: bool) -> Tensor:
     prompt = len(ids) - _STEP
     out = model(input_ids=ids[None, :prompt], use_cache=True)
     rows = [out.logits[0]]
-    for token in ids[prompt:]:
+    places = "position_ids" in signature(model.forward).parameters  # generate gives them, too
+    for position, token in enumerate(ids[prompt:], start=prompt):
         name = next(name for name in _CACHES if getattr(out, name, None) is not None)
-        out = model(input_ids=token[None, None], **{name: out[name]}, use_cache=True)
+        known = {name: out[name]}
+        if places:
+            known["position_ids"] = torch.full((1, 1), position, device=ids.device)
+        out = model(input_ids=token[None, None], **known, use_cache=True)
         rows.append(out.logits[0, -1:])
     return torch.cat(rows).float()
 
 
-def _our_rows(step: Step, ids: Tensor, buffer: KVBuffer, *, thorough: bool) -> Tensor:
-    """Return the same logits from a prefill in pieces, a chain and, if ``thorough``, a tree."""
+def _our_rows(
+    step: Step, ids: Tensor, buffer: KVBuffer, *, thorough: bool, pieces: int = 3
+) -> Tensor:
+    """Return the same logits from a prefill in pieces, a chain and, if ``thorough``, a tree.
+
+    Where states are kept, from a step of one token and another chain in the place of the tree: both go on from
+    where the first chain did.
+    """
     prompt, rows = len(ids) - _STEP, []
-    size = -(-prompt // 3) if thorough else _PIECE
+    size = -(-prompt // pieces) if thorough else _PIECE
     for start in range(0, prompt, size):
         piece = ids[start : min(start + size, prompt)]
         rows.append(_run(step, piece, buffer, num_logits=len(piece) * thorough))
@@ -202,6 +247,11 @@ def _our_rows(step: Step, ids: Tensor, buffer: KVBuffer, *, thorough: bool) -> T
     chain = _run(step, ids[prompt:], buffer, num_logits=_STEP)
     if not thorough:
         return chain.float()
+    if buffer.snapshots:
+        rows.append(_run(step, ids[prompt : prompt + 1], buffer, num_logits=1))
+        buffer.commit(range(1))
+        rest = _run(step, ids[prompt + 1 :], buffer, num_logits=_STEP - 1)
+        return torch.cat([*rows, chain[1:2], rest[1:]]).float()
     # Row 1 of the tree is a branch that the text does not take.
     order = torch.tensor([0, 0, 1, 2], device=ids.device)
     mask = torch.ones(_STEP, _STEP, dtype=torch.bool).tril()

@@ -13,6 +13,7 @@ from rasd_integrations.engine.executors.base import Executor
 from rasd_integrations.engine.executors.cuda_graphs.executor import GraphExecutor, is_available
 from rasd_integrations.engine.executors.eager import EagerExecutor
 from rasd_integrations.engine.executors.packing import pack_linears
+from rasd_integrations.engine.kv.state import empty_states
 from rasd_integrations.errors import ConfigurationError, MissingDependencyError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def make_executor(
                 f"Use executor='auto'."
             )
             raise ConfigurationError(msg)
+        _check_stateless(name, model)
         return GraphExecutor(model)
     if name in ("openvino", "openvino-kv8"):
         return _compiled(model, cache_dir, identity, in_8_bits=name == "openvino-kv8")
@@ -63,6 +65,15 @@ def make_executor(
     return EagerExecutor(model)
 
 
+def _check_stateless(name: str, model: PreTrainedModel) -> None:
+    if empty_states(model.config):
+        msg = (
+            f"executor {name!r} does not run {type(model).__name__}, some of whose layers keep a recurrent state. "
+            f"Use executor='auto' or 'eager'."
+        )
+        raise ConfigurationError(msg)
+
+
 def has_openvino() -> bool:
     """Return True if the extra ``openvino`` is installed."""
     return importlib.util.find_spec("openvino") is not None
@@ -71,6 +82,7 @@ def has_openvino() -> bool:
 def _compiled(
     model: PreTrainedModel, cache_dir: Path | None, identity: str | None, *, in_8_bits: bool = False
 ) -> Executor:
+    _check_stateless("openvino-kv8" if in_8_bits else "openvino", model)
     if not has_openvino():
         package = "openvino"
         raise MissingDependencyError(package, package)

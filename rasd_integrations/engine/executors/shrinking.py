@@ -19,11 +19,22 @@ _LEAST_LAYERS = 4  # enough for patterns such as "every second layer"
 _HEADS, _HEAD_DIM = 4, 16
 _MOST_WEIGHTS = 4_000_000
 _BORDERS = r".*window(_size)?|.*chunk_size|.*block_size|original_max_position_embeddings"
+_PLACES = r".*layer_(indices|ids)"  # lists of layers
+# Heads of a state space, whose rows are those of the hidden size, expanded twice.
+_STATE = {
+    r"mamba_d_head|mamba_headdim|mamba_head_dim": _HEAD_DIM,
+    r"mamba_n_heads|mamba_num_heads|n_mamba_heads": 2 * _HEADS,
+    r"mamba_d_ssm|attention_hidden_size": 2 * _HEADS * _HEAD_DIM,
+    r"attention_head_dim": 2 * _HEAD_DIM,
+}
 # Upper limit of a field, by the first pattern that matches its whole name.
 _SIZES = {
     r"hidden_size|n_embd|d_model|dim|embed_dim|embedding_size|word_embed_proj_dim": _HEADS * _HEAD_DIM,
     r"vocab_size|vocab_size_per_layer_input|n_vocab": 64,
     r".*head_dim|kv_channels|rotary_dim|.*head_size": _HEAD_DIM,
+    r"ssm_state_size|mamba_d_state": _HEAD_DIM,
+    r".*layer_period": 2,
+    r".*layer_offset": 1,
     r".*intermediate_size|.*ffn.*|n_inner|d_ff|inner_dim": 32,
     r".*_lora_rank|laurel_rank|hidden_size_per_layer_input": _HEAD_DIM,
     r"max_position_embeddings|n_positions|n_ctx|seq_length|max_seq_len": 256,
@@ -73,22 +84,33 @@ def shrunken(config: PretrainedConfig) -> PretrainedConfig:
     new = copy.deepcopy(config)
     text = new.get_text_config()
     fields, total = vars(text), int(text.num_hidden_layers)
-    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    heads, kv_heads = (
+        getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")
+    )
     per_layer = {
         k: v for k, v in fields.items() if isinstance(v, (list, tuple)) and len(v) == total
     }
-    kept = _layers(per_layer, total)
+    kinds = getattr(text, "layer_types", None)  # of some classes computed from other fields
+    kept = _layers(per_layer if kinds is None else per_layer | {"layer_types": kinds}, total)
     small: dict[str, Any] = {k: [v[i] for i in kept] for k, v in per_layer.items()}
     for name, value in fields.items():
-        most = next((m for pattern, m in _SIZES.items() if re.fullmatch(pattern, name)), None)
-        if most is not None and _is_size(value):
+        if re.fullmatch(_PLACES, name) and isinstance(value, (list, tuple)):
+            small[name] = [kept.index(place) for place in value if place in kept]
+            continue
+        exact, most = _of(name, _STATE), _of(name, _SIZES)
+        if exact is not None and _is_size(value):
+            small[name] = exact
+        elif most is not None and _is_size(value):
             small[name] = min(value, most)
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, Mapping):
             small[name] = _rope(value)
         elif name in ("pad_token_id", "bos_token_id", "eos_token_id") and value is not None:
             small[name] = 1
     small["num_hidden_layers"] = len(kept)
-    small["num_attention_heads"] = _HEADS
+    if heads is not None:
+        small["num_attention_heads"] = _HEADS
+    elif _is_size(fields.get("num_heads")):  # of a state space alone (Mamba 2)
+        small["num_heads"] = 2 * _HEADS
     if isinstance(kv_heads, int):
         small["num_key_value_heads"] = _HEADS if kv_heads == heads else min(kv_heads, 2)
     for name, value in small.items():
@@ -121,6 +143,10 @@ def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
         else:
             new[name] = min(value, BORDER) if re.fullmatch(_BORDERS, name) and value else value
     return new
+
+
+def _of(name: str, sizes: Mapping[str, int]) -> int | None:
+    return next((size for pattern, size in sizes.items() if re.fullmatch(pattern, name)), None)
 
 
 def _is_size(value: object) -> bool:

@@ -2,6 +2,9 @@
 
 Final hidden states are kept beside them if a drafter reads them. A step writes its tokens to the spare room behind
 ``length``; the decoder then commits the accepted path. Until then the buffer is unchanged.
+
+Recurrent states (:mod:`.state`) are right at the end of a step only: such a step is committed whole or not at all, and
+what was accepted of it runs again with the next one.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from rasd_integrations.engine.device import to_device
 from rasd_integrations.engine.kv.order import Order, allocate, read, whole, write
+from rasd_integrations.engine.kv.state import Snapshots
 
 GRANULE = 256
 
@@ -39,6 +43,8 @@ class KVLayout:
         row_multiple: Step widths are ``1 + k * row_multiple``; above 1 if changing the width costs time.
         order: Of the rows that its steps read.
         in_8_bits: Keys and values are bytes that only this executor's own steps can read.
+        state_nbytes: Bytes of the recurrent states of one text; 0 without such layers.
+        one_by_one: Only single tokens go on from a state; a prompt is read in one piece, from its first token on.
     """
 
     layers: tuple[LayerRow, ...] = ()
@@ -46,6 +52,8 @@ class KVLayout:
     row_multiple: int = 1
     order: Order = Order.COLUMNS
     in_8_bits: bool = False
+    state_nbytes: int = 0
+    one_by_one: bool = False
 
     @property
     def row_nbytes(self) -> int:
@@ -61,6 +69,7 @@ class KVBuffer:
         keeps_hidden: Steps also write their final hidden states.
         is_gathered: Rows skip positions; only in subclasses (:mod:`rasd_integrations.drafters.papers.gathered_kv`).
         long_rope: Keys have the long factors of longrope (:mod:`..long_rope`).
+        snapshots: Of recurrent states; empty for models without.
         origin: First row of this buffer in :meth:`stores`; 0 unless it is in a :class:`KVArena`.
     """
 
@@ -72,6 +81,7 @@ class KVBuffer:
         self.keeps_hidden = keeps_hidden
         self.long_rope = False
         self.origin = 0
+        self.snapshots = Snapshots()
         self._arena: KVArena | None = None
         self._order = Order.COLUMNS
         self._is_torn = False  # a move was interrupted: layers have different capacities
@@ -84,7 +94,7 @@ class KVBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes of the committed tokens (on a CPU spare room takes no memory before it is written)."""
-        return self.row_nbytes * self.length
+        return self.row_nbytes * self.length + self.snapshots.nbytes
 
     @property
     def row_nbytes(self) -> int:
@@ -103,6 +113,11 @@ class KVBuffer:
     def next_position(self) -> int:
         """Position of the next token."""
         return self.length
+
+    @property
+    def attending(self) -> frozenset[int]:
+        """Places of the layers that have written keys and values."""
+        return frozenset(self._keys)
 
     @property
     def num_layers(self) -> int:
@@ -225,10 +240,20 @@ class KVBuffer:
             return self.length, torch.empty(0, 0)
         return first, self._hidden[0][0, first : self.length]
 
+    def reusable(self, length: int) -> int:
+        """Return what :meth:`truncate` to ``length`` leaves: all of it, or up to the last snapshot."""
+        return self.snapshots.last(min(length, self.length)) if self.snapshots else length
+
     @torch.inference_mode()
     def commit(self, rows: Sequence[int]) -> None:
-        """Append these rows of the last step, ascending, and drop the others."""
+        """Append these rows of the last step, ascending, and drop the others.
+
+        Where states are kept, nothing is appended before all rows are: by one call, or by several, one behind another.
+        """
         n, start = len(rows), self.length
+        if self.snapshots:
+            self.length = self.snapshots.accept(start, n)
+            return
         if list(rows) != list(range(n)):
             places = torch.tensor(rows)
             index = {
@@ -253,8 +278,11 @@ class KVBuffer:
         )
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from ``length`` on: between answers, and where a drafter's own guess failed."""
-        self.length = min(self.length, length)
+        """Forget the tokens from ``length`` on: between answers, and where a drafter's own guess failed.
+
+        Where states are kept, also those before it, back to the last snapshot.
+        """
+        self.length = min(self.length, self.reusable(length))
         if self.length < self._hidden_from:
             self._hidden = {}
 
@@ -271,7 +299,7 @@ class KVBuffer:
         """Return a new buffer with the first ``length`` tokens."""
         new = KVBuffer(max(capacity, length), keeps_hidden=self.keeps_hidden)
         new._order, new.long_rope = self._order, self.long_rope
-        new.length = self.length
+        new.length, new.snapshots = self.length, self.snapshots.copy()
         new.truncate(length)
         if self._hidden and length > self._hidden_from:
             new._hidden_from = self._hidden_from

@@ -187,7 +187,7 @@ class PrefixCache:
         for entry in tuple(self._entries):
             if entry.namespace != namespace:
                 continue
-            common = common_prefix(entry.ids, ids)
+            common = entry.buffer.reusable(common_prefix(entry.ids, ids))
             # Of equal matches an idle entry is better: it needs no copy.
             if common > length or (common == length and best is not None and best.in_use):
                 best, length = entry, common
@@ -212,7 +212,8 @@ class PrefixCache:
 
 
 def _covers(entry: _Entry, other: _Entry) -> bool:
-    """Return True if ``entry`` holds all that ``other`` holds."""
-    return entry.namespace == other.namespace and common_prefix(entry.ids, other.ids) == len(
-        other.ids
-    )
+    """Return True if ``entry`` holds all that ``other`` holds, and texts may go on from where ``other`` ends."""
+    if entry.namespace != other.namespace:
+        return False
+    whole = len(other.ids)
+    return common_prefix(entry.ids, other.ids) == whole == entry.buffer.reusable(whole)
