@@ -10,10 +10,12 @@ import torch
 from fakes import ScriptedDrafter
 from fakes_transfer import teacher_of
 from families import generated, tiny, variants
+from interrupts import Tracer
 from tiny import tiny_tokenizer
 
 from rasd_integrations import RASD
 from rasd_integrations.config import SamplingParams, SpeculationConfig
+from rasd_integrations.decoding import steps
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.decoding.scoring import scores
 from rasd_integrations.decoding.steps import FixedSteps
@@ -23,6 +25,7 @@ from rasd_integrations.drafters.papers.early_exit import EarlyExitDrafter
 from rasd_integrations.drafters.papers.sparse_kv import SparseKVDrafter
 from rasd_integrations.engine.executors.eager import EagerExecutor
 from rasd_integrations.engine.executors.factory import make_executor
+from rasd_integrations.engine.kv import buffer, state
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.state import MOST_KEPT
@@ -101,8 +104,7 @@ SCRIPTS = fakes.scripts(60)
 @pytest.mark.parametrize("shape", ["chain", pytest.param("tree", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
 @pytest.mark.parametrize(
-    "n",
-    [None, pytest.param(1, marks=pytest.mark.slow), 2, 5, pytest.param(16, marks=pytest.mark.slow)],
+    "n", [None, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 16))]
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_ids_are_those_of_generate(family, n, script, shape):
@@ -279,6 +281,27 @@ def test_an_answer_that_breaks_off_leaves_what_it_kept(monkeypatch, fails_at):
     stats = DecodingStats()
     assert decode(target, kept=kept, stats=stats) == [*truth()]
     assert stats.cached_prompt_tokens == (16 if fails_at == 2 else 39)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_line_leaves_true_states():
+    """Of what steps, commits and keeps: the next answer goes on from what is there."""
+    target, said = target_of(), [*truth()[:10]]
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+
+    def answer(kept: PrefixCache) -> list[int]:
+        drafter = ScriptedDrafter(fakes.partly_right(said, 60))
+        return decode(target, drafter, params, n=3, kept=kept)
+
+    whole = Tracer(state, steps, buffer)
+    assert whole.run(partial(answer, PrefixCache(1 << 24))) == said
+    lasts = {place[:3]: place for place in whole.reached}
+    assert len(lasts) > 60
+    for place in lasts.values():
+        kept, tracer = PrefixCache(1 << 24), Tracer(state, steps, buffer)
+        with pytest.raises(KeyboardInterrupt):
+            tracer.run(partial(answer, kept), at=place)
+        assert answer(kept) == said, place
 
 
 @pytest.mark.parametrize("n", [0, 1, 4])

@@ -66,7 +66,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"] * 2},
-    "nemotron": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "longcat_flash": {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2},
 }
 
@@ -118,6 +118,8 @@ def variants(model_type: str) -> Iterator[tuple[str, PretrainedConfig | Exceptio
 def tiny(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Return a random model whose answers are lively."""
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not isinstance(config, model_class.config_class):  # as from_pretrained does
+        config = config.get_text_config()
     with torch.device("meta"):
         size = sum(weight.numel() for weight in model_class(copy.deepcopy(config)).parameters())
     if size > _MOST_WEIGHTS:

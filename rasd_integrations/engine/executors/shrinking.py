@@ -19,6 +19,11 @@ _LEAST_LAYERS = 4  # enough for patterns such as "every second layer"
 _HEADS, _HEAD_DIM = 4, 16
 _MOST_WEIGHTS = 4_000_000
 _BORDERS = r".*window(_size)?|.*chunk_size|.*block_size|original_max_position_embeddings"
+# Of a part that reads images or sound, which no comparison runs.
+_PART = {
+    "num_hidden_layers": 1, "hidden_size": _HEADS * _HEAD_DIM, "intermediate_size": 32, "num_attention_heads": _HEADS,
+    "encoder_layers": 1, "encoder_attention_heads": _HEADS, "encoder_ffn_dim": 32, "d_model": _HEADS * _HEAD_DIM,
+}  # fmt: skip
 _PLACES = r".*layer_(indices|ids)"  # lists of layers
 # Heads of a state space, whose rows are those of the hidden size, expanded twice.
 _STATE = {
@@ -115,7 +120,17 @@ def shrunken(config: PretrainedConfig) -> PretrainedConfig:
         small["num_key_value_heads"] = _HEADS if kv_heads == heads else min(kv_heads, 2)
     for name, value in small.items():
         setattr(text, name, value)
+    _shrink_parts(new, text)
     return new
+
+
+def _shrink_parts(config: PretrainedConfig, text: PretrainedConfig) -> None:
+    """Set small sizes in all parts but ``text``."""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not text and isinstance(part, PretrainedConfig):
+            for field in _PART.keys() & vars(part).keys():
+                setattr(part, field, _PART[field])
 
 
 def _layers(per_layer: Mapping[str, Any], total: int) -> list[int]:
