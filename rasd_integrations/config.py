@@ -16,6 +16,7 @@ from rasd_integrations.transfer import TransferRule, transfer_rule
 StorePolicy = Literal["prompt", "store", "any"]
 ContextMode = Literal["prompt", "documents"]
 ExecutorName = Literal["auto", "eager", "openvino", "openvino-kv8", "cuda-graphs"]
+WeightsName = Literal["auto", "dense", "kept", "int8", "int4"]
 OnCut = Literal["close", "raise"]
 _T = TypeVar("_T")
 
@@ -33,6 +34,7 @@ def check_value(ok: bool, name: str, value: object, limit: str) -> None:
 def check_engine(
     context: object,
     executor: object,
+    weights: object,
     prefix_cache_bytes: int,
     *,
     deterministic: object,
@@ -45,6 +47,8 @@ def check_engine(
     check_value(context in ("prompt", "documents"), "context", context, "'prompt' or 'documents'")
     names = get_args(ExecutorName)
     check_value(executor in names, "executor", executor, "one of " + ", ".join(map(repr, names)))
+    names = get_args(WeightsName)
+    check_value(weights in names, "weights", weights, "one of " + ", ".join(map(repr, names)))
     limit = "at least 0 (0 keeps nothing)"
     check_value(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, limit)
     check_value(isinstance(deterministic, bool), "deterministic", deterministic, "True or False")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rasd_integrations.engine.executors.eager import input_device
+from rasd_integrations.loading.quantised import QuantisedLinear
 
 _COMMON = 2048
 # torch shares larger operations among a CPU's threads, and waking those takes longer.
@@ -82,6 +83,7 @@ class Shortlist:
         config = model.config.get_text_config()
         self._k = k
         self._head = model.get_output_embeddings()
+        self._dtype = model.dtype
         self._weight = weight = _weight(model, self._head)
         device = input_device(model) if weight is None else weight.device
         wanted = np.zeros(int(config.vocab_size), np.bool_)
@@ -101,6 +103,9 @@ class Shortlist:
     @cached_property
     def _layer(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight and bias of the output layer for these tokens; copied only if hidden states are ranked."""
+        if isinstance(self._head, QuantisedLinear):
+            rows = self._head.quantised.dense(self._wanted).to(self._dtype)
+            return rows, None if self._head.bias is None else self._head.bias[self._wanted]
         if self._weight is None:
             return None
         bias = getattr(self._head, "bias", None)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
 _DONTNEED = 4  # of madvise, on Linux
+_EACH_S = 0.2
 _HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)\s*(.*)")
 
 
@@ -30,7 +34,7 @@ def release(model: nn.Module, folder: Path | None) -> None:
     """
     if sys.platform != "linux":
         return
-    weights = [weight.data_ptr() for weight in model.parameters()]
+    weights = [weight.data_ptr() for weight in chain(model.parameters(), model.buffers())]
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # musl has none
         libc.malloc_trim(0)
@@ -39,6 +43,24 @@ def release(model: nn.Module, folder: Path | None) -> None:
         within = folder is not None and path.startswith(f"{folder}/")
         if within or any(start <= weight < end for weight in weights):
             advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
+
+
+@contextmanager
+def releasing(model: nn.Module) -> Iterator[None]:
+    """Do so again and again inside the block, in which all weights are read to be packed."""
+    ends = threading.Event()
+
+    def run() -> None:
+        while not ends.wait(_EACH_S):
+            release(model, None)
+
+    thread = threading.Thread(target=run, name="rasd-release", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        thread.join()
 
 
 def _unchanged_files() -> Iterator[_Mapping]:

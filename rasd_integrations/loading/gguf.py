@@ -10,18 +10,29 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from rasd_integrations.errors import MissingDependencyError
 from rasd_integrations.loading.progress import transformers_stage
+from rasd_integrations.loading.quantiser import write_quantised
 from rasd_integrations.loading.turns import turn_end_ids
 from rasd_integrations.storage.cache_folder import cache_folder, file_digest, is_whole, title_of
 from rasd_integrations.storage.marked import made_folder
+
+if TYPE_CHECKING:
+    from rasd_integrations.loading.gguf_weights import GgufWeights
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +56,29 @@ def tokenizer_folder(path: Path, cache_dir: str | Path | None = None) -> Iterato
 
 
 @contextlib.contextmanager
-def model_folder(path: Path, dtype: object, cache_dir: str | Path | None = None) -> Iterator[Path]:
-    """Yield a folder with the config and the dense weights of the GGUF file ``path``, kept in ``cache_dir``.
+def model_folder(
+    path: Path, dtype: object, cache_dir: str | Path | None = None, *, keeps_blocks: bool = False
+) -> Iterator[Path]:
+    """Yield a folder with the config and the weights of the GGUF file ``path``, kept in ``cache_dir``.
 
-    Weights are float32 or float16 if ``dtype`` asks for that, else bfloat16.
+    Dense weights are float32 or float16 if ``dtype`` asks for that, else bfloat16.
+
+    Args:
+        path: The file.
+        dtype: Of dense weights.
+        cache_dir: Where the folder is; default the user's cache folder.
+        keeps_blocks: Keep weights in the file's own blocks, where a module can hold them.
 
     Raises:
         MissingDependencyError: The extra ``gguf`` is not installed.
     """
     name = str(dtype).removeprefix("torch.")
     kind = name if name in _DTYPES else "bfloat16"
-    with _folder(
-        path, kind, lambda: _dequantise(path, _DTYPES[kind], cache_dir), cache_dir
-    ) as folder:
+    make = _dequantise
+    if keeps_blocks:
+        make, kind = _in_blocks, f"{kind}-blocks"
+    dense = _DTYPES[kind.removesuffix("-blocks")]
+    with _folder(path, kind, lambda: make(path, dense, cache_dir), cache_dir) as folder:
         yield folder
 
 
@@ -82,6 +103,8 @@ def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.E
     made = make()
     parameters = made.parameters() if isinstance(made, torch.nn.Module) else ()
     nbytes = sum(weight.nbytes for weight in parameters)
+    if isinstance(made, _Blocks):
+        nbytes = 2 * path.stat().st_size  # codes of 5 and 6 bits take 8
     try:
         with made_folder(folder, "models", title_of(str(path)), nbytes) as new:
             made.save_pretrained(new)
@@ -136,11 +159,53 @@ def _dequantise(path: Path, dtype: torch.dtype, cache_dir: str | Path | None) ->
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    _name_ends(model, path, cache_dir)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """A model without memory, and the tensors of its file."""
+
+    model: PreTrainedModel
+    weights: GgufWeights
+    dtype: torch.dtype
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the folder, a few tensors at a time."""
+        tensors, tied = self.weights.tensors(self.dtype), self.weights.tied
+        model = self.model
+        write_quantised(folder, model.config, model.generation_config, tensors, tied)
+
+
+def _in_blocks(path: Path, dtype: torch.dtype, cache_dir: str | Path | None) -> Any:
+    """Return what writes the file's own blocks; the dense model if none can be kept."""
+    _check_dependencies()
+    from rasd_integrations.loading.gguf_weights import GgufWeights, read_once  # an extra
+
+    with read_once():
+        config = AutoConfig.from_pretrained(
+            str(path.parent), gguf_file=path.name, local_files_only=True
+        )
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        try:
+            weights = GgufWeights(path, model)
+            why = "" if weights.num_kept else "no module can hold its blocks"
+        except Exception as err:  # noqa: BLE001 -- a family that transformers reads in another way raises anything
+            why = str(err) or type(err).__name__
+    if why:
+        logger.warning("%s is converted to dense weights: %s", path.name, why)
+        return _dequantise(path, dtype, cache_dir)
+    _name_ends(model, path, cache_dir)
+    return _Blocks(model, weights, dtype)
+
+
+def _name_ends(model: Any, path: Path, cache_dir: str | Path | None) -> None:
     with tokenizer_folder(path, cache_dir) as folder:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     ends = _end_ids(tokenizer)
     model.generation_config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
-    return model
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -32,11 +32,12 @@ from rasd_integrations.errors import (
 from rasd_integrations.loading.gguf import LOADING, model_folder, tokenizer_folder
 from rasd_integrations.loading.options import load_options
 from rasd_integrations.loading.progress import transformers_stage
+from rasd_integrations.loading.rounding import WeightsAs, rounded_model
 
 # fmt: off
 _HUB_KWARGS = ("revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "subfolder")
 _USUAL_KWARGS = (*_HUB_KWARGS, "attn_implementation", "device_map", "dtype", "quantization_config")
-_PLACEMENT = {"device_map", "tp_plan", "device_mesh"}  # options that decide device placement
+PLACEMENT = {"device_map", "tp_plan", "device_mesh"}  # options that decide device placement
 # fmt: on
 
 
@@ -54,6 +55,7 @@ def load_model(
     model_kwargs: Mapping[str, Any] | None = None,
     device: str | None = None,
     cache_dir: str | Path | None = None,
+    weights: WeightsAs = "dense",
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -62,9 +64,11 @@ def load_model(
         model_kwargs: Passed to ``from_pretrained``; ``dtype`` defaults to bfloat16.
         device: Overrides ``device_map`` and ``tp_plan``; default the CUDA device, if there is one.
         cache_dir: Where conversions are kept, here and below; default the user's cache folder.
+        weights: ``"dense"``, ``"kept"`` (the blocks of a GGUF file), ``"int8"`` or ``"int4"``; all but the first for
+            a CPU. Rounded weights are kept in ``cache_dir``.
 
     Raises:
-        ConfigurationError: There is no such device, or ``model_kwargs`` cannot be honoured.
+        ConfigurationError: There is no such device, or ``model_kwargs`` or ``weights`` cannot be honoured.
         ModelLoadError: Names what is missing or broken, and the next step.
         DeviceMemoryError: The weights do not fit.
         MissingDependencyError: A GGUF file needs the extra ``gguf``.
@@ -72,9 +76,16 @@ def load_model(
     check_device(device)
     options = load_options(model_kwargs or {})
     if device is not None:
-        options = {key: value for key, value in options.items() if key not in _PLACEMENT}
+        options = {key: value for key, value in options.items() if key not in PLACEMENT}
+    if weights != "dense":
+        _check_quantised(name, weights, options, device)
     tokenizer = load_tokenizer(name, options, cache_dir)
-    with LOADING, _explained(name), _weights(name, options, cache_dir) as (source, where):
+    keeps_blocks = weights == "kept"
+    with (
+        LOADING,
+        _explained(name),
+        _weights(name, options, cache_dir, keeps_blocks=keeps_blocks) as (source, where),
+    ):
         _check_causal(name, AutoConfig.from_pretrained(source, **where))
         # The progress of a GGUF file was shown while it was converted.
         with transformers_stage(None if _is_gguf(_source(name)) else f"Reading {name}"):
@@ -88,10 +99,12 @@ def load_model(
                 f"{type(model).__name__}. Use a complete checkpoint of a causal language model."
             )
             raise ModelLoadError(msg)
+        if weights in ("int8", "int4"):
+            model = rounded_model(model, int(weights[3:]), cache_dir, str(name))
         if _is_gguf(_source(name)):
             model.name_or_path = str(name)  # not the folder of the conversion
         placed = (
-            bool(options.keys() & _PLACEMENT) or getattr(model, "hf_quantizer", None) is not None
+            bool(options.keys() & PLACEMENT) or getattr(model, "hf_quantizer", None) is not None
         )
         if device is not None:
             model.to(device)
@@ -196,16 +209,48 @@ def load_generation_config(
             return None
 
 
+def gguf_file(name: str | Path) -> Path | None:
+    """Return the path of the GGUF file that ``name`` names.
+
+    Raises:
+        ModelLoadError: There is no such file or folder.
+    """
+    source = _source(name)
+    return Path(source) if _is_gguf(source) else None
+
+
+def _check_quantised(
+    name: str | Path, weights: WeightsAs, options: Mapping[str, Any], device: str | None
+) -> None:
+    """Raise unless this model's weights can be quantised as asked, on a CPU."""
+    if weights == "kept" and gguf_file(name) is None:
+        msg = (
+            f"weights is 'kept', but {str(name)!r} is no GGUF file. Use 'int8', 'int4' or 'dense'."
+        )
+        raise ConfigurationError(msg)
+    placed = device not in (None, "cpu") or (device is None and torch.cuda.is_available())
+    if placed or options.keys() & PLACEMENT or "quantization_config" in options:
+        msg = (
+            f"weights is {weights!r}, which is for a CPU, but the model is placed elsewhere or quantised by "
+            f"model_kwargs. Leave weights out, and give model_kwargs={{'quantization_config': ...}} for a GPU."
+        )
+        raise ConfigurationError(msg)
+
+
 @contextlib.contextmanager
 def _weights(
-    name: str | Path, options: Mapping[str, Any], cache_dir: str | Path | None
+    name: str | Path,
+    options: Mapping[str, Any],
+    cache_dir: str | Path | None,
+    *,
+    keeps_blocks: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the source of config and weights, and the options that locate it."""
     source = _source(name)
     where = _hub_kwargs(source, options)
     if _is_gguf(source):
         dtype = load_options(options)["dtype"]
-        with model_folder(Path(source), dtype, cache_dir) as folder:
+        with model_folder(Path(source), dtype, cache_dir, keeps_blocks=keeps_blocks) as folder:
             yield str(folder), where
     else:
         yield source, where

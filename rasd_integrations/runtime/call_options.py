@@ -30,6 +30,7 @@ from rasd_integrations.config import (
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
+    WeightsName,
     check_model_name,
     reject_unknown,
     updated,
@@ -110,6 +111,9 @@ class FrameworkModel(BaseModel, ABC):
     executor: ExecutorName = _engine(
         "auto",
         'What runs steps: "auto", "eager" (torch), "openvino", "openvino-kv8" or "cuda-graphs".',
+    )
+    weights: WeightsName = _engine(
+        "auto", '"dense", "kept" (a GGUF file\'s own blocks), "int8", "int4"; "auto": what fits.'
     )
     store: SkipValidation[object] = _engine(
         None,

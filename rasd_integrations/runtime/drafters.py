@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rasd_integrations.config import ExecutorName
+from rasd_integrations.config import ExecutorName, WeightsName
 from rasd_integrations.datastores.tokens.memory import Memory
 from rasd_integrations.decoding.steps import FixedSteps, Steps
 from rasd_integrations.decoding.teacher import TeacherModel
@@ -30,6 +30,7 @@ def named_drafter_model(
     device: str | None = None,
     executor: ExecutorName = "auto",
     cache_dir: Path | None = None,
+    weights: WeightsName = "auto",
 ) -> SharedModel | None:
     """Load the drafter model that ``spec`` names, or return ``None``. Shared while any caller holds it.
 
@@ -41,7 +42,9 @@ def named_drafter_model(
         return None
     # Eager like its target, if that was asked for; else whatever is best for it.
     own: ExecutorName = "eager" if executor == "eager" else "auto"
-    return shared_model(spec, model_kwargs, device, own, cache_dir)
+    # Rounded like its target; the target's "kept" is of its own file.
+    how: WeightsName = "auto" if weights == "kept" else weights
+    return shared_model(spec, model_kwargs, device, own, cache_dir, how)
 
 
 def make_drafter(

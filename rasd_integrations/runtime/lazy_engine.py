@@ -16,6 +16,7 @@ from rasd_integrations.config import (
     ExecutorName,
     SamplingParams,
     SpeculationConfig,
+    WeightsName,
 )
 from rasd_integrations.drafters.base import Drafter
 from rasd_integrations.errors import DecodingError
@@ -39,6 +40,7 @@ class EngineOptions:
     drafter: str | Path | Drafter | None
     drafter_device: str | None
     executor: ExecutorName
+    weights: WeightsName
     model_kwargs: Mapping[str, Any]
     template_kwargs: Mapping[str, Any]
     speculation: SpeculationConfig
@@ -111,6 +113,7 @@ class LazyEngine:
             "model": own.model,
             "context": context,
             "kv8": own.executor == "openvino-kv8",
+            "quantised": own.weights,
             "deterministic": own.deterministic,
             "knowledge_transfer": rule_name(speculation.knowledge_transfer),
             "chat_template_kwargs": {k: repr(v) for k, v in sorted(own.template_kwargs.items())},
@@ -179,11 +182,16 @@ class LazyEngine:
                 check_device(own.drafter_device)
                 if self._shared is None:
                     self._shared = shared_model(
-                        own.model, own.model_kwargs, None, own.executor, own.kept.path
+                        own.model, own.model_kwargs, None, own.executor, own.kept.path, own.weights
                     )
                 self._window = self._shared.target.window
                 self._drafter_model = self._drafter_model or named_drafter_model(
-                    own.drafter, own.model_kwargs, own.drafter_device, own.executor, own.kept.path
+                    own.drafter,
+                    own.model_kwargs,
+                    own.drafter_device,
+                    own.executor,
+                    own.kept.path,
+                    own.weights,
                 )
                 kept_in = None if isinstance(own.memory, bool) else own.memory
                 memories = self._shared.memories

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rasd_integrations.config import CacheDir, ExecutorName
+from rasd_integrations.config import CacheDir, ExecutorName, WeightsName
 from rasd_integrations.datastores.tokens.memory import Memories
 from rasd_integrations.decoding.decoder import SpeculativeDecoder
 from rasd_integrations.decoding.steps import roundings
 from rasd_integrations.drafters.papers.vocabulary import Vocabulary
 from rasd_integrations.engine.executors.base import Executor
-from rasd_integrations.engine.executors.factory import make_executor
+from rasd_integrations.engine.executors.factory import has_openvino, make_executor
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
 from rasd_integrations.engine.target import TargetModel
@@ -29,14 +30,21 @@ from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.loading import load_model
 from rasd_integrations.loading.gguf import LOADING
 from rasd_integrations.loading.identity import ModelIdentity, model_identity, weights_state
+from rasd_integrations.loading.model import PLACEMENT, gguf_file
 from rasd_integrations.loading.options import load_options
+from rasd_integrations.loading.rounding import WeightsAs
 from rasd_integrations.process import has_lost_team, in_own_thread
-from rasd_integrations.runtime.admission import shared_admission
+from rasd_integrations.runtime.admission import memory_available, shared_admission
 from rasd_integrations.storage.cache_folder import cache_folder, title_of
+
+logger = logging.getLogger(__name__)
 
 _NOWHERE = CacheDir()
 
 _MOST_DECODERS = 64  # of a model, the last used
+# Peak of a load with dense bfloat16 weights, in sizes of a file of 4 to 5 bits a weight (docs/explanation/results.md).
+_DENSE_PEAK = 8
+_GB = 1e9
 
 
 class SharedModel:
@@ -240,6 +248,7 @@ def shared_model(
     device: str | None = None,
     executor: ExecutorName = "auto",
     cache_dir: Path | None = None,
+    weights: WeightsName = "auto",
 ) -> SharedModel:
     """Load a model, onto ``device`` if given, or return the loaded one, wherever its files are kept.
 
@@ -251,13 +260,13 @@ def shared_model(
     model_kwargs = load_options(model_kwargs)
     _check_can_run()
     options = repr(sorted(model_kwargs.items(), key=lambda item: item[0]))
-    key = (str(name), options, device or "", executor)
+    key = (str(name), options, device or "", executor, weights)
     with _loading:  # two first calls at once must not load twice
         known = _loaded.get(key)
         if known is None:
             # In a thread that ends: OpenMP keeps a team for each that lives, and once the teams outnumber the
             # cores, every step of the others takes twice as long (docs/explanation/experiments.md).
-            load = partial(_load, name, model_kwargs, device, executor, cache_dir)
+            load = partial(_load, name, model_kwargs, device, executor, cache_dir, weights)
             known = _loaded[key] = in_own_thread(load)
         return known
 
@@ -268,8 +277,10 @@ def _load(
     device: str | None,
     executor: ExecutorName,
     cache_dir: Path | None,
+    weights: WeightsName,
 ) -> SharedModel:
-    loaded = load_model(name, model_kwargs, device, cache_dir)
+    how = _fitting_weights(name, model_kwargs, device, executor) if weights == "auto" else weights
+    loaded = load_model(name, model_kwargs, device, cache_dir, how)
     # On a CPU now: packed and compiled weights cannot be read any more.
     identity = model_identity(loaded.model) if loaded.model.device.type == "cpu" else None
     run = make_executor(
@@ -282,6 +293,31 @@ def _load(
     return SharedModel(
         loaded.model, loaded.tokenizer, loaded.name, run, owned=True, identity=identity
     )
+
+
+def _fitting_weights(
+    name: str | Path, model_kwargs: Mapping[str, Any], device: str | None, executor: ExecutorName
+) -> WeightsAs:
+    """Return how to load ``name``: dense, but a GGUF file that would not fit so keeps its blocks.
+
+    Dense weights are no slower on a processor with bfloat16 products, and much quicker to verify drafts with. Eager
+    steps and other devices have dense weights always.
+    """
+    compiles = executor in ("auto", "openvino", "openvino-kv8") and has_openvino()
+    if not compiles or device not in (None, "cpu") or torch.cuda.is_available():
+        return "dense"
+    file = None if PLACEMENT & model_kwargs.keys() else gguf_file(name)
+    if file is None:
+        return "dense"
+    need, free = _DENSE_PEAK * file.stat().st_size, memory_available(torch.device("cpu"))
+    if need <= free:
+        return "dense"
+    logger.warning(
+        "%s stays in its blocks: dense weights need about %.1f GB to load and %.1f are free. With more memory, "
+        "weights='dense' verifies drafts in less time.",
+        file.name, need / _GB, free / _GB,
+    )  # fmt: skip
+    return "kept"
 
 
 def wrapped_model(

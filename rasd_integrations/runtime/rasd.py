@@ -24,6 +24,7 @@ from rasd_integrations.config import (
     RetrievalConfig,
     SamplingParams,
     SpeculationConfig,
+    WeightsName,
     check_engine,
     check_memory,
     check_model_name,
@@ -62,6 +63,7 @@ class RASD:
         drafter_device: str | None = None,
         store: object = None,
         executor: ExecutorName = "auto",
+        weights: WeightsName = "auto",
         context: ContextMode = "prompt",
         knowledge_transfer: Any = None,
         deterministic: bool = False,
@@ -81,27 +83,24 @@ class RASD:
 
         Args:
             model: Hub id, local folder, or path of a ``.gguf`` file.
-            drafter: ``"auto"``, ``None`` (plain decoding), ``"self"`` (the target on the retrieved
-                prompt), a smaller model's hub id or path, or a :class:`Drafter`.
+            drafter: ``"auto"``, ``None``, ``"self"`` (the target on the retrieved prompt), a model, a `Drafter`.
             drafter_device: Device of a drafter model (``"cpu"``, ``"cuda:1"``); ``None``: the target's.
             store: Anything ``as_chunk_source`` takes, or ``None``.
             executor: What runs steps: ``"eager"`` torch, ``"openvino"``, ``"openvino-kv8"``, ``"cuda-graphs"``.
+            weights: ``"dense"``, ``"kept"`` (a GGUF file's own blocks), ``"int8"``, ``"int4"``; "auto" takes what fits.
             context: What the target reads: ``"prompt"`` as sent, or the ``"documents"`` of its chunks.
-            knowledge_transfer: Joins the target's distribution with that of the drafter model, or of the target
-                itself, on the retrieved chunks: "cautious", "confidence", "agreement", "mixture", "rapid", or a
-                :class:`~rasd_integrations.transfer.TransferRule`; ``None`` is lossless.
+            knowledge_transfer: Joins the target's distribution with that of the drafter model, or its own, on the
+                chunks: a rule's name or a :class:`~rasd_integrations.transfer.TransferRule`; ``None`` is lossless.
             deterministic: The same call gives the same text, whatever was cached, drafted or batched.
             model_kwargs: Passed to ``from_pretrained``.
             chat_template_kwargs: Passed to the chat template.
             retrieval: How chunks are found and how long the drafter's prompt may be.
             speculation: Draft lengths and how drafts are judged.
             prefix_cache_bytes: Most memory for keys and values kept between answers.
-            cache_dir: Folder for all that later processes find again; ``None``: the user's cache folder, for
-                converted and compiled models only.
+            cache_dir: Folder for all that is kept; ``None``: the user's cache folder, for models only.
             prefix_disk_bytes: Most that warmed documents may take there, of all models together; 32 GiB by default.
             namespace: Keys and values, and what is drafted from, are shared only within a namespace.
-            memory: Draft from the store's texts and from earlier answers, in this process; a folder keeps them for
-                later ones.
+            memory: Draft from the store's texts and earlier answers; a folder keeps them for later processes.
             mode: ``None``, "route" (chunks first, documents where they are needed), "speculative-rag" (the best of
                 several answers), or a :class:`~rasd_integrations.runtime.modes.Mode`.
             **unknown: Refused, with the nearest valid name.
@@ -118,7 +117,7 @@ class RASD:
         check_passed_on("model_kwargs", model_kwargs or ())
         check_template_options(chat_template_kwargs or {})
         own = (speculation or SpeculationConfig()).with_transfer(knowledge_transfer)
-        check_engine(context, executor, prefix_cache_bytes, deterministic=deterministic)
+        check_engine(context, executor, weights, prefix_cache_bytes, deterministic=deterministic)
         check_drafter_spec(drafter, drafter_device)
         self.model_name = str(model)
         self._context: ContextMode = context
@@ -130,6 +129,7 @@ class RASD:
                 drafter=drafter,
                 drafter_device=drafter_device,
                 executor=executor,
+                weights=weights,
                 model_kwargs=dict(model_kwargs or {}),
                 template_kwargs=dict(chat_template_kwargs or {}),
                 speculation=own,

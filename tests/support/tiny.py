@@ -80,9 +80,9 @@ def tiny_mistral(seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
     return _random(MistralForCausalLM, config, seed)
 
 
-def tiny_gemma3(seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
+def tiny_gemma3(seed: int = 0, head_dim: int = 8, **changes: object) -> PreTrainedModel:
     """Return a random Gemma-3: three sliding layers of 16 tokens for each full one."""
-    shape = {**_SHAPE, "num_hidden_layers": 4}
+    shape = {**_SHAPE, "num_hidden_layers": 4, **changes}
     layers = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
     config = Gemma3TextConfig(**shape, head_dim=head_dim, sliding_window=16, layer_types=layers)
     return _random(Gemma3ForCausalLM, config, seed)

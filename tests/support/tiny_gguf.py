@@ -12,8 +12,8 @@ LAYERS, WIDTH, HEADS = 1, 32, 2
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 
-def write_gguf(path: Path) -> Path:
-    """Write the model to ``path`` and return it."""
+def write_gguf(path: Path, kind: str = "F32") -> Path:
+    """Write the model to ``path``, its matrices of a type that gguf names, and return it."""
     tokens = [*tiny_tokenizer().get_vocab(), "ab", "cd"]
     tokens.sort(key=lambda t: (len(t) > 2, t))
     writer = gguf.GGUFWriter(path, "llama")
@@ -44,7 +44,14 @@ def write_gguf(path: Path) -> Path:
         shapes |= {f"blk.{i}.{n}": (WIDTH,) for n in ("attn_norm", "ffn_norm")}
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+        weight = random.normal(size=shape).astype(np.float32)
+        if kind == "F32" or len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", weight)
+        else:
+            dtype = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(
+                f"{name}.weight", gguf.quants.quantize(weight, dtype), raw_dtype=dtype
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

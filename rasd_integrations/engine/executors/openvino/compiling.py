@@ -1,4 +1,4 @@
-"""Compiles a model's graph with OpenVINO, and keeps its trace in a folder."""
+"""Compiles a model's graph with OpenVINO, and keeps its trace, without its weights, in a folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from rasd_integrations.engine.executors.openvino import graph as graphs
 from rasd_integrations.engine.executors.openvino.attention import Attention
+from rasd_integrations.engine.executors.openvino.weights import LARGE, weights_of
 from rasd_integrations.storage.cache_folder import cache_folder, is_whole, title_of
 from rasd_integrations.storage.marked import made_folder
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_FORMAT = 4  # of kept graphs: raise it when a step's inputs, outputs or operations change
+_FORMAT = 5  # of kept graphs: raise it when a step's inputs, outputs or operations change
 _FILE = "graph.xml"
 
 
@@ -31,6 +32,7 @@ def options_of(dtype: torch.dtype, *, in_8_bits: bool) -> dict[str, Any]:
         "KV_CACHE_PRECISION": "u8" if in_8_bits else kind,
         # By channel, keys of 32 rows would share a scale, and none of them could be moved or dropped.
         "KEY_CACHE_QUANT_MODE": "BY_TOKEN",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",  # else products with codes round what they are multiplied with
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,
@@ -41,13 +43,14 @@ def compiled(
     model: PreTrainedModel, attention: Attention, path: Path | None, options: dict[str, Any]
 ) -> ov.CompiledModel:
     """Return the compiled graph of ``model``; its trace is kept at ``path``."""
+    weights = weights_of(model)
     graph = _kept(path)
     if graph is None:
-        graph = graphs.traced(model, attention.trace)
+        graph = graphs.traced(model, attention.trace, weights)
         if path is not None:
-            graph = _keep(graph, path, model)
-    whole = graphs.with_attention(graph, attention, getattr(ov.Type, DTYPES[model.dtype]))
-    return ov.Core().compile_model(whole, "CPU", options)
+            _keep(graph, path, model)
+    kind = getattr(ov.Type, DTYPES[model.dtype])
+    return ov.Core().compile_model(graphs.whole(graph, weights, attention, kind), "CPU", options)
 
 
 def graph_path(model: PreTrainedModel, identity: str | None, cache_dir: Path | None) -> Path | None:
@@ -70,15 +73,13 @@ def _kept(path: Path | None) -> ov.Model | None:
         return None
 
 
-def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> ov.Model:
-    """Write a graph atomically and return it mapped, without memory of its own; keep none if the disk is full."""
+def _keep(graph: ov.Model, path: Path, model: PreTrainedModel) -> None:
+    """Write a graph atomically; keep none if the disk is full."""
     title = title_of(model.name_or_path or type(model).__name__)
-    nbytes = sum(weight.nbytes for weight in model.parameters())
+    nbytes = 4 * sum(w.numel() for w in model.parameters() if w.numel() < LARGE)
     try:
         with made_folder(path, "graphs", title, nbytes) as new:
             ov.save_model(graph, new / _FILE, compress_to_fp16=False)
             ov.Core().read_model(new / _FILE)  # on a full disk it is cut without an error
-        return ov.Core().read_model(path / _FILE)
     except (OSError, RuntimeError) as err:
         logger.warning("cannot keep the compiled graph (%s); it is made again each time", err)
-        return graph

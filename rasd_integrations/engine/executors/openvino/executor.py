@@ -37,11 +37,14 @@ from rasd_integrations.engine.executors.openvino.compiling import (
 from rasd_integrations.engine.executors.openvino.inputs import Frame
 from rasd_integrations.engine.executors.openvino.tracing import trace_layout
 from rasd_integrations.engine.kv.buffer import GRANULE, KVArena, KVBuffer
-from rasd_integrations.engine.mapped import release
+from rasd_integrations.engine.mapped import release, releasing
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.loading.progress import stage
 from rasd_integrations.storage.marked import marked
 
+_COPIED = (
+    1 << 29
+)  # bytes of weights; OpenVINO keeps a further one of each where the graph has copies
 _FRAMES = 8  # kept, of the last step shapes
 _USUAL_ROWS = 17  # widths up to here are run once at first: kernels are made for each width
 _JOINT = 8  # a batch is as wide as the widest of its last so many steps
@@ -91,6 +94,8 @@ class CompiledExecutor(Executor):
             msg = f"{type(model).__name__} {why}. Use executor={other!r}."
             raise ConfigurationError(msg)
         self._attention = attention
+        if sum(weight.nbytes for weight in chain(model.parameters(), model.buffers())) > _COPIED:
+            attention.widths = ()
         # Fitting the graph to another width takes a third of a plain step (docs/explanation/experiments.md).
         self.layout = replace(
             self._eager.layout, row_multiple=4, order=attention.order, in_8_bits=in_8_bits
@@ -107,8 +112,9 @@ class CompiledExecutor(Executor):
         try:
             with stage(None if kept else f"Compiling {type(model).__name__} for this CPU, once"):
                 self._compile = partial(compiled, self._eager.model, attention, path, options)
-                self._request: Any = self._compile().create_infer_request()
-                self._check(model, path)
+                with releasing(model):
+                    self._request: Any = self._compile().create_infer_request()
+                    self._check(model, path)
         except ConfigurationError:
             raise
         except Exception as err:

@@ -1,8 +1,8 @@
 """One step of a stock transformers module as a pure function of tensors, which torch can trace.
 
-``(ids, positions, rows, angles, attended) -> (logits, hidden, queries, keys, values)``. Attention is left out, since
-the compiled graph reads the cache by its own; so are rotary angles, which compilers would round to bfloat16, where
-positions become equal.
+``(ids, positions, rows, angles, weights, attended) -> (logits, hidden, queries, keys, values)``. Attention is left out,
+since the compiled graph reads the cache by its own; so are large weights, which it reads where they lie, and rotary
+angles, which compilers would round to bfloat16, where positions become equal.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ from rasd_integrations.engine.executors.eager import (
     NoCache,
     cache_argument,
     outputs_of,
+)
+from rasd_integrations.engine.executors.openvino.weights import (
+    LARGE,
+    Weight,
+    given,
+    stand_ins,
+    weights_of,
 )
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.long_rope import ROTARY
@@ -101,7 +108,7 @@ class _LayerRecorder(Segment):
 
 @torch.inference_mode()
 def trace_layout(eager: EagerExecutor) -> TraceLayout:
-    """Run two tokens and record the rotary calls and layers."""
+    """Run two tokens, over large weights of zeros, and record the rotary calls and layers."""
     positions = torch.arange(2)
     recorder = _LayerRecorder(KVBuffer(2), positions)
     calls: list[Angles] = []
@@ -112,10 +119,12 @@ def trace_layout(eager: EagerExecutor) -> TraceLayout:
         )
         for module in _rotary_modules(eager.model)
     ]
+    weights = weights_of(eager.model)
     try:
-        eager.step(
-            torch.zeros(2, dtype=torch.long), StepContext(positions, (recorder,)), num_logits=0
-        )
+        with given(weights, stand_ins(weights, eager.model.dtype)):
+            eager.step(
+                torch.zeros(2, dtype=torch.long), StepContext(positions, (recorder,)), num_logits=0
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -156,22 +165,27 @@ class TracedStep(nn.Module):
     values ``[kv_heads * n, value_dim]``, and returns ``[kv_heads * n, group * value_dim]``.
     """
 
-    def __init__(self, model: PreTrainedModel, trace: TraceLayout) -> None:
-        """Wrap an executor's copy of a model."""
+    def __init__(
+        self, model: PreTrainedModel, trace: TraceLayout, weights: Sequence[Weight]
+    ) -> None:
+        """Wrap an executor's copy of a model with these large ``weights``."""
         super().__init__()
         self._model = model
         self._trace = trace
+        self._weights = weights
         self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
     def forward(
         self, ids: Tensor, positions: Tensor, rows: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         """Return logits ``[rows, vocab]``, hidden states ``[n, hidden]`` and each layer's queries, keys, values."""
-        layers = len(self._trace.layers)
+        layers, tables = len(self._trace.layers), len(rest) - len(self._weights)
+        tables -= layers
         segment = _TracedSegment(self._trace, rest[-layers:])
         context: Any = StepContext(positions[0], (segment,))  # type: ignore[arg-type]
         with (
-            _angles_given(self._trace.angles, rest[:-layers]),
+            _angles_given(self._trace.angles, rest[:tables]),
+            given(self._weights, rest[tables:-layers]),
             outputs_of(self._model.base_model) as seen,
         ):
             out = self._model(
@@ -196,7 +210,7 @@ class TracedStep(nn.Module):
             for layer in self._trace.layers
         ]
         ids, rows = torch.zeros(1, n, dtype=torch.long), torch.arange(n - 1)
-        return ids, positions, rows, *tables, *attended
+        return ids, positions, rows, *tables, *stand_ins(self._weights), *attended
 
 
 @contextmanager
@@ -221,12 +235,12 @@ def _angles_given(calls: Sequence[Angles], tables: Sequence[Tensor]) -> Iterator
 
 @contextmanager
 def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Give an executor's copy of a model weights in float32, which compilers handle best, inside the block."""
+    """Give an executor's copy of a model small weights in float32, which compilers handle best, inside the block."""
     old = [(module._parameters, dict(module._parameters)) for module in model.modules()]
     wide: dict[int, nn.Parameter] = {}  # tied weights stay one
     for table, weights in old:
         for name, weight in weights.items():
-            if weight is not None:
+            if weight is not None and weight.numel() < LARGE:
                 if id(weight) not in wide:
                     wide[id(weight)] = nn.Parameter(weight.data.float(), requires_grad=False)
                 table[name] = wide[id(weight)]
