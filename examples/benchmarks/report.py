@@ -22,6 +22,7 @@ from typing import Any
 
 from catalog import BASELINE, ENGINES
 from quality_figures import TITLES, rows_of
+from weights_figures import weights_rows
 
 ROOT = Path(__file__).parents[2]
 MARKED = re.compile(
@@ -347,6 +348,7 @@ def _pipelines_detail(document: dict[str, Any]) -> list[Row]:
 
 OTHERS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "streams": _streams,
+    "weights": weights_rows,
     "pipelines": _pipelines,
     "pipelines_summary": _pipelines_summary,
     "pipelines_detail": _pipelines_detail,

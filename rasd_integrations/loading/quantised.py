@@ -102,6 +102,15 @@ def numbers(codes: Tensor, coding: Coding) -> Tensor:
     return values.sub_(8).flatten(1) if is_signed else values.flatten(1)
 
 
+def packed(codes: Tensor, kind: CodeType) -> Tensor:
+    """Return codes ``[n, columns]`` as the bytes of a `QuantisedWeight`."""
+    codes = codes.view(torch.uint8)
+    if kind in ("i8", "u8"):
+        return codes
+    pairs = codes.reshape(len(codes), -1, 2)
+    return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
+
+
 class QuantisedLinear(nn.Module):
     """``nn.Linear`` over a quantised weight."""
 

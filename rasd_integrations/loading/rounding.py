@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rasd_integrations.errors import StorageError
-from rasd_integrations.loading.gguf_blocks import packed
 from rasd_integrations.loading.identity import model_identity
 from rasd_integrations.loading.progress import stage
-from rasd_integrations.loading.quantised import CodeType, Coding, QuantisedWeight
+from rasd_integrations.loading.quantised import CodeType, Coding, QuantisedWeight, packed
 from rasd_integrations.loading.quantiser import can_replace, write_quantised
 from rasd_integrations.storage.cache_folder import cache_folder, is_whole, title_of
 from rasd_integrations.storage.marked import made_folder

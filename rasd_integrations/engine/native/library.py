@@ -11,13 +11,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import TypeAlias
 
 from rasd_integrations.errors import StorageError
-from rasd_integrations.loading.progress import stage
 from rasd_integrations.storage.cache_folder import cache_folder, is_whole
 from rasd_integrations.storage.marked import made_folder
 
@@ -36,18 +37,24 @@ _MOST_S = 300.0  # of one call of the compiler
 _NBYTES = 4_000_000  # room that a build needs
 
 
+Shown: TypeAlias = Callable[[str], AbstractContextManager[object]]
+
+
 class BuildError(Exception):
     """The compiler fails on the kernels."""
 
 
 @cache
-def library(openvino: Path, version: str, cache_dir: Path | None) -> Path | None:
+def library(
+    openvino: Path, version: str, cache_dir: Path | None, shown: Shown = nullcontext
+) -> Path | None:
     """Return the built extension, ``None`` if it cannot be had here.
 
     Args:
         openvino: Folder of the ``openvino`` package, whose headers and libraries it is built with.
         version: Of OpenVINO.
         cache_dir: Where it is kept; default the user's cache folder.
+        shown: Makes of a title what shows that it is being built.
     """
     compiler = _compiler() if sys.platform == "linux" else None
     if compiler is None:
@@ -58,7 +65,7 @@ def library(openvino: Path, version: str, cache_dir: Path | None) -> Path | None
         if is_whole(path):
             return path / _FILE
         with (
-            stage("Building the attention kernel, once"),
+            shown("Building the attention kernel, once"),
             made_folder(path, "native", f"OpenVINO {version}", _NBYTES) as new,
         ):
             build(compiler, openvino, new / _FILE)

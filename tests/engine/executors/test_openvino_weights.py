@@ -9,8 +9,7 @@ from tiny import tiny_llama
 from torch import nn
 
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.loading.gguf_blocks import packed
-from rasd_integrations.loading.quantised import Coding, QuantisedLinear, QuantisedWeight
+from rasd_integrations.loading.quantised import Coding, QuantisedLinear, QuantisedWeight, packed
 
 pytest.importorskip("openvino")
 

@@ -23,6 +23,7 @@ from rasd_integrations.engine.executors.openvino.paged import PagedAttention
 from rasd_integrations.engine.executors.openvino.tracing import Layer, TraceLayout
 from rasd_integrations.engine.native.library import library, variants
 from rasd_integrations.errors import StorageError
+from rasd_integrations.loading.progress import stage
 from rasd_integrations.storage.cache_folder import cache_folder, is_whole
 from rasd_integrations.storage.marked import made_folder
 
@@ -54,7 +55,7 @@ def attention_of(
     if ours := make(Path(), "").lacking():  # before anything is built
         why = f"{theirs}, which OpenVINO's attention cannot do, and {ours}, which ours cannot"
         return (None, why) if theirs else (paged, "")
-    built = library(Path(ov.__file__).parent, ov.__version__, cache_dir)
+    built = library(Path(ov.__file__).parent, ov.__version__, cache_dir, stage)
     if built is None:
         why = f"{theirs}, which OpenVINO's attention cannot do, and there is no other: it needs a C++ compiler"
         return (None, why) if theirs else (paged, "")

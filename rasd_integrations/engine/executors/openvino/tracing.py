@@ -29,8 +29,8 @@ from rasd_integrations.engine.executors.openvino.weights import (
     LARGE,
     Weight,
     given,
-    stand_ins,
     weights_of,
+    zero_weights,
 )
 from rasd_integrations.engine.kv.buffer import KVBuffer
 from rasd_integrations.engine.long_rope import ROTARY
@@ -121,7 +121,7 @@ def trace_layout(eager: EagerExecutor) -> TraceLayout:
     ]
     weights = weights_of(eager.model)
     try:
-        with given(weights, stand_ins(weights, eager.model.dtype)):
+        with given(weights, zero_weights(weights, eager.model.dtype)):
             eager.step(
                 torch.zeros(2, dtype=torch.long), StepContext(positions, (recorder,)), num_logits=0
             )
@@ -210,7 +210,7 @@ class TracedStep(nn.Module):
             for layer in self._trace.layers
         ]
         ids, rows = torch.zeros(1, n, dtype=torch.long), torch.arange(n - 1)
-        return ids, positions, rows, *tables, *stand_ins(self._weights), *attended
+        return ids, positions, rows, *tables, *zero_weights(self._weights), *attended
 
 
 @contextmanager

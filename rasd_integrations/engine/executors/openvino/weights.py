@@ -59,7 +59,7 @@ def weights_of(model: PreTrainedModel) -> list[Weight]:
     return [Weight(value, tuple(places[key])) for key, value in values.items()]
 
 
-def stand_ins(weights: Sequence[Weight], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def zero_weights(weights: Sequence[Weight], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Return zeros of the weights' shapes, all in one piece of memory that is never written."""
     sizes = [math.prod(weight.value.shape) for weight in weights]
     room = np.zeros(max(sizes, default=1) * dtype.itemsize, np.uint8)
