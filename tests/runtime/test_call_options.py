@@ -94,6 +94,7 @@ def test_every_engine_option_is_handed_on(cls):
         "drafter": "org/small",
         "drafter_device": "cuda:1",
         "executor": "eager",
+        "weights": "dense",
         "store": ["text"],
         "context": "documents",
         "knowledge_transfer": "cautious",
