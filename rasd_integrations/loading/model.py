@@ -37,6 +37,7 @@ from rasd_integrations.loading.rounding import WeightsAs, rounded_model
 # fmt: off
 _HUB_KWARGS = ("revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "subfolder")
 _USUAL_KWARGS = (*_HUB_KWARGS, "attn_implementation", "device_map", "dtype", "quantization_config")
+_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q6": 7, "q5": 6}  # a weight, by the name of a .gguf file
 PLACEMENT = {"device_map", "tp_plan", "device_mesh"}  # options that decide device placement
 # fmt: on
 
@@ -217,6 +218,25 @@ def gguf_file(name: str | Path) -> Path | None:
     """
     source = _source(name)
     return Path(source) if _is_gguf(source) else None
+
+
+def least_bytes(name: str | Path) -> dict[str, int]:
+    """Return the least memory that each form of a local model's weights takes, in bytes; nothing of a hub id.
+
+    Weights of a folder are taken for 16 bits once loaded, those of a ``.gguf`` file for what its name says, else 5.
+    """
+    source = Path(_source(name))
+    if not source.exists():
+        return {}
+    if not _is_gguf(str(source)):
+        dense = sum(file.stat().st_size for file in source.glob("model*.safetensors"))
+        if '"float32"' in (source / "config.json").read_text(encoding="utf-8"):
+            dense //= 2
+        return {"dense": dense, "int8": dense // 2, "int4": dense // 4}
+    size = source.stat().st_size
+    bits = next((bits for word, bits in _BITS.items() if word in source.name.lower()), 5)
+    dense = size * 16 // bits
+    return {"dense": dense, "kept": size, "int8": dense // 2, "int4": dense // 4}
 
 
 def _check_quantised(

@@ -29,7 +29,6 @@ from rasd_integrations.loading.quantised import (
 _METHOD = "rasd"
 _ALIGNED = 64
 _SHARD = 1 << 28  # bytes of a file, about
-_PARTS = ("codes", "scales", "minimums")
 _TYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
     torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL",

@@ -26,11 +26,11 @@ from rasd_integrations.engine.executors.factory import has_openvino, make_execut
 from rasd_integrations.engine.kv.prefix_cache import PrefixCache
 from rasd_integrations.engine.kv.prefix_files import PrefixFiles
 from rasd_integrations.engine.target import TargetModel
-from rasd_integrations.errors import ConfigurationError, DecodingError
+from rasd_integrations.errors import ConfigurationError, DecodingError, DeviceMemoryError
 from rasd_integrations.loading import load_model
 from rasd_integrations.loading.gguf import LOADING
 from rasd_integrations.loading.identity import ModelIdentity, model_identity, weights_state
-from rasd_integrations.loading.model import PLACEMENT, gguf_file
+from rasd_integrations.loading.model import PLACEMENT, gguf_file, least_bytes
 from rasd_integrations.loading.options import load_options
 from rasd_integrations.loading.rounding import WeightsAs
 from rasd_integrations.process import has_lost_team, in_own_thread
@@ -280,6 +280,7 @@ def _load(
     weights: WeightsName,
 ) -> SharedModel:
     how = _fitting_weights(name, model_kwargs, device, executor) if weights == "auto" else weights
+    _check_room(name, how, device)
     loaded = load_model(name, model_kwargs, device, cache_dir, how)
     # On a CPU now: packed and compiled weights cannot be read any more.
     identity = model_identity(loaded.model) if loaded.model.device.type == "cpu" else None
@@ -318,6 +319,28 @@ def _fitting_weights(
         file.name, need / _GB, free / _GB,
     )  # fmt: skip
     return "kept"
+
+
+def _check_room(name: str | Path, how: WeightsAs, device: str | None) -> None:
+    """Raise if not even the weights fit into a CPU's memory; of a hub id nothing is known before it is fetched.
+
+    Raises:
+        DeviceMemoryError: Names the need, what is free, and a form that fits.
+    """
+    if device not in (None, "cpu") or (device is None and torch.cuda.is_available()):
+        return
+    needs = least_bytes(name)
+    need, free = needs.get(how, 0), memory_available(torch.device("cpu"))
+    if need > free:
+        fit = [form for form in ("int8", "kept", "int4") if needs.get(form, free + 1) <= free]
+        advice = (
+            f"weights={fit[0]!r} needs {needs[fit[0]] / _GB:.1f}" if fit else "use a smaller model"
+        )
+        msg = (
+            f"The weights of {str(name)!r} need at least {need / _GB:.1f} GB of memory and {free / _GB:.1f} are free: "
+            f"{advice}."
+        )
+        raise DeviceMemoryError(msg)
 
 
 def wrapped_model(

@@ -13,7 +13,7 @@ from torch import nn
 
 from rasd_integrations import RASD
 from rasd_integrations.config import SamplingParams
-from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.errors import ConfigurationError, DeviceMemoryError
 from rasd_integrations.loading import model as loading
 from rasd_integrations.loading import quantised
 from rasd_integrations.loading.model import load_model
@@ -169,7 +169,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(folder, monkeypatch):
     monkeypatch.setattr(marked, "replaced_folder", full)
     with pytest.warns(RuntimeWarning, match="rounded again each time"):
         model = load_model(folder, weights="int8").model
-    assert isinstance(model.model.layers[0].mlp.down_proj, QuantisedLinear)
+    layer = model.model.layers[0].mlp.down_proj
+    assert isinstance(layer, QuantisedLinear)
+    assert (torch.bfloat16, torch.float32) == (model.dtype, layer.quantised.scales.dtype)
 
 
 @pytest.mark.parametrize(
@@ -273,3 +275,18 @@ def test_a_form_that_does_not_exist_is_refused():
     """By name, with those that do."""
     with pytest.raises(ConfigurationError, match="'kept', 'int8', 'int4'"):
         RASD("model", weights="int2")
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(folder, monkeypatch):
+    """With the need, what is free, and a form that fits; the type is a `MemoryError` too."""
+    dense = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 2  # float32
+    monkeypatch.setattr(models, "memory_available", lambda _device: int(0.6 * dense))
+    with pytest.raises(
+        DeviceMemoryError, match=r"need at least .* GB .* free: weights='int8' needs"
+    ):
+        models.shared_model(folder, {})
+    monkeypatch.setattr(models, "memory_available", lambda _device: 1)
+    with pytest.raises(MemoryError, match="use a smaller model"):
+        models.shared_model(folder, {}, weights="int8")
+    monkeypatch.setattr(models, "memory_available", lambda _device: 2 * dense)
+    assert models.shared_model(folder, {"dtype": "float32"}, weights="int8").target.window > 0

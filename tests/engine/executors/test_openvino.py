@@ -409,7 +409,7 @@ def test_what_openvino_cannot_do_is_refused(monkeypatch):
         msg = "PagedAttention expects 99 inputs"
         raise RuntimeError(msg)
 
-    monkeypatch.setattr(graphs, "with_attention", other)
+    monkeypatch.setattr(graphs, "whole", other)
     with pytest.raises(ConfigurationError, match=r"OpenVINO 20.*99 inputs.*eager"):
         CompiledExecutor(tiny_llama())
     assert isinstance(make_executor("auto", tiny_llama(), owned=True), EagerExecutor)
