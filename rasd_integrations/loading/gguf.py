@@ -99,25 +99,40 @@ def _folder(
 
 
 def _made(path: Path, folder: Path, make: Callable[[], Any], stack: contextlib.ExitStack) -> Path:
-    """Make and save a conversion; in a temporary folder if the cache cannot be written."""
+    """Make and save a conversion."""
     made = make()
     parameters = made.parameters() if isinstance(made, torch.nn.Module) else ()
     nbytes = sum(weight.nbytes for weight in parameters)
     if isinstance(made, _Blocks):
         nbytes = 2 * path.stat().st_size  # codes of 5 and 6 bits take 8
+    return written(folder, made.save_pretrained, str(path), nbytes, stack)
+
+
+def written(
+    folder: Path, write: Callable[[Path], Any], name: str, nbytes: int, stack: contextlib.ExitStack
+) -> Path:
+    """Return ``folder``, filled by ``write``; a temporary one if the cache cannot be written.
+
+    Args:
+        folder: In the cache.
+        write: Fills an empty folder.
+        name: Of the model.
+        nbytes: What it will take.
+        stack: Removes a temporary folder.
+    """
     try:
-        with made_folder(folder, "models", title_of(str(path)), nbytes) as new:
-            made.save_pretrained(new)
+        with made_folder(folder, "models", title_of(name), nbytes) as new:
+            write(new)
     except Exception as err:  # noqa: BLE001 -- tokenizers raises a plain Exception if the disk is full
         warnings.warn(
-            f"Cannot write to {folder.parent} ({err}), so {path.name} is converted again each time. "
+            f"Cannot write to {folder.parent} ({err}), so {Path(name).name} is converted again each time. "
             f"Set cache_dir or RASD_CACHE to a folder with space that is writable.",
             RuntimeWarning,
             stacklevel=2,
         )
         temporary = tempfile.TemporaryDirectory(prefix="rasd-", ignore_cleanup_errors=True)
         folder = Path(stack.enter_context(temporary))
-        made.save_pretrained(folder)
+        write(folder)
     return folder
 
 

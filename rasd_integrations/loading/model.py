@@ -101,7 +101,11 @@ def load_model(
             )
             raise ModelLoadError(msg)
         if weights in ("int8", "int4"):
-            model = rounded_model(model, int(weights[3:]), cache_dir, str(name))
+            if getattr(model, "hf_quantizer", None) is not None:
+                msg = f"weights is {weights!r}, but {str(name)!r} is quantised already. Use weights='dense'."
+                raise ConfigurationError(msg)
+            trusts = bool(options.get("trust_remote_code"))
+            model = rounded_model(model, int(weights[3:]), cache_dir, str(name), trusts=trusts)
         if _is_gguf(_source(name)):
             model.name_or_path = str(name)  # not the folder of the conversion
         placed = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rasd_integrations.errors import StorageError
+from rasd_integrations.loading.gguf import written
 from rasd_integrations.loading.identity import model_identity
 from rasd_integrations.loading.progress import stage
 from rasd_integrations.loading.quantised import CodeType, Coding, QuantisedWeight, packed
 from rasd_integrations.loading.quantiser import can_replace, write_quantised
-from rasd_integrations.storage.cache_folder import cache_folder, is_whole, title_of
-from rasd_integrations.storage.marked import made_folder
+from rasd_integrations.storage.cache_folder import cache_folder, is_whole
 
 WeightsAs = Literal["dense", "kept", "int8", "int4"]
 _ROUNDING = 1  # to be raised when the rounding changes, so that older results are not read
@@ -29,7 +26,12 @@ _PART = 1 << 22  # numbers that are rounded at once
 
 
 def rounded_model(
-    model: PreTrainedModel, bits: int, cache_dir: str | Path | None, name: str
+    model: PreTrainedModel,
+    bits: int,
+    cache_dir: str | Path | None,
+    name: str,
+    *,
+    trusts: bool = False,
 ) -> PreTrainedModel:
     """Return ``model`` with rounded weights, mapped from a folder that is made once.
 
@@ -38,46 +40,26 @@ def rounded_model(
         bits: 8 or 4.
         cache_dir: Where the folder is; default the user's cache folder.
         name: Of the model, for people.
+        trusts: The checkpoint's own code may run.
     """
     digest = model_identity(model).weights
     dtype = str(model.dtype).removeprefix("torch.")
     folder = cache_folder("models", cache_dir) / f"{digest}-{_ROUNDING}-{dtype}-int{bits}"
+    nbytes = sum(weight.numel() for weight in model.parameters()) * bits // 8
+
+    def write(to: Path) -> None:
+        tensors, tied = rounded(model, bits), tied_head(model)
+        write_quantised(to, model.config, model.generation_config, tensors, tied)
+
     with ExitStack() as stack:
         if not is_whole(folder):
             with stage(f"Rounding {Path(name).name} to {bits} bits, once"):
-                folder = _written(model, bits, folder, name, stack)
+                folder = written(folder, write, name, nbytes, stack)
         made: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=model.dtype, local_files_only=True
+            folder, dtype=model.dtype, local_files_only=True, trust_remote_code=trusts
         )
     quantised: PreTrainedModel = made
     return quantised
-
-
-def _written(model: PreTrainedModel, bits: int, folder: Path, name: str, stack: ExitStack) -> Path:
-    """Write the rounded weights to ``folder``; to a temporary one if the cache cannot be written."""
-
-    def write(to: Path) -> None:
-        tied = tied_head(model)
-        write_quantised(to, model.config, model.generation_config, rounded(model, bits), tied)
-
-    nbytes = sum(weight.numel() for weight in model.parameters()) * bits // 8
-    try:
-        with made_folder(folder, "models", title_of(name), nbytes) as new:
-            write(new)
-    except (OSError, StorageError) as err:
-        warnings.warn(
-            f"Cannot write to {folder.parent} ({err}), so {name} is rounded again each time. "
-            f"Set cache_dir or RASD_CACHE to a folder with space that is writable.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        folder = Path(
-            stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="rasd-", ignore_cleanup_errors=True)
-            )
-        )
-        write(folder)
-    return folder
 
 
 def rounded(model: PreTrainedModel, bits: int) -> Iterator[tuple[str, Tensor | QuantisedWeight]]:

@@ -167,7 +167,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(marked, "replaced_folder", full)
-    with pytest.warns(RuntimeWarning, match="rounded again each time"):
+    with pytest.warns(RuntimeWarning, match="converted again each time"):
         model = load_model(folder, weights="int8").model
     layer = model.model.layers[0].mlp.down_proj
     assert isinstance(layer, QuantisedLinear)
@@ -186,6 +186,15 @@ def test_weights_that_cannot_be_had_are_refused(folder, weights, options, words)
     """Before anything is loaded."""
     with pytest.raises(ConfigurationError, match=words):
         load_model(folder, options, weights=weights)
+
+
+def test_a_checkpoint_that_is_quantised_already_is_not_rounded(folder, cache):
+    """Its weights are in another form, which would be lost."""
+    load_model(folder, weights="int8")
+    (made,) = (cache / "models").glob("*-int8")
+    tiny_tokenizer().save_pretrained(made)
+    with pytest.raises(ConfigurationError, match="quantised already"):
+        load_model(made, weights="int4")
 
 
 def test_weights_are_refused_on_another_device(folder, monkeypatch):
