@@ -19,7 +19,7 @@ from rasd_integrations.config import (
     WeightsName,
 )
 from rasd_integrations.drafters.base import Drafter
-from rasd_integrations.errors import DecodingError
+from rasd_integrations.errors import ConfigurationError, DecodingError
 from rasd_integrations.text.prompt.template import ChatTemplate
 from rasd_integrations.transfer import rule_name
 
@@ -86,9 +86,19 @@ class LazyEngine:
         tokenizer: PreTrainedTokenizerBase,
         drafter_model: PreTrainedModel | None,
     ) -> None:
-        """Use objects that are loaded already; the drafter model shares the tokenizer."""
+        """Use objects that are loaded already; the drafter model shares the tokenizer.
+
+        Raises:
+            ConfigurationError: The options ask for weights of another form.
+        """
         from rasd_integrations.runtime.models import wrapped_model
 
+        if self.options.weights not in ("auto", "dense"):
+            msg = (
+                f"weights is {self.options.weights!r}, but a loaded model is used as it is. Leave it out, or load the "
+                f"model by its name."
+            )
+            raise ConfigurationError(msg)
         self._loaded_in = os.getpid()
         shared = wrapped_model(model, tokenizer, self.options.model, self.options.executor)
         self._shared, self._window = shared, shared.target.window

@@ -299,3 +299,10 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(folder, monkey
         models.shared_model(folder, {}, weights="int8")
     monkeypatch.setattr(models, "memory_available", lambda _device: 2 * dense)
     assert models.shared_model(folder, {"dtype": "float32"}, weights="int8").target.window > 0
+
+
+@pytest.mark.parametrize("weights", ["kept", "int8"])
+def test_a_loaded_model_is_used_as_it_is(weights):
+    """Its weights are the caller's."""
+    with pytest.raises(ConfigurationError, match="used as it is"):
+        RASD.from_model(tiny_llama(), tiny_tokenizer(), weights=weights)
