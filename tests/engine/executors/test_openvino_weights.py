@@ -75,3 +75,14 @@ def test_large_weights_are_not_copied_for_further_widths(monkeypatch, tmp_path):
     assert made._attention.widths == (1,)
     monkeypatch.setattr(executor, "_COPIED", 1000)
     assert CompiledExecutor(model, cache_dir=tmp_path)._attention.widths == ()
+
+
+def test_a_graph_outlives_the_memory_that_its_model_gives_up(tmp_path):
+    """A model's owner moves its parameters; the graph goes on with the old ones, as it was compiled."""
+    model = tiny_llama(head_dim=32, hidden_size=192, intermediate_size=192)
+    target = TargetModel(model, executor=CompiledExecutor(model, cache_dir=tmp_path))
+    ids = random_ids(20)
+    before = logits(target, ids)
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter)
+    assert torch.equal(before, logits(target, ids))

@@ -94,7 +94,9 @@ class CompiledExecutor(Executor):
             msg = f"{type(model).__name__} {why}. Use executor={other!r}."
             raise ConfigurationError(msg)
         self._attention = attention
-        if sum(weight.nbytes for weight in chain(model.parameters(), model.buffers())) > _COPIED:
+        # The graph reads this memory, and a model's owner may give its parameters other.
+        self._weights = [w.detach() for w in chain(model.parameters(), model.buffers())]
+        if sum(weight.nbytes for weight in self._weights) > _COPIED:
             attention.widths = ()
         # Fitting the graph to another width takes a third of a plain step (docs/explanation/experiments.md).
         self.layout = replace(
