@@ -36,13 +36,6 @@ from rasd_integrations.storage.cache_folder import file_digest
 from rasd_integrations.storage.marked import MARKER, foreign
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    """Keep conversions out of the user's cache."""
-    monkeypatch.setenv("RASD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Return a whole model folder."""

@@ -34,13 +34,6 @@ TYPES = (
 WIDTH = 192  # of weights that are large enough to be rounded
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    """Keep conversions out of the user's cache."""
-    monkeypatch.setenv("RASD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Return a whole model folder, wide enough that its weights are rounded."""

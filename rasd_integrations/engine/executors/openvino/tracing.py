@@ -179,8 +179,8 @@ class TracedStep(nn.Module):
         self, ids: Tensor, positions: Tensor, rows: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         """Return logits ``[rows, vocab]``, hidden states ``[n, hidden]`` and each layer's queries, keys, values."""
-        layers, tables = len(self._trace.layers), len(rest) - len(self._weights)
-        tables -= layers
+        layers = len(self._trace.layers)
+        tables = len(rest) - len(self._weights) - layers
         segment = _TracedSegment(self._trace, rest[-layers:])
         context: Any = StepContext(positions[0], (segment,))  # type: ignore[arg-type]
         with (
