@@ -87,6 +87,21 @@ class DeviceMemoryError(RASDError, MemoryError):
     """A request does not fit in the device's memory; the engine stays usable."""
 
 
+class ServerError(RASDError, ConnectionError):
+    """A model server cannot be reached, is busy, refuses the key, or failed.
+
+    ``status`` is that of HTTP; ``None``: there was no answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        """Keep the status."""
+        super().__init__(message)
+        self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class MissingDependencyError(RASDError, ImportError):
     """An optional dependency is not installed."""
 

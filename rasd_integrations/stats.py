@@ -174,6 +174,20 @@ class DecodingStats:
         for name, entry in other.drafters.items():
             self.count(name, entry.drafted, entry.accepted)
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> DecodingStats:
+        """Return what :meth:`as_dict` wrote; names of later versions are left out."""
+        known = {f.name: given[f.name] for f in fields(cls) if f.name in given}
+        parts: tuple[tuple[str, type[Any]], ...] = (
+            ("quotes", Quote), ("rewards", Reward), ("candidates", Candidate),
+        )  # fmt: skip
+        for name, kind in parts:
+            known[name] = tuple(_record(kind, entry) for entry in known.get(name, ()))
+        for name in ("faults", "closed_fields"):
+            known[name] = tuple(known.get(name, ()))
+        drafters = known.get("drafters", {})
+        return cls(**known | {"drafters": {n: DrafterStats(**d) for n, d in drafters.items()}})
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values, for ``response_metadata["rasd"]``."""
         out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -194,3 +208,7 @@ class DecodingStats:
             if out[optional] is None or out[optional] == []:
                 del out[optional]
         return out
+
+
+def _record(kind: type[Any], given: Mapping[str, Any]) -> Any:
+    return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})

@@ -20,6 +20,13 @@ from langchain_core.runnables.config import RunnableConfig, get_config_list
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from rasd_integrations._version import __version__
+from rasd_integrations.edges.call_options import (
+    ANSWER_OPTIONS,
+    ENGINE_OPTIONS,
+    FrameworkModel,
+    LoadedName,
+    new_engine,
+)
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain.attach import find_source
 from rasd_integrations.langchain.capture import CAPTURE
@@ -27,13 +34,6 @@ from rasd_integrations.langchain.errors import langchain_errors
 from rasd_integrations.langchain.hints import prompt_hints
 from rasd_integrations.langchain.messages import template_messages
 from rasd_integrations.langchain.tools import answer_grammar, take_tool_use
-from rasd_integrations.runtime.call_options import (
-    ANSWER_OPTIONS,
-    ENGINE_OPTIONS,
-    FrameworkModel,
-    LoadedName,
-    new_engine,
-)
 from rasd_integrations.runtime.pipeline import Request
 from rasd_integrations.runtime.together import MOST_AT_ONCE, as_they_end, until_left
 

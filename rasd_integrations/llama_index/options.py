@@ -15,10 +15,10 @@ from pydantic import BaseModel, PrivateAttr, PydanticUserError
 from typing_extensions import Self
 
 from rasd_integrations.config import SamplingParams
+from rasd_integrations.edges.call_options import FrameworkModel
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.llama_index.messages import to_messages
 from rasd_integrations.response_format import Grammar
-from rasd_integrations.runtime.call_options import FrameworkModel
 from rasd_integrations.text.grammar.schema import without_unique_items
 
 _ALIAS = "max_new_tokens"

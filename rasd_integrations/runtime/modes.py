@@ -52,6 +52,17 @@ class Mode(ABC):
         Answers that are not returned are counted by :meth:`DecodingStats.add_work`.
         """
 
+    def reading(self, context: ContextMode | None) -> Mode:
+        """Return the mode of a request that asks for ``context``; ``None`` asks for none.
+
+        Raises:
+            ConfigurationError: This mode chooses itself.
+        """
+        if context is None:
+            return self
+        msg = f"context is {context!r} for this call, but mode={self!r} chooses what is read. Leave it out."
+        raise ConfigurationError(msg)
+
     def check_one_answer(self) -> None:
         """Raise unless a request has one answer, whose steps can be explained.
 
@@ -77,6 +88,10 @@ class Plain(Mode):
     ) -> Generator[TextDelta, None, None]:
         """Answer by the pipeline."""
         return pipelines(self.context).answer(request, stats, gate)
+
+    def reading(self, context: ContextMode | None) -> Mode:
+        """Return one answer to what ``context`` says."""
+        return self if context is None else Plain(context)
 
     def check_one_answer(self) -> None:
         """Return."""

@@ -76,6 +76,8 @@ class Request:
         hints: What the caller knows of how the prompt was made.
         tools: What the answer may or must call.
         on_step: Called with the record of each step; the answer's deltas are then of one token each.
+        context: What the target reads, where it is not what the engine's own option says.
+        searches: The engine's store may be searched and drafted from.
     """
 
     prompt: Prompt
@@ -83,6 +85,8 @@ class Request:
     hints: PromptHints | None = None
     tools: ToolUse | None = None
     on_step: Callable[[StepRecord], object] | None = None
+    context: ContextMode | None = None
+    searches: bool = True
 
     @classmethod
     def of(

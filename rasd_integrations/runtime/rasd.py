@@ -141,7 +141,7 @@ class RASD:
             )
         )
         self._source: GuardedSource | None = None
-        self._planners: dict[ContextMode, PromptPlanner] = {}
+        self._planners: dict[tuple[ContextMode, bool], PromptPlanner] = {}
         self._lock = threading.RLock()
         self.stats = DecodingStats()
         if store is not None:
@@ -232,19 +232,16 @@ class RASD:
         return self._engine.identity(self._context, self._source) | {"mode": mode_name(self._mode)}
 
     @locked
-    def _prompts(self, context: ContextMode) -> PromptPlanner:
-        if context not in self._planners:
-            self._planners[context] = PromptPlanner(
-                self._source, self._retrieval, context, lambda t: len(self.encode(t))
+    def _prompts(self, context: ContextMode, *, searches: bool = True) -> PromptPlanner:
+        key, source = (context, searches), self._source if searches else None
+        if key not in self._planners:
+            self._planners[key] = PromptPlanner(
+                source, self._retrieval, context, lambda t: len(self.encode(t))
             )
-        return self._planners[context]
+        return self._planners[key]
 
     def attach(self, store: object) -> None:
-        """Search chunks in ``store``, anything ``as_chunk_source`` takes.
-
-        Raises:
-            RetrievalError: It cannot be used as a chunk source.
-        """
+        """Search chunks in ``store``, anything ``as_chunk_source`` takes; else it is a ``RetrievalError``."""
         self._take_source(GuardedSource(as_chunk_source(store), self._retrieval.timeout_s))
 
     @locked
@@ -352,19 +349,19 @@ class RASD:
         """
         self._engine.clear_caches()
 
-    def _pipeline(self, context: ContextMode) -> Pipeline:
+    def _pipeline(self, context: ContextMode, *, searches: bool = True) -> Pipeline:
         return Pipeline(
-            planner=self._prompts(context), template=self._engine.template(), decoder=self._engine.decoder(),
+            planner=self._prompts(context, searches=searches),
+            template=self._engine.template(), decoder=self._engine.decoder(),
             speculation=self._engine.options.speculation, retrieval=self._retrieval,
             context=context, namespace=self._engine.options.namespace,
-            store=self._listed_store(),
+            store=self._listed_store() if searches else None,
         )  # fmt: skip
 
     def _listed_store(self) -> object:
         """Return the store, if all that it returns may be drafted from."""
-        source = self._source
         may = self._retrieval.store_policy != "prompt" and self._engine.options.memory
-        return source.source if source is not None and may else None
+        return self._source.source if self._source is not None and may else None
 
     def _gated(
         self, request: Request, cancelled: Callable[[], bool] = has_left
@@ -382,7 +379,8 @@ class RASD:
         stats = DecodingStats()
         self._engine.check_open()
         with at_work():
-            chunks = self._mode.answer(self._pipeline, request, stats, gate)
+            pipelines = partial(self._pipeline, searches=request.searches)
+            chunks = self._mode.reading(request.context).answer(pipelines, request, stats, gate)
         return self._counted(chunks, stats)
 
     def _counted(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import chromadb
 import faiss
 import pytest
@@ -17,8 +19,12 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.vector_stores.faiss import FaissVectorStore
 from tiny import tiny_llama, tiny_tokenizer
 
+from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain import ChatRASD
 from rasd_integrations.llama_index import RASDLLM
+from rasd_integrations.prompting import PromptHints
+from rasd_integrations.runtime.pipeline import Request
+from rasd_integrations.types import Chunk
 
 TOPICS = ("volcano", "violin", "harbour", "orchard")
 TAILS = ("is old", "was measured twice", "has a keeper", "costs little", "is closed in winter")
@@ -112,3 +118,26 @@ def test_llama_index_query_engine_over_faiss_reads_the_paper_once(monkeypatch):
     assert cached[0] == 0
     assert cached[1] > len(PAPERS["volcano"])
     assert cached[2] > 2 * len(PAPERS["volcano"])
+
+
+def test_a_request_says_what_is_read(chroma, monkeypatch):
+    """One engine reads the prompt or the documents, call by call, and without its store what was sent."""
+    llm = ChatRASD.from_model(*model(), store=chroma, drafter="self", max_tokens=8)
+    prompts = seen_by_target(llm, monkeypatch)
+    found = chroma.similarity_search(QUESTIONS[0], k=2)
+    chunks = tuple(Chunk(d.page_content, metadata=d.metadata, id=d.id) for d in found)
+    text = "\n\n".join(chunk.text for chunk in chunks)
+    ask = Request(
+        [{"role": "user", "content": f"{text}\n\nQuestion: {QUESTIONS[0]}"}],
+        hints=PromptHints(question=QUESTIONS[0], chunks=chunks, chunk_source="explicit"),
+    )
+    for request, reads_all in (
+        (ask, False),
+        (replace(ask, context="documents"), True),
+        (replace(ask, context="documents", searches=False), False),
+    ):
+        llm._rasd.generate(request)
+        assert (PAPERS["volcano"] in prompts[-1]) is reads_all
+    routed = ChatRASD.from_model(*model(), store=chroma, mode="route", max_tokens=8)
+    with pytest.raises(ConfigurationError, match="context is 'documents' for this call"):
+        routed._rasd.generate(replace(ask, context="documents"))

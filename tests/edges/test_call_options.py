@@ -21,9 +21,9 @@ from scripted import scripted_model
 
 from rasd_integrations.config import RetrievalConfig, SamplingParams, SpeculationConfig
 from rasd_integrations.drafters import SuffixDrafter
+from rasd_integrations.edges.call_options import ANSWER_OPTIONS, ENGINE_OPTIONS
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.response_format import Grammar
-from rasd_integrations.runtime.call_options import ANSWER_OPTIONS, ENGINE_OPTIONS
 from rasd_integrations.transfer import Rapid
 
 KINDS = ("langchain.ChatRASD", "langchain.RASDLLM", "llama_index.RASDLLM")
