@@ -156,7 +156,7 @@ def updated(options: _T, changes: Mapping[str, Any], where: str) -> _T:
     return replace(options, **changes)  # type: ignore[type-var]
 
 
-_WHOLE = ("top_k", "no_repeat_ngram_size", "max_tokens", "seed")
+_WHOLE = ("top_k", "no_repeat_ngram_size", "max_tokens", "seed", "top_logprobs")
 _SAMPLING_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("temperature", lambda v: 0 <= v < math.inf, "at least 0, and finite"),
     ("top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
@@ -166,6 +166,7 @@ _SAMPLING_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("no_repeat_ngram_size", lambda v: v >= 0, "at least 0 (0 is off)"),
     ("max_tokens", lambda v: v >= 1, "at least 1"),
     ("seed", lambda _: True, "a whole number"),
+    ("top_logprobs", lambda v: 0 <= v <= 20, "in [0, 20]"),
 )
 SAMPLING_DEFAULTS: Mapping[str, Any] = {
     "temperature": 0.0,
@@ -203,6 +204,7 @@ class SamplingParams:
             ``None`` follows the engine, and is off under a grammar or tools.
         drafting: ``False`` is plain decoding.
         scored: Report the answer's log-probability at temperature 1 (``DecodingStats.logprob``).
+        top_logprobs: Report each token's, and those of so many most likely tokens in its place (``logprobs``).
         use_generation_config: Use the checkpoint's values for ``None``, and its masks
             (``suppress_tokens``, ``bad_words_ids``, ...).
         on_cut: When ``max_tokens`` ends a constrained answer, ``"close"`` completes JSON with the shortest values
@@ -223,6 +225,7 @@ class SamplingParams:
     knowledge_transfer: Any = None
     drafting: bool = True
     scored: bool = False
+    top_logprobs: int | None = None
     use_generation_config: bool = True
     on_cut: OnCut = "close"
 

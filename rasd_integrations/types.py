@@ -106,6 +106,24 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability, and those of the most likely tokens at its position.
+
+    Of the distribution that the answer follows, at temperature 1: penalties, grammar and knowledge transfer count,
+    ``top_k``, ``top_p`` and ``min_p`` do not.
+
+    Attributes:
+        token_id: The token.
+        logprob: Natural logarithm of its probability.
+        top: Ids and log-probabilities, most likely first; tokens that may not follow are left out.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBlock:
     """The tokens that one target step committed.
 
@@ -114,12 +132,14 @@ class TokenBlock:
         num_draft_tokens: Draft tokens that the step verified.
         num_accepted_tokens: Draft tokens among ``token_ids``.
         finish_reason: Set on the last block of a stream.
+        logprobs: Of each of ``token_ids``, if they are asked for.
     """
 
     token_ids: tuple[int, ...]
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +206,7 @@ class TextDelta:
         stats: This answer's statistics, on the last piece.
         reasoning: New text of the model's reasoning, which is not part of ``text``.
         tool_calls: New pieces of tool calls.
+        logprobs: Of each of ``token_ids``, if they are asked for.
     """
 
     text: str
@@ -194,6 +215,7 @@ class TextDelta:
     stats: DecodingStats | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +229,7 @@ class Generation:
         stats: This answer's statistics.
         reasoning: The model's reasoning, if it writes any.
         tool_calls: Its tool calls.
+        logprobs: Of each of ``token_ids``, if they are asked for.
     """
 
     text: str
@@ -215,6 +238,7 @@ class Generation:
     stats: DecodingStats
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class GrammarState(Protocol):

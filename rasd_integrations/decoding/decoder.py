@@ -308,7 +308,8 @@ class _Run:
         if self.teacher is not None:
             self.teacher.commit(accepted, tokens)
         self._count(draft, accepted)
-        block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason)
+        logprobs = self.verifier.logprobs(logits, accepted, tokens)
+        block = TokenBlock(tuple(tokens), len(draft), len(accepted), reason, logprobs)
 
         # Observe.
         started = time.perf_counter()

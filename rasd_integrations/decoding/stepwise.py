@@ -13,7 +13,13 @@ from rasd_integrations.drafters.suffix import SuffixDrafter
 from rasd_integrations.engine.generation_config import checkpoint_sampling
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import DraftContext, GrammarState, StepRecord, TokenBlock
+from rasd_integrations.types import (
+    DraftContext,
+    GrammarState,
+    StepRecord,
+    TokenBlock,
+    TokenLogprob,
+)
 
 Keeps = Callable[[str, str], bool]
 """Takes the answer so far and a step of the teacher's; returns if the step is kept."""
@@ -138,16 +144,18 @@ class StepwiseDecoder(SpeculativeDecoder):
     ) -> Generator[TokenBlock, None, TokenBlock]:
         """Return the tokens up to the end of a step, and why they end if the answer does."""
         step: list[int] = []
+        logprobs: list[TokenLogprob] = []
         start = len(self._decode(answer))
         with closing(blocks):
             for block in blocks:
                 for place, token in enumerate(block.token_ids, 1):
                     step.append(token)
+                    logprobs += block.logprobs[place - 1 : place]
                     if self._ends in self._decode([*answer, *step])[start:].lstrip():
                         whole = place == len(block.token_ids)
                         reason = block.finish_reason if whole else None
-                        return TokenBlock(tuple(step), finish_reason=reason)
+                        return TokenBlock(tuple(step), 0, 0, reason, tuple(logprobs))
                 if block.finish_reason is not None:
                     break
                 yield TokenBlock(())
-        return TokenBlock(tuple(step), finish_reason=block.finish_reason)
+        return TokenBlock(tuple(step), 0, 0, block.finish_reason, tuple(logprobs))

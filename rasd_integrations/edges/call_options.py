@@ -38,11 +38,12 @@ from rasd_integrations.config import (
 from rasd_integrations.drafters.base import Drafter, drafter_name
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.response_format import Grammar
-from rasd_integrations.runtime.lazy_engine import name_of
+from rasd_integrations.runtime.lazy_engine import LoadedName
 from rasd_integrations.runtime.modes import mode_name
 from rasd_integrations.runtime.pipeline import Progress
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.stats import DecodingStats
+from rasd_integrations.text.answer.logprobs import num_alternatives
 from rasd_integrations.transfer import rule_name
 
 if TYPE_CHECKING:
@@ -60,33 +61,6 @@ def _engine(default: Any, description: str, **more: Any) -> Any:
 def _answer(description: str, default: Any = None) -> Any:
     """Return an option of one answer, which a call may override."""
     return Field(default=default, description=description)
-
-
-class LoadedName(str):
-    """The name of a model, with the loaded objects; printed, dumped or pickled it is the name alone.
-
-    Frameworks copy models field by field, so the objects travel in the field ``model``.
-    """
-
-    __slots__ = ("drafter_model", "model", "tokenizer")
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    drafter_model: PreTrainedModel | None
-
-    def __new__(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        drafter_model: PreTrainedModel | None,
-    ) -> Self:
-        """Take the name from ``model``, or its class."""
-        self = super().__new__(cls, name_of(model))
-        self.model, self.tokenizer, self.drafter_model = model, tokenizer, drafter_model
-        return self
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """Leave the weights out of a pickle."""
-        return str, (str(self),)
 
 
 class FrameworkModel(BaseModel, ABC):
@@ -138,6 +112,10 @@ class FrameworkModel(BaseModel, ABC):
     max_tokens: int | None = _answer("Longest answer, in tokens; 512 by default.")
     stop: str | list[str] | None = _answer("Strings that end the answer; they are not part of it.")
     seed: int | None = _answer("Seed of the draws; None takes a fresh one for each answer.")
+    logprobs: bool | None = _answer("Report the log-probability of each token, as OpenAI does.")
+    top_logprobs: int | None = _answer(
+        "With logprobs=True: report so many of the most likely tokens at each position, 0 to 20."
+    )
     use_generation_config: bool = _answer(
         "Use the checkpoint's own options and masks if none are set.", default=True
     )
@@ -338,6 +316,12 @@ class FrameworkModel(BaseModel, ABC):
         """
         own = {name: value for name, value in self if name in ANSWER_OPTIONS}
         given = {n: v for n, v in changes.items() if v is not None or n in _NONE_IS_A_VALUE}
+        if given.get("logprobs") is False:
+            own["top_logprobs"] = None
+        asked = own.pop("logprobs")
+        given["top_logprobs"] = num_alternatives(
+            given.pop("logprobs", asked), given.get("top_logprobs", own["top_logprobs"])
+        )
         if "drafter" in given:
             given["drafting"] = self._drafting(given.pop("drafter"))
         if "response_format" in given:

@@ -24,7 +24,6 @@ from rasd_integrations.edges.call_options import (
     ANSWER_OPTIONS,
     ENGINE_OPTIONS,
     FrameworkModel,
-    LoadedName,
     new_engine,
 )
 from rasd_integrations.errors import ConfigurationError
@@ -34,8 +33,10 @@ from rasd_integrations.langchain.errors import langchain_errors
 from rasd_integrations.langchain.hints import prompt_hints
 from rasd_integrations.langchain.messages import template_messages
 from rasd_integrations.langchain.tools import answer_grammar, take_tool_use
+from rasd_integrations.runtime.lazy_engine import LoadedName
 from rasd_integrations.runtime.pipeline import Request
 from rasd_integrations.runtime.together import MOST_AT_ONCE, as_they_end, until_left
+from rasd_integrations.text.answer.logprobs import openai_logprobs
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -274,6 +275,12 @@ class RASDModel(FrameworkModel, BaseLanguageModel[Any], ABC):
                     if run_manager:
                         run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
+
+    def _logprobs(self, delta: TextDelta) -> dict[str, Any] | None:
+        """Return the log-probabilities of a delta's tokens as LangChain's ``generation_info``, if there are any."""
+        if not delta.logprobs:
+            return None
+        return {"logprobs": {"content": openai_logprobs(self._rasd.tokenizer, delta.logprobs)}}
 
     async def _achunks(
         self,

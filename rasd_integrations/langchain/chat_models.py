@@ -111,7 +111,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        answer = MessageChunks(self._rasd.model_name, self.output_version)
+        answer = MessageChunks(self._rasd.model_name, self._logprobs, self.output_version)
         return self._chunks(answer.push, messages, stop, kwargs, run_manager)
 
     def _astream(
@@ -121,7 +121,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        answer = MessageChunks(self._rasd.model_name, self.output_version)
+        answer = MessageChunks(self._rasd.model_name, self._logprobs, self.output_version)
         return self._achunks(answer.push, messages, stop, kwargs, run_manager)
 
     def _generate(
@@ -131,7 +131,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        answer = MessageChunks(self._rasd.model_name)
+        answer = MessageChunks(self._rasd.model_name, self._logprobs)
         return whole_answer([*self._chunks(answer.push, messages, stop, kwargs, to_end=True)])
 
     async def _agenerate(
@@ -141,7 +141,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        answer = MessageChunks(self._rasd.model_name)
+        answer = MessageChunks(self._rasd.model_name, self._logprobs)
         chunks = self._achunks(answer.push, messages, stop, kwargs, None)
         return whole_answer([chunk async for chunk in chunks])
 

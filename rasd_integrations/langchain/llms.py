@@ -125,10 +125,11 @@ class RASDLLM(RASDModel, BaseLLM):
         return self._convert_input(value).to_string()
 
     def _push(self, delta: TextDelta) -> Iterator[GenerationChunk]:
-        """Yield ``delta`` as LangChain's chunk; nothing while text is held back."""
+        """Yield ``delta`` as LangChain's chunk; while text is held back nothing, but for log-probabilities."""
+        own = self._logprobs(delta)
         if delta.finish_reason is None or delta.stats is None:
-            if delta.text:
-                yield GenerationChunk(text=delta.text)
+            if delta.text or own:
+                yield GenerationChunk(text=delta.text, generation_info=own)
             return
         stats = delta.stats
         info = {
@@ -140,6 +141,7 @@ class RASDLLM(RASDModel, BaseLLM):
                 "total_tokens": stats.prompt_tokens + stats.generated_tokens,
             },
             "rasd": stats.as_dict(),
+            **(own or {}),
         }
         yield GenerationChunk(text=delta.text, generation_info=info)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.language_models.chat_models import generate_from_stream
@@ -37,15 +37,34 @@ _URLS = ("url", "source")
 class MessageChunks:
     """Makes the message chunks of one answer; a chunk carries text, reasoning or calls, never two of them."""
 
-    def __init__(self, model_name: str, output_version: str | None = None) -> None:
-        """Start an answer of ``model_name``, to be streamed in LangChain's ``output_version``."""
-        self._model_name = model_name
+    def __init__(
+        self,
+        model_name: str,
+        info_of: Callable[[TextDelta], dict[str, Any] | None],
+        output_version: str | None = None,
+    ) -> None:
+        """Start an answer.
+
+        Args:
+            model_name: Who answers.
+            info_of: Returns the ``generation_info`` of a delta, if it has any.
+            output_version: LangChain's, to be streamed in.
+        """
+        self._model_name, self._info_of = model_name, info_of
         self._is_v1 = output_version == "v1"
         self._kinds: list[str] = []  # of v1's blocks so far, in order
         self._calls: dict[int, InvalidToolCall] = {}
 
     def push(self, delta: TextDelta) -> Iterator[ChatGenerationChunk]:
-        """Yield the chunks of ``delta``; none while text is held back."""
+        """Yield the chunks of ``delta``; while text is held back none, but for log-probabilities."""
+        info = self._info_of(delta)
+        for chunk in self._chunks(delta):
+            chunk.generation_info, info = info, None
+            yield chunk
+        if info is not None:
+            yield ChatGenerationChunk(message=AIMessageChunk(content=""), generation_info=info)
+
+    def _chunks(self, delta: TextDelta) -> Iterator[ChatGenerationChunk]:
         if delta.reasoning:
             self._note("reasoning")
             yield _chunk(additional_kwargs={REASONING: delta.reasoning})

@@ -56,6 +56,8 @@ from rasd_integrations.response_format import ToolUse
 from rasd_integrations.runtime.hints import explicit_hints
 from rasd_integrations.runtime.pipeline import Request
 from rasd_integrations.text.answer.explanation import Explanation
+from rasd_integrations.text.answer.logprobs import openai_logprobs
+from rasd_integrations.types import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +78,11 @@ class RASDLLM(RASDCalling):
     by itself. The answers are the model's own, unless ``knowledge_transfer`` or ``context="documents"`` is set.
 
     Calls take ``temperature``, ``top_p``, ``top_k``, ``max_tokens`` (or ``max_new_tokens``), ``stop``, ``seed``,
-    ``on_cut``, ``knowledge_transfer`` and ``response_format`` (OpenAI's mapping, or a pydantic class); ``None`` means
-    the field, but ``drafter=None`` decodes plainly and ``seed=None`` takes a fresh seed. Chat calls take ``tools``,
-    ``tool_choice``, ``parallel_tool_calls`` and ``strict``, if the model has a chat template. ``rasd={"question": ...,
-    "search_query": ..., "chunks": [...], "context": ..., "filter": ...}`` gives what the LLM cannot see of a
-    retrieval. Any other option is refused.
+    ``logprobs``, ``top_logprobs``, ``on_cut``, ``knowledge_transfer`` and ``response_format`` (OpenAI's mapping, or a
+    pydantic class); ``None`` means the field, but ``drafter=None`` decodes plainly and ``seed=None`` takes a fresh
+    seed. Chat calls take ``tools``, ``tool_choice``, ``parallel_tool_calls`` and ``strict``, if the model has a chat
+    template. ``rasd={"question": ..., "search_query": ..., "chunks": [...], "context": ..., "filter": ...}`` gives
+    what the LLM cannot see of a retrieval. Any other option is refused.
 
     LlamaIndex counts tokens with another model's tokenizer; :func:`configure_settings` gives it this one's.
 
@@ -215,7 +217,7 @@ class RASDLLM(RASDCalling):
         self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
     ) -> _Response:
         with pipeline_errors(self._trace.in_pipeline()):
-            return whole_response(respond, self._rasd.generate(make(*given)))
+            return whole_response(respond, self._rasd.generate(make(*given)), self._entries)
 
     def _streamed(
         self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
@@ -223,7 +225,7 @@ class RASDLLM(RASDCalling):
         in_pipeline = self._trace.in_pipeline()
         with pipeline_errors(in_pipeline):
             deltas = self._rasd.stream(make(*given))
-        return stream_responses(respond, deltas, in_pipeline)
+        return stream_responses(respond, deltas, in_pipeline, self._entries)
 
     # The asynchronous endpoints make requests in a thread: the first reads files, and templates may be long.
 
@@ -232,7 +234,7 @@ class RASDLLM(RASDCalling):
     ) -> _Response:
         with pipeline_errors(self._trace.in_pipeline()):
             request = await asyncio.to_thread(make, *given)
-            return whole_response(respond, await self._rasd.agenerate(request))
+            return whole_response(respond, await self._rasd.agenerate(request), self._entries)
 
     async def _astreamed(
         self, respond: Respond[_Response], make: Callable[..., Request], *given: Any
@@ -240,7 +242,11 @@ class RASDLLM(RASDCalling):
         in_pipeline = self._trace.in_pipeline()
         with pipeline_errors(in_pipeline):
             request = await asyncio.to_thread(make, *given)
-        return astream_responses(respond, self._rasd.astream(request), in_pipeline)
+        deltas = self._rasd.astream(request)
+        return astream_responses(respond, deltas, in_pipeline, self._entries)
+
+    def _entries(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+        return openai_logprobs(self._rasd.tokenizer, logprobs)
 
     def _chat_request(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Request:
         others = dict(options)

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Self
+
 from rasd_integrations.config import (
     CacheDir,
     ContextMode,
@@ -54,6 +56,33 @@ class EngineOptions:
 def name_of(model: PreTrainedModel) -> str:
     """Return the path or id that a model was loaded from, else the name of its class."""
     return getattr(model, "name_or_path", "") or type(model).__name__
+
+
+class LoadedName(str):
+    """The name of a model, with the loaded objects; printed, dumped or pickled it is the name alone.
+
+    Frameworks copy models field by field, so the objects travel in the field ``model``.
+    """
+
+    __slots__ = ("drafter_model", "model", "tokenizer")
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    drafter_model: PreTrainedModel | None
+
+    def __new__(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        drafter_model: PreTrainedModel | None,
+    ) -> Self:
+        """Take the name from ``model``, or its class."""
+        self = super().__new__(cls, name_of(model))
+        self.model, self.tokenizer, self.drafter_model = model, tokenizer, drafter_model
+        return self
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """Leave the weights out of a pickle."""
+        return str, (str(self),)
 
 
 class LazyEngine:

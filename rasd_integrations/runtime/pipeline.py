@@ -395,4 +395,5 @@ def joined(chunks: Sequence[TextDelta]) -> Generation:
         stats=last.stats or DecodingStats(),
         reasoning="".join(chunk.reasoning for chunk in chunks),
         tool_calls=tuple(calls.values()),
+        logprobs=tuple(one for chunk in chunks for one in chunk.logprobs),
     )

@@ -29,6 +29,15 @@ from rasd_integrations.transfer import Rapid
 KINDS = ("langchain.ChatRASD", "langchain.RASDLLM", "llama_index.RASDLLM")
 
 
+# What is refused of a constructor and of a call.
+LOGPROBS = [
+    ({"top_logprobs": 3}, ["top_logprobs is 3", "logprobs is None", "Set logprobs=True"]),
+    ({"logprobs": False, "top_logprobs": 3}, ["top_logprobs is 3", "logprobs is False"]),
+    ({"logprobs": True, "top_logprobs": 21}, ["top_logprobs is 21", "[0, 20]"]),
+    ({"logprobs": True, "top_logprobs": -1}, ["top_logprobs is -1", "[0, 20]"]),
+]
+
+
 def model_class(kind):
     """Return the class, once its framework is there."""
     room, name = kind.split(".")
@@ -73,7 +82,9 @@ def ask(llm, **options):
 def test_fields_and_defaults_are_those_of_the_sampling_params():
     """Each answer option is one of `SamplingParams`, and an engine option is none of a call's, but one."""
     own = {field.name: field.default for field in fields(SamplingParams)}
-    assert set(ANSWER_OPTIONS) <= set(own)
+    assert {"logprobs"} == set(ANSWER_OPTIONS) - set(
+        own
+    )  # OpenAI's, see the tests of `top_logprobs`
     assert {"knowledge_transfer"} == set(ENGINE_OPTIONS) & set(own)
 
 
@@ -82,7 +93,7 @@ def test_defaults_and_descriptions(kind):
     """Fields have the defaults of `SamplingParams`, a description, and names an editor can show."""
     cls = model_class(kind)
     shown = {name: cls.model_fields[name] for name in (*ANSWER_OPTIONS, *ENGINE_OPTIONS)}
-    own = {field.name: field.default for field in fields(SamplingParams)}
+    own = {field.name: field.default for field in fields(SamplingParams)} | {"logprobs": None}
     assert {n: own[n] for n in ANSWER_OPTIONS} == {n: shown[n].default for n in ANSWER_OPTIONS}
     assert [] == [name for name, field in shown.items() if not field.description]
     assert set(shown) <= set(inspect.signature(cls).parameters)
@@ -135,6 +146,7 @@ def test_every_engine_option_is_handed_on(cls):
         ({"temperature": "hot"}, ["temperature is 'hot'"]),
         ({"context": "all"}, ["context is 'all'", "documents"]),
         ({"on_cut": "ignore"}, ["on_cut is 'ignore'"]),
+        *LOGPROBS,
         ({"num_draft_tokens": 3, "speculation": {"num_draft_tokens": 4}}, ["3", "4"]),
         ({"model": 3}, ["from_model"]),
         ({"model": object()}, ["from_model"]),
@@ -291,6 +303,25 @@ def test_fields_hold_if_a_call_says_nothing(cls):
     assert ask(llm, seed=None).seed is None
 
 
+@pytest.mark.parametrize(
+    ("own", "call", "expected"),
+    [
+        ({}, {}, None),
+        ({"logprobs": True}, {}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, {}, 3),
+        ({"logprobs": True, "top_logprobs": 3}, {"logprobs": None, "top_logprobs": None}, 3),
+        ({"logprobs": True, "top_logprobs": 3}, {"top_logprobs": 0}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, {"logprobs": False}, None),
+        ({"logprobs": False}, {"logprobs": True, "top_logprobs": 2}, 2),
+        ({"logprobs": False, "top_logprobs": 0}, {}, None),
+        ({"logprobs": True}, {"top_logprobs": 5}, 5),
+    ],
+)
+def test_logprobs_are_asked_for_as_of_openai(cls, own, call, expected):
+    """`logprobs` turns them on and off, `top_logprobs` says how many alternatives."""
+    assert expected == ask(cls(model="m", **own), **call).top_logprobs
+
+
 def test_a_single_stop_is_one_string(cls):
     """A text is not read letter by letter, and a call's own replaces it."""
     llm = cls(model="m", stop="AB")
@@ -315,6 +346,8 @@ def test_a_single_stop_is_one_string(cls):
         ({"top_k": -1}, ["top_k is -1"]),
         ({"stop": 5}, ["wrong type"]),
         ({"on_cut": "ignore"}, ["on_cut is 'ignore'"]),
+        *LOGPROBS,
+        ({"logprobs": 5}, ["logprobs is 5", "True, False or None"]),
         ({"rasd": {"quesion": "?"}}, ["Did you mean 'question'"]),
         ({"rasd": {"question": 3}}, ["rasd['question'] is 3", "must be text"]),
         ({"rasd": {"chunks": [1]}}, ["rasd['chunks'][0] is a int"]),

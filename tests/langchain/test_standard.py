@@ -16,8 +16,8 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 from scripted import TEMPLATES, scripted_model
 
-from rasd_integrations.edges.call_options import LoadedName
 from rasd_integrations.langchain import ChatRASD
+from rasd_integrations.runtime.lazy_engine import LoadedName
 
 
 class TestChatRASDUnit(ChatModelUnitTests):

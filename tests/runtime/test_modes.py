@@ -237,6 +237,24 @@ def test_scores_are_those_of_the_models_own_forward(steps):
     assert scores(decoder, prompt, answers) == found  # with the prompt cached
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        Route(least_probability=0.0),
+        Route(least_probability=1.0),
+        SpeculativeRAG(subsets=3),
+        RewardGuided(lambda step: 0.0, ends="e"),
+        RewardGuided(lambda step: 1.0, ends="e"),
+    ],
+    ids=["prompt", "documents", "subsets", "target", "teacher"],
+)
+def test_the_answer_that_is_returned_has_its_log_probabilities(mode):
+    """Of each of its tokens, and of no other answer's."""
+    answer = asked(made(mode=mode), params=replace(PARAMS, top_logprobs=1))
+    assert [one.token_id for one in answer.logprobs] == [*answer.token_ids]
+    assert [one.top[0][0] for one in answer.logprobs] == [*answer.token_ids]  # greedy
+
+
 # --- reward-guided steps ---
 
 LONG = replace(PARAMS, max_tokens=40)

@@ -16,6 +16,7 @@ GOOD: Mapping[str, list[Any]] = {
     "max_tokens": [1, 4, 8],
     "stop": [None, "x", ["x", "yz"], []],
     "seed": [None, 0, 7],
+    "logprobs": [None, True],
 }
 OF_ENGINE: Mapping[str, list[Any]] = {
     "drafter": ["auto", None, "self"],
@@ -36,6 +37,7 @@ OF_CALL: Mapping[str, list[Any]] = {
     "knowledge_transfer": [None, "none", "mixture"],
     "response_format": [None, {"type": "text"}],
     "tools": [None, []],
+    "top_logprobs": [None, 0],
     "rasd": [None, {"question": "Who?"}, {"chunks": ["one text"]}],
 }
 BAD: list[Any] = [

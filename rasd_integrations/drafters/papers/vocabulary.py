@@ -7,28 +7,18 @@ text in different symbols. As bytes, tokens can be compared, joined and cut, inc
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from rasd_integrations.errors import VocabularyMismatchError
 from rasd_integrations.text.prompt.encoding import Continuation
+from rasd_integrations.text.token_bytes import fallback_byte, token_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOOK_BEHIND = 12  # tokens that are encoded again with what follows them
-# Spaces, line ends and characters of one to four bytes: a tokenizer that rewrites any of them is not read.
-_PROBE = "\nA probe,  of 12 words:\n\n\tna\u00efve \u6771\u4eac \u0436 \U0001f989 (ok).\r\n  Ok"
-
-_PRINTABLE = (
-    *range(33, 127),
-    *range(161, 173),
-    *range(174, 256),
-)  # GPT-2 writes these bytes as they are
-_BYTES = {chr(b): b for b in _PRINTABLE} | {
-    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PRINTABLE)
-}
 
 
 class Vocabulary:
@@ -59,13 +49,15 @@ class Vocabulary:
         self.special = frozenset(marked | set(tokenizer.all_special_ids))
         self._backend = backend
         vocab = {token: i for token, i in tokenizer.get_vocab().items() if i < size}
-        if backend is None or not self._read(vocab, added, size):
+        read = token_reader(tokenizer)
+        if read is None:
             msg = (
                 f"The tokens of {name!r} cannot be read as text: they are neither byte-level nor "
                 f"sentencepiece, or the tokenizer rewrites text. Use a drafter of the target's family, "
                 f"'self', or 'auto'."
             )
             raise VocabularyMismatchError(msg)
+        self._read(vocab, read, size)
         self._singles = {text[0]: i for text, i in self.ids.items() if len(text) == 1}
         self._continuation = Continuation(self._plain)
         self.eos: int | None = tokenizer.eos_token_id
@@ -119,22 +111,15 @@ class Vocabulary:
         words = (i for i in range(start, len(ids)) if self.texts[ids[i]][:1].isspace())
         return next(words, start)
 
-    def _read(self, vocab: dict[str, int], added: dict[int, Any], size: int) -> bool:
-        """Fill the tables by the format that restores a probe; return False if none does."""
-        probe = self._plain(_PROBE)
-        for read in (_byte_level, _sentencepiece):
-            self.texts = [b""] * size
-            for token, i in vocab.items():
-                self.texts[i] = token.encode() if i in added else read(token) or b""
-            if self.join(probe).removeprefix(b" ") == _PROBE.encode():
-                break
-        else:
-            return False
+    def _read(self, vocab: dict[str, int], read: Callable[[int], bytes], size: int) -> None:
+        """Fill the tables."""
+        self.texts = [b""] * size
+        for i in vocab.values():
+            self.texts[i] = read(i)
         # Of two tokens for the same text models use the one that is no byte token.
-        bytewise = {i for token, i in vocab.items() if _fallback_byte(token) is not None}
+        bytewise = {i for token, i in vocab.items() if fallback_byte(token) is not None}
         plain = [i for i, text in enumerate(self.texts) if text and i not in self.special]
         self.ids = {self.texts[i]: i for i in sorted(plain, key=lambda i: (i not in bytewise, -i))}
-        return True
 
     def _plain(self, text: str) -> list[int]:
         # Not through the tokenizer: its calls change settings that other threads may be reading.
@@ -146,20 +131,3 @@ def unfinished(data: bytes) -> int:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(data[-3:] if data[-3:].isascii() else data)
     return len(decoder.getstate()[0])
-
-
-def _byte_level(token: str) -> bytes | None:
-    """Undo GPT-2's printable form of bytes."""
-    return bytes(map(_BYTES.__getitem__, token)) if _BYTES.keys() >= set(token) else None
-
-
-def _fallback_byte(token: str) -> int | None:
-    """Return the byte of a token such as ``<0x41>``."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return int(token[3:5], 16)
-    return None
-
-
-def _sentencepiece(token: str) -> bytes:
-    byte = _fallback_byte(token)
-    return token.replace("\u2581", " ").encode() if byte is None else bytes([byte])

@@ -59,7 +59,8 @@ def ended_at(
         for block in blocks:
             at = next((i for i, token in enumerate(block.token_ids) if token in ends), None)
             if at is not None:
-                yield replace(block, token_ids=block.token_ids[: at + 1], finish_reason="stop")
+                ids, logprobs = block.token_ids[: at + 1], block.logprobs[: at + 1]
+                yield replace(block, token_ids=ids, logprobs=logprobs, finish_reason="stop")
                 return
             yield block
     finally:

@@ -70,6 +70,7 @@ def stream_text(
                 tool_calls=tuple(
                     replace(call, arguments=call.arguments.translate(shown)) for call in calls
                 ),
+                logprobs=block.logprobs,
             )
             reasoning += delta.reasoning
             if reason is None:
@@ -89,9 +90,9 @@ def by_token(blocks: Generator[TokenBlock, None, None]) -> Generator[TokenBlock,
     """Yield the tokens of each block as blocks of their own; each delta is then one token's."""
     with closing(blocks):
         for block in blocks:
-            for token in block.token_ids[:-1]:
-                yield TokenBlock((token,))
-            yield replace(block, token_ids=block.token_ids[-1:])
+            for place, token in enumerate(block.token_ids[:-1]):
+                yield TokenBlock((token,), logprobs=block.logprobs[place : place + 1])
+            yield replace(block, token_ids=block.token_ids[-1:], logprobs=block.logprobs[-1:])
 
 
 def _texts(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rasd_integrations.text.answer.stop import StopMatcher, ended_at
-from rasd_integrations.types import TokenBlock
+from rasd_integrations.types import TokenBlock, TokenLogprob
 
 # Few letters make overlaps, repeats and stop strings inside stop strings likely.
 TEXTS = st.text("ab.\n", max_size=24)
@@ -66,16 +66,17 @@ def test_longer_stop_string_that_begins_earlier_wins():
 
 
 def test_an_end_token_is_the_last_of_the_answer():
-    """It is among the ids, what was decoded behind it is not, and no further block is asked for."""
+    """It is among the ids, with what is reported of it; what was decoded behind it is not. No other block is taken."""
     taken = []
 
     def blocks():
         for ids in ((1, 2), (3, 9, 4), (5,)):
             taken.append(ids)
-            yield TokenBlock(ids)
+            yield TokenBlock(ids, logprobs=tuple(TokenLogprob(token, -1.0) for token in ids))
 
     ended = list(ended_at(blocks(), {9}))
     assert [block.token_ids for block in ended] == [(1, 2), (3, 9)]
+    assert [[one.token_id for one in block.logprobs] for block in ended] == [[1, 2], [3, 9]]
     assert [block.finish_reason for block in ended] == [None, "stop"]
     assert len(taken) == 2
 

@@ -1,1 +1,0 @@
-"""``rasd serve``: an OpenAI server over one loaded model."""
