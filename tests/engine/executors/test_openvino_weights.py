@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from steps import close, prefilled, random_ids
@@ -86,3 +90,28 @@ def test_a_graph_outlives_the_memory_that_its_model_gives_up(tmp_path):
     for parameter in model.parameters():
         parameter.data = torch.zeros_like(parameter)
     assert torch.equal(before, logits(target, ids))
+
+
+ON_ONE_THREAD = """
+import torch
+torch.set_num_threads(1)
+from tiny import tiny_tokenizer, VOCAB
+from transformers import LlamaConfig, LlamaForCausalLM
+from rasd_integrations import RASD, SamplingParams
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=VOCAB, hidden_size=256, intermediate_size=8192, num_hidden_layers=2,
+    num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=256)
+model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+rasd = RASD.from_model(model, tiny_tokenizer(), executor="openvino")
+print(len(rasd.generate("Once upon", SamplingParams(max_tokens=8, ignore_eos=True)).token_ids))
+"""
+
+
+@pytest.mark.slow
+def test_one_thread_runs_a_wide_model():
+    """A model of a width that OpenVINO's fused MLP takes runs on a single thread, where that one ends the process."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ON_ONE_THREAD],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, "8"), done.stderr
