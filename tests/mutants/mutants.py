@@ -568,6 +568,13 @@ ROWS: tuple[Mutant, ...] = (
     Mutant("a direct call raises the errors of a pipeline", "llama_index/errors.py",
            "if not in_pipeline:", "if in_pipeline is None:",
            ("llama_index/test_pipeline_errors.py", "llama_index/test_options.py")),
+    # --- telemetry ---
+    Mutant("a span's parent is the span around its reader", "runtime/telemetry.py",
+           "context=self._parent,\n", "\n", ("runtime/test_telemetry.py",)),
+    Mutant("an error's message is in the span", "runtime/telemetry.py",
+           "name = type(error).__name__", "name = str(error)", ("runtime/test_telemetry.py",)),
+    Mutant("a closed stream is an error", "runtime/telemetry.py",
+           "if not isinstance(err, GeneratorExit):", "if True:", ("runtime/test_telemetry.py",)),
     Mutant("token counters read prompt tokens as completion", "llama_index/responses.py",
            '"completion_tokens": stats.generated_tokens', '"completion_tokens": stats.prompt_tokens',
            ("llama_index/test_llm.py", "llama_index/test_contract.py")),
