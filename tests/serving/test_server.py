@@ -106,6 +106,27 @@ def test_bodies_are_openais_objects(tiny):
         assert "tool_calls" not in json.loads(event)["choices"][0]["delta"]
 
 
+def test_log_probabilities_are_those_of_the_engine(tiny):
+    """Whole and streamed, in both of OpenAI's forms: one entry a token, as many alternatives as asked for."""
+    expected = tiny.server.base.generate(ASK, SamplingParams(max_tokens=6, top_logprobs=2)).logprobs
+    values = [one.logprob for one in expected]
+    whole = chat(tiny, max_tokens=6, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    streamed = [
+        entry
+        for chunk in chat(tiny, max_tokens=6, logprobs=True, top_logprobs=2, stream=True)
+        for entry in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else ())
+    ]
+    for entries in (whole, streamed):
+        assert [entry.logprob for entry in entries] == pytest.approx(values)
+        assert {len(entry.top_logprobs) for entry in entries} == {2}
+    completion = client_of(tiny).completions.create(
+        model="", prompt="Once", max_tokens=6, logprobs=3
+    )
+    found = completion.choices[0].logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == completion.usage.completion_tokens
+    assert all(max(top.values()) >= own for top, own in zip(found.top_logprobs, found.token_logprobs, strict=True))  # fmt: skip
+
+
 def test_tools_are_called(assistant):
     """A call comes whole and in pieces; its arguments are JSON, and its result can be sent back."""
     client = client_of(assistant)

@@ -11,12 +11,8 @@ from rasd_integrations.errors import ConfigurationError, PromptError
 from rasd_integrations.prompting import PromptHints
 from rasd_integrations.response_format import Grammar, ToolUse
 from rasd_integrations.runtime.pipeline import Request
-from rasd_integrations.serving.wire import (
-    read_chat,
-    read_completion,
-    write_chat,
-    write_completion,
-)
+from rasd_integrations.serving.reading import read_chat, read_completion
+from rasd_integrations.serving.wire import write_chat, write_completion
 from rasd_integrations.stats import Candidate, DecodingStats, Quote, Reward
 from rasd_integrations.transfer import Confidence, transfer_rule
 from rasd_integrations.types import Chunk
@@ -36,7 +32,7 @@ CHUNKS = (
 EVERY = SamplingParams(
     temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, repetition_penalty=1.1, no_repeat_ngram_size=3, max_tokens=9,
     stop=("x", "y"), seed=4, ignore_eos=True, scored=True, drafting=False, use_generation_config=False,
-    on_cut="raise", knowledge_transfer="mixture:0.75",
+    on_cut="raise", knowledge_transfer="mixture:0.75", top_logprobs=2,
 )  # fmt: skip
 REQUESTS = {
     "bare": Request(MESSAGES[:2]),

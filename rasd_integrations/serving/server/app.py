@@ -11,12 +11,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from rasd_integrations.errors import ServerError
+from rasd_integrations.serving.reading import read_chat
 from rasd_integrations.serving.server.answers import ClientLeftError
 from rasd_integrations.serving.server.exchange import CLIENT_LEFT, Exchange, failed
 from rasd_integrations.serving.server.formats import Json
 from rasd_integrations.serving.server.service import Server
 from rasd_integrations.serving.server.settings import is_local
-from rasd_integrations.serving.wire import read_chat
 
 _RETRY_S = "1"
 _NO_EMBEDDINGS = (

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from rasd_integrations.errors import RASDError
+from rasd_integrations.runtime.rasd import RASD
+from rasd_integrations.serving.reading import read_chat, read_completion
 from rasd_integrations.serving.server.answers import ClientLeftError, deltas_of
 from rasd_integrations.serving.server.formats import Head, Json, event, failure
 from rasd_integrations.serving.server.service import Server
-from rasd_integrations.serving.wire import read_chat, read_completion
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import TextDelta
+from rasd_integrations.text.answer.logprobs import openai_logprobs
+from rasd_integrations.types import TextDelta, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ class Exchange:
         if server.settings.prompt_tokens or server.settings.answer_tokens:
             asked = self.asked = await asyncio.to_thread(server.limited, engine, asked)
         server.places.check_room(asked.answers)
-        self.head = Head(server.name, self.chat)
+        self.head = Head(server.name, self.chat, partial(_entries, engine))
         deltas = deltas_of(
             engine, asked.each(), server.places, seconds=server.settings.seconds, left=self._left
         )
@@ -125,6 +128,10 @@ class Exchange:
         path = self.request.url.path
         self.server.metrics.request(path, status, seconds)
         _log(path, status, seconds, made)
+
+
+def _entries(engine: RASD, logprobs: Sequence[TokenLogprob]) -> list[Json]:
+    return openai_logprobs(engine.tokenizer, logprobs)
 
 
 def _log(path: str, status: int, seconds: float, made: list[DecodingStats]) -> None:

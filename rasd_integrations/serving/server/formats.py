@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from rasd_integrations.errors import (
 from rasd_integrations.runtime.pipeline import joined
 from rasd_integrations.serving.wire import OWN
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import Generation, TextDelta, ToolCall
+from rasd_integrations.types import Generation, TextDelta, TokenLogprob, ToolCall
 
 Json = dict[str, Any]
 
@@ -33,10 +33,12 @@ class Head:
     Attributes:
         model: As it is served.
         chat: The answer is to messages.
+        entries: Returns OpenAI's entries of tokens with log-probabilities.
     """
 
     model: str
     chat: bool
+    entries: Callable[[Sequence[TokenLogprob]], list[Json]]
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -54,14 +56,16 @@ class Head:
 
     def chunks(self, number: int, delta: TextDelta) -> Iterator[Json]:
         """Yield the objects of a streamed delta: text, thoughts and calls, then the end."""
+        new: Json | str = delta.text
         if self.chat:
             texts = {"content": delta.text, "reasoning_content": delta.reasoning}
             calls = [_call_delta(call) for call in delta.tool_calls]
-            new: Json = {name: text for name, text in texts.items() if text}
-            if new := new | ({"tool_calls": calls} if calls else {}):
-                yield self._chunk(number, new)
-        elif delta.text:
-            yield self._chunk(number, delta.text)
+            said: Json = {name: text for name, text in texts.items() if text}
+            new = said | ({"tool_calls": calls} if calls else {})
+        if new or delta.logprobs:  # text may be held back, or split over tokens
+            chunk = self._chunk(number, new)
+            chunk["choices"][0]["logprobs"] = self._logprobs(delta.logprobs)
+            yield chunk
         if delta.finish_reason is not None and delta.stats is not None:
             end = self._chunk(number, {} if self.chat else "", delta.finish_reason)
             end["choices"][0][OWN] = delta.stats.as_dict()
@@ -89,8 +93,24 @@ class Head:
         content: Json = {"text": answer.text}
         if self.chat:
             content = {"message": _message(answer)}
-        end = {"logprobs": None, "finish_reason": answer.finish_reason}
+        logprobs = self._logprobs(answer.logprobs)
+        end = {"logprobs": logprobs, "finish_reason": answer.finish_reason}
         return {"index": number, **content, **end, OWN: answer.stats.as_dict()}
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
+        if not logprobs:
+            return None
+        entries = self.entries(logprobs)
+        if self.chat:
+            return {"content": entries, "refusal": None}
+        return {
+            "tokens": [entry["token"] for entry in entries],
+            "token_logprobs": [entry["logprob"] for entry in entries],
+            "top_logprobs": [  # of tokens with one text, parts of characters, the most likely is shown
+                {top["token"]: top["logprob"] for top in reversed(entry["top_logprobs"])}
+                for entry in entries
+            ],
+        }
 
 
 def _message(answer: Generation) -> Json:

@@ -14,12 +14,12 @@ from fastapi import Request
 from rasd_integrations.config import check_value
 from rasd_integrations.errors import PromptError, PromptTooLongError, ServerError
 from rasd_integrations.runtime.rasd import RASD
+from rasd_integrations.serving.reading import Asked
 from rasd_integrations.serving.server.engines import Engines
 from rasd_integrations.serving.server.formats import Json
 from rasd_integrations.serving.server.metrics import Metrics
 from rasd_integrations.serving.server.places import Places
 from rasd_integrations.serving.server.settings import ServerSettings
-from rasd_integrations.serving.wire import Asked
 
 _BODY_S = 60.0  # in which a body must arrive
 
