@@ -13,6 +13,8 @@
     ├── RetrievalError              (also RuntimeError)
     ├── DecodingError               (also RuntimeError)
     ├── DeviceMemoryError           (also MemoryError)
+    ├── ServerError                 (also ConnectionError)
+    │   └── ServerTimeoutError      (also TimeoutError)
     └── MissingDependencyError      (also ImportError)
 
 Every message names the value, the limit and the next step. LlamaIndex takes ``ValueError`` for a malformed
@@ -56,6 +58,11 @@ class ContextOverflowError(RASDError, RuntimeError):
 
     def __str__(self) -> str:
         excess = self.prompt_tokens + self.max_tokens - self.window
+        if not self.prompt_tokens:  # a server that does not say
+            return (
+                f"The prompt, and max_tokens of {self.max_tokens}, exceed the model's window of {self.window} tokens. "
+                f"Lower max_tokens, retrieve fewer or shorter chunks, or use a model with a longer context."
+            )
         return (
             f"The prompt has {self.prompt_tokens} tokens and max_tokens is {self.max_tokens}, but the model's "
             f"window is {self.window}: {excess} too many. Lower max_tokens, retrieve fewer or shorter "
@@ -102,6 +109,10 @@ class ServerError(RASDError, ConnectionError):
         return str(self.args[0])
 
 
+class ServerTimeoutError(ServerError, TimeoutError):
+    """A model server sent nothing for longer than ``timeout`` allows."""
+
+
 class MissingDependencyError(RASDError, ImportError):
     """An optional dependency is not installed."""
 
@@ -126,6 +137,9 @@ _SAME = {
     "seed": ("random_seed", "generator"),
     "drafter": ("assistant_model", "draft_model", "drafter_model", "speculative_config", "speculative_model"),
     "num_draft_tokens": ("num_assistant_tokens", "num_speculative_tokens", "prompt_lookup_num_tokens"),
+    "base_url": ("api_base", "openai_api_base", "endpoint", "server_url", "api_url"),
+    "api_key": ("openai_api_key",),
+    "timeout": ("request_timeout",),
     "store": ("vectorstore", "vector_store", "retriever", "index", "documents"),
 }  # fmt: skip
 _ELSEWHERE = {
@@ -137,6 +151,9 @@ _ELSEWHERE = {
         "revision", "trust_remote_code", "local_files_only", "attn_implementation", "subfolder",
     ),
     "chat_template_kwargs={{{0!r}: ...}}": ("chat_template", "enable_thinking"),
+    "base_url= and client_kwargs={{{0!r}: ...}}": (
+        "organization", "project", "default_headers", "default_query", "http_client", "http_async_client",
+    ),
     "retrieval={{'k': ...}}": ("similarity_top_k", "search_kwargs"),
     "temperature=, top_p=, top_k=, max_tokens=, stop= or seed= themselves": (
         "generate_kwargs", "generation_kwargs", "pipeline_kwargs", "generation_config", "llm_kwargs",
@@ -150,8 +167,8 @@ _NOTHING = {
     "the window is the model's own, and a prompt over it is refused": (
         "context_window", "n_ctx", "num_ctx", "max_model_len", "max_seq_len", "max_input_tokens",
     ),
-    "the model runs in this process, which has no key, address, network timeout or retries": (
-        "api_key", "api_base", "base_url", "timeout", "max_retries", "organization",
+    "RASD is a model in this process, without key, address or retries; ChatRASD and RASDLLM take base_url=": (
+        "api_key", "api_base", "base_url", "timeout", "max_retries", "client_kwargs",
     ),
     "torch.set_num_threads() sets the threads of a CPU": ("n_threads", "num_threads", "n_batch"),
 }  # fmt: skip

@@ -124,6 +124,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class WrittenLogprob:
+    """A token's log-probability as a server wrote it, with texts and not ids.
+
+    Attributes:
+        entry: OpenAI's ``token``, ``logprob``, ``bytes`` and ``top_logprobs``.
+    """
+
+    entry: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBlock:
     """The tokens that one target step committed.
 
@@ -206,7 +217,7 @@ class TextDelta:
         stats: This answer's statistics, on the last piece.
         reasoning: New text of the model's reasoning, which is not part of ``text``.
         tool_calls: New pieces of tool calls.
-        logprobs: Of each of ``token_ids``, if they are asked for.
+        logprobs: Of each new token, if they are asked for.
     """
 
     text: str
@@ -215,7 +226,7 @@ class TextDelta:
     stats: DecodingStats | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: tuple[TokenLogprob | WrittenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +240,7 @@ class Generation:
         stats: This answer's statistics.
         reasoning: The model's reasoning, if it writes any.
         tool_calls: Its tool calls.
-        logprobs: Of each of ``token_ids``, if they are asked for.
+        logprobs: Of each new token, if they are asked for.
     """
 
     text: str
@@ -238,7 +249,7 @@ class Generation:
     stats: DecodingStats
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: tuple[TokenLogprob | WrittenLogprob, ...] = ()
 
 
 class GrammarState(Protocol):

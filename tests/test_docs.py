@@ -44,7 +44,7 @@ SLOW = {
     "from-huggingface-pipeline.md", "langchain-agents.md", "llama-index-agents.md",
     "quote-sources.md", "rank-answers.md", "repeat-answers.md", "reward-steps.md", "route.md",
     "structured-output.md",
-    "transfer-knowledge.md",
+    "transfer-knowledge.md", "use-a-server.md",
     "warm-documents.md",
 }  # fmt: skip
 

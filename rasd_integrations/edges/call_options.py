@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SecretStr,
     SkipValidation,
     ValidationError,
     field_serializer,
@@ -36,12 +37,12 @@ from rasd_integrations.config import (
     updated,
 )
 from rasd_integrations.drafters.base import Drafter, drafter_name
+from rasd_integrations.edges.engine import Engine, check_place, new_engine
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.response_format import Grammar
 from rasd_integrations.runtime.lazy_engine import LoadedName
 from rasd_integrations.runtime.modes import mode_name
 from rasd_integrations.runtime.pipeline import Progress
-from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.logprobs import num_alternatives
 from rasd_integrations.transfer import rule_name
@@ -179,7 +180,27 @@ class FrameworkModel(BaseModel, ABC):
         "best of several answers from parts of the chunks), or a Mode.",
     )
 
-    _rasd: RASD = PrivateAttr()
+    base_url: str | None = _engine(
+        None,
+        "Address of a server that has the model, /v1 included; None: it is loaded in this process.",
+    )
+    api_key: SecretStr | None = _engine(
+        None, "The server's; None: OPENAI_API_KEY. Never dumped.", exclude=True, repr=False
+    )
+    timeout: float | None = _engine(
+        None, "Seconds without a byte from the server; None: the openai package's, ten minutes."
+    )
+    max_retries: int | None = _engine(
+        None, "Of a request before its answer; None: the openai package's, 2."
+    )
+    client_kwargs: dict[str, Any] = _engine(
+        {},
+        "Passed to openai.OpenAI and AsyncOpenAI: default_headers, http_client, http_async_client, ... Never dumped.",
+        exclude=True,
+        repr=False,
+    )
+
+    _rasd: Engine = PrivateAttr()
 
     def __init__(self, model: str | Path = "", **options: Any) -> None:
         """Check the options. Load no weights and touch no network; the first call does, or ``load()``.
@@ -189,16 +210,17 @@ class FrameworkModel(BaseModel, ABC):
         """
         cls = type(self)
         reject_unknown(options, cls.model_fields, cls.__name__)
-        check_model_name(model, cls.__name__)
+        if options.get("base_url") is None or model != "":
+            check_model_name(model, cls.__name__)
         try:
             super().__init__(**{**options, "model": model})
         except ValidationError as err:
             faults = [
-                f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}."
-                for e in err.errors()
+                f"{'.'.join(map(str, e['loc']))} is {_shown(e)}: {e['msg']}." for e in err.errors()
             ]
             raise ConfigurationError(" ".join(faults)) from err
         self._sampling({})
+        check_place(self._engine_fields(), {n: f.default for n, f in cls.model_fields.items()})
         self._rasd = self._engine()
 
     def model_post_init(self, context: Any, /) -> None:
@@ -247,7 +269,7 @@ class FrameworkModel(BaseModel, ABC):
     def _engine_fields(self) -> dict[str, Any]:
         return {name: value for name, value in self if name in ENGINE_OPTIONS}
 
-    def _engine(self) -> RASD:
+    def _engine(self) -> Engine:
         """Return what answers."""
         return new_engine(self._engine_fields())
 
@@ -360,25 +382,11 @@ class FrameworkModel(BaseModel, ABC):
         """
 
 
+def _shown(fault: Any) -> str:
+    return (
+        "hidden" if fault["loc"][:1] in (("api_key",), ("client_kwargs",)) else repr(fault["input"])
+    )
+
+
 ENGINE_OPTIONS = tuple(n for n, f in FrameworkModel.model_fields.items() if f.frozen)
 ANSWER_OPTIONS = tuple(n for n, f in FrameworkModel.model_fields.items() if not f.frozen)
-
-
-def new_engine(fields: Mapping[str, Any]) -> RASD:
-    """Return an engine with a model's :data:`ENGINE_OPTIONS`.
-
-    Raises:
-        ConfigurationError: The options contradict each other.
-    """
-    options = dict(fields)
-    model, model_kwargs = options.pop("model"), options.pop("model_kwargs")
-    draft_tokens = options.pop("num_draft_tokens")
-    options["speculation"] = options["speculation"].with_draft_tokens(draft_tokens)
-    if options["prefix_cache_bytes"] is None:
-        del options["prefix_cache_bytes"]
-    if not isinstance(model, LoadedName):
-        return RASD(model, model_kwargs=model_kwargs, **options)
-    if model_kwargs:
-        msg = f"model_kwargs {sorted(model_kwargs)} come too late: the model is loaded."
-        raise ConfigurationError(msg)
-    return RASD.from_model(model.model, model.tokenizer, model.drafter_model, **options)

@@ -24,8 +24,8 @@ from rasd_integrations.edges.call_options import (
     ANSWER_OPTIONS,
     ENGINE_OPTIONS,
     FrameworkModel,
-    new_engine,
 )
+from rasd_integrations.edges.engine import NEVER_KEPT, Engine, logprob_entries, new_engine
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.langchain.attach import find_source
 from rasd_integrations.langchain.capture import CAPTURE
@@ -36,7 +36,6 @@ from rasd_integrations.langchain.tools import answer_grammar, take_tool_use
 from rasd_integrations.runtime.lazy_engine import LoadedName
 from rasd_integrations.runtime.pipeline import Request
 from rasd_integrations.runtime.together import MOST_AT_ONCE, as_they_end, until_left
-from rasd_integrations.text.answer.logprobs import openai_logprobs
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -46,15 +45,14 @@ if TYPE_CHECKING:
 
     from rasd_integrations.config import SamplingParams
     from rasd_integrations.response_format import Grammar
-    from rasd_integrations.runtime.rasd import RASD
     from rasd_integrations.text.answer.explanation import Explanation
     from rasd_integrations.types import TextDelta
 
 _Chunk = TypeVar("_Chunk", GenerationChunk, ChatGenerationChunk)
 
 _MOST_ENGINES = 8  # kept for copies; others live as long as a model that uses them
-# LangChain's standard options of remote services: code that builds any chat model passes them.
-_REMOTE = frozenset({"api_key", "base_url", "timeout", "max_retries"})
+# LangChain's standard options of remote services: code that builds any chat model passes them, also without a server.
+_REMOTE = frozenset({"api_key", "timeout", "max_retries"})
 _warned: set[str] = set()
 
 
@@ -71,11 +69,11 @@ class Engines:
 
     def __init__(self) -> None:
         """Hold none yet."""
-        self._known: list[tuple[Mapping[str, Any], RASD]] = []  # least recently used first
+        self._known: list[tuple[Mapping[str, Any], Engine]] = []  # least recently used first
         self._closed = False
         self._lock = threading.Lock()
 
-    def get(self, options: Mapping[str, Any]) -> RASD:
+    def get(self, options: Mapping[str, Any]) -> Engine:
         """Return the engine with ``options``, made if there is none; after :meth:`close` a closed one.
 
         Raises:
@@ -90,7 +88,7 @@ class Engines:
             self._put(options, rasd)
             return rasd
 
-    def rename(self, rasd: RASD, options: Mapping[str, Any]) -> None:
+    def rename(self, rasd: Engine, options: Mapping[str, Any]) -> None:
         """Record an engine's new options."""
         with self._lock:
             self._put(options, rasd)
@@ -102,7 +100,7 @@ class Engines:
             for _, rasd in self._known:
                 rasd.close()
 
-    def _put(self, options: Mapping[str, Any], rasd: RASD) -> None:
+    def _put(self, options: Mapping[str, Any], rasd: Engine) -> None:
         others = [known for known in self._known if known[1] is not rasd]
         self._known = [*others, (options, rasd)][-_MOST_ENGINES:]
 
@@ -155,8 +153,13 @@ class RASDModel(FrameworkModel, BaseLanguageModel[Any], ABC):
     def _stop_as_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
-    def _engine(self) -> RASD:
+    def _engine(self) -> Engine:
         return self.engines.get(self._engine_fields())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave engines and secrets out of a pickle: a copy in another process has its own."""
+        left = ("engines", *NEVER_KEPT)
+        return partial(type(self), **{n: v for n, v in self if n not in left}), ()
 
     # --- beyond the framework's interface ---
 
@@ -280,7 +283,7 @@ class RASDModel(FrameworkModel, BaseLanguageModel[Any], ABC):
         """Return the log-probabilities of a delta's tokens as LangChain's ``generation_info``, if there are any."""
         if not delta.logprobs:
             return None
-        return {"logprobs": {"content": openai_logprobs(self._rasd.tokenizer, delta.logprobs)}}
+        return {"logprobs": {"content": logprob_entries(self._rasd, delta.logprobs)}}
 
     async def _achunks(
         self,
@@ -331,11 +334,16 @@ class RASDModel(FrameworkModel, BaseLanguageModel[Any], ABC):
 
 
 def _without_remote(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` without those of remote services; warn of each that is set, once a process."""
+    """Return ``options``, without a server also without its options; warn of each that is set, once a process."""
+    if options.get("base_url") is not None:
+        return dict(options)
     new = sorted(n for n in _REMOTE - _warned if options.get(n) is not None)
     _warned.update(new)
     if new:
         them = "it" if len(new) == 1 else "them"
-        msg = f"{', '.join(new)}: without effect, because the model runs in this process. Leave {them} out."
+        msg = (
+            f"{', '.join(new)}: without effect, because the model runs in this process. Leave {them} out, or give "
+            f"base_url for a model behind HTTP."
+        )
         warnings.warn(msg, UserWarning, stacklevel=3)
     return {name: value for name, value in options.items() if name not in _REMOTE}

@@ -54,6 +54,11 @@ class ChatRASD(RASDModel, BaseChatModel):
         llm = ChatRASD(model="Qwen/Qwen3-8B", temperature=0, max_tokens=256)
         ```
 
+    Instantiate, for a model behind `rasd serve`, vLLM or another server:
+        ```python
+        llm = ChatRASD(base_url="http://localhost:8000/v1")
+        ```
+
     Invoke:
         ```python
         answer = llm.invoke([("system", "Answer briefly."), ("human", "Who wrote it?")])
@@ -111,7 +116,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        answer = MessageChunks(self._rasd.model_name, self._logprobs, self.output_version)
+        answer = MessageChunks(self._name, self._logprobs, self.output_version)
         return self._chunks(answer.push, messages, stop, kwargs, run_manager)
 
     def _astream(
@@ -121,7 +126,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        answer = MessageChunks(self._rasd.model_name, self._logprobs, self.output_version)
+        answer = MessageChunks(self._name, self._logprobs, self.output_version)
         return self._achunks(answer.push, messages, stop, kwargs, run_manager)
 
     def _generate(
@@ -131,7 +136,7 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        answer = MessageChunks(self._rasd.model_name, self._logprobs)
+        answer = MessageChunks(self._name, self._logprobs)
         return whole_answer([*self._chunks(answer.push, messages, stop, kwargs, to_end=True)])
 
     async def _agenerate(
@@ -141,9 +146,12 @@ class ChatRASD(RASDModel, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        answer = MessageChunks(self._rasd.model_name, self._logprobs)
+        answer = MessageChunks(self._name, self._logprobs)
         chunks = self._achunks(answer.push, messages, stop, kwargs, None)
         return whole_answer([chunk async for chunk in chunks])
+
+    def _name(self) -> str:
+        return self._rasd.model_name  # of a server that was named none: known once it answers
 
     def _read(self, value: LanguageModelInput) -> list[BaseMessage]:
         return self._convert_input(value).to_messages()
@@ -265,11 +273,9 @@ class ChatRASD(RASDModel, BaseChatModel):
         """
         super().load()
         most = self.max_tokens or self._rasd.max_tokens
-        found = {
-            "max_input_tokens": self._rasd.window - most,
-            "max_output_tokens": most,
-            "reasoning_output": self._rasd.has_reasoning,
-        }
+        found = {"max_output_tokens": most, "reasoning_output": self._rasd.has_reasoning}
+        if (window := self._rasd.window) is not None:
+            found["max_input_tokens"] = window - most
         self.profile = cast("ModelProfile", {**found, **(self.profile or {})})
         return self
 

@@ -34,12 +34,45 @@ class ModelLoadError(errors.ModelLoadError, langchain.ModelNotFoundError):
     """A model, tokenizer or chat template is missing or broken."""
 
 
+class RateLimitError(errors.ServerError, langchain.ModelRateLimitError):
+    """A model server is busy."""
+
+
+class AuthenticationError(errors.ServerError, langchain.ModelAuthenticationError):
+    """A model server does not know the key."""
+
+
+class PermissionDeniedError(errors.ServerError, langchain.ModelPermissionDeniedError):
+    """A model server does not allow the key to do this."""
+
+
+class FailedServerError(errors.ServerError, langchain.ModelAPIError):
+    """A model server failed."""
+
+
+class UnreachableServerError(errors.ServerError, langchain.ModelConnectionError):
+    """A model server gave no answer, or hung up."""
+
+
+class ServerTimeoutError(errors.ServerTimeoutError, langchain.ModelTimeoutError):
+    """A model server sent nothing for longer than ``timeout`` allows."""
+
+
 _KINDS: dict[type[Exception], type[Exception]] = {
     errors.PromptTooLongError: ContextOverflowError,
     errors.ConfigurationError: ConfigurationError,
     errors.VocabularyMismatchError: VocabularyMismatchError,
     errors.PromptError: PromptError,
     errors.ModelLoadError: ModelLoadError,
+    errors.ServerTimeoutError: ServerTimeoutError,
+}
+_BY_STATUS: dict[int | None, type[errors.ServerError]] = {
+    None: UnreachableServerError,
+    401: AuthenticationError,
+    403: PermissionDeniedError,
+    408: ServerTimeoutError,
+    429: RateLimitError,
+    504: ServerTimeoutError,
 }
 
 
@@ -49,6 +82,8 @@ def langchain_errors() -> Iterator[None]:
     try:
         yield
     except errors.RASDError as err:
+        if type(err) is errors.ServerError:
+            raise _BY_STATUS.get(err.status, FailedServerError)(str(err), err.status) from err
         kind = _KINDS.get(type(err))
         if kind is None:
             raise

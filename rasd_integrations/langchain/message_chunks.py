@@ -39,14 +39,14 @@ class MessageChunks:
 
     def __init__(
         self,
-        model_name: str,
+        model_name: Callable[[], str],
         info_of: Callable[[TextDelta], dict[str, Any] | None],
         output_version: str | None = None,
     ) -> None:
         """Start an answer.
 
         Args:
-            model_name: Who answers.
+            model_name: Returns who answers; asked at the end.
             info_of: Returns the ``generation_info`` of a delta, if it has any.
             output_version: LangChain's, to be streamed in.
         """
@@ -93,7 +93,7 @@ class MessageChunks:
     def _last(self, finish_reason: FinishReason, stats: DecodingStats) -> ChatGenerationChunk:
         # All of it on the last chunk only: LangChain adds numbers and joins strings over chunks.
         metadata = {
-            "model_name": self._model_name,
+            "model_name": self._model_name(),
             "model_provider": _PROVIDER,
             "finish_reason": finish_reason,
             "rasd": stats.as_dict(),

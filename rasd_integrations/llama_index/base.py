@@ -23,11 +23,13 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 from pydantic import PrivateAttr
 
+from rasd_integrations.edges.engine import logprob_entries
 from rasd_integrations.errors import ConfigurationError, RetrievalError
 from rasd_integrations.llama_index.capture import (
     Filled,
@@ -56,8 +58,7 @@ from rasd_integrations.response_format import ToolUse
 from rasd_integrations.runtime.hints import explicit_hints
 from rasd_integrations.runtime.pipeline import Request
 from rasd_integrations.text.answer.explanation import Explanation
-from rasd_integrations.text.answer.logprobs import openai_logprobs
-from rasd_integrations.types import TokenLogprob
+from rasd_integrations.types import TokenLogprob, WrittenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,10 @@ class RASDLLM(RASDCalling):
             from rasd_integrations.llama_index import RASDLLM
 
             llm = RASDLLM("Qwen/Qwen3-8B", temperature=0, max_tokens=256)
+
+        Or a model behind ``rasd serve``, vLLM or another server::
+
+            llm = RASDLLM(base_url="http://localhost:8000/v1")
 
         Complete and chat::
 
@@ -130,11 +135,12 @@ class RASDLLM(RASDCalling):
     def metadata(self) -> LLMMetadata:
         """The model's context window, and what its chat template allows.
 
-        Loads no weights, but reads config and tokenizer once; await :meth:`aload` before to keep that off the
-        event loop. Functions can be called if the chat template writes the prompts.
+        Loads no weights, but reads config and tokenizer once, or asks the server; await :meth:`aload` before to keep
+        that off the event loop. The window of a server that names none is LlamaIndex's default, 3900. Functions can be
+        called if the chat template writes the prompts.
         """
         return LLMMetadata(
-            context_window=self._rasd.window,
+            context_window=self._rasd.window or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_tokens or self._rasd.max_tokens,
             is_chat_model=self._rasd.has_chat_template,
             is_function_calling_model=self._rasd.has_chat_template and not self._writes_prompts,
@@ -245,8 +251,8 @@ class RASDLLM(RASDCalling):
         deltas = self._rasd.astream(request)
         return astream_responses(respond, deltas, in_pipeline, self._entries)
 
-    def _entries(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-        return openai_logprobs(self._rasd.tokenizer, logprobs)
+    def _entries(self, logprobs: Sequence[TokenLogprob | WrittenLogprob]) -> list[dict[str, Any]]:
+        return logprob_entries(self._rasd, logprobs)
 
     def _chat_request(self, messages: Sequence[ChatMessage], options: Mapping[str, Any]) -> Request:
         others = dict(options)

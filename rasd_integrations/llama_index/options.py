@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.edges.call_options import FrameworkModel
+from rasd_integrations.edges.engine import NEVER_KEPT
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.llama_index.messages import to_messages
 from rasd_integrations.response_format import Grammar
@@ -36,7 +37,15 @@ class RASDOptions(FrameworkModel, FunctionCallingLLM):
             ConfigurationError: An unknown option, a value out of its range, or a contradiction.
         """
         super().__init__(model, **_one_name(options))
-        self._store_given = self.store is not None
+        # A server searches a store of its own, or none.
+        self._store_given = self.store is not None or self.base_url is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave secrets out of a pickle."""
+        state = super().__getstate__()
+        for name in NEVER_KEPT:
+            state["__dict__"].pop(name, None)
+        return state
 
     @classmethod
     def class_name(cls) -> str:

@@ -14,6 +14,7 @@ from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.utilities.token_counting import TokenCounter
 
+from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.llama_index.options import RASDOptions
 
 
@@ -47,14 +48,18 @@ def model_prompt_helper(llm: RASDOptions, like: PromptHelper | None = None) -> P
 
 
 def pack_by_model(synthesizer: BaseSynthesizer) -> None:
-    """Let ``synthesizer`` count by its own LLM, if it is one of ours and no other tokenizer was given."""
+    """Let ``synthesizer`` count by its own LLM, if it is one of ours that can and no other tokenizer was given."""
     llm = synthesizer._llm  # noqa: SLF001 - no public name; absent, the default stays
     if isinstance(llm, StructuredLLM):
         llm = llm.llm
     helper = synthesizer._prompt_helper  # noqa: SLF001
     counts_globally = helper._token_counter.tokenizer is llama_index.core.global_tokenizer  # noqa: SLF001
     if isinstance(llm, RASDOptions) and counts_globally:
-        synthesizer._prompt_helper = model_prompt_helper(llm, helper)  # noqa: SLF001
+        try:
+            synthesizer._prompt_helper = model_prompt_helper(llm, helper)  # noqa: SLF001
+        except ConfigurationError:
+            if llm.base_url is None:  # else the server does not count
+                raise
 
 
 def configure_settings(llm: RASDOptions) -> None:

@@ -28,12 +28,19 @@ from llama_index.core.base.llms.types import (
 from rasd_integrations.llama_index.errors import pipeline_errors
 from rasd_integrations.llama_index.tools import arguments_of
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import FinishReason, Generation, TextDelta, TokenLogprob, ToolCall
+from rasd_integrations.types import (
+    FinishReason,
+    Generation,
+    TextDelta,
+    TokenLogprob,
+    ToolCall,
+    WrittenLogprob,
+)
 
 _Response_co = TypeVar("_Response_co", bound=ChatResponse | CompletionResponse, covariant=True)
 _Response = TypeVar("_Response", bound=ChatResponse | CompletionResponse)
 
-Entries: TypeAlias = Callable[[Sequence[TokenLogprob]], list[dict[str, Any]]]
+Entries: TypeAlias = Callable[[Sequence[TokenLogprob | WrittenLogprob]], list[dict[str, Any]]]
 """Returns tokens' log-probabilities in OpenAI's form."""
 
 
@@ -60,7 +67,7 @@ class Answer:
         text: str = "",
         reasoning: str = "",
         calls: Sequence[ToolCall] = (),
-        logprobs: Sequence[TokenLogprob] = (),
+        logprobs: Sequence[TokenLogprob | WrittenLogprob] = (),
     ) -> None:
         """Start with what is known."""
         self.text, self.reasoning = text, reasoning

@@ -1,4 +1,4 @@
-"""Runs a blocking iterator in a worker thread and yields its items asynchronously."""
+"""Runs blocking iterators for event loops, and asynchronous ones for threads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextvars
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from typing import TypeVar
 
 from rasd_integrations.process import locked
@@ -15,6 +15,7 @@ from rasd_integrations.process import locked
 _T = TypeVar("_T")
 
 MAX_WORKERS = 32  # about as many answers as decode at once; more threads only cost memory
+_CHECKED_S = 0.05
 
 
 class Workers:
@@ -152,3 +153,38 @@ async def iterate_in_thread(
                 return
     finally:
         left.set()
+
+
+def iterate_in_own_loop(
+    pieces: AsyncGenerator[_T, None], check: Callable[[], object]
+) -> Generator[_T, None, None]:
+    """Yield ``pieces`` in an event loop of this thread; what ``check`` raises, soon after it does, ends them.
+
+    A thread that waits for a socket hears nothing else; a loop does.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        while True:
+            task = loop.create_task(_next_of(pieces))
+            try:
+                while not task.done():
+                    loop.run_until_complete(asyncio.wait([task], timeout=_CHECKED_S))
+                    check()
+            finally:
+                if task.cancel():  # it was not done
+                    loop.run_until_complete(asyncio.wait([task]))
+            found = task.result()
+            if not found:
+                return
+            yield found[0]
+    finally:
+        loop.run_until_complete(pieces.aclose())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+async def _next_of(pieces: AsyncGenerator[_T, None]) -> tuple[_T, ...]:
+    """Return the next piece alone; nothing at the end."""
+    async for piece in pieces:
+        return (piece,)
+    return ()

@@ -84,6 +84,22 @@ def has_left() -> bool:
     return any(event.is_set() for event in _left.get())
 
 
+def is_part() -> bool:
+    """Return True in an answer of :func:`as_they_end`."""
+    return bool(_left.get())
+
+
+def check_not_left() -> None:
+    """Raise once a caller of :func:`as_they_end` around this context has left.
+
+    Raises:
+        DecodingError: One has.
+    """
+    if has_left():
+        msg = "The call that this answer was a part of has ended."
+        raise DecodingError(msg)
+
+
 def until_left(pieces: Generator[_T, None, None]) -> Generator[_T, None, None]:
     """Yield ``pieces`` while all callers of :func:`as_they_end` around this context wait.
 
@@ -92,7 +108,5 @@ def until_left(pieces: Generator[_T, None, None]) -> Generator[_T, None, None]:
     """
     with closing(pieces):
         for piece in pieces:
-            if has_left():
-                msg = "The call that this answer was a part of has ended."
-                raise DecodingError(msg)
+            check_not_left()
             yield piece

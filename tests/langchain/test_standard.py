@@ -15,6 +15,7 @@ from langchain_core.messages import HumanMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 from scripted import TEMPLATES, scripted_model
+from served import engines_over, served
 
 from rasd_integrations.langchain import ChatRASD
 from rasd_integrations.runtime.lazy_engine import LoadedName
@@ -90,9 +91,13 @@ class TestChatRASDIntegration(ChatModelIntegrationTests):
         assert answer.usage_metadata["input_token_details"]["cache_read"] > 0
         return answer
 
+    def thinking_model(self):
+        """Return a model that thinks."""
+        return self.chat_model_class.from_model(*thinker())
+
     def invoke_with_reasoning_output(self, *, stream=False):
         """Ask a model that thinks."""
-        llm = self.chat_model_class.from_model(*thinker())
+        llm = self.thinking_model()
         answer = _merged(llm.stream("2 + 2?")) if stream else llm.invoke("2 + 2?")
         assert ("Four.", "Two and two.") == (
             answer.text,
@@ -112,6 +117,38 @@ class TestChatRASDWithStrictTemplate(TestChatRASDIntegration):
     """The same with a template that takes user and assistant in turns only."""
 
     template = "strict"
+
+
+class TestChatRASDOverHTTPUnit(TestChatRASDUnit):
+    """Construction with a server, which is not asked."""
+
+    @property
+    def chat_model_params(self):
+        """An address is enough."""
+        return {"base_url": "http://127.0.0.1:9/v1"}
+
+
+class TestChatRASDOverHTTP(TestChatRASDIntegration):
+    """The same answers from another process, as far as it can tell: a server on a real socket."""
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def _servers(cls):
+        with (
+            served(engines_over(*assistant(cls.template)), name="assistant") as assistants,
+            served(engines_over(*thinker()), name="thinker") as thinkers,
+        ):
+            cls.url, cls.thinker_url = assistants.base_url, thinkers.base_url
+            yield
+
+    @property
+    def chat_model_params(self):
+        """The server's only model."""
+        return {"base_url": self.url}
+
+    def thinking_model(self):
+        """Return a model that thinks, by its name."""
+        return self.chat_model_class("thinker", base_url=self.thinker_url)
 
 
 def _merged(chunks):

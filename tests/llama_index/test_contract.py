@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +16,7 @@ from contract_model import BOS, WatchedModel
 from contract_setup import ContractSetup
 from contract_tools import ToolCalling
 from llama_index_contract import LLMContract
+from served import engines_over, served
 
 from rasd_integrations.llama_index import RASDLLM, configure_settings
 
@@ -54,6 +56,28 @@ class Watched(ContractSetup):
 
 class TestRASDLLM(Watched, LLMContract):
     """The whole contract, speculative path and all."""
+
+
+@pytest.mark.slow
+class TestOverHTTP(Watched, LLMContract):
+    """The same from a server, on a real socket."""
+
+    secret_options = MappingProxyType(
+        {"api_key": "a secret", "client_kwargs": {"default_headers": {"x": "secret"}}}
+    )
+
+    @pytest.fixture(autouse=True)
+    def _served(self, _watched: None) -> Iterator[None]:
+        with served(engines_over(self.watched.model, self.watched.tokenizer)) as server:
+            self.url = server.base_url
+            yield
+
+    @pytest.fixture(autouse=True)
+    def _no_network(self) -> None:
+        """The one connection is the subject."""
+
+    def make_llm(self, **options: Any) -> RASDLLM:
+        return RASDLLM(base_url=self.url, max_tokens=512, **options)
 
 
 class TestTemplateWithoutTools(Watched, ToolCalling):

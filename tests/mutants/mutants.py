@@ -503,6 +503,17 @@ ROWS: tuple[Mutant, ...] = (
            ("runtime/test_rasd.py", "langchain/test_engine.py")),
     Mutant("a model wrapped twice shares the prefix cache of another kind of steps", "runtime/models.py",
            "key = max_bytes, kept, deterministic\n", "key = max_bytes, kept, False\n", ("decoding/test_steps.py",)),
+    # --- a model behind HTTP ---
+    Mutant("another's server gets our own fields", "serving/client/foreign.py",
+           "    out.pop(OWN, None)\n", "", ("serving/client/test_requests.py",)),
+    Mutant("an option that the server would ignore is sent to it", "serving/client/foreign.py",
+           "        if value != neutral:\n", "        if False:\n", ("serving/client/test_requests.py",)),
+    Mutant("a stream that is left goes on at the server", "serving/client/remote.py",
+           "                events.close()\n", "                pass\n", ("serving/client/test_answers.py",)),
+    Mutant("a cut stream is an answer", "serving/client/replies.py",
+           "        if self._reason is None:\n", "        if False:\n", ("serving/client/test_answers.py",)),
+    Mutant("two processes write to one connection", "serving/client/connection.py",
+           "        if self._process != os.getpid():", "        if False:", ("serving/client/test_lifetimes.py",)),
     # --- options ---
     Mutant("default of max_tokens", "config.py",
            '"max_tokens": 512,', '"max_tokens": 256,', ("test_option_names.py",)),
@@ -544,7 +555,7 @@ ROWS: tuple[Mutant, ...] = (
            'name = message.name or names.get(out.get("tool_call_id", ""))', "name = message.name",
            ("langchain/test_messages.py",)),
     Mutant("an abandoned batch decodes on", "runtime/together.py",
-           "            if has_left():", "            if False and has_left():",
+           "    if has_left():\n", "    if False:\n",
            ("langchain/test_batch.py",)),
     # --- an explained answer ---
     Mutant("text of a document is HTML in a notebook", "text/answer/explanation_page.py",

@@ -6,7 +6,7 @@ from typing import Any
 
 from rasd_integrations.stats import DecodingStats
 
-ENGINE = "rasd_integrations.edges.call_options.RASD"
+ENGINE = "rasd_integrations.edges.engine.RASD"
 """Where both edges take their engine from."""
 
 

@@ -20,7 +20,7 @@ from rasd_integrations.serving.server.formats import Head, Json, event, failure
 from rasd_integrations.serving.server.service import Server
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.logprobs import openai_logprobs
-from rasd_integrations.types import TextDelta, TokenLogprob
+from rasd_integrations.types import TextDelta, TokenLogprob, WrittenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Exchange:
         _log(path, status, seconds, made)
 
 
-def _entries(engine: RASD, logprobs: Sequence[TokenLogprob]) -> list[Json]:
+def _entries(engine: RASD, logprobs: Sequence[TokenLogprob | WrittenLogprob]) -> list[Json]:
     return openai_logprobs(engine.tokenizer, logprobs)
 
 

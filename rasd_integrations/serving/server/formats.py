@@ -21,7 +21,7 @@ from rasd_integrations.errors import (
 from rasd_integrations.runtime.pipeline import joined
 from rasd_integrations.serving.wire import OWN
 from rasd_integrations.stats import DecodingStats
-from rasd_integrations.types import Generation, TextDelta, TokenLogprob, ToolCall
+from rasd_integrations.types import Generation, TextDelta, TokenLogprob, ToolCall, WrittenLogprob
 
 Json = dict[str, Any]
 
@@ -38,7 +38,7 @@ class Head:
 
     model: str
     chat: bool
-    entries: Callable[[Sequence[TokenLogprob]], list[Json]]
+    entries: Callable[[Sequence[TokenLogprob | WrittenLogprob]], list[Json]]
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -97,7 +97,7 @@ class Head:
         end = {"logprobs": logprobs, "finish_reason": answer.finish_reason}
         return {"index": number, **content, **end, OWN: answer.stats.as_dict()}
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob | WrittenLogprob]) -> Json | None:
         if not logprobs:
             return None
         entries = self.entries(logprobs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rasd_integrations.config import check_value
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.text.token_bytes import token_reader
-from rasd_integrations.types import TokenLogprob
+from rasd_integrations.types import TokenLogprob, WrittenLogprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,12 +31,12 @@ def num_alternatives(logprobs: bool | None, top_logprobs: int | None) -> int | N
 
 
 def openai_logprobs(
-    tokenizer: PreTrainedTokenizerBase, logprobs: Sequence[TokenLogprob]
+    tokenizer: PreTrainedTokenizerBase, logprobs: Sequence[TokenLogprob | WrittenLogprob]
 ) -> list[dict[str, Any]]:
     """Return OpenAI's entries: ``token``, ``logprob``, ``bytes`` and ``top_logprobs``.
 
     ``bytes`` are the token's own, also if they are a part of a character, which ``token`` shows as U+FFFD. Control
-    tokens are written by name; ids that the tokenizer does not know are empty.
+    tokens are written by name; ids that the tokenizer does not know are empty. What a server wrote stays as it is.
     """
     read = token_reader(tokenizer)
 
@@ -45,6 +45,8 @@ def openai_logprobs(
         return {"token": text.decode(errors="replace"), "logprob": logprob, "bytes": list(text)}
 
     return [
-        entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*pair) for pair in one.top]}
+        dict(one.entry)
+        if isinstance(one, WrittenLogprob)
+        else entry(one.token_id, one.logprob) | {"top_logprobs": [entry(*pair) for pair in one.top]}
         for one in logprobs
     ]

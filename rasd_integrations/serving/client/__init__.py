@@ -1,0 +1,1 @@
+"""The client: RASD's calls on a model behind HTTP."""
