@@ -33,7 +33,7 @@ def build_parser(*, flags: bool = False) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="demo|ask|serve|warm|cache|info"
+        dest="command", required=True, metavar="demo|ask|serve|batch|warm|cache|info"
     )
     models, documents = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     add = models.add_argument
@@ -54,14 +54,7 @@ def build_parser(*, flags: bool = False) -> argparse.ArgumentParser:
     commands.add_parser("demo", parents=both, help=told)
     add = commands.add_parser("ask", parents=both, help="one question over the documents").add_argument  # fmt: skip
     add("question")
-    serving = commands.add_parser("serve", help="an OpenAI server over a model")
-    serving.add_argument("model", nargs="?", help="hub id, local folder or .gguf file")
-    told = "settings in TOML, by the names of the flags; keys too"
-    serving.add_argument("--config", metavar="FILE", help=told)
-    if flags:
-        from rasd_integrations.serving.server.settings import add_flags
-
-        add_flags(serving)
+    _add_serving(commands, flags=flags)
     told = "read documents ahead of their questions, into a folder"
     add = commands.add_parser("warm", parents=[models], help=told).add_argument
     add("paths", nargs="+", metavar="PATH", help="files, folders of .md and .txt")
@@ -85,19 +78,37 @@ def build_parser(*, flags: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_serving(commands: Any, *, flags: bool) -> None:
+    serving = commands.add_parser("serve", help="an OpenAI server over a model")
+    serving.add_argument("model", nargs="?", help="hub id, local folder or .gguf file")
+    told = "settings in TOML, by the names of the flags; keys too"
+    serving.add_argument("--config", metavar="FILE", help=told)
+    batching = commands.add_parser("batch", help="answer a file of requests, in OpenAI's format")
+    add = batching.add_argument
+    add("source", metavar="IN", help="requests, one JSON object a line")
+    add("target", metavar="OUT", help="answers; what is in it is not asked again")
+    add("--model", help="hub id, local folder or .gguf file")
+    add("--config", metavar="FILE", help="settings in TOML, as of serve")
+    if flags:
+        from rasd_integrations.serving.server.settings import ENGINE, add_flags
+
+        add_flags(serving)
+        add_flags(batching, ENGINE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; expected errors are one line, no traceback."""
-    serves = "serve" in (sys.argv[1:2] if argv is None else argv[:1])
+    serves = not {"serve", "batch"}.isdisjoint(sys.argv[1:2] if argv is None else argv[:1])
     try:
         if serves:
             _need(SERVER_MODULES, "server")
         given = vars(build_parser(flags=serves).parse_args(argv))
         command = given.pop("command")
         arguments = {name: value for name, value in given.items() if value is not None}
-        if command == "serve":
+        if serves:
             _quiet()
-            _serve(arguments)
-        elif command == "info":
+            return _serve(command, arguments)
+        if command == "info":
             print(info())
         elif command == "cache":
             return cache(given)
@@ -117,14 +128,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _serve(arguments: dict[str, Any]) -> None:
+def _serve(command: str, arguments: dict[str, Any]) -> int:
     from rasd_integrations.demo.models import demo_model
+    from rasd_integrations.serving.batch import batch
     from rasd_integrations.serving.server.run import serve
 
     name = arguments.get("model")
     if name is not None and (path := demo_model(name)) != name:  # one of the packaged models
         arguments = {"name": name, **arguments, "model": path}
-    serve(arguments, arguments.pop("config", None))
+    file = arguments.pop("config", None)
+    if command == "serve":
+        serve(arguments, file)
+        return 0
+    return batch(arguments.pop("source"), arguments.pop("target"), arguments, file)
 
 
 def _run_demo_command(command: str, arguments: dict[str, Any]) -> None:

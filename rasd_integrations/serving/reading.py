@@ -36,10 +36,13 @@ _CHAT = _READ | {
 }
 _COMPLETION = _READ | {"prompt", "logprobs"}
 _LABELS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier"})
-# OpenAI's fields that are refused unless they ask for what is done anyway.
+# Fields of OpenAI, and of servers and routers like vLLM's, that are refused unless they ask for what is done anyway.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "store": (False,), "echo": (False,),
     "best_of": (1,), "modalities": (["text"],), "suffix": ("",), "functions": ([],),
+    "no_stop_trim": (False,), "continue_final_message": (False,), "skip_special_tokens": (True,),
+    "separate_reasoning": (True,), "stream_reasoning": (True,), "include_reasoning": (True,),
+    "return_hidden_states": (False,), "add_generation_prompt": (True,),
 }  # fmt: skip
 
 
@@ -210,7 +213,8 @@ def _params(
     if (stop := body.get("stop")) is not None:
         _check("stop", stop, isinstance(stop, str | list), "a text or a list of texts")
         options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    for name in ("ignore_eos", "scored", "use_generation_config", "drafting"):
+    _flag(body, "ignore_eos")
+    for name in ("scored", "use_generation_config", "drafting"):
         _check(
             f"rasd.{name}", own.get(name), isinstance(own.get(name, False), bool), "true or false"
         )

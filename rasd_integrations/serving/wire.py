@@ -21,9 +21,9 @@ from rasd_integrations.types import Chunk, Message
 OWN = "rasd"
 
 OPENAI = ("temperature", "top_p", "seed")  # under OpenAI's names
-OTHERS = ("top_k", "min_p", "repetition_penalty")  # under vLLM's
+OTHERS = ("top_k", "min_p", "repetition_penalty", "ignore_eos")  # under vLLM's
 OURS = (
-    "no_repeat_ngram_size", "ignore_eos", "scored", "use_generation_config", "on_cut", "drafting",
+    "no_repeat_ngram_size", "scored", "use_generation_config", "on_cut", "drafting",
     "knowledge_transfer",
 )  # fmt: skip
 HINTS = ("question", "search_query", "filter")

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
-ASK = {"messages": [{"role": "user", "content": "Hi"}], "rasd": {"ignore_eos": True}}
+ASK = {"messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
 pytestmark = pytest.mark.slow
 
 

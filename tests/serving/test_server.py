@@ -223,7 +223,7 @@ def test_bad_bodies_are_refused(body, kind, status, code):
         assert (got.status_code, got.json()["error"]["code"]) == (status, code)
 
 
-LONG = {"messages": ASK, "max_tokens": 6000, "rasd": {"ignore_eos": True}}
+LONG = {"messages": ASK, "max_tokens": 6000, "ignore_eos": True}
 
 
 def post(found, path="chat/completions", **options):
@@ -241,7 +241,7 @@ def test_a_stream_that_is_closed_ends_its_answer(tiny):
     """Whoever reads a few words and leaves frees the place within a step."""
     with client_of(tiny) as client:
         got = client.chat.completions.create(
-            model="", messages=ASK, max_tokens=6000, stream=True, extra_body={"rasd": {"ignore_eos": True}}
+            model="", messages=ASK, max_tokens=6000, stream=True, extra_body={"ignore_eos": True}
         )  # fmt: skip
         next(got)
         assert tiny.server.places.running == 1
@@ -294,7 +294,7 @@ def test_a_request_has_a_limit_of_time():
 def test_tokens_are_limited_where_the_server_says_so():
     """A longer prompt or answer is refused by its number; without one, the limit holds."""
     with served(engines_over(tiny_llama(), tiny_tokenizer()), prompt_tokens=60, answer_tokens=5) as found:  # fmt: skip
-        body = {"messages": [{"role": "user", "content": "Hi"}], "rasd": {"ignore_eos": True}}
+        body = {"messages": [{"role": "user", "content": "Hi"}], "ignore_eos": True}
         url = f"{found.base_url}/chat/completions"
         assert httpx.post(url, json=body).json()["usage"]["completion_tokens"] == 5
         over = httpx.post(url, json=body | {"max_tokens": 6}).json()["error"]

@@ -110,6 +110,8 @@ REFUSED = [
     ({**ASK, "temprature": 1}, ConfigurationError, "Did you mean 'temperature'"),
     ({**ASK, "temperature": "hot"}, ConfigurationError, "temperature is 'hot'"),
     ({**ASK, "frequency_penalty": 0.5}, ConfigurationError, "frequency_penalty is 0.5"),
+    ({**ASK, "skip_special_tokens": False}, ConfigurationError, "skip_special_tokens is False"),
+    ({**ASK, "ignore_eos": 3}, ConfigurationError, "ignore_eos is 3"),
     ({**ASK, "n": 0}, ConfigurationError, "n is 0"),
     ({**ASK, "n": 99}, ConfigurationError, "16 answers at most"),
     ({**ASK, "stream": "yes"}, ConfigurationError, "stream is 'yes'"),
@@ -141,6 +143,7 @@ def test_what_cannot_be_read_is_refused_by_name(body, error, says):
         {"logit_bias": {}},
         {"user": "u"},
         {"metadata": {"a": "b"}},
+        {"skip_special_tokens": True},
         {"tools": None},
     ],
 )

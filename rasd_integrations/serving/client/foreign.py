@@ -10,7 +10,9 @@ from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.serving.wire import OWN
 
 # Neutral values of what only vLLM reads; elsewhere they are left out.
-_VLLM_ONLY = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "chat_template_kwargs": {}}
+_VLLM_ONLY: Mapping[str, Any] = {
+    "top_k": 0, "min_p": 0, "repetition_penalty": 1, "ignore_eos": False, "chat_template_kwargs": {},
+}  # fmt: skip
 # Of our own fields: what changes the time and the quotes, not the answer, and values that every server follows.
 _LEFT_OUT = {"drafting", "question", "search_query", "filter", "chunks", "rendered", "store"}
 _FOLLOWED: Mapping[str, Any] = {

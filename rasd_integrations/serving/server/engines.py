@@ -10,6 +10,8 @@ from typing import Any
 
 from rasd_integrations.process import locked
 from rasd_integrations.runtime.rasd import RASD
+from rasd_integrations.serving.server.settings import ServerSettings
+from rasd_integrations.serving.server.stores import open_store
 
 _MOST = 64  # engines kept; they share the weights, so each is small
 
@@ -58,3 +60,13 @@ def engines_of(
         return RASD(model, store=store, namespace=namespace, chat_template_kwargs=both, **options)
 
     return Engines(make)
+
+
+def engines_for(settings: ServerSettings) -> Engines:
+    """Return the engines that settings describe.
+
+    Raises:
+        RetrievalError: The store cannot be opened.
+    """
+    store = None if settings.store is None else open_store(settings.store)
+    return engines_of(settings.model, settings.engine_options(), store, {})

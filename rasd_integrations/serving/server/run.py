@@ -17,10 +17,9 @@ import uvicorn
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.serving.server.app import build_app
-from rasd_integrations.serving.server.engines import engines_of
+from rasd_integrations.serving.server.engines import engines_for
 from rasd_integrations.serving.server.service import Server
 from rasd_integrations.serving.server.settings import ServerSettings
-from rasd_integrations.serving.server.stores import open_store
 
 
 class _Uvicorn(uvicorn.Server):
@@ -68,8 +67,7 @@ def serve(flags: Mapping[str, Any], file: str | Path | None = None) -> None:
     """
     settings = ServerSettings.read(flags, file)
     _log_to_stderr(settings.log_format)
-    store = None if settings.store is None else open_store(settings.store)
-    engines = engines_of(settings.model, settings.engine_options(), store, {})
+    engines = engines_for(settings)
     server = Server(settings, engines)
     config = uvicorn.Config(
         build_app(server),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -143,10 +143,17 @@ class ServerSettings(BaseSettings):
         return options
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each setting, but for those that a list of processes would show: keys."""
+ENGINE = (
+    "name", "store", "drafter", "executor", "weights", "dtype", "context", "knowledge_transfer", "deterministic",
+    "memory", "cache_dir", "prefix_cache_bytes", "streams",
+)  # fmt: skip
+"""Settings of what answers, without those of a server."""
+
+
+def add_flags(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
+    """Add a flag for each setting, or ``only`` some; none for keys, which a list of processes would show."""
     for name, field in ServerSettings.model_fields.items():
-        if name in ("model", "keys"):
+        if name in ("model", "keys") or (only is not None and name not in only):
             continue
         switch = field.annotation is bool
         action: Any = {"action": argparse.BooleanOptionalAction} if switch else {"metavar": "X"}

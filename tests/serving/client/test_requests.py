@@ -146,7 +146,7 @@ def test_strict_tools_are_told_as_openai_does():
     assert "strict" not in sent(OTHER, ALIKE["tools"])["tools"][0]["function"]
 
 
-VLLMS = {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1}
+VLLMS = {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True}
 
 
 def test_vllm_gets_the_options_that_it_knows():
@@ -183,7 +183,6 @@ REFUSED = {
     "context": Request(MESSAGES, context="documents"),
     "on_cut": Request(MESSAGES, SamplingParams(on_cut="raise")),
     "use_generation_config": Request(MESSAGES, SamplingParams(use_generation_config=False)),
-    "ignore_eos": Request(MESSAGES, SamplingParams(ignore_eos=True)),
     "scored": Request(MESSAGES, SamplingParams(scored=True)),
     "grammar": Request(MESSAGES, SamplingParams(grammar=Grammar("regex", "[a-z]+"))),
 }  # fmt: skip
