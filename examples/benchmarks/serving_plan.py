@@ -95,7 +95,8 @@ async def served(urls: list[str], arrivals: list[Arrival]) -> list[dict[str, Any
             text = f"{document(arrival.document, arrival.document_tokens)}\n\nQuestion {number}: what is new?"
             body = {
                 "messages": [{"role": "user", "content": text}], "max_tokens": arrival.answer_tokens,
-                "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}, "rasd": {"drafting": False},
+                "ignore_eos": True, "rasd": {"drafting": False},
+                "stream": True, "stream_options": {"include_usage": True},
             }  # fmt: skip
             first = usage = None
             async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as got:
