@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import threading
 import time
 
@@ -16,6 +18,9 @@ from served import engines_over, served
 from tiny import tiny_llama, tiny_tokenizer
 
 from rasd_integrations.config import SamplingParams
+from rasd_integrations.runtime.pipeline import Request
+from rasd_integrations.serving.server.answers import deltas_of
+from rasd_integrations.serving.server.places import BusyError, Places
 
 ASK = [{"role": "user", "content": "Say something about the river."}]
 TOOL = {
@@ -268,6 +273,73 @@ def test_a_full_server_refuses_at_once(tiny):
         thread.join()
     assert {r.json()["choices"][0]["message"]["content"] for r in got} == {expected}
     assert tiny.settles(0.5)
+
+
+def test_a_flood_is_no_larger_than_the_queue(tiny):
+    """However many come in the same moment, no more than the limit are taken, and none is lost."""
+    engine, places = tiny.server.base, Places(2, 3)
+    asks = [Request(ASK, SamplingParams(max_tokens=3))]
+
+    async def ask():
+        deltas = deltas_of(engine, asks, places, seconds=30, left=asyncio.Event().wait)
+        try:
+            return len([delta async for delta in deltas]) > 0
+        except BusyError:
+            return False
+
+    async def flood():
+        return await asyncio.gather(*(ask() for _ in range(20)))
+
+    assert asyncio.run(flood()) == [True] * 5 + [False] * 15
+    assert (places.running, places.waiting) == (0, 0)
+
+
+def test_answers_that_leave_give_their_places_back(tiny):
+    """Whether they ran, waited, or had not begun to wait."""
+    engine, places = tiny.server.base, Places(1, 5)
+    asks = [Request(ASK, SamplingParams(max_tokens=3000, ignore_eos=True))] * 3
+
+    async def leave(after):
+        deltas = deltas_of(engine, asks, places, seconds=30, left=asyncio.Event().wait)
+        reading = asyncio.create_task(anext(deltas))
+        await asyncio.sleep(after)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await deltas.aclose()
+
+    for after in (0, 0.001, 0.2):
+        asyncio.run(leave(after))
+        assert (places.running, places.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_broken_character_is_data(assistant, stream):
+    """Half of a surrogate pair in a chunk, and so in a quote's metadata, is sent back as JSON can write it."""
+    fact = "The bridge over the river was built in 1912."
+    body = {
+        "messages": [{"role": "user", "content": f"Context:\n{fact}\n\nQuestion: When was the bridge built?"}],
+        "stream": stream, "rasd": {"chunks": [{"text": fact, "metadata": {"by": "\ud800x"}}]},
+    }  # fmt: skip
+    got = httpx.post(f"{assistant.base_url}/chat/completions", content=json.dumps(body), headers={"content-type": "application/json"})  # fmt: skip
+    assert got.status_code == 200
+    assert '"by":"\\ud800x"' in got.text
+
+
+def test_a_body_that_is_cut_is_no_error_of_the_server(tiny, caplog):
+    """A client that leaves in the middle of its body is a line in the metrics, and no traceback."""
+    host, port = tiny.root.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 900\r\n\r\n{"
+        )
+        time.sleep(0.1)
+    for _ in range(100):
+        if 'status="499"' in httpx.get(f"{tiny.root}/metrics").text:
+            break
+        time.sleep(0.02)
+    assert 'status="499"' in httpx.get(f"{tiny.root}/metrics").text
+    assert "A request failed" not in caplog.text
 
 
 def test_a_slow_reader_holds_no_place(tiny):

@@ -38,13 +38,19 @@ async def deltas_of(
         left: Returns when the client has left.
 
     Raises:
+        BusyError: There is no place for them.
         ServerError: The time is over (504), or the client left.
         RASDError: The first error of an answer, which ends the others.
     """
     # Unbounded, but an answer is not: it has at most max_tokens deltas.
     made: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue()
 
+    places.reserve(len(requests))
+    reserved = len(requests)
+
     async def make(number: int, request: Request) -> None:
+        nonlocal reserved
+        reserved -= 1  # from here on the place's own matter
         try:
             async with places.place(), aclosing(engine.astream(request)) as deltas:
                 async for delta in deltas:
@@ -82,3 +88,4 @@ async def deltas_of(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        places.give_back(reserved)  # of tasks that were cancelled before they began

@@ -14,7 +14,7 @@ from rasd_integrations.errors import ServerError
 from rasd_integrations.serving.reading import read_chat
 from rasd_integrations.serving.server.answers import ClientLeftError
 from rasd_integrations.serving.server.exchange import CLIENT_LEFT, Exchange, failed
-from rasd_integrations.serving.server.formats import Json
+from rasd_integrations.serving.server.formats import Json, encoded
 from rasd_integrations.serving.server.service import Server
 from rasd_integrations.serving.server.settings import is_local
 
@@ -138,7 +138,7 @@ class _Routes:
 def _refused(err: Exception) -> Response:
     status, told = failed(err)
     retry = {"Retry-After": _RETRY_S} if status in (429, 503) else {}
-    return JSONResponse(told, status, headers=retry)
+    return Response(encoded(told), status, headers=retry, media_type="application/json")
 
 
 def _tokenized(server: Server, namespace: str, body: Mapping[str, Any]) -> Json:

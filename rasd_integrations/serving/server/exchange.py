@@ -10,13 +10,13 @@ from contextlib import aclosing
 from functools import partial
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from rasd_integrations.errors import RASDError
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.serving.reading import read_chat, read_completion
 from rasd_integrations.serving.server.answers import ClientLeftError, deltas_of
-from rasd_integrations.serving.server.formats import Head, Json, event, failure
+from rasd_integrations.serving.server.formats import Head, Json, encoded, event, failure
 from rasd_integrations.serving.server.service import Server
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.text.answer.logprobs import openai_logprobs
@@ -53,13 +53,12 @@ class Exchange:
         engine = await asyncio.to_thread(server.engines.get, namespace, asked.template_kwargs)
         if server.settings.prompt_tokens or server.settings.answer_tokens:
             asked = self.asked = await asyncio.to_thread(server.limited, engine, asked)
-        server.places.check_room(asked.answers)
         self.head = Head(server.name, self.chat, partial(_entries, engine))
         deltas = deltas_of(
             engine, asked.each(), server.places, seconds=server.settings.seconds, left=self._left
         )
         if not asked.stream:
-            return JSONResponse(await self._whole(deltas))
+            return Response(encoded(await self._whole(deltas)), media_type="application/json")
         # What is wrong with the request is known before the first delta, and is no stream.
         first = await anext(deltas)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -80,7 +79,7 @@ class Exchange:
 
     async def _events(
         self, first: tuple[int, TextDelta], deltas: AsyncGenerator[tuple[int, TextDelta], None]
-    ) -> AsyncGenerator[str, None]:
+    ) -> AsyncGenerator[bytes, None]:
         status, begun = 200, set[int]()
         try:
             async with aclosing(deltas):
@@ -100,7 +99,7 @@ class Exchange:
             if self.asked.include_usage:
                 stats = [self.ended[n] for n in sorted(self.ended)]
                 yield event(self.head.last(stats, len(self.asked.requests)))
-            yield "data: [DONE]\n\n"
+            yield b"data: [DONE]\n\n"
         except ClientLeftError:
             status = CLIENT_LEFT
         except Exception as err:  # noqa: BLE001  (the head is sent; the error is the stream's last event)

@@ -146,9 +146,15 @@ def usage(stats: Sequence[DecodingStats], prompts: int) -> Json:
     }  # fmt: skip
 
 
-def event(data: Mapping[str, Any]) -> str:
+def encoded(data: Mapping[str, Any]) -> bytes:
+    """Return JSON in UTF-8; a half of a surrogate pair, which has no bytes there, is escaped as JSON does."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")
+
+
+def event(data: Mapping[str, Any]) -> bytes:
     """Return a server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return b"data: " + encoded(data) + b"\n\n"
 
 
 # --- errors ---

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from rasd_integrations.errors import ServerError
 
@@ -19,7 +19,7 @@ class Places:
 
     Attributes:
         running: Answers that hold a place.
-        waiting: Answers in the queue.
+        waiting: Answers in the queue, or on their way to it.
     """
 
     def __init__(self, places: int, queue: int) -> None:
@@ -29,8 +29,12 @@ class Places:
         self.running = 0
         self.waiting = 0
 
-    def check_room(self, count: int) -> None:
-        """Raise :class:`BusyError` if ``count`` more answers find neither a place nor room in the queue."""
+    def reserve(self, count: int) -> None:
+        """Let ``count`` answers wait; each then takes a :meth:`place`, or is given back.
+
+        Raises:
+            BusyError: They find neither a place nor room in the queue.
+        """
         room = self._places + self._queue - self.running - self.waiting
         if count > room:
             msg = (
@@ -38,12 +42,17 @@ class Places:
                 f"{self._places} and {self._queue}. Ask again later."
             )
             raise BusyError(msg, 429)
+        self.waiting += count
+
+    def give_back(self, count: int) -> None:
+        """Forget reservations that no answer will use."""
+        self.waiting -= count
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
-        """Wait for a place and hold it until the block ends."""
+        """Wait for a place, with a reservation, and hold it until the block ends."""
         if self.running < self._places and not self._line:
-            self.running += 1
+            self._take()
         else:
             await self._wait()
         try:
@@ -52,10 +61,13 @@ class Places:
             self.running -= 1
             self._call_next()
 
+    def _take(self) -> None:
+        self.waiting -= 1
+        self.running += 1
+
     async def _wait(self) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line.append(turn)
-        self.waiting += 1
         try:
             await turn
         except asyncio.CancelledError:
@@ -64,15 +76,15 @@ class Places:
             ):  # it was called, and left: the place is free again
                 self.running -= 1
                 self._call_next()
+            else:
+                self.waiting -= 1
+                with suppress(ValueError):  # it may have been passed over already
+                    self._line.remove(turn)
             raise
-        finally:
-            self.waiting -= 1
-            if turn in self._line:
-                self._line.remove(turn)
 
     def _call_next(self) -> None:
         while self._line and self.running < self._places:
             turn = self._line.popleft()
-            if not turn.done():
-                self.running += 1  # on its behalf, so that nobody overtakes it
+            if not turn.cancelled():
+                self._take()  # on its behalf, so that nobody overtakes it
                 turn.set_result(None)

@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from rasd_integrations.config import check_value
 from rasd_integrations.errors import PromptError, PromptTooLongError, ServerError
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.serving.reading import Asked
+from rasd_integrations.serving.server.answers import ClientLeftError
 from rasd_integrations.serving.server.engines import Engines
 from rasd_integrations.serving.server.formats import Json
 from rasd_integrations.serving.server.metrics import Metrics
@@ -98,12 +100,16 @@ class Server:
 
     async def _raw(self, request: Request) -> bytes:
         limit, parts, size = self.settings.body_bytes, list[bytes](), 0
-        async for part in request.stream():
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                msg = f"The body is over the limit of {limit} bytes. Send less text."
-                raise ServerError(msg, 413)
+        try:
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    msg = f"The body is over the limit of {limit} bytes. Send less text."
+                    raise ServerError(msg, 413)
+        except ClientDisconnect:
+            msg = "The client left before its body was whole."
+            raise ClientLeftError(msg) from None
         return b"".join(parts)
 
     def check_model(self, name: str) -> None:
