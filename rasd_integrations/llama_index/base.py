@@ -214,10 +214,11 @@ class RASDLLM(RASDCalling):
             prompt: A text, for ``complete``, or messages, for ``chat``.
             **options: Of this call, as for these two.
         """
+        explain = self._rasd.explain  # refused for a server, before that is asked for its template
         if isinstance(prompt, str):
             formatted = options.pop("formatted", False)
-            return self._rasd.explain(self._completion_request(prompt, formatted, options))
-        return self._rasd.explain(self._chat_request(prompt, options))
+            return explain(self._completion_request(prompt, formatted, options))
+        return explain(self._chat_request(prompt, options))
 
     def _whole(
         self, respond: Respond[_Response], make: Callable[..., Request], *given: Any

@@ -23,6 +23,7 @@ _BY_CODE: Mapping[str, type[RASDError]] = {
     "invalid_prompt": PromptError,
     "invalid_option": ConfigurationError,
     "model_not_found": ModelLoadError,
+    "chat_template": ModelLoadError,
     "out_of_memory": DeviceMemoryError,
     "decoding_failed": DecodingError,
 }

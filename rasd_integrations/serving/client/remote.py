@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-from rasd_integrations.config import SAMPLING_DEFAULTS, ContextMode
-from rasd_integrations.errors import ConfigurationError, ModelLoadError, ServerError
+from rasd_integrations.config import ContextMode
+from rasd_integrations.errors import ConfigurationError, ServerError
 from rasd_integrations.process import locked
 from rasd_integrations.prompting import Prompt
 from rasd_integrations.response_format import ToolUse
@@ -19,12 +19,12 @@ from rasd_integrations.runtime.together import check_not_left, is_part
 from rasd_integrations.serving.client.connection import Connection, ServerOptions
 from rasd_integrations.serving.client.foreign import foreign_body
 from rasd_integrations.serving.client.replies import Reply
+from rasd_integrations.serving.client.served import Served, served_in
 from rasd_integrations.serving.wire import write_chat, write_completion, write_messages
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.transfer import rule_name
 from rasd_integrations.types import Generation, TextDelta
 
-_Kind = Literal["rasd", "vllm", "other"]
 _WORD = 64  # characters
 _MOST_WORDS = 1 << 14
 _NOT_HERE = {
@@ -40,36 +40,11 @@ _NOT_HERE = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What a server says of its model.
-
-    Attributes:
-        name: Of the model, as requests give it.
-        kind: Whose server it is.
-        window: Longest prompt and answer, in tokens; ``None``: it does not say.
-    """
-
-    name: str
-    kind: _Kind = "other"
-    window: int | None = None
-
-    @property
-    def is_final(self) -> bool:
-        """True unless it is ours and still loads the model: it then has no window to tell."""
-        return self.kind != "rasd" or self.window is not None
-
-
 class RemoteRASD:
     """A model behind HTTP, with the calls of :class:`~rasd_integrations.runtime.rasd.RASD` that the edges make.
 
     The server is asked for its models once, before the first answer.
     """
-
-    has_chat_template = True
-    """A server formats messages itself."""
-    has_reasoning = False
-    """Unknown before an answer: a server does not say."""
 
     def __init__(
         self,
@@ -126,8 +101,17 @@ class RemoteRASD:
     @property
     def max_tokens(self) -> int:
         """Longest answer of a call without ``max_tokens``."""
-        most: int = SAMPLING_DEFAULTS["max_tokens"]
-        return most
+        return self._served().max_tokens
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True if messages can be formatted, by the server's template or an option's."""
+        return "chat_template" in self._template_kwargs or self._served().has_chat_template
+
+    @property
+    def has_reasoning(self) -> bool:
+        """True if the server says that its model marks reasoning in the output."""
+        return self._served().has_reasoning
 
     def ensure_loaded(self) -> None:
         """Ask the server for its models, unless it was asked.
@@ -147,7 +131,7 @@ class RemoteRASD:
                     listed = client.get("/models", cast_to=object)
                 except Exception as err:  # noqa: BLE001  (raised again)
                     listed = self._unlisted(err)
-            self._known = self._found(listed)
+            self._known = served_in(listed, self._asked, self._address)
         return self._known
 
     async def _aserved(self) -> Served:
@@ -159,7 +143,7 @@ class RemoteRASD:
                     listed = await client.get("/models", cast_to=object)
                 except Exception as err:  # noqa: BLE001  (raised again)
                     listed = self._unlisted(err)
-            self._known = self._found(listed)
+            self._known = served_in(listed, self._asked, self._address)
         return self._known
 
     def _unlisted(self, err: Exception) -> object:
@@ -167,31 +151,6 @@ class RemoteRASD:
         if self._asked and getattr(err, "status_code", None) in (404, 405, 501):
             return {"data": [{"id": self._asked}]}
         raise err
-
-    def _found(self, listed: Any) -> Served:
-        """Return what the server's list of models says of this one.
-
-        Raises:
-            ModelLoadError: It is not in the list, or none was named and there are several.
-            ServerError: It is no list.
-        """
-        data = listed.get("data") if isinstance(listed, Mapping) else None
-        if not isinstance(data, list):
-            msg = (
-                f"{self._address}/models answered {repr(listed)[:80]}, which is no list of models. Check base_url; "
-                f"it usually ends in /v1."
-            )
-            raise ServerError(msg)
-        entries = {one["id"]: one for one in data if isinstance(one, Mapping) and "id" in one}
-        asked = self._asked or (next(iter(entries)) if len(entries) == 1 else "")
-        if asked not in entries:
-            named = f"model is {asked!r}" if self._asked else "No model is named"
-            served = ", ".join(map(repr, entries)) or "none"
-            msg = f"{named}, and {self._address} serves {served}. Name one of those."
-            raise ModelLoadError(msg)
-        window, owner = entries[asked].get("max_model_len"), entries[asked].get("owned_by")
-        kind: _Kind = owner if owner in ("rasd", "vllm") else "other"
-        return Served(str(asked), kind, window if isinstance(window, int) else None)
 
     # --- answers ---
 
@@ -343,8 +302,9 @@ class RemoteRASD:
         """Refuse: it is loaded there."""
         self._refuse("tokenizer")
 
-    def explain(self, request: Request) -> NoReturn:
-        """Refuse: the records of steps do not travel."""
+    @property
+    def explain(self) -> NoReturn:
+        """Refuse, before a request is made: the records of steps do not travel."""
         self._refuse("explain")
 
     def attach(self, store: object) -> NoReturn:

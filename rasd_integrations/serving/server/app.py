@@ -132,7 +132,7 @@ class _Routes:
     def _card(self) -> Json:
         own = self.server
         card = {"id": own.name, "object": "model", "created": own.created, "owned_by": "rasd"}
-        return card | ({"max_model_len": own.base.window} if own.ready else {})
+        return card | (own.card if own.ready else {})
 
 
 def _refused(err: Exception) -> Response:

@@ -165,7 +165,8 @@ _KINDS: tuple[tuple[type[RASDError], int, str], ...] = (
     (PromptError, 400, "invalid_prompt"),
     (ConfigurationError, 400, "invalid_option"),
     (DeviceMemoryError, 503, "out_of_memory"),
-    (ModelLoadError, 503, "model_not_loaded"),
+    # Requests are taken once the model is loaded; what may be missing then is its template.
+    (ModelLoadError, 400, "chat_template"),
 )
 _CODES = {
     401: "invalid_api_key", 404: "model_not_found", 408: "body_timeout", 411: "invalid_body", 413: "body_too_large",

@@ -22,6 +22,7 @@ from rasd_integrations.serving.server.formats import Json
 from rasd_integrations.serving.server.metrics import Metrics
 from rasd_integrations.serving.server.places import Places
 from rasd_integrations.serving.server.settings import ServerSettings
+from rasd_integrations.serving.wire import OWN
 
 _BODY_S = 60.0  # in which a body must arrive
 
@@ -32,6 +33,7 @@ class Server:
     Attributes:
         ready: The model is loaded.
         draining: The server ends, and takes no new requests.
+        card: What clients cannot know of the loaded model.
     """
 
     def __init__(self, settings: ServerSettings, engines: Engines) -> None:
@@ -43,12 +45,25 @@ class Server:
         self.metrics = Metrics(lambda: self.places.running, lambda: self.places.waiting)
         self.created = int(time.time())
         self.ready = self.draining = False
+        self.card: Json = {}
         self._namespaces = {_digest(key): space for key, space in settings.namespaces.items()}
 
     def load(self) -> None:
         """Load the model."""
-        self.base.ensure_loaded()
+        base = self.base
+        base.ensure_loaded()
+        own = {
+            "chat_template": base.has_chat_template,
+            "reasoning": base.has_reasoning,
+            "max_tokens": self._longest(base),
+        }
+        self.card = {"max_model_len": base.window, OWN: own}
         self.ready = True
+
+    def _longest(self, engine: RASD) -> int:
+        """Return the length of the longest answer of a request without ``max_tokens``."""
+        most = self.settings.answer_tokens
+        return engine.max_tokens if most is None else min(most, engine.max_tokens)
 
     def check_ready(self) -> None:
         """Raise ``ServerError`` (503) while the model loads, and once the server ends."""
@@ -138,7 +153,7 @@ class Server:
             return request
         asked = params.max_tokens
         check_value(asked is None or asked <= most, "max_tokens", asked, f"at most {most} here")
-        tokens = min(most, engine.max_tokens) if asked is None else asked
+        tokens = self._longest(engine) if asked is None else asked
         return replace(request, params=replace(params, max_tokens=tokens))
 
 
