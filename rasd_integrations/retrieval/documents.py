@@ -48,7 +48,7 @@ def document_of(chunk: Chunk, fetch: Fetch, find: Find = lambda _: None) -> list
         fetch: Lists chunks by metadata.
         find: Asked if the metadata name no document.
     """
-    if not any(_names_a_document(chunk.metadata.get(key)) for key in DOCUMENT_KEYS):
+    if not document_name(chunk):
         chunk = find(chunk) or chunk
     known: dict[str, Any] = {}
     for key in DOCUMENT_KEYS:
@@ -61,6 +61,12 @@ def document_of(chunk: Chunk, fetch: Fetch, find: Find = lambda _: None) -> list
         if ordered and len(group) <= MAX_DOCUMENT_CHUNKS and not _contradicts(ordered):
             return ordered
     return []
+
+
+def document_name(chunk: Chunk) -> str:
+    """Return key and value of the widest metadata that name the chunk's document; empty: none do."""
+    found = ((key, chunk.metadata.get(key)) for key in DOCUMENT_KEYS)
+    return next((f"{key}={value}" for key, value in found if _names_a_document(value)), "")
 
 
 def reading_order(chunks: Sequence[Chunk]) -> list[Chunk]:

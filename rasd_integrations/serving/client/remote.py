@@ -20,6 +20,7 @@ from rasd_integrations.serving.client.connection import Connection, ServerOption
 from rasd_integrations.serving.client.foreign import foreign_body
 from rasd_integrations.serving.client.replies import Reply
 from rasd_integrations.serving.client.served import Served, served_in
+from rasd_integrations.serving.client.sessions import session_headers
 from rasd_integrations.serving.wire import write_chat, write_completion, write_messages
 from rasd_integrations.stats import DecodingStats
 from rasd_integrations.transfer import rule_name
@@ -189,7 +190,12 @@ class RemoteRASD:
         client, reply = self._connection.for_threads(), Reply(self._address)
         with self._connection.errors(body):
             events = client.post(
-                path, body=body, cast_to=object, stream=True, stream_cls=Stream[object]
+                path,
+                body=body,
+                options={"headers": self._headers(request)},
+                cast_to=object,
+                stream=True,
+                stream_cls=Stream[object],
             )
             try:
                 yield TextDelta("")
@@ -208,7 +214,12 @@ class RemoteRASD:
         client, reply = await self._connection.for_this_loop(), Reply(self._address)
         with self._connection.errors(body):
             events = await client.post(
-                path, body=body, cast_to=object, stream=True, stream_cls=AsyncStream[object]
+                path,
+                body=body,
+                options={"headers": self._headers(request)},
+                cast_to=object,
+                stream=True,
+                stream_cls=AsyncStream[object],
             )
             try:
                 while (event := await anext(events, None)) is not None:
@@ -233,6 +244,10 @@ class RemoteRASD:
             body = foreign_body(body, is_vllm=served.kind == "vllm", address=self._address)
         streamed = {"stream": True, "stream_options": {"include_usage": True}}
         return path, {**body, "model": served.name, **streamed}
+
+    def _headers(self, request: Request) -> dict[str, str]:
+        own = self._connection.options.client_kwargs.get("default_headers") or {}
+        return session_headers(request, own)
 
     def _completed(self, request: Request) -> Request:
         params = request.params
