@@ -46,11 +46,8 @@ async def deltas_of(
     made: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue()
 
     places.reserve(len(requests))
-    reserved = len(requests)
 
     async def make(number: int, request: Request) -> None:
-        nonlocal reserved
-        reserved -= 1  # from here on the place's own matter
         try:
             async with places.place(), aclosing(engine.astream(request)) as deltas:
                 async for delta in deltas:
@@ -68,6 +65,7 @@ async def deltas_of(
         msg = f"The request took longer than the server's limit of {seconds:g} seconds. Ask for fewer tokens."
         made.put_nowait((-1, ServerError(msg, 504)))
 
+    # Each begins before the reader can be told to leave, and so uses its reservation.
     tasks = [asyncio.create_task(make(n, request)) for n, request in enumerate(requests)]
     tasks.append(asyncio.create_task(watch()))
     timer = asyncio.get_running_loop().call_later(seconds, late)
@@ -88,4 +86,3 @@ async def deltas_of(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        places.give_back(reserved)  # of tasks that were cancelled before they began

@@ -30,7 +30,7 @@ class Places:
         self.waiting = 0
 
     def reserve(self, count: int) -> None:
-        """Let ``count`` answers wait; each then takes a :meth:`place`, or is given back.
+        """Let ``count`` answers wait; each must then enter a :meth:`place`.
 
         Raises:
             BusyError: They find neither a place nor room in the queue.
@@ -43,10 +43,6 @@ class Places:
             )
             raise BusyError(msg, 429)
         self.waiting += count
-
-    def give_back(self, count: int) -> None:
-        """Forget reservations that no answer will use."""
-        self.waiting -= count
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
