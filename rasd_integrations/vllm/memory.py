@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 from rasd_integrations.datastores.tokens.answers import Answers
@@ -56,14 +55,14 @@ class Namespaces:
         """Forget a text and every answer that holds it, or all; return how many texts and answers.
 
         Args:
-            text: ``None`` forgets all. Answers that run then are not remembered either.
+            text: ``None`` forgets all.
             name: The namespace; ``None`` is every one.
         """
         names = [n for n in self._held if name is None or n == name]
-        if text is None:
-            gone = [self._held.pop(n) for n in names]
-            return sum(len(space.answers.store) + len(space.texts) for space in gone)
-        return sum(self._forget_text(self._held[n], text) for n in names)
+        count = sum(self._forget(self._held[n], text) for n in names)
+        for n in names if text is None else ():
+            del self._held[n]
+        return count
 
     def sizes(self) -> dict[str, int]:
         """Return how much is kept, of all namespaces together."""
@@ -76,11 +75,13 @@ class Namespaces:
             "text_tokens": sum(space.texts.num_tokens for space in held),
         }
 
-    def _forget_text(self, space: Namespace, text: str) -> int:
+    def _forget(self, space: Namespace, text: str | None) -> int:
+        """Empty the stores themselves: requests that run draft from them."""
         rows = space.answers.store.rows()
-        keys: Sequence[int] = [key for key, ids in rows if text in self._decoded(ids)]
+        keys = [key for key, ids in rows if text is None or text in self._decoded(ids)]
         space.answers.remove(keys)
-        return len(keys) + space.texts.remove(text)
+        texts = [key for key, _ in space.texts.rows()] if text is None else text
+        return len(keys) + space.texts.remove(texts)
 
     def _decoded(self, ids: Ids) -> str:
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=False))

@@ -19,8 +19,8 @@ class Options:
     """Options of the proposer, ``additional_config={"rasd": {...}}``.
 
     Attributes:
-        memory_tokens: Most tokens kept of the answers of a namespace, and most of its fed texts; 0 keeps nothing. The
-            largest shard is sorted in vLLM's loop: 70 ms at the default, once in a long while.
+        memory_tokens: Most tokens kept of the answers of a namespace, and most of its fed texts; 0 keeps nothing. They
+            are sorted in vLLM's loop: 10 ms for an answer on a busy core, 0.2 s at most at the default.
         namespaces: Most namespaces kept; the one that was used longest ago goes first.
         least_probability: A token is drafted if it is thought to be accepted with this probability. What drafts cost
             vLLM does not tell: raise it where verified tokens are dear (a CPU, a full batch).

@@ -124,6 +124,17 @@ class Proposer:
             self._note_fault(error)
             return [[] for _ in sampled_token_ids]
 
+    def forget(self, text: str | None, namespace: str | None) -> int:
+        """Forget as :meth:`Namespaces.forget` does; return how many texts and answers.
+
+        Answers of requests that run, which may hold the text, are not remembered; the last one counts as running until
+        the next step, since vLLM tells of its end then.
+        """
+        for live in self._live.values():
+            if live.drafts is not None:
+                live.drafts.remember_nothing()
+        return self.namespaces.forget(text, namespace)
+
     def stats(self) -> dict[str, Any]:
         """Return what was drafted and accepted by source, what was refused, and what is kept."""
         return {

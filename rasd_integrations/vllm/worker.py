@@ -61,11 +61,13 @@ class WorkerExtension:
     def rasd_forget(self, text: str | None = None, namespace: str | None = None) -> int:
         """Forget a text and each answer that holds it, or all of a namespace; return how many texts and answers.
 
+        Answers that run are not remembered.
+
         Args:
             text: ``None`` forgets all.
             namespace: ``None`` is every one.
         """
-        return _proposer(self).namespaces.forget(text, namespace)
+        return _proposer(self).forget(text, namespace)
 
     def rasd_stats(self) -> dict[str, Any]:
         """Return what was drafted and accepted since the start, and what is kept."""

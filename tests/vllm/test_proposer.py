@@ -60,20 +60,33 @@ def test_fed_texts_are_drafted_from_until_they_are_forgotten() -> None:
     assert worker.run("3", "Q? A: ", TEXT) == alone
 
 
-def test_forgetting_all_reaches_answers_that_still_run() -> None:
-    """An answer that ends after its namespace was forgotten is not remembered."""
-    worker = Worker()
+@pytest.mark.parametrize("text", [None, "quick"])
+def test_forgetting_reaches_answers_that_still_run(text: str | None) -> None:
+    """They draft from what was forgotten no more, and are not remembered at their end."""
+    worker = Worker(ALL)
     alone = worker.run("1", "Q? A: ", TEXT, rasd_namespace="fresh")
-    worker.add("2", "Q? A: ", TEXT)
+    worker.run("2", "Q? A: ", TEXT)
+    worker.add("3", "Q? A: ", TEXT)
     worker.step()
-    assert worker.rasd_forget() == 1  # of the first answer
-    for _ in range(alone):
-        if len(worker.model_runner.requests["2"].output_token_ids) < len(TEXT):
-            worker.step()
-    worker.finish("2")
+    assert worker.drafts["3"] == ids("he q")
+    assert worker.rasd_forget(text) == 2  # of the first two answers
+    worker.step()
+    assert worker.drafts["3"] == []
+    while len(worker.model_runner.requests["3"].output_token_ids) < len(TEXT):
+        worker.step()
+    worker.finish("3")
     worker.step()
     assert worker.rasd_stats()["memory"]["answers"] == 0
-    assert worker.run("3", "Q? A: ", TEXT) == alone
+    assert worker.run("4", "Q? A: ", TEXT) >= alone
+
+
+def test_the_last_answer_is_forgotten_before_vllm_tells_of_its_end() -> None:
+    """No step has come since; the answer is not remembered at the next one."""
+    worker = Worker()
+    worker.run("1", "Q? A: ", TEXT)
+    assert worker.rasd_forget("quick") == 0
+    worker.step()
+    assert worker.rasd_stats()["memory"]["answers"] == 0
 
 
 def test_memory_is_bounded() -> None:
