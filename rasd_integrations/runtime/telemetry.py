@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from rasd_integrations.stats import DecodingStats
 from rasd_integrations.types import TextDelta
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Span, Tracer
+    from opentelemetry.trace import Span, Tracer, TracerProvider
 
 _NANOSECONDS = 1_000_000_000
 _PROVIDER = "rasd"
@@ -26,6 +26,38 @@ _REQUEST = {
 _PARTS = ("retrieve", "prefill", "draft", "verify")
 
 
+def _provider() -> TracerProvider | None:
+    """Return what makes tracers, if the program has set it up."""
+    if "opentelemetry.trace" not in sys.modules:  # who sets up a tracer imports it
+        return None
+    from opentelemetry import trace
+
+    provider = trace.get_tracer_provider()
+    return None if isinstance(provider, trace.ProxyTracerProvider) else provider
+
+
+@contextmanager
+def below_caller(headers: Mapping[str, str]) -> Iterator[None]:
+    """Put spans of the block below the one that an HTTP request's headers name (``traceparent``).
+
+    Not where a span is there already: what traces the server itself has read the headers.
+    """
+    if _provider() is None:
+        yield
+        return
+    from opentelemetry import context, trace
+    from opentelemetry.propagate import extract
+
+    if trace.get_current_span().get_span_context().is_valid:
+        yield
+        return
+    token = context.attach(extract(headers, context.get_current()))
+    try:
+        yield
+    finally:
+        context.detach(token)
+
+
 class AnswerSpan:
     """The span of one answer, from when it is asked for; recorded once it is read, or fails.
 
@@ -35,13 +67,10 @@ class AnswerSpan:
     def __init__(self, model: str, request: Request, stats: DecodingStats) -> None:
         """Begin an answer of ``model``, which ``stats`` count."""
         self._tracer: Tracer | None = None
-        if "opentelemetry.trace" not in sys.modules:  # who sets up a tracer imports it
+        if (provider := _provider()) is None:
             return
-        from opentelemetry import context, trace
+        from opentelemetry import context
 
-        provider = trace.get_tracer_provider()
-        if isinstance(provider, trace.ProxyTracerProvider):  # none was set up
-            return
         self._tracer = provider.get_tracer("rasd_integrations", __version__)
         self._parent, self._began = context.get_current(), time.time_ns()
         self._model, self._request, self._stats = model, request, stats

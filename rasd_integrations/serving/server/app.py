@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from rasd_integrations.errors import ServerError
+from rasd_integrations.runtime.telemetry import below_caller
 from rasd_integrations.serving.reading import read_chat
 from rasd_integrations.serving.server.answers import ClientLeftError
 from rasd_integrations.serving.server.exchange import CLIENT_LEFT, Exchange, failed
@@ -110,7 +111,8 @@ class _Routes:
         exchange = Exchange(self.server, request, chat=chat)
         response: Response
         try:
-            response = await exchange.respond()
+            with below_caller(request.headers):
+                response = await exchange.respond()
         except ClientLeftError:
             response = Response(status_code=CLIENT_LEFT)
         except Exception as err:  # noqa: BLE001  (each becomes OpenAI's object)
