@@ -80,7 +80,7 @@ class Exchange:
     async def _events(
         self, first: tuple[int, TextDelta], deltas: AsyncGenerator[tuple[int, TextDelta], None]
     ) -> AsyncGenerator[bytes, None]:
-        status, begun = 200, set[int]()
+        status = 200
         try:
             async with aclosing(deltas):
                 for number in range(self.asked.answers):
@@ -89,7 +89,6 @@ class Exchange:
                 number, delta = first
                 while True:
                     self._count(number, delta)
-                    begun.add(number)
                     for found in self.head.chunks(number, delta):
                         yield event(found)
                     try:
