@@ -14,6 +14,15 @@ _OPTIONAL = (
 )  # fmt: skip
 
 
+def plain_json(metadata: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a copy of the entries that JSON can hold; the others are left out."""
+    out: dict[str, Any] = {}
+    for key, value in metadata.items():
+        with suppress(TypeError, ValueError, RecursionError):
+            out[str(key)] = json.loads(json.dumps(value, allow_nan=False))
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Quote:
     """A span of an answer that is word for word in a chunk.
@@ -37,10 +46,7 @@ class Quote:
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values; entries of the metadata that have none are left out."""
         out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        out["metadata"] = {}
-        for key, value in self.metadata.items():
-            with suppress(TypeError, ValueError, RecursionError):
-                out["metadata"][str(key)] = json.loads(json.dumps(value, allow_nan=False))
+        out["metadata"] = plain_json(self.metadata)
         return out
 
 

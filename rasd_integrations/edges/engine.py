@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 SERVER_OPTIONS = ("base_url", "api_key", "timeout", "max_retries", "client_kwargs")
 NEVER_KEPT = ("api_key", "client_kwargs")
 """What neither dumps nor pickles hold."""
+SETTINGS = (
+    "drafter", "executor", "weights", "store", "deterministic", "memory", "cache_dir", "prefix_cache_bytes",
+)  # fmt: skip
+"""Engine options that are settings of our server, too."""
 _EVERYWHERE = ("model", "context", "knowledge_transfer", "chat_template_kwargs")
 
 
@@ -155,10 +159,13 @@ def check_place(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
             msg = f"{name} is an option of a server, but no base_url is given. Give that too, or leave {name} out."
             raise ConfigurationError(msg)
         if base_url is not None and name not in (*SERVER_OPTIONS, *_EVERYWHERE):
-            msg = (
-                f"{name} is set beside base_url, but is decided where the model is loaded. Leave it out; where it "
-                f"matters, start the server with it: rasd serve MODEL --{name.replace('_', '-')} ..."
-            )
+            flag = f"rasd serve MODEL --{name.replace('_', '-')} ..."
+            there = "rasd serve has no setting of it"
+            if name in SETTINGS:
+                there = f"where it matters, start the server with it: {flag}"
+            elif name == "namespace":
+                there = "rasd serve gives each API key its own"
+            msg = f"{name} is set beside base_url, but is decided where the model is loaded. Leave it out; {there}."
             raise ConfigurationError(msg)
     if base_url is not None and isinstance(model, LoadedName):
         msg = (

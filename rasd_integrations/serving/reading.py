@@ -92,12 +92,7 @@ def read_chat(body: Mapping[str, Any]) -> Asked:
     """
     _check_fields(body, _CHAT)
     own = _own(body)
-    response_format, grammar = body.get("response_format"), own.get("grammar")
-    if grammar is not None:
-        _check(
-            "rasd.grammar", grammar, isinstance(grammar, Mapping), "a mapping of kind and source"
-        )
-        grammar = Grammar(**dict(grammar))
+    response_format, grammar = body.get("response_format"), _grammar(own)
     if grammar is not None and response_format is not None:
         msg = "response_format and rasd.grammar both say what the answer must match; give one of them."
         raise ConfigurationError(msg)
@@ -127,7 +122,7 @@ def read_completion(body: Mapping[str, Any]) -> Asked:
     most = body.get("logprobs")
     ok = most is None or (type(most) is int and 0 <= most <= _MOST_LOGPROBS)
     _check("logprobs", most, ok, f"a number in [0, {_MOST_LOGPROBS}]")
-    params = _params(body, own, None, most)
+    params = _params(body, own, _grammar(own), most)
     return _asked(body, [_request(p, params, own, None) for p in prompts])
 
 
@@ -200,6 +195,15 @@ def _own(body: Mapping[str, Any]) -> Mapping[str, Any]:
     _check(OWN, own, isinstance(own, Mapping), f"a mapping of {', '.join(OWN_FIELDS)}")
     reject_unknown(own, OWN_FIELDS, "rasd of a request")
     return own
+
+
+def _grammar(own: Mapping[str, Any]) -> Grammar | None:
+    given = own.get("grammar")
+    if given is None:
+        return None
+    _check("rasd.grammar", given, isinstance(given, Mapping), "a mapping of kind and source")
+    reject_unknown(given, ("kind", "source"), "rasd.grammar")
+    return Grammar(given.get("kind", ""), given.get("source", ""))
 
 
 def _params(

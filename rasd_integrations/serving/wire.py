@@ -15,6 +15,7 @@ from rasd_integrations.config import SamplingParams
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.prompting import PromptHints
 from rasd_integrations.runtime.pipeline import Request
+from rasd_integrations.stats import plain_json
 from rasd_integrations.transfer import rule_name, transfer_rule
 from rasd_integrations.types import Chunk, Message
 
@@ -40,8 +41,7 @@ def write_chat(request: Request, template_kwargs: Mapping[str, Any]) -> dict[str
     if grammar is not None and grammar.kind == "json_schema":
         schema = {"name": "answer", "schema": json.loads(grammar.source)}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    elif grammar is not None:
-        own["grammar"] = {"kind": grammar.kind, "source": grammar.source}
+        del own["grammar"]  # OpenAI's chat has a field for it, which other servers know
     if (tools := request.tools) is not None:
         named = {"type": "function", "function": {"name": tools.choice}}
         body["tools"] = [dict(tool) for tool in tools.tools]
@@ -96,6 +96,8 @@ def _written(request: Request, template_kwargs: Mapping[str, Any]) -> dict[str, 
     own: dict[str, Any] = {name: set_[name] for name in OURS if name in set_}
     if "knowledge_transfer" in own:
         own["knowledge_transfer"] = _named_rule(params.knowledge_transfer)
+    if (grammar := params.grammar) is not None:
+        own["grammar"] = {"kind": grammar.kind, "source": grammar.source}
     hints = request.hints or PromptHints()
     own |= {n: getattr(hints, n) for n in HINTS if getattr(hints, n) is not None}
     own |= {"rendered": hints.context} if hints.context is not None else {}
@@ -116,17 +118,6 @@ def _named_rule(rule: Any) -> str:
 
 
 def _written_chunk(chunk: Chunk) -> dict[str, Any]:
-    metadata = _plain(chunk.metadata)
+    metadata = plain_json(chunk.metadata)
     given = {"id": chunk.id, "stored": chunk.stored, "metadata": metadata or None}
     return {"text": chunk.text, **{n: v for n, v in given.items() if v is not None}}
-
-
-def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that JSON can hold."""
-    out = {}
-    for name, value in metadata.items():
-        try:
-            out[str(name)] = json.loads(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError, RecursionError):
-            continue
-    return out

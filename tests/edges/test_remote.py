@@ -15,8 +15,9 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from rasd_integrations.config import RetrievalConfig, SpeculationConfig
 from rasd_integrations.edges.call_options import ENGINE_OPTIONS
-from rasd_integrations.edges.engine import SERVER_OPTIONS
+from rasd_integrations.edges.engine import SERVER_OPTIONS, SETTINGS
 from rasd_integrations.errors import ConfigurationError
+from rasd_integrations.serving.server.settings import ServerSettings
 
 KINDS = ("langchain.ChatRASD", "langchain.RASDLLM", "llama_index.RASDLLM")
 URL = "http://127.0.0.1:9/v1"
@@ -71,6 +72,12 @@ def test_an_option_of_the_loaded_model_is_refused_beside_a_server(cls, name):
         cls(base_url=URL, **{name: LOCAL[name]})
 
     assert "a text" not in str(caught.value)
+    assert (f"--{name.replace('_', '-')} " in str(caught.value)) is (name in SETTINGS)
+
+
+def test_flags_that_are_named_are_flags_of_the_server():
+    """What an error tells to start the server with can be given to it."""
+    assert {*SETTINGS} == {*LOCAL} & {*ServerSettings.model_fields}
 
 
 def test_what_travels_is_taken(cls):
@@ -255,8 +262,6 @@ OPTIONS = [
 def test_answers_are_those_of_the_loaded_model(cls, tiny, options):
     """Every option of an answer travels: with a seed, the text is the same."""
     parts, url = tiny
-    if "response_format" in options and cls.__name__ == "RASDLLM" and hasattr(cls, "invoke"):
-        pytest.skip("LangChain's plain text model takes no response_format")
     with cls(base_url=url, max_tokens=24) as there, cls.from_model(*parts, max_tokens=24) as here:
         text = ask(there, **options)
         assert ask(here, **options) == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -85,9 +86,11 @@ def test_a_chat_request_arrives_as_it_was_sent(name):
 
 def test_a_completion_arrives_as_it_was_sent():
     """A plain text is sent as OpenAI's older endpoint takes it; a list of texts is several requests."""
-    sent = Request("Once", EVERY, PromptHints(chunks=CHUNKS))
-    asked = read_completion(over_the_wire(write_completion(sent)))
-    assert plain(asked.requests[0]) == plain(sent)
+    schema, pattern = Grammar.json_schema({"type": "array"}), Grammar("regex", "[a-z]+")
+    for grammar in (None, schema, pattern):
+        sent = Request("Once", replace(EVERY, grammar=grammar), PromptHints(chunks=CHUNKS))
+        asked = read_completion(over_the_wire(write_completion(sent)))
+        assert plain(asked.requests[0]) == plain(sent)
     asked = read_completion({"prompt": ["a", "b"], "n": 2, "seed": 5})
     assert asked.answers == 4
     assert [(r.prompt, r.params.seed) for r in asked.each()] == [("a", 5), ("a", 6), ("b", 5), ("b", 6)]  # fmt: skip
@@ -122,6 +125,9 @@ REFUSED = [
     ({**ASK, "rasd": {"chunk": []}}, ConfigurationError, "Did you mean 'chunks'"),
     ({**ASK, "rasd": {"chunks": [3]}}, ConfigurationError, r"chunks'\]\[0\] is a int"),
     ({**ASK, "rasd": {"chunks": [{"id": "a"}]}}, ConfigurationError, r"chunks\[0\].text is None"),
+    ({**ASK, "rasd": {"grammar": "a+"}}, ConfigurationError, "rasd.grammar is 'a\\+'"),
+    ({**ASK, "rasd": {"grammar": {"kind": "yacc", "source": "a"}}}, ConfigurationError, "kind is 'yacc'"),
+    ({**ASK, "rasd": {"grammar": {"regex": "a"}}}, ConfigurationError, "Unknown option 'regex'"),
     ({**ASK, "rasd": {"context": "all"}}, ConfigurationError, "'prompt' or 'documents'"),
     ({**ASK, "rasd": {"store": True}}, ConfigurationError, "rasd.store is True"),
     ({**ASK, "rasd": {"grammar": {"kind": "regex", "source": "a"}}, "response_format": {"type": "json_object"}},
