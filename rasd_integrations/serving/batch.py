@@ -7,12 +7,12 @@ import logging
 import secrets
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -22,8 +22,9 @@ from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.runtime.together import as_they_end, has_left, until_left
 from rasd_integrations.serving.reading import Asked, read_chat, read_completion
 from rasd_integrations.serving.server.engines import Engines, engines_for
-from rasd_integrations.serving.server.formats import Head, Json, failure
+from rasd_integrations.serving.server.formats import Head, Json, encoded, failure
 from rasd_integrations.serving.server.settings import ServerSettings
+from rasd_integrations.storage.atomic import replaced_file
 from rasd_integrations.text.answer.logprobs import openai_logprobs
 
 logger = logging.getLogger(__name__)
@@ -92,38 +93,30 @@ class _Output:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        kept = [*_kept(path)]
-        self.done = {entry["custom_id"] for entry in kept}
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept)
-        if (
-            not path.exists() or path.read_text(encoding="utf-8") != text
-        ):  # without a line that was cut
-            fresh = path.with_name(f"{path.name}.part")
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        found = path.read_bytes() if path.exists() else b""
+        lines = [(name, line) for line in found.split(b"\n") if (name := _answered_in(line))]
+        self.done = {name for name, _ in lines}
+        with replaced_file(path, len(found)) as file:  # without a line that was cut
+            file.writelines(line + b"\n" for _, line in lines)
+        self._file: BinaryIO = path.open("ab")
 
     @locked
     def write(self, entry: Json) -> None:
-        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._file.write(encoded(entry) + b"\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def _kept(path: Path) -> Iterator[Json]:
-    """Yield the lines of an earlier run that need not be asked again."""
-    if not path.exists():
-        return
-    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            entry = json.loads(text)
-            status = entry["response"]["status_code"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if isinstance(entry.get("custom_id"), str) and status < _FAILED:
-            yield entry
+def _answered_in(line: bytes) -> str | None:
+    """Return the custom_id of a line that need not be asked again."""
+    try:
+        entry = json.loads(line)
+        name, status = entry["custom_id"], entry["response"]["status_code"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) and isinstance(status, int) and status < _FAILED else None
 
 
 def run_batch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -120,6 +119,31 @@ def test_a_file_that_is_no_batch_is_refused(tmp_path, text, says):
         read_lines(tmp_path / "none.jsonl")
 
 
+def test_what_a_kill_or_an_odd_text_left_is_read(engines, tmp_path):
+    """A line cut within a character, and half of a surrogate pair in a request, end no batch; kept lines stay as they are."""
+    odd = line(
+        "odd", "Say it.", rasd={"chunks": [{"text": "Say it.", "metadata": {"by": "\ud800"}}]}
+    )
+    source = written(
+        tmp_path / "in.jsonl", line("cut", "Say something."), odd, line("kept", "Say.")
+    )
+    target = tmp_path / "out.jsonl"
+    kept = '{"custom_id": "kept",  "response": {"status_code": 200, "body": "é"}}\n'.encode()
+    target.write_bytes(kept + '{"custom_id": "cut", "response": {"text": "é'.encode()[:-1])
+    assert run_batch(source, target, engines, name="tiny", streams=1, bar=False) == (2, 0)
+    assert target.read_bytes().startswith(kept)
+    assert {*answers(target)} == {"cut", "odd", "kept"}
+
+
+# A script's background jobs ignore Ctrl-C, and so would the command that they start.
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from rasd_integrations.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_killed_batch_goes_on(tmp_path, capsys):
     """After SIGKILL and Ctrl-C in its middle, the same command ends with one answer for each request."""
@@ -129,12 +153,12 @@ def test_a_killed_batch_goes_on(tmp_path, capsys):
     entries = [line(str(n), f"Question {n}", max_tokens=300, ignore_eos=True) for n in range(12)]
     source, target = written(tmp_path / "in.jsonl", *entries), tmp_path / "out.jsonl"
     arguments = ["batch", str(source), str(target), "--model", str(model), "--executor", "eager", "--streams", "2"]  # fmt: skip
-    for sig, codes in ((signal.SIGKILL, {-9}), (signal.SIGINT, {130, -2})):  # -2: in its own end
-        command = [sys.executable, "-m", "rasd_integrations", *arguments]
+    for sig, codes in ((signal.SIGKILL, {-9}), (signal.SIGINT, {130})):
+        command = [sys.executable, "-c", COMMAND, *arguments]
         before = target.stat().st_size if target.exists() else 0
         told = tmp_path / "told.txt"
         with told.open("w") as errors:
-            process = subprocess.Popen(command, stderr=errors, env={**os.environ})
+            process = subprocess.Popen(command, stderr=errors)
         while not target.exists() or target.stat().st_size <= before:
             assert process.poll() is None, told.read_text()
             time.sleep(0.01)
