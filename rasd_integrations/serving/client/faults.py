@@ -64,9 +64,10 @@ def _failed(status: int | None, message: str, address: str, response: Any) -> Se
 
 def _too_long(message: str, own: Any, max_tokens: int) -> RASDError:
     if isinstance(own, Mapping):
-        sizes = (own.get(name) for name in ("prompt_tokens", "max_tokens", "window"))
-        with suppress(TypeError, ValueError):
-            return PromptTooLongError(*map(int, sizes))  # type: ignore[arg-type]
+        with suppress(KeyError, TypeError, ValueError):
+            return PromptTooLongError(
+                int(own["prompt_tokens"]), int(own["max_tokens"]), int(own["window"])
+            )
     window, prompt = _WINDOW.search(message), _PROMPT.search(message)
     if window is None:
         return PromptError(message)

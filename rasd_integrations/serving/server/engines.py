@@ -50,14 +50,17 @@ class Engines:
             engine.close()
 
 
-def engines_of(
-    model: str, options: Mapping[str, Any], store: object, template_kwargs: Mapping[str, Any]
-) -> Engines:
+def engines_of(model: str, options: Mapping[str, Any], store: object) -> Engines:
     """Return the engines of a model, which share ``options`` and ``store``."""
 
-    def make(namespace: str, asked: Mapping[str, Any]) -> RASD:
-        both = {**template_kwargs, **asked}
-        return RASD(model, store=store, namespace=namespace, chat_template_kwargs=both, **options)
+    def make(namespace: str, template_kwargs: Mapping[str, Any]) -> RASD:
+        return RASD(
+            model,
+            store=store,
+            namespace=namespace,
+            chat_template_kwargs=template_kwargs,
+            **options,
+        )
 
     return Engines(make)
 
@@ -69,4 +72,4 @@ def engines_for(settings: ServerSettings) -> Engines:
         RetrievalError: The store cannot be opened.
     """
     store = None if settings.store is None else open_store(settings.store)
-    return engines_of(settings.model, settings.engine_options(), store, {})
+    return engines_of(settings.model, settings.engine_options(), store)

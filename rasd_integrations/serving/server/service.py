@@ -7,13 +7,13 @@ import hashlib
 import json
 import time
 from dataclasses import replace
-from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from rasd_integrations.config import check_value
 from rasd_integrations.errors import PromptError, PromptTooLongError, ServerError
+from rasd_integrations.runtime import pipeline
 from rasd_integrations.runtime.rasd import RASD
 from rasd_integrations.serving.reading import Asked
 from rasd_integrations.serving.server.answers import ClientLeftError
@@ -140,15 +140,18 @@ class Server:
             ConfigurationError: A longer answer is asked for.
             PromptTooLongError: A prompt is longer.
         """
-        own = self.settings
-        return replace(asked, requests=tuple(self._limited(engine, r, own) for r in asked.requests))
+        return replace(asked, requests=tuple(self._limited(engine, r) for r in asked.requests))
 
-    def _limited(self, engine: RASD, request: Any, own: ServerSettings) -> Any:
-        params, most = request.params, own.answer_tokens
-        if own.prompt_tokens is not None:
+    def _limited(self, engine: RASD, request: pipeline.Request) -> pipeline.Request:
+        params, most, longest = (
+            request.params,
+            self.settings.answer_tokens,
+            self.settings.prompt_tokens,
+        )
+        if longest is not None:
             tokens = engine.count_tokens(request.prompt, request.tools)
-            if tokens > own.prompt_tokens:
-                raise PromptTooLongError(tokens, 0, own.prompt_tokens)
+            if tokens > longest:
+                raise PromptTooLongError(tokens, 0, longest)
         if most is None:
             return request
         asked = params.max_tokens
