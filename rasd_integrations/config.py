@@ -20,7 +20,6 @@ WeightsName = Literal["auto", "dense", "kept", "int8", "int4"]
 OnCut = Literal["close", "raise"]
 _T = TypeVar("_T")
 
-DEFAULT_PREFIX_CACHE_BYTES = 2 << 30
 DEFAULT_PREFIX_DISK_BYTES = 32 << 30
 
 
@@ -35,7 +34,7 @@ def check_engine(
     context: object,
     executor: object,
     weights: object,
-    prefix_cache_bytes: int,
+    prefix_cache_bytes: int | None,
     *,
     deterministic: object,
 ) -> None:
@@ -50,7 +49,8 @@ def check_engine(
     names = get_args(WeightsName)
     check_value(weights in names, "weights", weights, "one of " + ", ".join(map(repr, names)))
     limit = "at least 0 (0 keeps nothing)"
-    check_value(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, limit)
+    fits = prefix_cache_bytes is None or prefix_cache_bytes >= 0
+    check_value(fits, "prefix_cache_bytes", prefix_cache_bytes, limit)
     check_value(isinstance(deterministic, bool), "deterministic", deterministic, "True or False")
     if deterministic and executor == "cuda-graphs":
         msg = (

@@ -155,7 +155,7 @@ class FrameworkModel(BaseModel, ABC):
         SpeculationConfig(), "How drafts are made and judged; a dict of its names is taken too."
     )
     prefix_cache_bytes: int | None = _engine(
-        None, "Memory for the KV of earlier prompts; None: the engine's default."
+        None, "Memory for the KV of earlier prompts; None: an eighth of what is free after loading."
     )
     cache_dir: str | Path | None = _engine(
         None,

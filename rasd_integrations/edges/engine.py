@@ -188,8 +188,6 @@ def new_engine(fields: Mapping[str, Any]) -> Engine:
     model, model_kwargs = options.pop("model"), options.pop("model_kwargs")
     draft_tokens = options.pop("num_draft_tokens")
     options["speculation"] = options["speculation"].with_draft_tokens(draft_tokens)
-    if options["prefix_cache_bytes"] is None:
-        del options["prefix_cache_bytes"]
     if not isinstance(model, LoadedName):
         return RASD(model, model_kwargs=model_kwargs, **options)
     if model_kwargs:

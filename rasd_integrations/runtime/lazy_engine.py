@@ -47,7 +47,7 @@ class EngineOptions:
     template_kwargs: Mapping[str, Any]
     speculation: SpeculationConfig
     deterministic: bool
-    prefix_cache_bytes: int
+    prefix_cache_bytes: int | None
     kept: CacheDir
     namespace: str
     memory: bool | str | Path
@@ -250,12 +250,11 @@ class LazyEngine:
         from rasd_integrations.runtime.drafters import make_drafter, make_teacher
 
         own = self.options
-        cache = shared.prefix_cache(
-            own.prefix_cache_bytes, own.kept, deterministic=own.deterministic
-        )
+        cache_bytes = shared.cache_bytes(own.prefix_cache_bytes)
+        cache = shared.prefix_cache(cache_bytes, own.kept, deterministic=own.deterministic)
         lossless = own.speculation.lossless
         drafter_cache = (self._drafter_model or shared).new_cache(
-            own.prefix_cache_bytes // 4,
+            cache_bytes // 4,
             own.kept,
             deterministic=own.deterministic and not lossless,  # a teacher's steps; else a drafter's
         )

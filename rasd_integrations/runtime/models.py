@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _NOWHERE = CacheDir()
 
 _MOST_DECODERS = 64  # of a model, the last used
+_CACHE_SHARE = 1 / 8  # of the free memory; running answers may take half of it (admission.py)
 # Peak of a load with dense bfloat16 weights, in sizes of a file of 4 to 5 bits a weight (docs/explanation/results.md).
 _DENSE_PEAK = 8
 _GB = 1e9
@@ -149,6 +150,14 @@ class SharedModel:
             while len(self._decoders) > _MOST_DECODERS:
                 self._decoders.popitem(last=False)
             return self._decoders[key]
+
+    def cache_bytes(self, wanted: int | None) -> int:
+        """Return the limit of a prefix cache; by default a share of the memory that is free when first asked."""
+        return self._cache_share if wanted is None else wanted
+
+    @cached_property
+    def _cache_share(self) -> int:
+        return int(_CACHE_SHARE * memory_available(self.target.device))
 
     def prefix_cache(
         self, max_bytes: int, kept: CacheDir = _NOWHERE, *, deterministic: bool = False

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self, Unpack
 
 from rasd_integrations.config import (
-    DEFAULT_PREFIX_CACHE_BYTES,
     CacheDir,
     ContextMode,
     ExecutorName,
@@ -72,7 +71,7 @@ class RASD:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         retrieval: RetrievalConfig | None = None,
         speculation: SpeculationConfig | None = None,
-        prefix_cache_bytes: int = DEFAULT_PREFIX_CACHE_BYTES,
+        prefix_cache_bytes: int | None = None,
         cache_dir: str | Path | None = None,
         prefix_disk_bytes: int | None = None,
         namespace: str = "",
@@ -97,7 +96,8 @@ class RASD:
             chat_template_kwargs: Passed to the chat template.
             retrieval: How chunks are found and how long the drafter's prompt may be.
             speculation: Draft lengths and how drafts are judged.
-            prefix_cache_bytes: Most memory for keys and values kept between answers.
+            prefix_cache_bytes: Most memory for keys and values kept between answers; ``None``: an eighth of what is
+                free after loading.
             cache_dir: Folder for all that is kept; ``None``: the user's cache folder, for models only.
             prefix_disk_bytes: Most that warmed documents may take there, of all models together; 32 GiB by default.
             namespace: Keys and values, and what is drafted from, are shared only within a namespace.

@@ -28,6 +28,7 @@ from rasd_integrations import (
     SpeculationConfig,
     VocabularyMismatchError,
 )
+from rasd_integrations.runtime import models
 from rasd_integrations.runtime.models import shared_model
 
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -269,6 +270,20 @@ def test_second_question_reuses_the_document():
     for i, question in enumerate(("who is it?", "where is it?")):
         stats = rasd.generate([{"role": "user", "content": DOCS[0] * 4 + question}], PARAMS).stats
         assert (stats.cached_prompt_tokens > 400) == (i == 1)
+
+
+@pytest.mark.parametrize(("free", "kept"), [(1 << 30, True), (1 << 10, False)])
+def test_the_prefix_cache_takes_a_share_of_the_free_memory(monkeypatch, free, kept):
+    """Where little memory is free, no prompt is kept; what is free later changes nothing."""
+    monkeypatch.setattr(models, "memory_available", lambda device: free)
+    asked = [{"role": "user", "content": DOCS[0] * 4}]
+    loaded = tiny_llama(), tiny_tokenizer()
+    first = RASD.from_model(*loaded)
+    first.generate(asked, PARAMS)
+    monkeypatch.setattr(models, "memory_available", lambda device: (1 << 40) // free)
+    second = RASD.from_model(*loaded, drafter=None)
+    for rasd in (first, second, second):
+        assert (rasd.generate(asked, PARAMS).stats.cached_prompt_tokens > 400) == kept
 
 
 def test_warm_prefills_ahead_of_the_question():

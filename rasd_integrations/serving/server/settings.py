@@ -54,7 +54,9 @@ class ServerSettings(BaseSettings):
         None, description="Folder of earlier answers to draft from; none: while it runs."
     )
     cache_dir: str | None = Field(None, description="Folder of what later processes find again.")
-    prefix_cache_bytes: int | None = Field(None, ge=0, description="Memory for earlier prompts.")
+    prefix_cache_bytes: int | None = Field(
+        None, ge=0, description="Memory for earlier prompts; none: an eighth of what is free."
+    )
 
     streams: int = Field(8, ge=1, description="Answers that are decoded at a time.")
     queue: int = Field(32, ge=0, description="Answers that wait; more are refused with 429.")
@@ -136,10 +138,9 @@ class ServerSettings(BaseSettings):
             "knowledge_transfer",
             "deterministic",
             "cache_dir",
+            "prefix_cache_bytes",
         ):
             options[name] = getattr(self, name)
-        if self.prefix_cache_bytes is not None:
-            options["prefix_cache_bytes"] = self.prefix_cache_bytes
         return options
 
 
