@@ -20,7 +20,9 @@ from tiny import tiny_llama, tiny_tokenizer
 from rasd_integrations.config import SamplingParams
 from rasd_integrations.runtime.pipeline import Request
 from rasd_integrations.serving.server.answers import deltas_of
+from rasd_integrations.serving.server.formats import Head
 from rasd_integrations.serving.server.places import BusyError, Places
+from rasd_integrations.types import TextDelta, TokenLogprob, ToolCallDelta
 
 ASK = [{"role": "user", "content": "Say something about the river."}]
 TOOL = {
@@ -132,6 +134,23 @@ def test_log_probabilities_are_those_of_the_engine(tiny):
     assert all(max(top.values()) >= own for top, own in zip(found.top_logprobs, found.token_logprobs, strict=True))  # fmt: skip
 
 
+def test_a_step_that_says_much_is_sent_in_objects_of_one_call():
+    """Accepted drafts may end one call and begin another in a step; clients read an object's first call only."""
+    calls = (
+        ToolCallDelta(0, "a", "add"),
+        ToolCallDelta(0, arguments='{"a": 1}'),
+        ToolCallDelta(1, "b", "add"),
+    )
+    delta = TextDelta("So:", tool_calls=calls, logprobs=(TokenLogprob(5, -0.5, ()),))
+    head = Head("m", chat=True, entries=lambda found: [{"logprob": one.logprob} for one in found])
+    sent = [chunk["choices"][0] for chunk in head.chunks(0, delta)]
+    assert [choice["delta"].get("content") for choice in sent] == ["So:", None, None, None]
+    found = [choice["delta"]["tool_calls"] for choice in sent[1:]]
+    assert [[call["index"] for call in calls] for calls in found] == [[0], [0], [1]]
+    logprobs = [choice["logprobs"] for choice in sent]
+    assert logprobs == [{"content": [{"logprob": -0.5}], "refusal": None}, None, None, None]
+
+
 def test_tools_are_called(assistant):
     """A call comes whole and in pieces; its arguments are JSON, and its result can be sent back."""
     client = client_of(assistant)
@@ -140,13 +159,10 @@ def test_tools_are_called(assistant):
     (call,) = whole.choices[0].message.tool_calls
     assert whole.choices[0].finish_reason == "tool_calls"
     assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 3, "b": 4})
-    pieces = [
-        delta
-        for chunk in client.chat.completions.create(
-            model="assistant", messages=ask, tools=[TOOL], stream=True
-        )
-        for delta in chunk.choices[0].delta.tool_calls or ()
-    ]
+    streamed = client.chat.completions.create(model="assistant", messages=ask, tools=[TOOL], stream=True)  # fmt: skip
+    found = [chunk.choices[0].delta.tool_calls or [] for chunk in streamed]
+    assert {len(calls) for calls in found} == {0, 1}  # clients read the first
+    pieces = [call for calls in found for call in calls]
     assert pieces[0].function.name == "add"
     assert json.loads("".join(p.function.arguments for p in pieces)) == {"a": 3, "b": 4}
     forced = client.chat.completions.create(

@@ -55,16 +55,22 @@ class Head:
             yield self._chunk(number, {"role": "assistant", "content": ""})
 
     def chunks(self, number: int, delta: TextDelta) -> Iterator[Json]:
-        """Yield the objects of a streamed delta: text, thoughts and calls, then the end."""
-        new: Json | str = delta.text
+        """Yield the objects of a streamed delta: text and thoughts, each call by itself, then the end.
+
+        Clients read the first call of an object only, as OpenAI's server never sends more.
+        """
+        new: list[Json | str] = [delta.text] if delta.text else []
         if self.chat:
             texts = {"content": delta.text, "reasoning_content": delta.reasoning}
-            calls = [_call_delta(call) for call in delta.tool_calls]
             said: Json = {name: text for name, text in texts.items() if text}
-            new = said | ({"tool_calls": calls} if calls else {})
-        if new or delta.logprobs:  # text may be held back, or split over tokens
-            chunk = self._chunk(number, new)
-            chunk["choices"][0]["logprobs"] = self._logprobs(delta.logprobs)
+            calls = [{"tool_calls": [_call_delta(call)]} for call in delta.tool_calls]
+            new = [part for part in (said, *calls) if part]
+        if delta.logprobs and not new:  # text may be held back, or split over tokens
+            new = [{} if self.chat else ""]
+        logprobs = self._logprobs(delta.logprobs)
+        for part in new:
+            chunk = self._chunk(number, part)
+            chunk["choices"][0]["logprobs"], logprobs = logprobs, None
             yield chunk
         if delta.finish_reason is not None and delta.stats is not None:
             end = self._chunk(number, {} if self.chat else "", delta.finish_reason)
