@@ -276,7 +276,9 @@ class ChatRASD(RASDModel, BaseChatModel):
         found = {"max_output_tokens": most, "reasoning_output": self._rasd.has_reasoning}
         if (window := self._rasd.window) is not None:
             found["max_input_tokens"] = window - most
-        self.profile = cast("ModelProfile", {**found, **(self.profile or {})})
+        assumed = self._resolve_model_profile()
+        given = {n: v for n, v in (self.profile or {}).items() if assumed.get(n) != v}
+        self.profile = cast("ModelProfile", {**assumed, **found, **given})
         return self
 
     def get_num_tokens_from_messages(

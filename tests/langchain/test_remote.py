@@ -95,6 +95,11 @@ def test_the_profile_knows_the_window():
     """Of a server that tells it; of another the rest of the profile."""
     with fake_server(cards=[RASD]) as server:
         assert 2048 - 512 == ChatRASD(base_url=server.base_url).load().profile["max_input_tokens"]
+    with fake_server(cards=[RASD | {"rasd": {"max_tokens": 100}}]) as server:
+        profile = ChatRASD(base_url=server.base_url).load().profile
+        assert (2048 - 100, 100) == (profile["max_input_tokens"], profile["max_output_tokens"])
+        given = ChatRASD(base_url=server.base_url, profile={"max_output_tokens": 7})
+        assert given.load().profile["max_output_tokens"] == 7
     with fake_server(cards=[OTHER]) as server:
         profile = ChatRASD(base_url=server.base_url).load().profile
     assert ("max_input_tokens" in profile, profile["max_output_tokens"]) == (False, 512)
