@@ -10,12 +10,15 @@
 #include <vector>
 
 #include "lanes.hpp"
+#if defined(__AMX_BF16__)
+#include "tiles.hpp"
+#endif
 
 namespace rasd {
 namespace {
 
 constexpr int64_t TILE = 128;  // keys
-constexpr int64_t BLOCK = 48;  // query vectors of a task
+constexpr int64_t BLOCK = 48;  // query vectors of a task; whole tiles of AMX
 constexpr int64_t PART = 512;  // keys of a task at least
 constexpr int WIDE = W == 16 ? 4 : 2;  // registers of a column block of a product
 constexpr int TALL = 6;                // rows of one
@@ -58,6 +61,23 @@ void multiply(int64_t rows, const typename E::Left* a, int64_t lda, const typena
     for (; j + WIDE <= registers; j += WIDE) columns<E, WIDE>(rows, a, lda, b + column(j, block), block, ldb, c + j * W, ldc, k, adds);
     for (; j < registers; j++) columns<E, 1>(rows, a, lda, b + column(j, block), block, ldb, c + j * W, ldc, k, adds);
 }
+
+// Products of a task, in whatever registers its thread has for them.
+template <class E>
+struct Products {
+    void multiply(int64_t rows, const typename E::Left* a, int64_t lda, const typename E::Cell* b, int64_t block, int64_t ldb, float* c, int64_t ldc, int64_t k, int64_t cols, bool adds) {
+        rasd::multiply<E>(rows, a, lda, b, block, ldb, c, ldc, k, cols, adds);
+    }
+};
+#if defined(__AMX_BF16__)
+template <>
+struct Products<Pair> {
+    Tiles registers;
+    void multiply(int64_t rows, const uint16_t* a, int64_t lda, const uint32_t* b, int64_t block, int64_t ldb, float* c, int64_t ldc, int64_t k, int64_t cols, bool adds) {
+        multiply_in_tiles(registers, rows, reinterpret_cast<const uint32_t*>(a), lda / 2, b, block, ldb, c, ldc, k, cols, adds);
+    }
+};
+#endif
 
 // One thread's memory, reused.
 template <class E>
@@ -156,6 +176,7 @@ inline void prefetch(const Cell* from, int64_t count, int64_t index, int64_t par
 template <class E>
 void run(Plan& plan, const Task& task) {
     static thread_local Scratch<E> s;
+    Products<E> products;
     const Step& step = plan.step;
     const Layer& l = step.layer;
     const Answer& a = step.answers[task.answer];
@@ -182,7 +203,7 @@ void run(Plan& plan, const Task& task) {
     int64_t block = BLOCK_ROWS * l.key_dim / E::STEP;
     for (int64_t t = start; t < end; t += TILE) {
         int64_t n = std::min<int64_t>(TILE, end - t), wide = rounded(n, BLOCK_ROWS);
-        multiply<E>(vectors, s.query.data(), l.key_dim, keys + t / BLOCK_ROWS * block, block, BLOCK_ROWS, s.scores.data(), TILE, l.key_dim / E::STEP, wide, false);
+        products.multiply(vectors, s.query.data(), l.key_dim, keys + t / BLOCK_ROWS * block, block, BLOCK_ROWS, s.scores.data(), TILE, l.key_dim / E::STEP, wide, false);
         bool more = t + TILE < end;
         bool sees_all = n == wide && t + n <= a.prefix + (a.sees ? 0 : top + 1) && most <= t;
         for (int64_t v = 0; v < vectors; v++) {
@@ -196,7 +217,7 @@ void run(Plan& plan, const Task& task) {
             if (!sees_all) hide(a, (first + v) / l.group, l.window, t, n, score);
             weigh<E>(score, wide, l.softcap ? 1 : l.scale, l.value_dim, to.out + v * l.value_dim, to.most + v, to.sum + v, s.weights.data() + v * TILE);
         }
-        multiply<E>(vectors, s.weights.data(), TILE, values + t / E::STEP * l.value_dim, 16, l.value_dim, to.out, l.value_dim, rounded(n, E::STEP) / E::STEP, l.value_dim, true);
+        products.multiply(vectors, s.weights.data(), TILE, values + t / E::STEP * l.value_dim, 16, l.value_dim, to.out, l.value_dim, rounded(n, E::STEP) / E::STEP, l.value_dim, true);
     }
 }
 

@@ -32,7 +32,9 @@ _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _VARIANTS: dict[str, tuple[str, ...]] = {"base": ()}  # flags of each set of instructions
 if platform.machine() in {"x86_64", "AMD64"}:
-    _VARIANTS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")}
+    _BF16 = (*_AVX512, "-mavx512bf16")
+    _VARIANTS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _BF16}
+    _VARIANTS |= {"amx_bf16": (*_BF16, "-mamx-tile", "-mamx-bf16")}  # GCC 11, Clang 12
 _MOST_S = 300.0  # of one call of the compiler
 _NBYTES = 4_000_000  # room that a build needs
 
@@ -98,7 +100,9 @@ def build(compiler: str, openvino: Path, to: Path, more: Sequence[str] = ()) -> 
         msg = f"{openvino / 'libs'} does not hold OpenVINO's libraries."
         raise BuildError(msg)
     sources = {
-        name: ("variant.cpp", *flags, f"-DRASD_VARIANT={name}") for name, flags in _VARIANTS.items()
+        name: ("variant.cpp", *flags, f"-DRASD_VARIANT={name}")
+        for name, flags in _VARIANTS.items()
+        if _knows(compiler, flags)
     }
     sources["dispatch"] = ("dispatch.cpp",)
     sources["operation"] = ("openvino_op.cpp", f"-I{openvino / 'include'}")
@@ -115,6 +119,14 @@ def build(compiler: str, openvino: Path, to: Path, more: Sequence[str] = ()) -> 
             objects = [*pool.map(compiled, sources)]
         path = f"-Wl,-rpath,{openvino / 'libs'}"
         _run([compiler, "-shared", *more, *objects, *map(str, libraries), path, "-o", str(to)])
+
+
+def _knows(compiler: str, flags: Sequence[str]) -> bool:
+    try:
+        _run([compiler, *flags, "-E", "-x", "c++", os.devnull])
+    except BuildError:
+        return not flags  # what fails without any shows its error when it compiles
+    return True
 
 
 def _run(command: list[str]) -> None:

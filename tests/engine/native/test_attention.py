@@ -27,6 +27,7 @@ BUILT = Path(openvino.__file__).parent, openvino.__version__, None
 
 # Largest error against float64 over the largest output: bfloat16 rounds queries and weights to 2^-8.
 BOUNDS = {True: 2e-2, False: 1e-5}
+ROUNDING = ("avx512_bf16", "amx_bf16")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def check(kernels, cases: Iterator[Case]) -> None:
             out = case.run(code, name)
             expected = case.expected()
             error = float((out - expected).abs().max() / expected.abs().max())
-            bound = BOUNDS[name == "avx512_bf16" and case.shape.kind == "bf16"]
+            bound = BOUNDS[name in ROUNDING and case.shape.kind == "bf16"]
             assert error <= bound, (name, error, case.shape, [a[:2] for a in case.asked])
         written = torch.zeros(case.capacity, dtype=torch.bool)
         for first, a in zip(case.firsts, case.asked, strict=True):
@@ -87,7 +88,7 @@ def test_the_operation_of_a_graph_is_the_kernel(kind, kernels):
             out = run_in_graph(case, library.library(*BUILT), name)
             expected = case.expected()
             error = float((out - expected).abs().max() / expected.abs().max())
-            assert error <= BOUNDS[name == "avx512_bf16" and kind == "bf16"], (name, error)
+            assert error <= BOUNDS[name in ROUNDING and kind == "bf16"], (name, error)
 
 
 def run_in_graph(case: Case, built: Path, variant: str) -> torch.Tensor:
