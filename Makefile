@@ -23,7 +23,7 @@ DOCS ?=
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install demo test test-all test-newest test-oldest test-vllm suite soak lock faults mutants lint format clean
+.PHONY: help install demo test test-all test-newest test-oldest test-vllm test-ray suite soak lock faults mutants lint format clean
 
 help:
 	@echo "make demo    answer long-context questions with LangChain, LlamaIndex and plain transformers"
@@ -35,6 +35,8 @@ help:
 	@echo "             the suite with the newest and the lowest versions allowed, in environments of their own"
 	@echo "make test-vllm"
 	@echo "             what needs vLLM, in an environment of its own (3 GB; Python 3.11, Linux)"
+	@echo "make test-ray"
+	@echo "             what needs Ray, in an environment of its own (2 GB)"
 	@echo "make lock    renew requirements.lock, the versions that all of these install"
 	@echo "make soak    what takes an hour: 20 ends of a process in every way, thousands of fuzzed prompts, long texts"
 	@echo "make faults  crash, damage and starve the package, and count what goes wrong"
@@ -62,7 +64,7 @@ demo: $(STAMP)
 	$(BIN)/python -m rasd_integrations demo $(if $(DOCS),--docs '$(DOCS)') $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow and not soak and not vllm' $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not soak and not vllm and not ray' $(ARGS)
 
 test-all: lint suite
 
@@ -92,6 +94,20 @@ $(VLLM)/.installed: pyproject.toml Makefile
 test-vllm: $(VLLM)/.installed
 	LD_PRELOAD=$(CURDIR)/$(VLLM)/lib/libiomp5.so VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 \
 		$(VLLM)/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+
+# Ray Serve and Ray Data bring 0.5 GB that nothing else here uses.
+RAY := .venv-ray
+RAY_PIP := $(RAY)/bin/python -m pip --quiet
+
+$(RAY)/.installed: pyproject.toml Makefile $(LOCK)
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(RAY_PIP) install --upgrade -c $(LOCK) pip
+	$(RAY)/bin/python -c 'import torch' 2>/dev/null || $(RAY_PIP) install '$(TORCH)'
+	$(RAY_PIP) install $(VERSIONS) -e '.[ray,remote,chroma,structured]' --group test-ray
+	touch $@
+
+test-ray: $(RAY)/.installed
+	RAY_USAGE_STATS_ENABLED=0 $(RAY)/bin/python -m pytest -m ray tests/ray $(ARGS)
 
 suite: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -125,4 +141,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest $(VLLM) .oldest.txt .rasd
+	rm -rf $(VENV) .venv-newest .venv-oldest $(VLLM) $(RAY) .oldest.txt .rasd

@@ -7,7 +7,7 @@ import logging
 import secrets
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -124,8 +124,7 @@ def run_batch(
 ) -> tuple[int, int]:
     """Answer the requests of ``source`` into ``target``; return how many were answered and how many failed.
 
-    What ``target`` holds already is not asked again, but for what failed with a status of 500 or above. Requests with a
-    common prefix follow one another on one of the ``streams``, which decode side by side.
+    Requests with a common prefix follow one another on one of the ``streams``, which decode side by side.
 
     Args:
         source: Requests, one a line.
@@ -138,31 +137,59 @@ def run_batch(
     Raises:
         ConfigurationError: ``source`` cannot be read.
     """
+    answer = partial(answer_lines, engines=engines, name=name, streams=streams)
+    return fill(source, target, answer, bar=bar)
+
+
+Write = Callable[[Json], None]
+"""Takes OpenAI's entry of an answered request; may be called from any thread."""
+
+
+def fill(
+    source: Path, target: Path, answer: Callable[[Sequence[Line], Write], None], *, bar: bool = True
+) -> tuple[int, int]:
+    """Have ``answer`` write the entries of ``source`` into ``target``; return how many, and how many failed.
+
+    It is given the lines in the order of their prefixes, but for those that ``target`` holds already. What failed with
+    a status of 500 or above is asked again.
+
+    Raises:
+        ConfigurationError: ``source`` cannot be read.
+    """
     lines = sorted(read_lines(source), key=lambda line: line.prefix)
     output = _Output(target)
     left = [line for line in lines if line.custom_id not in output.done]
-    share = max(-(-len(left) // streams), 1)
-    parts = [left[at : at + share] for at in range(0, len(left), share)]
     statuses: list[int] = []
     with tqdm(
         total=len(lines), initial=len(lines) - len(left), unit=" requests", disable=not bar
     ) as shown:
 
-        def answer_part(part: Sequence[Line]) -> None:
-            for line in part:
-                entry = _answered(line, engines, name)
-                output.write(entry)
-                statuses.append(entry["response"]["status_code"])
-                shown.update()
+        def write(entry: Json) -> None:
+            output.write(entry)
+            statuses.append(entry["response"]["status_code"])
+            shown.update()
 
         try:
-            jobs = [partial(answer_part, part) for part in parts]
-            with closing(as_they_end(jobs, streams)) as ended:
-                for _ in ended:
-                    pass
+            answer(left, write)
         finally:
             output.close()
     return len(statuses), sum(status != _DONE for status in statuses)
+
+
+def answer_lines(
+    lines: Sequence[Line], write: Write, *, engines: Engines, name: str, streams: int
+) -> None:
+    """Answer lines on ``streams`` threads, each with neighbours of its own, and write the entries as they are made."""
+    share = max(-(-len(lines) // streams), 1)
+
+    def answer_part(at: int) -> None:
+        for line in lines[at : at + share]:
+            write(_answered(line, engines, name))
+
+    jobs = [partial(answer_part, at) for at in range(0, len(lines), share)]
+    with closing(as_they_end(jobs, streams)) as ended:
+        for _ in ended:
+            pass
 
 
 def _answered(line: Line, engines: Engines, name: str) -> Json:

@@ -66,7 +66,7 @@ def serve(flags: Mapping[str, Any], file: str | Path | None = None) -> None:
         RASDError: The store or the model cannot be opened.
     """
     settings = ServerSettings.read(flags, file)
-    _log_to_stderr(settings.log_format)
+    log_to_stderr(settings.log_format)
     engines = engines_for(settings)
     server = Server(settings, engines)
     config = uvicorn.Config(
@@ -122,7 +122,8 @@ class _Json(logging.Formatter):
         return json.dumps(told, ensure_ascii=False)
 
 
-def _log_to_stderr(form: str) -> None:
+def log_to_stderr(form: str) -> None:
+    """Write the package's log to stderr, as text or as JSON."""
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(_Json() if form == "json" else text)
