@@ -103,7 +103,7 @@ $(RAY)/.installed: pyproject.toml Makefile $(LOCK)
 	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
 	$(RAY_PIP) install --upgrade -c $(LOCK) pip
 	$(RAY)/bin/python -c 'import torch' 2>/dev/null || $(RAY_PIP) install '$(TORCH)'
-	$(RAY_PIP) install $(VERSIONS) -e '.[ray,remote,chroma,structured]' --group test-ray
+	$(RAY_PIP) install $(VERSIONS) ray==2.60.0 -e '.[ray,remote,chroma,structured]' --group test-ray
 	touch $@
 
 test-ray: $(RAY)/.installed

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
+from ray_cluster import PAGE
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.serving.server.settings import ServerSettings
@@ -46,6 +48,13 @@ def test_it_takes_both_kinds_of_options(build, tmp_path, monkeypatch):
     )  # else requests would wait at the proxy, and none be refused
     assert own.request_router_config.request_router_class.endswith(".ConsistentHashRouter")
     assert build(model="m", num_replicas="auto")[0]._deployment_config.autoscaling_config
+
+
+def test_the_command_of_the_page_is_taken(build):
+    """Its names and values, as the command line gives them: text."""
+    (line,) = re.findall(r"^serve run rasd_integrations\.ray:app (.*)$", PAGE.read_text("utf-8"), re.MULTILINE)  # fmt: skip
+    deployment, settings = build(**dict(part.split("=", 1) for part in line.split()))
+    assert (deployment.num_replicas, settings["model"]) == (2, "Qwen/Qwen2.5-Coder-0.5B-Instruct")
 
 
 REFUSED = [

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
 
 import pytest
-from ray_cluster import waits_for
+from ray_cluster import PAGE, waits_for
 
 from rasd_integrations.errors import ConfigurationError
 from rasd_integrations.serving.batch import run_batch
@@ -109,6 +110,22 @@ def test_requests_with_one_document_follow_one_another(batch, tmp_path):
         for entry in got.values()
     ]
     assert cached.count(False) == len(DOCUMENTS)
+
+
+def test_the_code_of_the_page_answers_a_file(batch, folder, tmp_path, monkeypatch):
+    """As it stands there, with a smaller model and fewer workers."""
+    (code,) = re.findall(r"^```text\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    for written_there, here in (
+        ("Qwen/Qwen2.5-Coder-0.5B-Instruct", str(folder)), ("workers=4", "workers=1"), ('"num_cpus": 4', '"num_cpus": 0.5'),
+    ):  # fmt: skip
+        assert written_there in code
+        code = code.replace(written_there, here)
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "in.jsonl", [line("a", "Say something.")])
+    names = {}
+    exec(compile(code, str(PAGE), "exec"), names)
+    assert (names["answered"], names["failed"]) == (1, 0)
+    assert [*answers(tmp_path / "out.jsonl")] == ["a"]
 
 
 def test_a_killed_worker_is_replaced(batch, tmp_path):
