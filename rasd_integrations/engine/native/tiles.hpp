@@ -12,6 +12,9 @@ namespace {
 
 constexpr int64_t SIDE = 16;  // rows, columns and pairs of a tile
 
+// Tile loads do not tell the compiler what they read: what was stored before must be in memory by now.
+inline void written(const void* local = nullptr) { __asm__ volatile("" : : "r"(local) : "memory"); }
+
 // What the tile registers of a thread hold: 0 to 3 sums, 4 a left side, 5 to 7 right sides, of `pairs` pairs.
 class Tiles {
     struct alignas(64) Config {
@@ -30,6 +33,7 @@ public:
         for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = SIDE;
         config.bytes[4] = uint16_t(pairs * 4);
         for (int i : {5, 6, 7}) config.rows[i] = uint8_t(pairs);
+        written(&config);
         _tile_loadconfig(&config);
     }
 };
@@ -74,6 +78,7 @@ inline void tiles(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t blo
 // The same for any rows, columns (a multiple of 16) and pairs; `lda` in pairs.
 inline void multiply_in_tiles(Tiles& registers, int64_t rows, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t block, int64_t ldb, float* c, int64_t ldc, int64_t pairs, int64_t cols, bool adds) {
     int64_t whole = pairs / SIDE, rest = pairs % SIDE, blocks = cols / SIDE;
+    written();
     auto each = [&](const uint32_t* left, const uint32_t* right, int64_t steps, bool adds) {
         for (int64_t r = 0; r < rows; r += SIDE) {
             const uint32_t *at = left + r * lda, *of = right;
