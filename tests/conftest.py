@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +22,7 @@ from fakes_distributions import Oracle
 from hypothesis import HealthCheck, settings
 from tiny import seed_draws
 
+from rasd_integrations.engine.native import library
 from rasd_integrations.engine.verification import exact
 
 gc.disable()  # until all is imported
@@ -56,6 +59,25 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_are_compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copy what was compiled before: in each cache folder of a test it would take ten seconds."""
+    compile_to = library.build
+    built: dict[tuple[object, ...], Path] = {}
+
+    def build(compiler: str, openvino: Path, to: Path, more: Sequence[str] = ()) -> None:
+        key = compiler, openvino, *more
+        if key not in built:
+            kept = tmp_path_factory.mktemp("kernels") / to.name
+            compile_to(compiler, openvino, kept, more)
+            built[key] = kept
+        shutil.copyfile(built[key], to)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "build", build)
+        yield
 
 
 @pytest.fixture(scope="session")
