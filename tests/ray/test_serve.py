@@ -61,7 +61,7 @@ def test_answers_are_those_of_the_server(deployed, engines, folder):
 
 
 def test_a_stream_is_read_while_it_is_made(deployed):
-    """Its first words come while its replica decodes; whoever leaves then frees the place."""
+    """The first words arrive while the replica decodes; the answer of a client that hangs up ends soon."""
     (session, *_) = deployed.sessions().values()
     with deployed.client(default_headers={"X-Session-ID": session}) as client:
         stream = client.chat.completions.create(

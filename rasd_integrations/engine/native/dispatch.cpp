@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "attention.hpp"
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -27,7 +27,7 @@ struct Variant {
     bool can_run;
 };
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 // The processor has tiles of bfloat16 (CPUID 7: EDX 22 and 24), and the kernel keeps them for this process when asked.
 bool has_tiles() {
     constexpr unsigned WANTED = 1u << 22 | 1u << 24;
@@ -35,8 +35,6 @@ bool has_tiles() {
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & WANTED) == WANTED && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
-#else
-bool has_tiles() { return false; }
 #endif
 
 const Variant* all(int& count) {
