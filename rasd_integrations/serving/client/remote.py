@@ -28,6 +28,7 @@ from rasd_integrations.types import Generation, TextDelta
 
 _WORD = 64  # characters
 _MOST_WORDS = 1 << 14
+_MOST_TEXTS = 8
 _NOT_HERE = {
     "tokenizer": "it is in the server's process. Count with get_num_tokens() or count_tokens(), or load one with "
     "transformers' AutoTokenizer",
@@ -72,8 +73,10 @@ class RemoteRASD:
         self._template_kwargs = dict(chat_template_kwargs or {})
         self._lock = threading.RLock()
         self._known: Served | None = None
-        # LlamaIndex packs contexts by the tokens of each word in them.
+        # LlamaIndex packs contexts by the tokens of each word in them, and counts a query's whole context four times,
+        # on the event loop.
         self._word_ids = lru_cache(_MOST_WORDS)(self._ids)
+        self._text_ids = lru_cache(_MOST_TEXTS)(self._ids)
         self.stats = DecodingStats()
 
     # --- what the server says of itself ---
@@ -270,7 +273,9 @@ class RemoteRASD:
         Raises:
             ConfigurationError: The server has no endpoint for it.
         """
-        return list((self._word_ids if len(text) <= _WORD else self._ids)(text)) if text else []
+        return (
+            list((self._word_ids if len(text) <= _WORD else self._text_ids)(text)) if text else []
+        )
 
     def _ids(self, text: str) -> tuple[int, ...]:
         found = self._tokenized("tokens", list, {"prompt": text, "add_special_tokens": False})

@@ -218,15 +218,16 @@ def test_what_only_vllm_knows_is_refused_elsewhere(name):
 # --- tokens ---
 
 
+@pytest.mark.parametrize("text", ["word", "a context " * 100], ids=["word", "context"])
 @pytest.mark.parametrize("card", [RASD, VLLM], ids=["rasd", "vllm"])
-def test_tokens_are_counted_by_the_server(card):
-    """Beside /v1; a text's ids are kept, as splitters ask for the same words again and again."""
+def test_tokens_are_counted_by_the_server(card, text):
+    """Beside /v1; a text's ids are kept, as splitters ask for the same words and contexts again and again."""
     says = [Says(body={"count": 2, "tokens": [5, 6]}), Says(body={"count": 9})]
     with fake_server(*says, cards=[card]) as server:
         engine = remote(server, chat_template_kwargs={"x": 1})
         assert [[5, 6], [5, 6], []] == [
-            engine.encode("word"),
-            engine.encode("word"),
+            engine.encode(text),
+            engine.encode(text),
             engine.encode(""),
         ]
         assert (9, 0) == (
@@ -236,7 +237,7 @@ def test_tokens_are_counted_by_the_server(card):
 
     assert ["/v1/models", "/tokenize", "/tokenize"] == server.paths
     assert [
-        {"model": "one", "prompt": "word", "add_special_tokens": False},
+        {"model": "one", "prompt": text, "add_special_tokens": False},
         {"model": "one", "messages": MESSAGES, "tools": [TOOL], "chat_template_kwargs": {"x": 1}},
     ] == server.bodies
 
