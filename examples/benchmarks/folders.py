@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -62,6 +63,22 @@ def _save(model: str, dtype: str, folder: Path) -> None:
     loaded = load_model(model, {"dtype": dtype})
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
+    name_rotary_base(folder / "config.json")
+
+
+def name_rotary_base(path: Path) -> None:
+    """Write the rotary base of a ``config.json`` where transformers 4 reads it, too.
+
+    Version 5 writes ``rope_parameters`` alone; version 4, with which a peer may export, then takes its own default
+    without a word, and answers over long prompts are noise.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _export(saved: Path, dtype: str, folder: Path, python: str) -> None:

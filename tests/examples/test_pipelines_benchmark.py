@@ -13,6 +13,7 @@ import pipelines_work as work
 import pytest
 import report
 from answers import Answer
+from folders import name_rotary_base
 from langchain_core.documents import Document
 from pipelines_figures import Measured, Timed, ratio
 from tiny import tiny_llama, tiny_tokenizer
@@ -222,3 +223,29 @@ def test_the_command_compares_engines_exactly(tmp_path):
     assert cells["d", "auto"]["drafters"]["answers"]["drafted"] > 0
     assert "vllm is not installed" in document["engines"]["vllm"]["skipped"]["all"]
     assert out.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("rope", "told"),
+    [
+        ({"rope_theta": 1e5, "rope_type": "default"}, {"rope_theta": 1e5}),
+        (
+            {"rope_theta": 1e5, "rope_type": "yarn", "factor": 2.0},
+            {
+                "rope_theta": 1e5,
+                "rope_scaling": {"rope_theta": 1e5, "rope_type": "yarn", "factor": 2.0},
+            },
+        ),
+        (None, {}),
+    ],
+    ids=["plain", "scaled", "none"],
+)
+def test_peers_with_an_older_transformers_read_the_same_rotary_base(
+    tmp_path: Path, rope: dict[str, Any] | None, told: dict[str, Any]
+) -> None:
+    """Version 4 looks for it beside ``rope_parameters``, and else takes its own default."""
+    path = tmp_path / "config.json"
+    config = {"hidden_size": 4} | ({"rope_parameters": rope} if rope else {})
+    path.write_text(json.dumps(config), encoding="utf-8")
+    name_rotary_base(path)
+    assert config | told == json.loads(path.read_text(encoding="utf-8"))
