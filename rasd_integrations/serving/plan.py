@@ -234,7 +234,9 @@ class _Server:
     def _piece(self, answer: _Answer) -> float:
         ends = min(answer.read + self.costs.piece, answer.prompt)
         seconds = at(self.costs.prefill_s, ends) - at(self.costs.prefill_s, answer.read)
-        return max(seconds, 0.0) + (self.costs.overhead_s if answer.read == answer.known else 0.0)
+        step = at(self.costs.step_s, 1) + self.costs.step_s_per_token * answer.read
+        overhead = self.costs.overhead_s if answer.read == answer.known else 0.0
+        return max(seconds, step) + overhead  # a few tokens read all the weights, too
 
     def _read(self, answer: _Answer) -> None:
         answer.read = min(answer.read + self.costs.piece, answer.prompt)

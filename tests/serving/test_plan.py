@@ -37,6 +37,13 @@ def test_a_request_alone_takes_its_own_work():
     assert (first.known, second.known) == (False, True)
 
 
+def test_a_short_question_takes_a_step_at_least():
+    """Behind a known document a few tokens read all weights and the context, as a step does."""
+    costs = Costs(prefill_s=COSTS.prefill_s, step_s=COSTS.step_s, step_s_per_token=0.0001)
+    _, known = simulate([Arrival(0, 7, 1000, 10, 2), Arrival(50, 7, 1000, 10, 2)], costs, ONE)
+    assert known.first_s == pytest.approx(0.1 + 0.1)
+
+
 def test_drafts_make_an_answer_alone_shorter():
     """Two tokens a step, each of them longer: only while nothing else decodes."""
     costs = Costs(prefill_s=COSTS.prefill_s, step_s=COSTS.step_s, alone_tokens=2.0, alone_s=0.12)
