@@ -34,7 +34,6 @@ LONG = f"{'The lighthouse at Cape Wrath stood long. ' * 40}\n{QUESTION}"  # answ
 ENDPOINTS = pytest.mark.parametrize("endpoint", ["chat", "complete"])
 STALL = 0.05
 STEP = 0.05
-SLOW_STEP = 0.15
 
 
 async def call(llm, endpoint, text, way):
@@ -168,13 +167,15 @@ class Running(ContractSetup):
         await assert_free(lambda number: call(llm, endpoint, f"Try {number}.\n{LONG}", way))
 
     async def test_the_event_loop_goes_on_under_a_query(self, llm):
-        """A query engine's own work counts too: the loop waits for less than a step of a slow model."""
+        """A query engine's own work counts too."""
         nodes = [TextNode(text=LONG), *(TextNode(text=text) for text in FACTS)]
         engine = index_of(*nodes).as_query_engine(llm=llm, similarity_top_k=4)
         await engine.aquery("Hello?")
 
-        self.slow_down(SLOW_STEP)
-        await assert_free(lambda number: engine.aquery(f"{QUESTION} ({number})"), SLOW_STEP)
+        if self.query_step:
+            self.slow_down(self.query_step)
+        stall = self.query_step or STALL
+        await assert_free(lambda number: engine.aquery(f"{QUESTION} ({number})"), stall)
 
     @pytest.mark.parametrize("way", ["async", "astream"])
     async def test_cancelling_stops_the_model(self, llm, way):

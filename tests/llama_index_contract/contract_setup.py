@@ -73,6 +73,7 @@ class ContractSetup:
     stop_option = "stop"
     context_window: int | None = None
     bos: str | None = None
+    query_step = 0.0  # seconds that a step takes longer under a query whose event loop may wait for less than it
     secret_options: Mapping[str, Any] = MappingProxyType({})
 
     def make_llm(self, **options: Any) -> LLM:

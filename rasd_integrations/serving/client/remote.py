@@ -273,9 +273,10 @@ class RemoteRASD:
         Raises:
             ConfigurationError: The server has no endpoint for it.
         """
-        return (
-            list((self._word_ids if len(text) <= _WORD else self._text_ids)(text)) if text else []
-        )
+        if not text:
+            return []
+        kept = self._word_ids if len(text) <= _WORD else self._text_ids
+        return list(kept(text))
 
     def _ids(self, text: str) -> tuple[int, ...]:
         found = self._tokenized("tokens", list, {"prompt": text, "add_special_tokens": False})
